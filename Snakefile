@@ -1,0 +1,22 @@
+# From text to figures. The plan (src/saeflow/plan.py) says which artifacts a configuration needs; the rules only say
+# how each is made. Choose with: snakemake --config hydra="experiment=demo dictionary.k=[8,16]"
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/tokens.smk"
+include: "workflow/rules/activations.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/jacobian.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/figures.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        PLAN.outputs("figures", PLAN.stages["figures"]),
+    localrule: True

@@ -1,0 +1,133 @@
+"""Shuffled reading of a store of random activations, warm, against reading it in order.
+
+Last line: {"gb_per_s", "random_over_sequential", "consumer_wait_fraction", ...}.
+
+gb_per_s: shuffled batches of 4,096 tokens, float32, as training gets them. random_over_sequential: the same over the
+throughput of copying the column out chunk by chunk in the order on disk. consumer_wait_fraction: share of the time that
+a consumer waits for `iterate`, when it does one encoder product (batch x d x 16 d) a batch, which is less than a
+training step does. Medians of alternating passes; that every row read is the row stored is checked.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=262_144, help="512 MiB at d = 512 in float32")
+    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+args = parse()
+os.environ["OMP_NUM_THREADS"] = str(args.threads)
+
+import torch  # noqa: E402 (after the number of threads is set)
+
+from saeflow.column_writer import ColumnWriter, Wanted  # noqa: E402
+from saeflow.config import ActivationsConfig  # noqa: E402
+from saeflow.reader import BatchReader, MappedRows  # noqa: E402
+from saeflow.store import ActivationStore, Column  # noqa: E402
+
+HOOK = "blocks.0.hook_mlp_out"
+
+
+def main() -> None:
+    torch.set_num_threads(args.threads)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(args.tokens, args.d, generator=generator)
+    with tempfile.TemporaryDirectory(prefix="saeflow-bench-") as directory:
+        column = write(Path(directory), values)
+        expected = values.to(getattr(torch, args.dtype)).float()
+        del values
+        reader = BatchReader([column], args.batch, seed=0)
+        rows = reader.columns[0]
+        assert isinstance(rows, MappedRows)
+        steps = args.tokens // args.batch
+        check(reader, expected, steps)  # also touches every chunk: the passes below are warm
+        del expected
+
+        random, sequential, waited = [], [], []
+        for repeat in range(args.repeats):
+            random.append(timed(lambda: [reader.batch(s) for s in range(steps)]))
+            sequential.append(timed(lambda: in_order(rows)))
+            waited.append(wait_fraction(reader, min(steps, 16)))
+            say(f"pass {repeat}: random {random[-1]:.2f} s, in order {sequential[-1]:.2f} s, waited {waited[-1]:.1%}")
+        gigabytes = {"random": steps * args.batch * args.d * 4 / 1e9, "sequential": args.tokens * args.d * 4 / 1e9}
+        speed = gigabytes["random"] / statistics.median(random)
+        in_order_speed = gigabytes["sequential"] / statistics.median(sequential)
+        found = {
+            "gb_per_s": speed,
+            "sequential_gb_per_s": in_order_speed,
+            "random_over_sequential": speed / in_order_speed,
+            "consumer_wait_fraction": statistics.median(waited),
+        }
+        print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+
+
+def write(folder: Path, values: torch.Tensor) -> Column:
+    """A store written by the writer that caching uses."""
+    store = ActivationStore(folder / "store", ActivationsConfig(dtype=args.dtype))
+    hook = Wanted(HOOK, (args.d,), args.tokens)
+    started = time.perf_counter()
+    with store.locked(), ThreadPoolExecutor(1) as thread:
+        store.create(HOOK, hook.size, {})
+        writer = ColumnWriter(store, [hook], "cpu", thread)
+        for first in range(0, args.tokens, 4096):
+            writer.append(first, values[first : first + 4096])
+        writer.wait()
+    say(f"wrote {args.tokens:,} x {args.d} {args.dtype} in {time.perf_counter() - started:.1f} s")
+    return Column(store.folder / "column", HOOK, args.tokens, hook.size, args.dtype)
+
+
+def check(reader: BatchReader, expected: torch.Tensor, steps: int) -> None:
+    for s in range(steps):
+        (batch,) = reader.batch(s)
+        assert torch.equal(batch, expected[reader.rows(s)]), f"batch {s} differs from what was stored"
+    say(f"{steps} shuffled batches hold the rows that were stored")
+
+
+def in_order(rows: MappedRows) -> None:
+    """Every chunk copied out as float32, in the order on disk."""
+    dtype = getattr(torch, rows.column.dtype)
+    for number, shard in enumerate(rows.shards):
+        held = min(rows.column.n_tokens - number * rows.layout.shard_tokens, rows.layout.shard_tokens)
+        for c in range(rows.layout.chunks_of(held)):
+            torch.from_numpy(shard.chunk(c).copy()).view(dtype).float()
+
+
+def wait_fraction(reader: BatchReader, steps: int) -> float:
+    weights = torch.randn(args.d, 16 * args.d)
+    batches = reader.iterate(0, steps)
+    waited, started = 0.0, time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        (x,) = next(batches)
+        waited += time.perf_counter() - asked
+        x @ weights
+    batches.close()
+    return waited / (time.perf_counter() - started)
+
+
+def timed(work) -> float:  # type: ignore[no-untyped-def]
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+main()

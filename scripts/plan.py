@@ -1,0 +1,38 @@
+"""Says what `snakemake --config hydra="…"` would run and why, without running it; or freezes the plan for scripts."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as experiment=demo dictionary.k=[8,16]")
+    parser.add_argument("--conf", default=Path(__file__).resolve().parent.parent / "conf", help="folder of the groups")
+    parser.add_argument(
+        "--freeze", metavar="FILE", help="also write the plan here, for running a stage's script by hand"
+    )
+    parser.add_argument("--keys", action="store_true", help="also list every artifact, with its state")
+    args = parser.parse_args()
+
+    from saeflow.config import ConfigError
+    from saeflow.expand import compose
+    from saeflow.explain import check_disk, explain, sentence
+
+    overrides = [o for text in args.overrides for o in text.split()]
+    try:
+        plan = compose(args.conf, overrides, digests=".snakemake/digests.json")
+        if args.keys:
+            for stage, table in plan.stages.items():
+                for key in table:
+                    print(f"{'done   ' if plan.done(stage, key) else 'missing'}  {plan.folder(stage, key)}")
+        print(sentence(explain(plan)))
+        check_disk(plan)
+    except (ConfigError, ValueError, OSError) as error:
+        sys.exit(f"plan: {error}")
+    if args.freeze:
+        plan.freeze(args.freeze)
+        print(f"wrote the plan to {args.freeze}")
+
+
+main()

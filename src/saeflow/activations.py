@@ -1,0 +1,211 @@
+"""Caching: one forward pass of a model fills every column that is missing from an activation store.
+
+    rows of tokens -> model, up to the last block that a hook needs -> one chunk in memory a hook -> shards on disk
+                                                                       and mean, covariance, mean norm
+
+What is on disk is a function of the model, the tokens and the hook alone. Rows go through the model in blocks of
+`batch_rows` counted from row 0, and the last block is filled up with rows that are thrown away, so that a row's values
+do not depend on where a column ends; the rest of the argument is in `saeflow.column_writer`.
+
+A store grows in place: another hook is another array, more rows are more shards. The one file that an extension
+replaces is a last shard that was not full, by one that begins with the same rows, moved into place whole; columns that
+were complete before stay valid.
+"""
+
+import errno
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saeflow.column_writer import ActivationError, ColumnWriter, Wanted
+from saeflow.config import ActivationsConfig, ModelConfig
+from saeflow.job import Job, progress
+from saeflow.models import hook_layer, load_model
+from saeflow.moments import Statistics
+from saeflow.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+__all__ = ["ActivationError", "Column", "DiskFullError", "Wanted", "cache", "cache_jobs", "forward", "open_column"]
+log = logging.getLogger("saeflow")
+
+
+class DiskFullError(OSError):
+    """The disk cannot hold what is to be cached; the message says what is needed and what is free."""
+
+
+def cache_jobs(jobs: list[Job]) -> str:
+    """Fills columns of one store and writes their receipts: the work of `scripts/activations.py`."""
+    folders = sorted({job.path.parent for job in jobs})
+    if len(folders) > 1:
+        raise StoreError(f"columns of several stores in one job: {', '.join(map(str, folders))}")
+    config, device = jobs[0].config, jobs[0].device
+    context_size = config["tokens"]["context_size"]
+    processing = {k: v for k, v in config["model"].items() if k != "weights"}
+    source = jobs[0].source("model")
+    model = ModelConfig(name=folders[0].name, path=str(source), **processing)
+    columns = [Wanted(j.config["hook_name"], tuple(j.config["size"]), j.config["n_rows"] * context_size) for j in jobs]
+
+    store = ActivationStore(folders[0], ActivationsConfig(**config["activations"]))
+    start = time.perf_counter()
+    with store.locked():
+        rows = longest_rows(job.input("tokens") for job in jobs)
+        attributes = {"model": config["model"]["weights"], "processing": processing, "context_size": context_size}
+        found = cache(store, columns, rows, lambda: load_model(source, model, device), device, attributes)
+        for job, column in zip(jobs, columns, strict=True):
+            with job.writing() as folder:
+                receipt = Column(folder, column.hook_name, column.n_tokens, column.size, store.config.dtype)
+                write_column(receipt, found[column])
+    tokens = max(column.n_tokens for column in columns)
+    return f"{len(jobs)} columns, {tokens:,} tokens, in {store.folder}: {time.perf_counter() - start:.1f} s"
+
+
+def cache(
+    store: ActivationStore,
+    columns: Iterable[Wanted],
+    rows: TokenRows,
+    load: "Callable[[], HookedTransformer]",
+    device: str = "cpu",
+    attributes: dict[str, Any] | None = None,
+) -> dict[Wanted, Statistics]:
+    """Brings columns onto the disk and returns their statistics. The caller holds the store's lock.
+
+    `load` opens the model, and is called only if there is a row to compute. `attributes` go into the store's metadata.
+
+    Raises `StoreError` for tokens other than those that the store was made from, `DiskFullError` before or while
+    writing, `ActivationError` for values that are not finite or do not fit the dtype.
+    """
+    columns = sorted(set(columns))
+    n_tokens = {column.hook_name: column.n_tokens for column in columns}  # sorted: the longest of each hook
+    held = rows.n_rows * rows.context_size
+    if max(n_tokens.values()) > held:
+        raise StoreError(
+            f"{max(n_tokens.values())} tokens are to be cached, but {rows.folder} has {held} ({rows.n_rows} rows of "
+            f"{rows.context_size}); lower tokens.train_tokens or use a longer corpus"
+        )
+    store.check_tokens(rows)
+    needed, free = _needed_bytes(store, columns), shutil.disk_usage(store.folder).free
+    if needed > free:
+        raise DiskFullError(errno.ENOSPC, _disk_full(store, "cannot hold the activations", needed, free))
+    attributes = {"units": "dimensionless, as the model computes them", **(attributes or {})}
+    for column in columns:
+        store.create(column.hook_name, column.size, attributes)
+
+    writers: list[ColumnWriter] = []
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as thread:
+            for hook in n_tokens:
+                mine = [column for column in columns if column.hook_name == hook]
+                writers.append(ColumnWriter(store, mine, device, thread))
+            _fill(writers, rows, store.config.batch_rows, load, device)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        for writer in writers:
+            writer.discard()
+        needed, free = _needed_bytes(store, columns), shutil.disk_usage(store.folder).free
+        raise DiskFullError(error.errno, _disk_full(store, "became full while caching", needed, free)) from error
+    store.commit(n_tokens, rows, attributes)
+    return {column: found for writer in writers for column, found in writer.found.items()}
+
+
+def longest_rows(folders: Iterable[Path]) -> TokenRows:
+    """The longest of some tokens folders. Raises `StoreError` unless each of the others is a beginning of it."""
+    *others, longest = sorted((TokenRows(folder) for folder in set(folders)), key=lambda rows: rows.n_rows)
+    for other in others:
+        if other.context_size != longest.context_size:
+            raise StoreError(f"{other.folder} and {longest.folder} have rows of different lengths; use two stores")
+        both = zip(longest.coordinates(0, other.n_rows), other.coordinates(0, other.n_rows), strict=True)
+        for (where, mine), (_, its) in both:
+            if any((mine[name] != its[name]).any() for name in mine):
+                raise StoreError(
+                    f"{other.folder} is not a beginning of {longest.folder}: they differ between tokens {where.start} "
+                    f"and {where.stop}. Columns of one store hold the same rows; remove both folders and run again"
+                )
+    return longest
+
+
+# -------------------------------------------------------------------- the forward pass
+def _fill(
+    writers: list[ColumnWriter],
+    rows: TokenRows,
+    batch_rows: int,
+    load: "Callable[[], HookedTransformer]",
+    device: str,
+) -> None:
+    """Runs every block of rows of which some writer needs a row, up to the last layer that is needed there."""
+    if not all(writer.done for writer in writers):
+        model = load()
+        block_tokens = batch_rows * rows.context_size
+        n_blocks = math.ceil(max(writer.last for writer in writers) / block_tokens)
+        for block in progress(range(n_blocks), "caching", n_blocks):
+            first = block * block_tokens
+            needing = [w for w in writers if not w.done and w.position < first + block_tokens]
+            if needing:
+                tokens = _block(rows, block * batch_rows, batch_rows).to(device)
+                found = forward(model, tokens, [w.hook_name for w in needing])
+                for writer in needing:
+                    writer.append(first, found[writer.hook_name])
+    for writer in writers:
+        writer.wait()
+
+
+@torch.inference_mode()
+def forward(model: "HookedTransformer", tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
+    """Activations at some hooks, each (N, *size) with N = rows x positions; no later block runs, and no logits.
+
+    tokens: (rows, positions) int64. Raises `ActivationError` for a hook that does not fire in this model.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        found[hook.name] = value.flatten(0, 1)
+
+    after_blocks = any(hook.startswith("ln_final") for hook in hooks)
+    stop = None if after_blocks else max(hook_layer(hook, model.cfg.n_layers) for hook in hooks)
+    model.run_with_hooks(tokens, return_type=None, stop_at_layer=stop, fwd_hooks=[(hook, keep) for hook in hooks])
+    for hook in hooks:
+        if hook not in found:
+            raise ActivationError(f"{hook} did not fire in the model's forward pass; use another site")
+    return found
+
+
+def _block(rows: TokenRows, first: int, batch_rows: int) -> Tensor:
+    """A whole block of rows, (batch_rows, context_size) int64; beyond the last row, token 0."""
+    block = torch.zeros(batch_rows, rows.context_size, dtype=torch.int64)
+    held = rows.tokens(first, min(first + batch_rows, rows.n_rows))
+    block[: len(held)] = torch.from_numpy(held)
+    return block
+
+
+# -------------------------------------------------------------------- space
+def _needed_bytes(store: ActivationStore, columns: list[Wanted]) -> int:
+    """Bytes that are still to be written: shards that are not on disk, coordinates, statistics and progress."""
+    needed = 0
+    longest = {column.hook_name: column for column in columns}
+    for column in longest.values():
+        layout = store.layout(column.size)
+        for number, start in enumerate(range(0, column.n_tokens, layout.shard_tokens)):
+            n = min(column.n_tokens - start, layout.shard_tokens)
+            if not layout.holds(store.shard(column.hook_name, column.size, number), n):
+                needed += layout.shard_bytes(n)
+    new = max(0, max(c.n_tokens for c in columns) - store.n_coordinates())
+    sizes = [math.prod(c.size) for c in (*columns, *longest.values())]
+    return needed + 12 * new + sum(8 * (d * d + d + 1) for d in sizes)
+
+
+def _disk_full(store: ActivationStore, what: str, needed: int, free: int) -> str:
+    return (
+        f"the disk of {store.folder} {what}: {needed / 1e9:.3g} GB are still needed and {free / 1e9:.3g} GB are free. "
+        "Make room, or use activations.dtype=bfloat16, fewer hooks or fewer tokens.train_tokens; then run again: whole "
+        "shards are kept, and caching continues after them"
+    )

@@ -1,0 +1,276 @@
+"""The configuration as data: one frozen dataclass a group of `conf/`, validated when it is built.
+
+The plan builds a `PointConfig` for every point of a sweep; a stage gets only what it declares (`plan.STAGES`).
+No file is read here: what depends on the model (does this hook exist?) is checked by `expand` and `models`.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, what is wrong and the legal values."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the text is from: a local file or folder (`path`), or a Hugging Face dataset (`dataset`), streamed."""
+
+    name: str
+    path: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    source_field: str = "source"
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise ConfigError("corpus: set exactly one of corpus.path and corpus.dataset")
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """How documents become rows of `context_size` tokens; both sizes count BOS and EOS."""
+
+    context_size: int
+    train_tokens: int
+    held_out_tokens: int
+    held_out_fraction: float = 0.1
+    prepend_bos: bool = True
+    bos_token: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.context_size >= 2, "tokens.context_size", self.context_size, "2 or more")
+        _require(0 < self.held_out_fraction < 1, "tokens.held_out_fraction", self.held_out_fraction, "between 0 and 1")
+        for name in ("train_tokens", "held_out_tokens"):
+            value = getattr(self, name)
+            _require(value >= self.context_size, f"tokens.{name}", value, f"one row ({self.context_size}) or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
+    processing, which changes activations."""
+
+    name: str
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    fold_ln: bool = False
+    center_writing_weights: bool = False
+    center_unembed: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.hub is None):
+            raise ConfigError("model: set exactly one of model.path (a local folder) and model.hub (a hub name)")
+
+
+@dataclass(frozen=True)
+class ActivationsConfig:
+    """`batch_rows` rows go through the model at once. A chunk is the unit of checksums, a shard one file."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    batch_rows: int = 16
+    chunk_tokens: int = 4096
+    shard_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "chunk_tokens"):
+            _require(getattr(self, name) > 0, f"activations.{name}", getattr(self, name), "1 or more")
+        whole = self.shard_tokens > 0 and self.shard_tokens % self.chunk_tokens == 0
+        _require(whole, "activations.shard_tokens", self.shard_tokens, "a multiple of activations.chunk_tokens")
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`."""
+
+    hook_name: str
+    hook_name_out: str | None = None
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class DictionaryConfig:
+    """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or a pair of SAEs, one at each, for Jacobians.
+
+    `squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
+    used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
+    error divided by the target's L2 norm (transcoder paper). `sparsity`: L1 of activations weighted by the decoder
+    row's norm (SAELens, April recipe), or plain L1 with unit-norm decoder rows (transcoder paper).
+    """
+
+    kind: Literal["sae", "transcoder", "pair"]
+    activation: Literal["topk", "relu"]
+    k: int | None = None
+    l1_coefficient: float | None = None
+    expansion: int | None = 8
+    d_sae: int | None = None
+    squared_error: Literal["sum", "mean", "target_norm"] = "sum"
+    sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
+    normalize_activations: Literal["none", "expected_average_only_in"] = "none"
+
+    def __post_init__(self) -> None:
+        if (self.expansion is None) == (self.d_sae is None):
+            raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
+        width = self.expansion or self.d_sae or 0
+        _require(width > 0, "dictionary.expansion or d_sae", width, "1 or more")
+        if self.activation == "topk":
+            _require(self.k is not None and self.k > 0, "dictionary.k", self.k, "1 or more with activation=topk")
+            _require(self.l1_coefficient is None, "dictionary.l1_coefficient", self.l1_coefficient, "null with topk")
+        else:
+            legal = self.l1_coefficient is not None and self.l1_coefficient >= 0
+            _require(legal, "dictionary.l1_coefficient", self.l1_coefficient, "0 or more with activation=relu")
+            _require(self.k is None, "dictionary.k", self.k, "null with activation=relu")
+        if self.kind == "pair":
+            _require(self.activation == "topk", "dictionary.activation", self.activation, "topk with kind=pair")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """`n_tokens` may exceed what is stored: training then passes over it again, reshuffled."""
+
+    n_tokens: int
+    batch_size: int = 4096
+    lr: float = 4e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    lr_warm_up_steps: int = 0
+    lr_decay_steps: int = 0
+    l1_warm_up_steps: int = 0
+    log_every: int = 10
+    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0, "training.batch_size", self.batch_size, "1 or more")
+        _require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
+        _require(self.lr > 0, "training.lr", self.lr, "more than 0")
+
+
+@dataclass(frozen=True)
+class JacobianConfig:
+    """`n_tokens` held-out tokens (position 0 left out); the histogram has `bins` equal bins on [0, `max_value`]."""
+
+    n_tokens: int = 16384
+    bins: int = 200
+    max_value: float = 0.5
+    thresholds: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02)
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "bins"):
+            _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
+        _require(self.max_value > 0, "jacobian.max_value", self.max_value, "more than 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """All rows of the held-out tokens are used, `batch_rows` at a time."""
+
+    batch_rows: int = 16
+
+    def __post_init__(self) -> None:
+        _require(self.batch_rows > 0, "evaluation.batch_rows", self.batch_rows, "1 or more")
+
+
+@dataclass(frozen=True)
+class PointConfig:
+    """One point of a sweep: everything that decides a number."""
+
+    corpus: CorpusConfig
+    tokens: TokensConfig
+    model: ModelConfig
+    activations: ActivationsConfig
+    site: SiteConfig
+    dictionary: DictionaryConfig
+    training: TrainingConfig
+    jacobian: JacobianConfig
+    evaluation: EvaluationConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.dictionary.kind == "sae" and self.site.hook_name_out is not None:
+            raise ConfigError(
+                f"dictionary.kind=sae reads one hook, but this site has two ({self.site.hook_name} and "
+                f"{self.site.hook_name_out}); use site=mlp_in, site=mlp_out or another with one"
+            )
+        if self.dictionary.kind != "sae" and self.site.hook_name_out is None:
+            raise ConfigError(
+                f"dictionary.kind={self.dictionary.kind} needs a site with hook_name and hook_name_out: use site=mlp"
+            )
+
+
+def _require(legal: bool, key: str, value: Any, wanted: str) -> None:
+    if not legal:
+        raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
+
+
+def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
+    """Builds the dataclass `cls` from a plain tree, checking every key and type.
+
+    Raises `ConfigError` for unknown keys (with the nearest legal one), missing keys and values of the wrong type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"unknown key {where}{key}{hint}; legal here: {', '.join(fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in tree:
+            values[name] = _coerce(hints[name], tree[name], f"{where}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key {where}{name}")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """The value as the hint's type. Numbers of equal value become equal: 1 and 1.0 hash alike for a float field."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r} must be a group of keys")
+        return build(typing.cast(type, hint), value, where + ".")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}={value!r} is not legal: use one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}={value!r} must be a list")
+        return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}={value} must be a finite number")
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+def takes_list(path: str) -> bool:
+    """Whether the field at a dotted path of `PointConfig` is itself a list, so that a list there is no sweep axis."""
+    hint: Any = PointConfig
+    for part in path.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return False
+        hint = typing.get_type_hints(hint).get(part)
+    return typing.get_origin(hint) is tuple

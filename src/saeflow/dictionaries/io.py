@@ -1,0 +1,142 @@
+"""Dictionaries on disk, in SAELens's format: `cfg.json` and `sae_weights.safetensors`.
+
+Written without importing SAELens (that takes ten seconds); its `SAE.load_from_disk` opens them and computes the same.
+What SAELens has no field for stands in `metadata.saeflow`. A TopK transcoder has no class in SAELens, but a TopK SAE
+that does not subtract `b_dec` from its input computes the same wherever d_in = d_out, and SAELens splices by
+`metadata.hook_name_out`, so it is written as one. Where d_in != d_out no class of SAELens can hold it: it is written as
+architecture `topk_transcoder`, which SAELens refuses by that name and `load_dictionary` opens.
+
+The bytes depend on the dictionary alone: keys are sorted, the device is always `cpu`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from saeflow.dictionaries.sae import Dictionary, build
+from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load
+_TRAINING = ("l1_coefficient", "squared_error", "sparsity", "normalize_activations", "seed")
+
+
+def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
+    """Writes `cfg.json` and `sae_weights.safetensors` into an existing folder."""
+    folder = Path(folder)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    tensors = {name: getattr(dictionary, name).detach().float().cpu().contiguous() for name in names}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(_config(dictionary.spec), indent=1, sort_keys=True) + "\n")
+
+
+def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
+    """Opens a dictionary of this project, or one of SAELens's architectures standard, topk and transcoder.
+
+    Raises `DictionaryError` for a folder that does not hold a dictionary that can be used here.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise DictionaryError(f"{folder} holds no dictionary: it has no {name}; train it first (rule train)")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE, device=device)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise DictionaryError(
+            f"the dictionary in {folder} is damaged ({error}); delete the folder and run the workflow to train it again"
+        ) from error
+    missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
+    if missing:
+        raise DictionaryError(f"{folder}/{WEIGHTS_FILE} lacks {', '.join(sorted(missing))}")
+    return build(_spec(config, folder), tensors["W_enc"], tensors["b_enc"], tensors["W_dec"], tensors["b_dec"])
+
+
+def _architecture(spec: Spec) -> str:
+    """SAELens's name for what computes the same."""
+    if spec.activation == "topk":
+        return "topk" if spec.d_in == spec.d_out else "topk_transcoder"
+    return "standard" if spec.kind == "sae" else "transcoder"
+
+
+def _config(spec: Spec) -> dict[str, Any]:
+    """The content of `cfg.json`: fields of SAELens's config classes, and its free-form metadata."""
+    architecture = _architecture(spec)
+    reshaped = spec.kind == "sae" and spec.hook_name.endswith("hook_z")
+    config = {
+        "architecture": architecture,
+        "d_in": spec.d_in,
+        "d_sae": spec.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": spec.apply_b_dec_to_input,
+        "normalize_activations": "none",  # it is folded into the weights
+        "reshape_activations": "hook_z" if reshaped else "none",  # SAELens then takes (..., head, d_head)
+        "metadata": {
+            "sae_lens_version": SAELENS_FORMAT,
+            "sae_lens_training_version": None,
+            "hook_name": spec.hook_name,
+            "hook_name_out": spec.hook_name_out if spec.kind == "transcoder" else None,
+            "hook_head_index": None,
+            "model_name": spec.origin.model_name,
+            "context_size": spec.origin.context_size,
+            "prepend_bos": spec.origin.prepend_bos,
+            "saeflow": {
+                "kind": spec.kind,
+                "d_out": spec.d_out,
+                "origin": dataclasses.asdict(spec.origin),
+                **{name: getattr(spec, name) for name in _TRAINING},
+            },
+        },
+    }
+    if spec.activation == "topk":
+        config |= {"k": spec.k, "rescale_acts_by_decoder_norm": False}
+    if architecture.endswith("transcoder"):
+        config["d_out"] = spec.d_out
+    return config
+
+
+def _spec(config: dict[str, Any], folder: Path) -> Spec:
+    """The spec that a `cfg.json` describes. Raises `DictionaryError` for what is not supported."""
+    architecture = config.get("architecture")
+    if architecture not in ("standard", "topk", "transcoder", "topk_transcoder"):
+        raise DictionaryError(
+            f"{folder}/{CONFIG_FILE}: architecture {architecture!r} is not supported; these are: standard, topk, "
+            "transcoder, topk_transcoder"
+        )
+    if config.get("normalize_activations", "none") != "none" or config.get("rescale_acts_by_decoder_norm"):
+        raise DictionaryError(
+            f"{folder}/{CONFIG_FILE} scales at run time (normalize_activations or rescale_acts_by_decoder_norm); open "
+            "it in SAELens, fold the scaling into the weights, and save it again"
+        )
+    try:
+        metadata = config["metadata"]
+        ours = metadata.get("saeflow") or {}
+        out = metadata.get("hook_name_out")
+        return Spec(
+            kind=ours.get("kind") or ("transcoder" if architecture == "transcoder" or out else "sae"),
+            activation="topk" if architecture.startswith("topk") else "relu",
+            d_in=config["d_in"],
+            d_out=ours.get("d_out") or config.get("d_out", config["d_in"]),
+            d_sae=config["d_sae"],
+            hook_name=metadata["hook_name"],
+            hook_name_out=out or metadata["hook_name"],
+            k=config.get("k"),
+            apply_b_dec_to_input=config["apply_b_dec_to_input"],
+            origin=Origin(**ours["origin"]) if ours else _foreign_origin(metadata),
+            **{name: ours.get(name) for name in _TRAINING},
+        )
+    except (KeyError, TypeError) as error:
+        raise DictionaryError(f"{folder}/{CONFIG_FILE} is not a whole SAELens config: {error}") from error
+
+
+def _foreign_origin(metadata: dict[str, Any]) -> Origin:
+    return Origin(
+        model_name=metadata.get("model_name"),
+        context_size=metadata.get("context_size"),
+        prepend_bos=metadata.get("prepend_bos"),
+    )

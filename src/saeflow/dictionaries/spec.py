@@ -1,0 +1,71 @@
+"""What a dictionary is, apart from its weights: how it acts, where it acts, and what it was trained on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class DictionaryError(ValueError):
+    """A dictionary that cannot be built, opened or used here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the activations came from that a dictionary was trained on. None: not known (made elsewhere).
+
+    Activations depend on the weights and on TransformerLens's processing of them, so a dictionary fits only the two
+    together.
+    """
+
+    model_name: str | None = None
+    """A name for people; `model_weights` is what identifies the model."""
+    model_weights: str | None = None
+    """Content hash of the weights and `config.json` (`saeflow.models.model_digest`)."""
+    fold_ln: bool | None = None
+    center_writing_weights: bool | None = None
+    center_unembed: bool | None = None
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a dictionary but its weights.
+
+    What concerns training alone (`l1_coefficient` to `seed`) is None where a dictionary was made elsewhere.
+    """
+
+    kind: Literal["sae", "transcoder"]
+    activation: Literal["topk", "relu"]
+    d_in: int
+    d_out: int
+    d_sae: int
+    hook_name: str
+    """Where it reads."""
+    hook_name_out: str
+    """Where its output belongs; for an SAE the same hook."""
+    k: int | None = None
+    """Latents that TopK keeps; None with ReLU."""
+    apply_b_dec_to_input: bool = False
+    """Whether `b_dec` is subtracted from the input; SAELens's default for SAEs, impossible for transcoders."""
+    l1_coefficient: float | None = None
+    squared_error: str | None = None
+    sparsity: str | None = None
+    normalize_activations: str | None = None
+    """What training did; on disk the scaling is folded into the weights, which take raw activations."""
+    seed: int | None = None
+    origin: Origin = Origin()
+
+    def __post_init__(self) -> None:
+        if min(self.d_in, self.d_out, self.d_sae) < 1:
+            raise DictionaryError(f"sizes must be 1 or more: d_in={self.d_in}, d_out={self.d_out}, d_sae={self.d_sae}")
+        if self.activation == "topk" and not 1 <= (self.k or 0) <= self.d_sae:
+            raise DictionaryError(
+                f"dictionary.k={self.k} is out of range: it must be 1 to d_sae={self.d_sae} with activation=topk"
+            )
+        if self.kind == "sae" and (self.d_in, self.hook_name) != (self.d_out, self.hook_name_out):
+            raise DictionaryError(
+                f"an SAE reads and writes one hook, but {self.hook_name} ({self.d_in} wide) and {self.hook_name_out} "
+                f"({self.d_out} wide) are two; use kind=transcoder"
+            )
+        if self.kind == "transcoder" and self.apply_b_dec_to_input:
+            raise DictionaryError("a transcoder's b_dec belongs to its output: apply_b_dec_to_input must be false")

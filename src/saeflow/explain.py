@@ -1,0 +1,142 @@
+"""What a plan would run, and why, in the words of the research; and whether the disk can hold it."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saeflow.config import ConfigError
+from saeflow.plan import RECEIPT, Instance, Plan
+from saeflow.shards import predicted_bytes
+
+NOUNS = {
+    "tokens": ("token store", "token stores"),
+    "activations": ("activation column", "activation columns"),
+    "train": ("training", "trainings"),
+    "jacobian": ("Jacobian study", "Jacobian studies"),
+    "evaluate": ("evaluation", "evaluations"),
+    "figures": ("set of figures", "sets of figures"),
+}
+MAX_REASONS = 6
+
+
+class Explanation(NamedTuple):
+    missing: dict[str, list[Instance]]
+    """Instances of each stage that are not on disk, in the order of the data flow."""
+    reasons: list[str]
+    """What is new in what they read, nearest change first: `dictionary.l1_coefficient=0.002 is new`."""
+    bytes_to_cache: int
+    bytes_in_all: int
+
+
+def explain(plan: Plan) -> Explanation:
+    """Compares the plan with the artifacts on disk."""
+    missing = {
+        stage: [i for key, i in table.items() if not plan.done(stage, key)] for stage, table in plan.stages.items()
+    }
+    reasons: dict[str, None] = {}  # an ordered set
+    for stage, instances in missing.items():
+        known = _configs_on_disk(plan, stage) if instances else []
+        for instance in instances:
+            for reason in _what_is_new(instance, known):
+                reasons[reason] = None
+    sizes = {stage: sum(map(_predicted, instances)) for stage, instances in missing.items()}
+    return Explanation(missing, list(reasons), sizes["activations"], sum(sizes.values()))
+
+
+def sentence(explanation: Explanation) -> str:
+    """The explanation in one sentence, for a person."""
+    counts = [
+        f"{len(instances)} {NOUNS[stage][len(instances) != 1]}"
+        for stage, instances in explanation.missing.items()
+        if instances and stage != "activations"
+    ]
+    columns = len(explanation.missing["activations"])
+    cached = f"{columns} {NOUNS['activations'][columns != 1]}, {readable(explanation.bytes_to_cache)} to cache"
+    if not counts and not columns:
+        return "nothing to do: every artifact of this plan is there"
+    why = explanation.reasons[:MAX_REASONS]
+    more = len(explanation.reasons) - len(why)
+    reason = (", ".join(why) + (f", and {more} more" if more else "")) if why else "an artifact was removed"
+    return f"{', '.join(counts) or 'no other stage'}: {reason}; {cached}; {readable(explanation.bytes_in_all)} in all"
+
+
+def check_disk(plan: Plan) -> None:
+    """Raises `ConfigError` where what the plan would write does not fit on the disk, before anything runs."""
+    wanted = explain_bytes(plan)
+    root = Path(plan.results)
+    while not root.exists():
+        root = root.absolute().parent
+    free = shutil.disk_usage(root).free
+    if wanted > free:
+        raise ConfigError(
+            f"the disk cannot hold this plan: it would write {readable(wanted)} below {plan.results}/ and "
+            f"{readable(free)} are free there. Fewer hooks or tokens.train_tokens, activations.dtype=float16, or "
+            "another disk (--directory, or a link at results/) would do"
+        )
+
+
+def explain_bytes(plan: Plan) -> int:
+    """Predicted bytes of everything that is not on disk."""
+    return sum(
+        _predicted(i) for stage, table in plan.stages.items() for key, i in table.items() if not plan.done(stage, key)
+    )
+
+
+def readable(n_bytes: int) -> str:
+    size = float(n_bytes)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _predicted(instance: Instance) -> int:
+    """Bytes of one artifact. Activations are exact; of the rest only tokens and weights are of a size to matter."""
+    config = instance.config
+    if instance.stage == "activations":
+        store = config["activations"]
+        n_tokens = config["n_rows"] * config["tokens"]["context_size"]
+        return predicted_bytes(n_tokens, config["size"], store["dtype"], store["chunk_tokens"], store["shard_tokens"])
+    if instance.stage == "tokens":
+        return 3 * 4 * config["n_rows"] * config["tokens"]["context_size"]
+    return 0
+
+
+def _configs_on_disk(plan: Plan, stage: str) -> list[dict[str, Any]]:
+    """What the artifacts of a stage that are there had read, as flat tables."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found = []
+    for receipt in sorted((Path(plan.results) / stage).glob(f"**/{RECEIPT}")):
+        file = receipt.with_name("config.yaml")
+        if file.is_file():
+            tree = yaml.load(file.read_text(), Loader=loader)
+            found.append(_flat({"version": tree["version"], **tree["config"]}))
+    return found
+
+
+def _what_is_new(instance: Instance, known: list[dict[str, Any]]) -> list[str]:
+    """Differences to the nearest artifact of the same stage; none where only what it needs has changed."""
+    from saeflow.plan import STAGES
+
+    mine = _flat({"version": STAGES[instance.stage].version, **instance.config})
+    if not known:
+        return []
+    nearest = min(([k for k in mine if mine[k] != other.get(k, ...)] for other in known), key=len)
+    return [f"{key}={_value(mine[key])} is new" for key in nearest]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

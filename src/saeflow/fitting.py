@@ -1,0 +1,56 @@
+"""Does a dictionary belong to the model that it is about to be used on? Checked before any forward pass."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeflow.config import ConfigError, ModelConfig
+from saeflow.models import Geometry
+
+if TYPE_CHECKING:
+    from saeflow.dictionaries import Dictionary
+
+PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
+
+
+class FitError(ConfigError):
+    """A dictionary that does not fit the model or the site; the message names both sides and what to do."""
+
+
+def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
+    """`load_model`'s config from a job's `model` group, in which the weights' digest stands for the path."""
+    return ModelConfig(name=folder.name, path=str(folder), **{name: model[name] for name in PROCESSING})
+
+
+def check_fit(
+    dictionary: "Dictionary", folder: Path, model_folder: Path, model: dict[str, Any], geometry: Geometry
+) -> None:
+    """Raises `FitError` unless the dictionary in `folder` was made for this model, its weight processing and its sizes.
+
+    `model`: `weights` (the digest) and the processing flags. What a foreign dictionary does not record is not checked.
+    """
+    spec, origin = dictionary.spec, dictionary.spec.origin
+    if origin.model_weights not in (None, model["weights"]):
+        raise FitError(
+            f"dictionary {folder} was trained on the model {origin.model_name or 'of another name'} with weights "
+            f"{origin.model_weights}, but {model_folder} has weights {model['weights']}; use it with its own model "
+            "(set model.path to that one's folder), or train one on this model"
+        )
+    for name in PROCESSING:
+        trained = getattr(origin, name)
+        if trained not in (None, model[name]):
+            raise FitError(
+                f"dictionary {folder} was trained with model.{name}={str(trained).lower()}, but is used with "
+                f"model.{name}={str(model[name]).lower()}; activations differ between the two, so set "
+                f"model.{name}={str(trained).lower()}, or train it again"
+            )
+    for side, hook, width in (("d_in", spec.hook_name, spec.d_in), ("d_out", spec.hook_name_out, spec.d_out)):
+        try:
+            size = geometry.hook_size(hook)
+        except ConfigError as error:
+            raise FitError(f"dictionary {folder} does not fit the model {model_folder}: {error}") from error
+        wide = size[0] * (size[1] if len(size) == 2 else 1)
+        if width != wide:
+            raise FitError(
+                f"dictionary {folder} has {side}={width} at {hook}, but the model {model_folder} is {wide} wide there; "
+                "use it with its own model, or train one on this model"
+            )

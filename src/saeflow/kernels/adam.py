@@ -1,0 +1,44 @@
+"""Adam in one pass over the parameters, on any device.
+
+This calls the kernel behind `torch.optim.Adam(fused=True)`, its twin. That class gives the same numbers but imports
+torch's compiler, which takes a training job longer than its first hundred steps.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Adam:
+    """State of Adam (Kingma & Ba, 2015) for a list of contiguous parameters, which `step` changes in place."""
+
+    def __init__(self, parameters: Sequence[Tensor], beta1: float, beta2: float, eps: float = 1e-8) -> None:
+        self.parameters = list(parameters)
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """One update. A gradient must lie in memory as its parameter does: the kernel runs over both as flat arrays."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if parameter.stride() != gradient.stride():
+                raise ValueError(f"gradient strides {gradient.stride()} are not the parameter's {parameter.stride()}")
+        torch._foreach_add_(self.steps, 1)
+        torch._fused_adam_(
+            self.parameters,
+            list(gradients),
+            self.first,
+            self.second,
+            [],
+            self.steps,
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )

@@ -1,0 +1,117 @@
+"""The MLP of one block as a function f of the normalised input, with its derivative in closed form.
+
+f maps `blocks.L.ln2.hook_normalized` to `blocks.L.hook_mlp_out`. TransformerLens 3 puts that hook *before* the norm's
+gain and bias (version 2 put it after them), so with unfolded weights they are the first step of f, and they are folded
+into its weights here. With `fold_ln` TransformerLens has done the same, so f has the same values. Its derivative is the
+same only along directions of mean 0: after a LayerNorm nothing has another mean, so `fold_ln` also takes out of the
+weights what reads the mean.
+
+    plain:  f(x) = phi(x W_in + b_in) W_out + b_out
+    gated:  f(x) = (phi(x W_gate + b_gate) * (x W_in + b_in) + b_mid) W_out + b_out
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saeflow.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    """Phi(z) + z pdf(z)."""
+    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_slope(z: Tensor) -> Tensor:
+    c = math.sqrt(2 / math.pi)
+    T = torch.tanh(c * (z + 0.044715 * z**3))
+    return 0.5 * (1 + T) + 0.5 * z * (1 - T * T) * c * (1 + 3 * 0.044715 * z * z)
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+_GELU_TANH = (lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_slope)
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "gelu": (F.gelu, _gelu_slope),
+    "gelu_new": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "silu": (F.silu, _silu_slope),
+    "relu": (F.relu, lambda z: (z > 0).to(z.dtype)),
+}
+"""phi and phi' by TransformerLens's name."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Weights of f, any norm's gain and bias folded in. Without a gate, `W_gate`, `b_gate` and `b_mid` are None."""
+
+    activation: str
+    W_in: Tensor
+    """(d, m)"""
+    b_in: Tensor
+    """(m,)"""
+    W_out: Tensor
+    """(m, d)"""
+    b_out: Tensor
+    """(d,)"""
+    W_gate: Tensor | None = None
+    b_gate: Tensor | None = None
+    b_mid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"the MLP's activation {self.activation!r} has no closed-form Jacobian here; "
+                f"these have: {', '.join(ACTIVATIONS)}"
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x): (N, d) to (N, d)."""
+        phi, _ = ACTIVATIONS[self.activation]
+        linear = torch.addmm(self.b_in, x, self.W_in)
+        if self.W_gate is None or self.b_gate is None or self.b_mid is None:
+            return torch.addmm(self.b_out, phi(linear), self.W_out)
+        gate = torch.addmm(self.b_gate, x, self.W_gate)
+        return torch.addmm(self.b_out, phi(gate) * linear + self.b_mid, self.W_out)
+
+    def input_weights(self) -> list[Tensor]:
+        """(d, m), one a branch of the derivative, in the order of `slopes`."""
+        return [self.W_in] if self.W_gate is None else [self.W_gate, self.W_in]
+
+    def slopes(self, x: Tensor) -> list[Tensor]:
+        """(N, m), one a branch: the Jacobian of f at x is the sum over branches of W_branch diag(slope) W_out."""
+        phi, dphi = ACTIVATIONS[self.activation]
+        linear = torch.addmm(self.b_in, x, self.W_in)
+        if self.W_gate is None or self.b_gate is None:
+            return [dphi(linear)]
+        gate = torch.addmm(self.b_gate, x, self.W_gate)
+        return [dphi(gate) * linear, phi(gate)]
+
+
+def read_mlp(model: "HookedTransformer", layer: int) -> MLP:
+    """The MLP of block `layer`, with the gain and bias of its norm folded in."""
+    block = model.blocks[layer]
+    mlp, norm = block.mlp, block.ln2
+    gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+
+    def folded(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+        zero = W.new_zeros(W.shape[1]) if b is None else b
+        return W if gain is None else gain[:, None] * W, zero if bias is None else zero + bias @ W
+
+    gated = hasattr(mlp, "W_gate")
+    W_in, b_in = folded(mlp.W_in, None if gated else mlp.b_in)
+    W_gate, b_gate = folded(mlp.W_gate, None) if gated else (None, None)
+    b_mid = mlp.b_in if gated else None  # TransformerLens adds a gated MLP's b_in after the product
+    return MLP(str(model.cfg.act_fn), W_in, b_in, mlp.W_out, mlp.b_out, W_gate, b_gate, b_mid)

@@ -1,0 +1,338 @@
+"""Language models: what a Hugging Face folder holds, which hooks it has, and opening it in TransformerLens, offline.
+
+Everything above `load_model` reads only `config.json` and file names, so that the plan can check a sweep in
+milliseconds.
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeflow.config import ConfigError, ModelConfig
+from saeflow.digest import DigestCache, short_hash
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+# What a folder is read for: no pickles, and no second copy of the weights in another format.
+MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+
+class ModelError(ConfigError):
+    """A model folder that cannot be used; the message names the folder and what to do."""
+
+
+class TokenizerError(ModelError):
+    """A tokenizer that cannot be used; the message names the folder and what to do."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model, read from its `config.json`."""
+
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    parallel: bool
+    """Attention and MLP both read the block's input (Pythia), so that there is no hook_resid_mid."""
+    gated: bool
+    n_ctx: int
+
+    def block_hooks(self) -> dict[str, tuple[int, ...]]:
+        """Sizes per token, (d,) or (head, d_head), of the hooks of one block that a dictionary can read; their names
+        lack the `blocks.L.` in front."""
+        d, m, z = (self.d_model,), (self.d_mlp,), (self.n_heads, self.d_head)
+        hooks = {
+            "hook_resid_pre": d,
+            "ln1.hook_normalized": d,
+            "attn.hook_q": z,
+            "attn.hook_k": (self.n_key_value_heads, self.d_head),
+            "attn.hook_v": (self.n_key_value_heads, self.d_head),
+            "attn.hook_z": z,
+            "hook_attn_out": d,
+            "hook_resid_mid": d,
+            "ln2.hook_normalized": d,
+            "mlp.hook_pre": m,
+            "mlp.hook_post": m,
+            "hook_mlp_out": d,
+            "hook_resid_post": d,
+        }
+        if self.parallel:
+            del hooks["hook_resid_mid"]
+        if self.gated:
+            hooks["mlp.hook_pre_linear"] = m
+        return hooks
+
+    def hook_size(self, hook_name: str) -> tuple[int, ...]:
+        """Size per token at a hook: (d,) or (head, d_head).
+
+        Raises `ConfigError` for a hook that the model does not have, naming the nearest that it has.
+        """
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+        if found and int(found[1]) >= self.n_layers:
+            raise ConfigError(
+                f"{hook_name}: layer {found[1]} is out of range; the model has {self.n_layers} layers, "
+                f"0 to {self.n_layers - 1}"
+            )
+        hooks = self.block_hooks()
+        if found and found[2] in hooks:
+            return hooks[found[2]]
+        other = {"hook_embed": (self.d_model,), "ln_final.hook_normalized": (self.d_model,)}
+        if hook_name in other:
+            return other[hook_name]
+        layer = found[1] if found else "0"
+        legal = [f"blocks.{layer}.{h}" for h in hooks] + list(other)
+        near = difflib.get_close_matches(hook_name, legal, n=3, cutoff=0.3)
+        raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or legal)}")
+
+
+def hook_layer(hook_name: str, n_layers: int) -> int:
+    """Number of blocks that must run for the hook to fire: `stop_at_layer` of TransformerLens, but that a stopped pass
+    leaves `ln_final` to the caller."""
+    found = re.match(r"blocks\.(\d+)\.", hook_name)
+    if found:
+        return int(found[1]) + 1
+    return n_layers if hook_name.startswith("ln_final") else 0
+
+
+def resolve_folder(model: ModelConfig) -> Path:
+    """The local folder of a model's files. Never touches the network.
+
+    Raises `ModelError` where the folder, or the hub name in the local cache, is not there.
+    """
+    if model.path is not None:
+        folder = Path(model.path)
+        if not folder.is_dir():
+            raise ModelError(f"model.path={folder}: no such folder")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            str(model.hub), revision=model.revision, local_files_only=True, allow_patterns=list(MODEL_FILES)
+        )
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"model.hub={model.hub} is not in the local Hugging Face cache, or not whole; a run downloads nothing. "
+            f"Fetch it once, with the network: python scripts/fetch.py {model.hub}"
+            + (f" --revision {model.revision}" if model.revision else "")
+            + ". Offline, copy its folder here and set model.path"
+        ) from error
+    return Path(found)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises `ModelError` where there are none: pickled weights are not opened."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [p.name for p in folder.glob("*.bin")]
+        more = f" ({', '.join(pickled)}: a pickle is not opened, convert it with save_pretrained)" if pickled else ""
+        raise ModelError(f"model folder {folder} has no weights: no *.safetensors in it{more}")
+    return files
+
+
+def model_digest(folder: Path, cache: DigestCache) -> str:
+    """Hash of a model's weights and `config.json` by content, 32 hexadecimal digits."""
+    return cache.files(folder, [_config_file(folder), *weight_files(folder)])
+
+
+def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
+    """Hash of what decides token ids, 32 hexadecimal digits."""
+    special = {k: v for k, v in special_tokens(folder).items() if k in ("bos_token", "eos_token")}
+    return short_hash([cache.file(tokenizer_file(folder)), special], 32)
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The `tokenizer.json` of a folder. Raises `TokenizerError` where there is none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise TokenizerError(
+            f"model folder {folder} has no tokenizer.json; save it there with "
+            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
+        )
+    return file
+
+
+def special_tokens(folder: Path) -> dict[str, Any]:
+    """What a folder's tokenizer files say of its special tokens, by role; each a text or a mapping with `content`."""
+    special: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            special |= {k: v for k, v in _read_keys(folder / name).items() if v}
+    return special
+
+
+def read_geometry(folder: Path) -> Geometry:
+    """Reads the sizes that a folder's `config.json` states. Raises `ModelError` for an architecture not known here."""
+    config = _read_keys(_config_file(folder))
+
+    def get(*names: str, default: Any = None) -> Any:
+        for name in names:
+            if config.get(name) is not None:
+                return config[name]
+        if default is None:
+            raise ModelError(f"{folder}/config.json has none of the keys {', '.join(names)}")
+        return default
+
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    if architecture == "GPTNeoXForCausalLM":
+        parallel, gated = config.get("use_parallel_residual", True), False
+    elif architecture == "GPT2LMHeadModel":
+        parallel, gated = False, False
+    elif architecture in _RMS_NORM:
+        parallel, gated = False, True
+    else:
+        raise ModelError(
+            f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2"
+        )
+    d_model, n_heads = get("hidden_size", "n_embd"), get("num_attention_heads", "n_head")
+    return Geometry(
+        architecture=architecture,
+        n_layers=get("num_hidden_layers", "n_layer"),
+        d_model=d_model,
+        n_heads=n_heads,
+        n_key_value_heads=get("num_key_value_heads", default=n_heads),
+        d_head=get("head_dim", default=d_model // n_heads),
+        d_mlp=get("intermediate_size", "n_inner", default=4 * d_model),
+        parallel=parallel,
+        gated=gated,
+        n_ctx=get("max_position_embeddings", "n_positions"),
+    )
+
+
+def _config_file(folder: Path) -> Path:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"model folder {folder} has no config.json; it must be a Hugging Face model folder")
+    return file
+
+
+def _read_keys(file: Path) -> dict[str, Any]:
+    try:
+        keys = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON ({error}); copy the model folder again") from error
+    if not isinstance(keys, dict):
+        raise ModelError(f"{file} holds a {type(keys).__name__} where keys should be; copy the model folder again")
+    return keys
+
+
+def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
+    """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
+
+    Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
+    something else than transformers does. Imports both, which takes several seconds.
+    """
+    import torch
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    geometry = read_geometry(folder)
+    if geometry.architecture in _RMS_NORM and model.center_writing_weights:
+        raise ModelError(
+            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
+            "root mean square, which sees the mean; set model.center_writing_weights=false"
+        )
+    original = _load_original(folder)
+    config = _hooked_config(folder, geometry, model.fold_ln)
+    try:
+        state = loading_from_pretrained.get_pretrained_state_dict(
+            str(folder), config, hf_model=original, dtype=torch.float32
+        )
+        hooked = HookedTransformer(config, move_to_device=False)
+        hooked.load_and_process_state_dict(
+            state,
+            fold_ln=model.fold_ln,
+            center_writing_weights=model.center_writing_weights,
+            center_unembed=model.center_unembed,
+            fold_value_biases=False,
+            refactor_factored_attn_matrices=False,
+        )
+    except (AttributeError, RuntimeError) as error:
+        raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
+    hooked.eval().requires_grad_(False)
+    _check_conversion(folder, original, hooked)
+    return hooked.to(device, print_details=False)
+
+
+def _load_original(folder: Path) -> Any:
+    """The transformers model of a folder, in float32 on the CPU."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    weight_files(folder)
+    disable_progress_bar()
+    try:
+        original, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise ModelError(
+            f"the weights of {folder} are not whole: {len(missing)} tensors are missing, {', '.join(missing[:3])} "
+            "first; copy the model folder again"
+        )
+    return original.eval()
+
+
+def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
+    """TransformerLens's config of a folder.
+
+    TransformerLens guesses the architecture from the *path* (any with "llama" in it), and wants an `n_ctx` that
+    transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
+    conversion drops is set afterwards.
+    """
+    import tempfile
+
+    import torch
+    from transformer_lens import loading_from_pretrained
+
+    plain = _read_keys(_config_file(folder))
+    with tempfile.TemporaryDirectory() as neutral:
+        (Path(neutral) / "config.json").write_text(json.dumps({"n_ctx": geometry.n_ctx} | plain))
+        config = loading_from_pretrained.get_pretrained_model_config(
+            neutral, fold_ln=fold_ln, device="cpu", dtype=torch.float32, n_ctx=geometry.n_ctx
+        )
+    config.model_name, config.tokenizer_name = folder.name, None
+    config.d_mlp = geometry.d_mlp  # n_inner of GPT-2
+    if geometry.architecture == "GPTNeoXForCausalLM":
+        rope = plain.get("rope_parameters") or {}
+        config.rotary_base = rope.get("rope_theta") or plain.get("rotary_emb_base") or 10000
+    return config
+
+
+def _check_conversion(folder: Path, original: Any, hooked: "HookedTransformer") -> None:
+    """Compares log-probabilities on one row: TransformerLens ignores settings such as rope scaling without a word."""
+    import torch
+
+    n_tokens = min(hooked.cfg.n_ctx, 64)
+    ids = torch.arange(n_tokens)[None] * 7919 % hooked.cfg.d_vocab  # any row will do
+    with torch.no_grad():
+        wanted = original(input_ids=ids).logits.log_softmax(-1)
+        difference = (hooked(ids).log_softmax(-1) - wanted).abs().mean().item()
+    if not difference < 0.01:  # a right conversion: 1e-6 to 1e-4
+        raise ModelError(
+            f"TransformerLens computes something else from {folder} than transformers does: log-probabilities differ "
+            f"by {difference:.2g} on average. Its conversion ignores some settings of config.json, such as rope "
+            "scaling or attention biases; this model cannot be used here"
+        )

@@ -1,0 +1,204 @@
+"""Shuffled reading: batch s of columns is a pure function of (seed, s), prefetched in a thread.
+
+The tokens of epoch e come in the order of a permutation that is computed, not stored: a keyed Feistel network over
+Z_a x Z_b, a b >= n, whose few results beyond n are put through it again (Black and Rogaway 2002, ciphers with
+arbitrary finite domains). So any batch can be asked for at any time, by any number of readers, without memory that
+grows with n. Batches straddle epochs: batch s holds the tokens s B to (s + 1) B - 1 of the endless stream of epochs, so
+every batch is full and every epoch has every token exactly once.
+
+Rows are gathered from memory maps of the raw shards, in the order that they lie on disk. A chunk's checksum is compared
+when the chunk is first touched, before any of its values is used. A store that is not laid out as saeflow writes it
+(converted by another tool, say) is read through zarr: slower, with the same values.
+"""
+
+import hashlib
+import math
+import queue
+import resource
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.shards import LayoutError, Shard, ShardError, shard_path
+from saeflow.store import Column, StoreError, array_layout
+
+ROUNDS = 8
+
+
+class BatchReader:
+    """Shuffled batches of row-aligned columns of one store, in float32."""
+
+    def __init__(self, columns: list[Column], batch_size: int, seed: int) -> None:
+        """Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens."""
+        if len({c.store.resolve() for c in columns}) != 1 or len({c.n_tokens for c in columns}) != 1:
+            what = ", ".join(f"{c.folder} ({c.n_tokens} tokens)" for c in columns)
+            raise StoreError(f"only columns of one store and one length can be read together, not {what}")
+        self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens, batch_size, seed
+        self.columns = [open_rows(column) for column in columns]
+
+    def rows(self, s: int) -> np.ndarray:
+        """Token numbers of batch s, (batch_size,) int64."""
+        stream = np.arange(s * self.batch_size, (s + 1) * self.batch_size, dtype=np.int64)
+        epochs, index = np.divmod(stream, self.n_tokens)
+        parts = [permute(index[epochs == e], self.n_tokens, self.seed, int(e)) for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def batch(self, s: int) -> tuple[Tensor, ...]:
+        """Batch s, for every column an (N, d) float32 tensor, heads flattened; row i of each is the same token."""
+        rows = self.rows(s)
+        return tuple(column.take(rows) for column in self.columns)
+
+    def iterate(self, start_step: int, n_steps: int, prefetch: int = 4) -> Iterator[tuple[Tensor, ...]]:
+        """Batches `start_step` to `start_step + n_steps - 1`, up to `prefetch` of them read ahead by a thread.
+
+        What fails in the thread is raised here. The thread ends when the iterator is exhausted, closed or dropped.
+        """
+        ready: queue.Queue[tuple[Tensor, ...] | BaseException] = queue.Queue(prefetch)
+        stop = threading.Event()
+
+        def put(item: tuple[Tensor, ...] | BaseException) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def read() -> None:
+            try:
+                for s in range(start_step, start_step + n_steps):
+                    if stop.is_set():
+                        return
+                    put(self.batch(s))
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=read, name="batch-reader", daemon=True)
+        thread.start()
+        try:
+            for _ in range(n_steps):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+
+# -------------------------------------------------------------------- the order of an epoch
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a permutation of 0 .. n - 1, chosen by (seed, epoch), sends some indices; both are int64 of shape (N,)."""
+    a = math.isqrt(n - 1) + 1 if n > 1 else 1
+    b = -(-n // a)
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+    found = _feistel(index.astype(np.uint64), a, b, keys)
+    while (outside := found >= n).any():
+        found[outside] = _feistel(found[outside], a, b, keys)
+    return found.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of 0 .. a b - 1: each round adds a hash of one half to the other, which can be undone."""
+    left, right = np.divmod(x, np.uint64(b))
+    for i in range(0, len(keys), 2):
+        left = (left + _mix(right ^ keys[i]) % np.uint64(a)) % np.uint64(a)
+        right = (right + _mix(left ^ keys[i + 1]) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+# -------------------------------------------------------------------- rows of one column
+class MappedRows:
+    """Rows of a column by token number, from memory maps of its shards."""
+
+    def __init__(self, column: Column) -> None:
+        """Opens every shard. Raises `ShardError` for a damaged one, `LayoutError` for a layout not known here."""
+        self.column = column
+        layout = array_layout(column)
+        if layout is None:
+            raise LayoutError(f"{column.array} is not laid out as saeflow writes it")
+        self.layout = layout
+        starts = range(0, column.n_tokens, self.layout.shard_tokens)
+        _allow_open_files(len(starts))
+        self.shards = [
+            Shard(
+                shard_path(column.array, number, len(column.size) + 1),
+                self.layout,
+                min(column.n_tokens - start, self.layout.shard_tokens),
+            )
+            for number, start in enumerate(starts)
+        ]
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """Rows by token number in any order, (N,) int64 -> (N, d) float32."""
+        order = np.argsort(rows)
+        ordered = rows[order]
+        shard_tokens = self.layout.shard_tokens
+        first, last = ordered[0] // shard_tokens, ordered[-1] // shard_tokens
+        bounds = np.searchsorted(ordered, np.arange(first, last + 2) * shard_tokens)
+        out = np.empty((len(rows), self.layout.row_bytes), dtype=np.uint8)
+        whole = out.view(np.dtype((np.void, self.layout.row_bytes)))[:, 0]  # one element a row: moved as one copy
+        for number in np.flatnonzero(np.diff(bounds)):
+            a, b = bounds[number], bounds[number + 1]
+            shard = first + number
+            whole[order[a:b]] = self.shards[shard].take(ordered[a:b] - shard * shard_tokens)
+        return _float32(out, self.column)
+
+
+class ZarrRows:
+    """The same through zarr, for stores in another layout."""
+
+    def __init__(self, column: Column) -> None:
+        import zarr
+
+        self.column = column
+        self.array: Any = zarr.open_array(column.array, mode="r")
+        if self.array.shape[0] < column.n_tokens or self.array.shape[1:] != column.size:
+            raise StoreError(
+                f"{column.array} has shape {self.array.shape}; {column.folder} needs {column.n_tokens} rows"
+            )
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """Rows by token number in any order, (N,) int64 -> (N, d) float32."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        try:
+            values = np.asarray(self.array.oindex[unique])[inverse]
+        except ValueError as error:
+            if "checksum" not in str(error):
+                raise
+            raise ShardError(self.column.array, f"zarr finds a damaged chunk ({error})") from error
+        found = _float32(values.reshape(len(rows), -1).view(np.uint8), self.column)
+        if not found.isfinite().all():  # caching lets only finite values in: these are fill values of a missing chunk
+            raise ShardError(self.column.array, "a chunk is missing: its rows read as NaN")
+        return found
+
+
+def open_rows(column: Column) -> MappedRows | ZarrRows:
+    """The fastest way to read a column's rows."""
+    try:
+        return MappedRows(column)
+    except LayoutError:
+        return ZarrRows(column)
+
+
+def _float32(values: np.ndarray, column: Column) -> Tensor:
+    """Stored bytes, (N, bytes) uint8, as an (N, d) float32 tensor."""
+    return torch.from_numpy(values).view(getattr(torch, column.dtype)).float()
+
+
+def _allow_open_files(n: int) -> None:
+    """Every mapped shard counts as an open file; the soft limit is often 1,024, the hard one far more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and 4 * n + 256 > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,105 @@
+"""Running a model with the value at one hook replaced, at the cost of only the layers above that hook.
+
+One clean pass over a batch of rows keeps what the splices need; each splice then resumes from there
+(`start_at_layer` of TransformerLens). Additions are in the model's own order, so that the result is bit for bit that
+of a full pass with a hook. A splice replaces every position of a row, BOS too.
+
+Passes end at the unembedding's input ("final"), so that logits can be made a few positions at a time
+(`saeflow.kernels.next_token`). Shapes: B rows, P positions, D model width.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeflow.models import hook_layer
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+class Clean(NamedTuple):
+    """The clean pass of one batch."""
+
+    tokens: Tensor
+    """(B, P)"""
+    final: Tensor
+    """(B, P, D): what the unembedding reads."""
+    values: dict[str, Tensor]
+    """By hook: (B, P, d) or (B, P, head, d_head)."""
+
+
+class _Resume(NamedTuple):
+    """How a splice resumes: the residual stream before block `layer` is the sum of `base`, then the value if `adds`;
+    otherwise the value is put in by a hook during the pass. With no `base` and no `adds` the pass starts at the tokens.
+    """
+
+    layer: int
+    base: tuple[str, ...]
+    adds: bool
+
+
+@torch.no_grad()
+def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> Clean:
+    """Runs the model on `tokens` (B, P); keeps the values at `hooks`, and what resuming at `splices` takes."""
+    kept = {*hooks, *splices}
+    for splice in splices:
+        kept |= set(_resume(model, splice).base)
+    values: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        values[hook.name] = value
+
+    with model.hooks(fwd_hooks=[(name, keep) for name in sorted(kept)]):
+        final = _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
+    return Clean(tokens, final, values)
+
+
+@torch.no_grad()
+def run_spliced(model: "HookedTransformer", clean: Clean, hook_name: str, value: Tensor) -> Tensor:
+    """The final value (B, P, D) with the value at the hook replaced by `value`, of its shape or flattened (B, P, d)."""
+    resume = _resume(model, hook_name)
+    value = value.reshape(clean.values[hook_name].shape)
+    parts = [clean.values[name] for name in resume.base] + ([value] if resume.adds else [])
+    hooks = [] if resume.adds else [(hook_name, lambda _, hook: value)]
+    with model.hooks(fwd_hooks=hooks):
+        if not parts:
+            return _normalize(model, model(clean.tokens, stop_at_layer=model.cfg.n_layers))
+        residual = parts[0]
+        for part in parts[1:]:
+            residual = residual + part
+        return _normalize(model, model(residual, start_at_layer=resume.layer, stop_at_layer=model.cfg.n_layers))
+
+
+def _resume(model: "HookedTransformer", hook_name: str) -> _Resume:
+    """Hooks whose value is a term of the residual stream are added to the other terms, and their block is not run."""
+    if hook_name.startswith("ln_final"):
+        last = model.cfg.n_layers - 1
+        return _Resume(last + 1, (f"blocks.{last}.hook_resid_post",), adds=False)
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+    if not found:  # the embedding
+        return _Resume(0, (), adds=False)
+    layer, block = int(found[1]), f"blocks.{found[1]}."
+    if found[2] == "hook_resid_pre":
+        return _Resume(layer, (), adds=True)
+    if found[2] == "hook_resid_post":
+        return _Resume(layer + 1, (), adds=True)
+    if found[2] == "hook_mlp_out":
+        terms = ("hook_resid_pre", "hook_attn_out") if model.cfg.parallel_attn_mlp else ("hook_resid_mid",)
+        return _Resume(layer + 1, tuple(block + term for term in terms), adds=True)
+    return _Resume(layer, (block + "hook_resid_pre",), adds=False)
+
+
+def _normalize(model: "HookedTransformer", residual: Tensor) -> Tensor:
+    return residual if model.cfg.normalization_type is None else model.ln_final(residual)
+
+
+@torch.no_grad()
+def read_hooks(model: "HookedTransformer", tokens: Tensor, hooks: list[str]) -> list[Tensor]:
+    """Values at `hooks` of a clean pass over `tokens` (B, P) that stops above the highest of them."""
+    stop = max(hook_layer(name, model.cfg.n_layers) for name in hooks)
+    _, cache = model.run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, return_cache_object=False)
+    return [cache[name] for name in hooks]

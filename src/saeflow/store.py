@@ -1,0 +1,299 @@
+"""The folder of an activation store: its Zarr group, its coordinates, what is known to be on disk, and its columns.
+
+    <store>/activations.zarr/<hook>/     one sharded array a hook, (token, d) or (token, head, d_head)
+    <store>/activations.zarr/token_id    and document, position: one value a token
+    <store>/progress/<hook>.safetensors  how far a hook's shards reach, and the statistics up to its last whole shard
+    <store>/<column>/                    receipt of one hook up to one number of rows, with its statistics
+
+All arrays have the length of the longest column, so that xarray opens them as one data set: what a shorter column does
+not hold reads as NaN there (attribute `n_tokens` says how much it holds). `Column` never reads past its own end.
+"""
+
+import fcntl
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from saeflow.config import ActivationsConfig
+from saeflow.shards import ITEMSIZE, Layout, shard_path
+from saeflow.tokens import open_tokens
+
+if TYPE_CHECKING:
+    import zarr
+
+    from saeflow.moments import Moments, Statistics
+
+log = logging.getLogger("saeflow")
+COORDINATES = ("token_id", "document", "position")
+NAN_BFLOAT16 = 0x7FC0
+SLAB_TOKENS = 1 << 16
+STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+
+
+class StoreError(ValueError):
+    """A store or column that does not fit what is asked of it; the message names the folder and what to do."""
+
+
+def dimension_names(hook_name: str, n_dims: int) -> tuple[str, ...]:
+    """Names of an array's dimensions. Hooks of one store that differ in size differ in the name of that dimension."""
+    last = hook_name.rsplit(".", 1)[-1]
+    if n_dims == 3:
+        return ("token", "key_value_head" if last in ("hook_k", "hook_v") else "head", "d_head")
+    return ("token", "d_mlp" if ".mlp." in hook_name else "d")
+
+
+class TokenRows:
+    """The packed rows of a tokens folder, read in slabs: a chunk on disk holds many rows, and decoding it costs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, open_tokens(folder)
+        self.n_rows, self.context_size = self.store.n_rows, self.store.context_size
+        self._slab = max(1, SLAB_TOKENS // self.context_size)
+        self._first, self._held = 0, self.store[0:0]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids of rows, (rows, context_size) int32; the last slab stays in memory."""
+        if start < self._first or stop > self._first + len(self._held):
+            self._first, self._held = start, self.store[start : max(stop, start + self._slab)]
+        return self._held[start - self._first : stop - self._first]
+
+    def coordinates(self, start: int, stop: int) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+        """Of rows `start` to `stop`, slab by slab: the slice of tokens, and (N,) int32 values by coordinate."""
+        for first in range(start, stop, self._slab):
+            tokens, document, _ = self.store.rows(first, min(first + self._slab, stop))
+            position = np.broadcast_to(np.arange(self.context_size, dtype=np.int32), tokens.shape)
+            values = (tokens, document, position)
+            where = slice(first * self.context_size, (first + len(tokens)) * self.context_size)
+            yield where, {k: v.reshape(-1) for k, v in zip(COORDINATES, values, strict=True)}
+
+
+class ActivationStore:
+    """What writes a store: one process at a time, inside `locked`."""
+
+    def __init__(self, folder: Path, config: ActivationsConfig) -> None:
+        self.folder, self.config = folder, config
+        self.zarr = folder / "activations.zarr"
+
+    def layout(self, size: tuple[int, ...]) -> Layout:
+        row_bytes = math.prod(size) * ITEMSIZE[self.config.dtype]
+        return Layout(row_bytes, self.config.chunk_tokens, self.config.shard_tokens)
+
+    def shard(self, hook_name: str, size: tuple[int, ...], number: int) -> Path:
+        return shard_path(self.zarr / hook_name, number, len(size) + 1)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Waits until no other process writes this store. The lock ends with the process, however that ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another job that writes %s", self.folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            for leftover in self.zarr.rglob("*.partial"):
+                leftover.unlink()
+            yield
+
+    # ---------------------------------------------------------------- Zarr metadata and coordinates
+    def group(self) -> "zarr.Group":
+        import zarr
+
+        return zarr.open_group(self.zarr, mode="a", zarr_format=3)
+
+    def create(self, hook_name: str, size: tuple[int, ...], attributes: dict[str, Any]) -> None:
+        """Adds the array of a hook, still without rows, or checks that the one that is there is laid out alike."""
+        from zarr.codecs import Crc32cCodec
+
+        group = self.group()
+        c = self.config
+        dtype = STORED_AS[c.dtype]
+        if hook_name in group:
+            array: Any = group[hook_name]
+            held = (array.shape[1:], str(array.dtype), array.chunks[0], (array.shards or array.chunks)[0])
+            wanted = (tuple(size), dtype, c.chunk_tokens, c.shard_tokens)
+            if held != wanted:
+                raise StoreError(
+                    f"{self.zarr}/{hook_name} has (size, dtype, chunk, shard) {held}, but {wanted} is asked for: "
+                    f"remove {self.folder} to cache it anew"
+                )
+            return
+        group.create_array(
+            hook_name,
+            shape=(0, *size),
+            chunks=(c.chunk_tokens, *size),
+            shards=(c.shard_tokens, *size),
+            dtype=dtype,
+            filters=None,
+            compressors=[Crc32cCodec()],
+            fill_value=NAN_BFLOAT16 if c.dtype == "bfloat16" else math.nan,
+            dimension_names=dimension_names(hook_name, len(size) + 1),
+            attributes={**attributes, "hook": hook_name, "torch_dtype": c.dtype, "n_tokens": 0},
+        )
+
+    def n_coordinates(self) -> int:
+        """Tokens whose coordinates are on disk."""
+        return cast(int, self.group().attrs.get("n_tokens", 0)) if self.zarr.is_dir() else 0
+
+    def check_tokens(self, rows: TokenRows) -> None:
+        """Raises `StoreError` unless `rows` and what the store holds agree as far as both reach."""
+        if self.n_coordinates() == 0:
+            return
+        group = self.group()
+        n_tokens = min(self.n_coordinates(), rows.n_rows * rows.context_size)
+        for where, wanted in rows.coordinates(0, n_tokens // rows.context_size):
+            for name, values in wanted.items():
+                if not np.array_equal(np.asarray(group[name][where]), values):  # type: ignore[index]
+                    raise StoreError(
+                        f"{self.zarr} was made from other tokens than {rows.folder}: {name} differs between tokens "
+                        f"{where.start} and {where.stop}. The rows of a store's columns must be the same, the shorter "
+                        f"a beginning of the longer; remove {self.folder} to cache it anew"
+                    )
+
+    def commit(self, n_tokens: dict[str, int], rows: TokenRows, attributes: dict[str, Any]) -> None:
+        """Makes what was written visible: coordinates first, then the arrays' lengths. May be repeated after a kill."""
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+
+        group = self.group()
+        length = max(self.n_coordinates(), *n_tokens.values())
+        for name in COORDINATES:
+            if name not in group:
+                group.create_array(
+                    name,
+                    shape=(0,),
+                    chunks=(self.config.shard_tokens,),
+                    dtype="int32",
+                    compressors=[ZstdCodec(level=3), Crc32cCodec()],
+                    fill_value=-1,
+                    dimension_names=("token",),
+                )
+            group[name].resize((length,))  # type: ignore[union-attr]
+        known = self.n_coordinates() // rows.context_size
+        for where, values in rows.coordinates(known, length // rows.context_size):
+            for name, part in values.items():
+                group[name][where] = part  # type: ignore[index]
+        for name, array in sorted(group.arrays()):
+            if array.shape[0] < length:
+                array.resize((length, *array.shape[1:]))
+            if n_tokens.get(name, 0) > cast(int, array.attrs.get("n_tokens", 0)):
+                array.attrs["n_tokens"] = n_tokens[name]
+        # xarray takes the names in `coordinates` as coordinates of every array.
+        group.attrs.update({**attributes, "coordinates": " ".join(COORDINATES), "n_tokens": length})
+
+    # ---------------------------------------------------------------- progress
+    def load_progress(self, hook_name: str, device: str) -> "tuple[int, Moments] | None":
+        """Tokens of a hook that are on disk, and the moments of those in its first whole shards."""
+        from safetensors.torch import load_file
+
+        from saeflow.moments import Moments
+
+        file = self.folder / "progress" / f"{hook_name}.safetensors"
+        if not file.is_file():
+            return None
+        state = load_file(file)
+        return int(state.pop("stored")), Moments.from_tensors(state, device)
+
+    def save_progress(self, hook_name: str, stored: int, moments: "Moments") -> None:
+        import torch
+
+        save_tensors(
+            self.folder / "progress" / f"{hook_name}.safetensors",
+            {k: v.cpu() for k, v in moments.tensors().items()} | {"stored": torch.tensor(stored)},
+        )
+
+
+def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Writes a safetensors file that appears whole."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+# -------------------------------------------------------------------- columns
+@dataclass(frozen=True)
+class Column:
+    """One hook's activations up to one number of tokens, as its receipt states them."""
+
+    folder: Path
+    hook_name: str
+    n_tokens: int
+    size: tuple[int, ...]
+    dtype: str
+
+    @property
+    def d(self) -> int:
+        """Values per token, heads flattened."""
+        return math.prod(self.size)
+
+    @property
+    def store(self) -> Path:
+        return self.folder.parent
+
+    @property
+    def array(self) -> Path:
+        """Folder of the Zarr array."""
+        return self.store / "activations.zarr" / self.hook_name
+
+    @cached_property
+    def statistics(self) -> "Statistics":
+        from safetensors.torch import load_file
+
+        from saeflow.moments import Statistics
+
+        return Statistics(**load_file(self.folder / "statistics.safetensors"))
+
+
+def open_column(folder: str | Path) -> Column:
+    """Opens a column folder. Reads its receipt only; `saeflow.reader` reads the values."""
+    folder = Path(folder)
+    file = folder / "column.json"
+    if not file.is_file():
+        raise StoreError(f"{folder} is no column of an activation store: it has no column.json; run the workflow again")
+    held = json.loads(file.read_text())
+    return Column(folder, held["hook_name"], held["n_tokens"], tuple(held["size"]), held["dtype"])
+
+
+def array_layout(column: Column) -> Layout | None:
+    """Layout of a column's shards, from the metadata of its array; None where it is not the one of `saeflow.shards`."""
+    file = column.array / "zarr.json"
+    if not file.is_file():
+        raise StoreError(
+            f"{column.folder} is a column of {column.array}, which is not there; remove the column's folder"
+        )
+    held = json.loads(file.read_text())
+    checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    size = list(column.size)
+    try:
+        (sharding,) = held["codecs"]
+        inner = sharding["configuration"]
+        shard_tokens, *shard_size = held["chunk_grid"]["configuration"]["chunk_shape"]
+        chunk_tokens, *chunk_size = inner["chunk_shape"]
+        known = (
+            held["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
+            and held["data_type"] == STORED_AS[column.dtype]
+            and sharding["name"] == "sharding_indexed"
+            and inner["codecs"] == inner["index_codecs"] == checksummed
+            and inner["index_location"] == "end"
+            and held["shape"][1:] == shard_size == chunk_size == size
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Layout(column.d * ITEMSIZE[column.dtype], chunk_tokens, shard_tokens) if known else None
+
+
+def write_column(column: Column, statistics: "Statistics") -> None:
+    """Fills a column folder."""
+    held = {k: getattr(column, k) for k in ("hook_name", "n_tokens", "size", "dtype")}
+    (column.folder / "column.json").write_text(json.dumps(held, indent=1) + "\n")
+    save_tensors(column.folder / "statistics.safetensors", statistics._asdict())

@@ -1,0 +1,284 @@
+"""The token store: packed rows of one split of a corpus in Zarr, and the table of the documents that they are from.
+
+Rows are written in order, a shard at a time, as the corpus streams by: memory does not grow with the corpus, reading
+stops with the last row, and the first n rows are the same however many are asked for.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from saeflow.config import ConfigError
+from saeflow.corpus import (
+    SHUFFLE_DOCUMENTS,
+    SHUFFLE_SEED,
+    CorpusError,
+    Document,
+    document_hash,
+    is_held_out,
+    shuffle_documents,
+)
+from saeflow.job import progress
+from saeflow.packing import LoadedTokenizer, Packer, Rows, encode_all, row_bos
+
+if TYPE_CHECKING:
+    import zarr
+
+PACKING = (
+    f"documents shuffled in a buffer of {SHUFFLE_DOCUMENTS} (seed {SHUFFLE_SEED}), joined by EOS, cut into rows; "
+    "BOS in front of every row if prepend_bos"
+)
+NEVER_WRITTEN = -2  # what Zarr gives for a chunk that is not there: neither a token nor `packing.NO_DOCUMENT`
+CHUNK_TOKENS = 1 << 16  # 256 KiB before compression: the unit of checksums, and the least that is read
+SHARD_TOKENS = 1 << 22  # one file, and what is held in memory
+_ABOUT = {
+    "tokens": "token id",
+    "document": "index of the token's document in documents.parquet; -1 for the BOS in front of a row",
+    "offset": "index of the token in its document, the EOS that ends it included; -1 for the BOS in front of a row",
+}
+
+
+class TokensError(ConfigError):
+    """A token store that cannot be read; the message names the file and how to make it anew."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Rows on disk: `store[a:b]` reads token ids, (rows, context_size) int32, `store.rows(a, b)` all three arrays."""
+
+    folder: Path
+    arrays: dict[str, "zarr.Array"]
+    attributes: dict[str, Any]
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.arrays["tokens"].shape[0])
+
+    @property
+    def context_size(self) -> int:
+        return int(self.arrays["tokens"].shape[1])
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._read("tokens", rows)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return Rows(*(self._read(name, slice(start, stop)) for name in Rows._fields))
+
+    def _read(self, name: str, rows: slice) -> np.ndarray:
+        array = self.arrays[name]
+        try:
+            return np.asarray(array[rows])
+        except (ValueError, RuntimeError) as error:
+            start, stop, _ = rows.indices(self.n_rows)
+            raise _damaged(self.folder, _first_bad_shard(self.folder, array, name, start, stop), str(error)) from error
+
+
+def open_tokens(folder: str | Path) -> TokenStore:
+    """Opens `tokens.zarr` of an artifact folder.
+
+    Raises `TokensError` where it is not there, or lacks a shard: Zarr itself would read fill values without a word.
+    """
+    import zarr
+
+    folder = Path(folder)
+    path = folder / "tokens.zarr"
+    if not (path / "zarr.json").is_file():
+        raise TokensError(f"{folder} holds no tokens.zarr; run the workflow, it makes the tokens first")
+    group = zarr.open_group(path, mode="r")
+    arrays = {name: cast("zarr.Array", group[name]) for name in Rows._fields}
+    for name, array in arrays.items():
+        for i in range(-(-array.shape[0] // _shard_rows(array))):
+            if not _shard(folder, name, i).is_file():
+                raise _damaged(folder, _shard(folder, name, i), "no such file")
+    return TokenStore(folder, arrays, dict(group.attrs))
+
+
+def write_tokens(
+    folder: str | Path,
+    documents: Iterable[Document],
+    tokenizer: LoadedTokenizer,
+    *,
+    split: str,
+    n_rows: int,
+    context_size: int,
+    prepend_bos: bool,
+    held_out_fraction: float,
+    tokenizer_digest: str,
+) -> int:
+    """Writes the first `n_rows` rows of a split (`train` or `held_out`) as `tokens.zarr` and `documents.parquet`.
+
+    Returns the number of documents that they are from. Raises `CorpusError` where the split has fewer rows, and
+    `TokenizerError` where a BOS is wanted of a tokenizer that has none.
+    """
+    folder = Path(folder)
+    bos = row_bos(tokenizer, prepend_bos)
+    attributes = {
+        "context_size": context_size,
+        "prepend_bos": prepend_bos,
+        "bos_token_id": bos,
+        "eos_token_id": tokenizer.eos_token_id,
+        "split": split,
+        "held_out_fraction": held_out_fraction,
+        "tokenizer": tokenizer_digest,
+        "packing": PACKING,
+    }
+    kept = (d for d in documents if is_held_out(d.text, held_out_fraction) == (split == "held_out"))
+    stream = _Stream(shuffle_documents(kept), tokenizer, Packer(context_size, tokenizer.eos_token_id, bos))
+    arrays = _create(folder / "tokens.zarr", n_rows, context_size, attributes)
+    with _DocumentTable(folder / "documents.parquet") as table, progress(None, "rows", n_rows) as bar:
+        written = 0
+        for shard in _shards(stream, n_rows, _shard_rows(arrays["tokens"])):
+            for name, values in shard._asdict().items():
+                arrays[name][written : written + len(values)] = values
+            written += len(shard.tokens)
+            table.write(stream.pop_documents(int(shard.document.max())))
+            bar.update(len(shard.tokens))
+    if written < n_rows:
+        raise _too_short(stream, split, written, n_rows, context_size)
+    return table.n_documents
+
+
+class _Stream:
+    """Blocks of whole rows, as documents come; keeps the records of those documents until they are taken."""
+
+    def __init__(self, documents: Iterable[Document], tokenizer: LoadedTokenizer, packer: Packer) -> None:
+        self.packer = packer
+        self.n_documents = self.n_tokens = 0
+        self._records: list[tuple[int, str, str, int]] = []
+        self._documents, ahead = itertools.tee(documents)  # tokenising reads a batch ahead
+        self._ids = encode_all(tokenizer.tokenizer, (d.text for d in ahead))
+
+    def __iter__(self) -> Iterator[Rows]:
+        for document, ids in zip(self._documents, self._ids, strict=True):
+            self.packer.add(self.n_documents, ids)
+            self._records.append((self.n_documents, document.source, document_hash(document.text), len(ids)))
+            self.n_documents += 1
+            self.n_tokens += len(ids)
+            if self.packer.rows_ready():
+                yield self.packer.take()
+
+    def pop_documents(self, last: int) -> list[tuple[int, str, str, int]]:
+        """Records (document, source, hash, n_tokens) up to document `last` that were not taken yet."""
+        n = next((i for i, record in enumerate(self._records) if record[0] > last), len(self._records))
+        taken, self._records = self._records[:n], self._records[n:]
+        return taken
+
+
+def _shards(blocks: Iterable[Rows], n_rows: int, shard_rows: int) -> Iterator[Rows]:
+    """Joins blocks of rows into shards; stops asking for blocks at `n_rows`. The last shard may be smaller."""
+    held: list[Rows] = []
+    waiting = given = 0
+    for block in blocks:
+        held.append(block)
+        waiting += len(block.tokens)
+        while waiting and (waiting >= shard_rows or given + waiting >= n_rows):
+            joined = Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
+            n = min(waiting, shard_rows, n_rows - given)
+            yield Rows(*(values[:n] for values in joined))
+            held, waiting, given = [Rows(*(values[n:] for values in joined))], waiting - n, given + n
+            if given == n_rows:
+                return
+    if waiting:
+        yield Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
+
+
+def _create(path: Path, n_rows: int, context_size: int, attributes: dict[str, Any]) -> dict[str, "zarr.Array"]:
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    chunk = max(1, CHUNK_TOKENS // context_size)
+    shard = chunk * max(1, SHARD_TOKENS // (chunk * context_size))
+    group = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+    arrays = {
+        name: group.create_array(
+            name,
+            shape=(n_rows, context_size),
+            chunks=(chunk, context_size),
+            shards=(shard, context_size),
+            dtype="int32",
+            fill_value=NEVER_WRITTEN,
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],  # documents and offsets shrink to almost nothing
+            dimension_names=("sequence", "position"),
+            attributes={"description": about},
+        )
+        for name, about in _ABOUT.items()
+    }
+    with warnings.catch_warnings():  # it is outside the specification of version 3, and xarray warns where it lacks
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(path)
+    return arrays
+
+
+class _DocumentTable:
+    """`documents.parquet`, written a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        types = {"document": pa.int32(), "source": pa.string(), "hash": pa.string(), "n_tokens": pa.int32()}
+        self._schema = pa.schema(types.items())
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self.n_documents = 0
+
+    def write(self, records: list[tuple[int, str, str, int]]) -> None:
+        import pyarrow as pa
+
+        if records:  # none where a shard lies within one document
+            columns = [list(column) for column in zip(*records, strict=True)]
+            self._writer.write_table(pa.table(columns, schema=self._schema))
+            self.n_documents += len(records)
+
+    def __enter__(self) -> "_DocumentTable":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+
+def _too_short(stream: _Stream, split: str, n_rows: int, wanted: int, context_size: int) -> CorpusError:
+    """The corpus ended before the last row."""
+    other = "smaller" if split == "train" else "larger"
+    more = f"use more text, or a {other} tokens.held_out_fraction"
+    holds = f"the {split} split holds {stream.n_documents:,} documents of {stream.n_tokens:,} tokens in all"
+    if n_rows == 0:
+        return CorpusError(
+            f"the corpus is too short for one row: {holds}, and tokens.context_size={context_size}; {more}"
+        )
+    return CorpusError(
+        f"the corpus is too short: {holds}, {n_rows:,} rows of {context_size}, but {wanted:,} rows are asked for; set "
+        f"tokens.{split}_tokens={n_rows * context_size} or less, or {more}"
+    )
+
+
+def _shard_rows(array: "zarr.Array") -> int:
+    return int((array.shards or array.chunks)[0])
+
+
+def _shard(folder: Path, name: str, index: int) -> Path:
+    return folder / "tokens.zarr" / name / "c" / str(index) / "0"
+
+
+def _first_bad_shard(folder: Path, array: "zarr.Array", name: str, start: int, stop: int) -> Path:
+    """The first shard of rows `start` to `stop` that does not read."""
+    size = _shard_rows(array)
+    for i in range(start // size, -(-stop // size)):
+        try:
+            array[i * size : (i + 1) * size]
+        except (ValueError, RuntimeError):
+            return _shard(folder, name, i)
+    return folder / "tokens.zarr" / name
+
+
+def _damaged(folder: Path, file: Path, why: str) -> TokensError:
+    return TokensError(
+        f"{file} is damaged ({why}); remove {folder} and run the workflow again, it makes these tokens anew"
+    )

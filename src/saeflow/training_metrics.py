@@ -1,0 +1,74 @@
+"""What training writes down: one row every `log_every` steps, about the batch of that step, before its update.
+
+Between rows nothing waits for the device: losses stay there until the next row checks that all of them are finite.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saeflow.config import TrainingConfig
+from saeflow.kernels.step import Step
+
+DEAD_AFTER_TOKENS = 100_000  # a latent that has not fired for this long counts as dead
+
+
+class TrainingError(RuntimeError):
+    """Training that went wrong; the message names the step and what to try."""
+
+
+class TrainingMetrics:
+    """Rows of metrics. Between rows nothing waits for the device: losses stay there until the next row checks them."""
+
+    def __init__(self, d_sae: int, training: TrainingConfig, device: str) -> None:
+        self.training = training
+        self.dead_after = math.ceil(DEAD_AFTER_TOKENS / training.batch_size)
+        self.idle_steps = torch.zeros(d_sae, dtype=torch.int32, device=device)
+        self.losses: list[Tensor] = []
+        self.rows: list[dict[str, float]] = []
+
+    def add(self, found: Step, l1: float) -> None:
+        self.idle_steps.add_(1).masked_fill_(found.activity > 0, 0)
+        self.losses.append(found.squared_error + l1 * found.sparsity)
+
+    def row(self, step: int, found: Step, y: Tensor, lr: float, l1: float) -> dict[str, float]:
+        """The metrics of step number `step`, counted from 0; rows count the steps done. `y` (N, p)."""
+        losses = torch.stack(self.losses).tolist()
+        for done, loss in enumerate(losses, start=step + 2 - len(losses)):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss became {loss} at step {done} (lr {lr:g}): lower training.lr, or lengthen "
+                    "training.lr_warm_up_steps; with large activations set dictionary.normalize_activations="
+                    "expected_average_only_in"
+                )
+        self.losses.clear()
+        assert found.active is not None
+        variance = (y - y.mean(dim=0)).square().sum(dim=1).mean()
+        unexplained = (found.squared_norms.mean() / variance).item()
+        self.rows.append(
+            {
+                "step": step + 1,
+                "tokens": (step + 1) * self.training.batch_size,
+                "loss": losses[-1],
+                "squared_error": found.squared_error.item(),
+                "sparsity": found.sparsity.item(),
+                "l0": found.active.item() / y.shape[0],
+                "explained_variance": 1 - unexplained,
+                "fvu": unexplained,
+                "dead": int(torch.count_nonzero(self.idle_steps >= self.dead_after)),
+                "lr": lr,
+                "l1_scheduled": l1,
+            }
+        )
+        return self.rows[-1]
+
+
+def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
+    """One column a metric; `dead` counts latents that have not fired for `DEAD_AFTER_TOKENS`, `fvu` is the fraction of
+    the batch's variance unexplained, `l1_scheduled` the L1 coefficient of that step."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

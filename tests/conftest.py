@@ -1,0 +1,150 @@
+"""Shared fixtures: tiny models of three architectures, a corpus, packed tokens. What is heavy is imported late."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONTEXT_SIZE = 32
+SENTENCE = (
+    "the sea lay calm under a pale moon and no ship came near it for seven days café naïve — 海 🌊 Yes, No! one two"
+)
+WORDS = SENTENCE.split()
+
+
+def make_texts(n: int, seed: int = 0, words: tuple[int, int] = (5, 80)) -> list[str]:
+    """Texts of random words, some of more than one byte a character, in sentences and a few paragraphs."""
+    rng = random.Random(seed)
+    texts = []
+    for i in range(n):
+        chosen = [rng.choice(WORDS) for _ in range(rng.randint(*words))]
+        texts.append("".join(w + rng.choice([" ", " ", " ", ". ", ".\n\n"]) for w in chosen) + f"{i}")
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    lines = (json.dumps({"source": "ab"[i % 2], "text": text}, ensure_ascii=False) for i, text in enumerate(texts))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents, some 20,000 tokens of `tokenizer_folder`, as JSON lines with `source` and `text`."""
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_texts(300))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but a byte-level BPE tokenizer of 300 tokens; `<|endoftext|>` (id 0) is BOS and EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(make_texts(100), trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": end, "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_folder: Path) -> Path:
+    """A tokens artifact: the first 64 rows of 32 tokens of the training split."""
+    from saeflow.corpus import read_documents
+    from saeflow.packing import load_tokenizer
+    from saeflow.tokens import write_tokens
+
+    folder = tmp_path_factory.mktemp("tokens")
+    write_tokens(
+        folder,
+        read_documents(corpus_file),
+        load_tokenizer(tokenizer_folder),
+        split="train",
+        n_rows=64,
+        context_size=CONTEXT_SIZE,
+        prepend_bos=True,
+        held_out_fraction=0.3,
+        tokenizer_digest="tiny",
+    )
+    return folder
+
+
+def save_model(model: Any, folder: Path, tokenizer_folder: Path | None = None) -> Path:
+    """Fills a transformers model with seeded numbers, norms and biases too, and saves it, with a tokenizer if given.
+
+    The numbers are large enough for logits to differ by 1 and more, so that a wrong conversion shows.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            is_scale = ("norm" in name or "ln_" in name) and name.endswith("weight")
+            parameter.copy_(1 + noise if is_scale else noise)
+    model.save_pretrained(folder)
+    for file in tokenizer_folder.iterdir() if tokenizer_folder else ():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def neox_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A random GPT-NeoX of 2 layers: parallel blocks, rotary positions on half of each head."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    config = GPTNeoXConfig(
+        **sizes,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        use_parallel_residual=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return save_model(GPTNeoXForCausalLM(config), tmp_path_factory.mktemp("neox"), tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A random GPT-2 of 2 layers: sequential blocks, learned positions, tied embeddings."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    # n_ctx: as in the files of the hub; transformers no longer sets it, TransformerLens asks for it
+    config = GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_ctx=64, bos_token_id=0, eos_token_id=0
+    )
+    return save_model(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"), tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A random Llama of 2 layers: RMSNorm, gated MLP of an odd width, two query heads for each key and value head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **sizes,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return save_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"), tokenizer_folder)
+
+
+@pytest.fixture(params=["neox", "gpt2", "llama"])
+def model_folder(request: pytest.FixtureRequest) -> Path:
+    """Each of the three tiny models in turn."""
+    return request.getfixturevalue(f"{request.param}_folder")

@@ -1,0 +1,49 @@
+"""Small stores of tokens and activations for tests."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import zarr
+from torch import Tensor
+
+from saeflow.column_writer import ColumnWriter, Wanted
+from saeflow.config import ActivationsConfig
+from saeflow.store import ActivationStore, Column, TokenRows, open_column, write_column
+
+
+def write_rows(folder: Path, tokens: np.ndarray) -> TokenRows:
+    """A tokens folder as `docs/layout.md` describes it, of the given token ids (rows, context_size)."""
+    group = zarr.open_group(folder / "tokens.zarr", mode="w", zarr_format=3)
+    arrays = {"tokens": tokens, "document": np.arange(tokens.size).reshape(tokens.shape) // 7, "offset": tokens * 0}
+    for name, values in arrays.items():
+        array = group.create_array(name, shape=tokens.shape, chunks=(4, tokens.shape[1]), dtype="int32", fill_value=-2)
+        array[:] = values.astype(np.int32)
+    return TokenRows(folder)
+
+
+def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> list[Column]:
+    """A store that holds given activations, (N, *size) a hook, written by the writer that caching uses."""
+    store = ActivationStore(folder, ActivationsConfig(**geometry))
+    n_tokens = len(next(iter(hooks.values())))
+    rows = write_rows(folder / "tokens", np.zeros((n_tokens, 1), dtype=np.int32))
+    columns = []
+    with store.locked(), ThreadPoolExecutor(1) as thread:
+        for hook, values in hooks.items():
+            wanted = Wanted(hook, tuple(values.shape[1:]), n_tokens)
+            store.create(hook, wanted.size, {})
+            writer = ColumnWriter(store, [wanted], "cpu", thread)
+            for start in range(0, n_tokens, 37):
+                writer.append(start, values[start : start + 37])
+            writer.wait()
+            column = Column(folder / f"{hook}-{n_tokens}", *wanted[:1], n_tokens, wanted.size, store.config.dtype)
+            column.folder.mkdir()
+            write_column(column, writer.found[wanted])
+            columns.append(open_column(column.folder))
+        store.commit(dict.fromkeys(hooks, n_tokens), rows, {})
+    return columns
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by name."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,93 @@
+"""What every job does around its work."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saeflow.job import Job
+from saeflow.plan import Instance, Plan
+
+SCRIPT = """
+from saeflow.job import run
+
+def work(jobs):
+    (job,) = jobs
+    with job.writing() as folder:
+        (folder / "half.txt").write_text("half")
+        if job.config["fail"]:
+            raise ValueError("the reason")
+        (folder / "rest.txt").write_text("rest")
+    return f"wrote two files to {job.path}/"
+
+run("train", work)
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    instances = {
+        key: Instance("train", key, {"fail": fail, "seed": 3}, {"tokens": ["t"]}, {})
+        for key, fail in (("good", False), ("bad", True))
+    }
+    plan = Plan("test", {"train": instances, "tokens": {}}, {}, results=str(tmp_path / "results"))
+    plan.freeze(tmp_path / "plan.json")
+    return plan
+
+
+def call(home: Path, key: str, *options: str) -> subprocess.CompletedProcess:
+    (home / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", "--plan", "plan.json", "--key", key, "--log", "logs/job.log", *options]
+    return subprocess.run(command, cwd=home, capture_output=True, text=True)
+
+
+def test_artifact_is_whole_and_tells_where_it_came_from(plan: Plan, tmp_path: Path) -> None:
+    done = call(tmp_path, "good", "--device", "cpu")
+    folder = plan.folder("train", "good")
+    assert done.stdout == f"wrote two files to {folder}/\n"
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "half.txt", "provenance.json", "rest.txt"]
+    held = json.loads((folder / "provenance.json").read_text())
+    assert (held["seed"], held["device"], held["needs"]) == (3, "cpu", {"tokens": ["t"]})
+    assert held["bytes"] == sum((folder / n).stat().st_size for n in ("config.yaml", "half.txt", "rest.txt"))
+    assert "wrote two files" in (tmp_path / "logs/job.log").read_text()
+
+
+def test_failed_job_leaves_no_artifact_and_says_why(plan: Plan, tmp_path: Path) -> None:
+    done = call(tmp_path, "bad")
+    assert done.returncode == 1
+    assert "the reason" in done.stderr and "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "logs/job.log").read_text()
+    assert not plan.folder("train", "bad").exists()
+
+
+def test_failed_job_keeps_the_artifact_that_was_there(plan: Plan) -> None:
+    job = Job(plan.instance("train", "good"), plan, "cpu")
+    with job.writing() as folder:
+        (folder / "a.txt").write_text("first")
+    with pytest.raises(RuntimeError), job.writing() as folder:
+        (folder / "a.txt").write_text("second")
+        raise RuntimeError
+    assert (job.path / "a.txt").read_text() == "first"
+
+
+def test_what_a_killed_job_left_is_not_taken_over(plan: Plan) -> None:
+    job = Job(plan.instance("train", "good"), plan, "cpu")
+    left = job.path.with_name(job.path.name + ".partial")
+    left.mkdir(parents=True)
+    (left / "stale.txt").write_text("stale")
+    with job.writing() as folder:
+        (folder / "a.txt").write_text("fresh")
+    assert not (job.path / "stale.txt").exists() and not left.exists()
+
+
+def test_key_that_the_plan_does_not_have(plan: Plan, tmp_path: Path) -> None:
+    done = call(tmp_path, "none")
+    assert done.returncode == 1 and "the plan has no train 'none'; it has good, bad" in done.stderr
+
+
+def test_no_progress_bar_where_stderr_is_no_terminal(plan: Plan, tmp_path: Path) -> None:
+    code = "from saeflow.job import progress\nfor _ in progress(range(3), 'steps'): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -1,0 +1,232 @@
+"""The plan alone: which edits change which keys. That Snakemake agrees is in test_workflow.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from saeflow.config import ConfigError
+from saeflow.expand import compose
+from saeflow.plan import STAGES, Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP = "sweep={dictionary:relu,dictionary.l1_coefficient:[0.001,0.003]}"
+TRANSCODER = ["dictionary=transcoder", "site=mlp"]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A copy of conf/ with a tiny model folder of its own, to edit. The plan reads sizes and bytes, not tensors."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    model = tmp_path / "resources" / "model"
+    model.mkdir(parents=True)
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "max_position_embeddings": 256,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes(bytes(1000))
+    (model / "tokenizer.json").write_text("{}")
+    (tmp_path / "resources" / "corpus.jsonl.gz").write_bytes(b"some text")
+    return tmp_path
+
+
+def plan_of(home: Path, *overrides: str) -> Plan:
+    return compose(home / "conf", [SWEEP, *overrides], results=str(home / "results"), digests=home / "digests.json")
+
+
+def changed(before: Plan, after: Plan) -> dict[str, int]:
+    """How many instances of each stage are new."""
+    return {s: n for s in STAGES if (n := len(after.stages[s].keys() - before.stages[s].keys()))}
+
+
+def test_stages_of_a_sweep(home: Path) -> None:
+    plan = plan_of(home)
+    assert {s: len(t) for s, t in plan.stages.items()} == {
+        "tokens": 2,
+        "activations": 1,
+        "train": 2,
+        "jacobian": 0,
+        "evaluate": 2,
+        "figures": 1,
+    }
+
+
+def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: Path) -> None:
+    after = compose(home / "conf", [SWEEP.replace("0.003", "0.003,0.01")], results=str(home / "results"))
+    assert changed(plan_of(home), after) == {"train": 1, "evaluate": 1, "figures": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("device=cuda", set()),
+        ("device.train=cuda:1", set()),
+        ("device.threads.train=7", set()),
+        ("dictionary.l1_coefficient=[1e-3,3.0e-3]", set()),
+        ("evaluation.batch_rows=8", {"evaluate", "figures"}),
+        ("seed=1", {"train", "evaluate", "figures"}),
+        ("training.lr=0.01", {"train", "evaluate", "figures"}),
+        ("activations.dtype=float16", {"activations", "train", "evaluate", "figures"}),
+        ("model.fold_ln=true", {"activations", "train", "evaluate", "figures"}),
+        ("tokens.context_size=128", {"tokens", "activations", "train", "evaluate", "figures"}),
+        ("tokens.prepend_bos=false", {"tokens", "activations", "train", "evaluate", "figures"}),
+        ("tokens.train_tokens=100_000", {"tokens", "activations", "train", "evaluate", "figures"}),
+        ("tokens.held_out_tokens=10_000", {"tokens", "evaluate", "figures"}),
+        ("jacobian.bins=10", set()),
+    ],
+)
+def test_an_edit_renews_exactly_its_descendants(home: Path, override: str, stages: set[str]) -> None:
+    assert changed(plan_of(home), plan_of(home, override)).keys() == stages
+
+
+def test_cosmetic_edits_of_the_configuration_change_nothing(home: Path) -> None:
+    before = plan_of(home)
+    file = home / "conf" / "dictionary" / "relu.yaml"
+    lines = [line for line in file.read_text().splitlines() if line]
+    file.write_text("# a comment\n" + "\n".join(reversed(lines)).replace("kind: sae", 'kind:   "sae"  # quoted') + "\n")
+    assert plan_of(home) == before
+
+
+def test_one_bit_of_the_weights_renews_everything_that_reads_them(home: Path) -> None:
+    before = plan_of(home)
+    weights = home / "resources" / "model" / "model.safetensors"
+    held = bytearray(weights.read_bytes())
+    held[500] ^= 1
+    weights.write_bytes(held)
+    assert changed(before, plan_of(home)).keys() == {"activations", "train", "evaluate", "figures"}
+
+
+def test_the_place_of_model_and_corpus_is_not_read(home: Path) -> None:
+    before = plan_of(home)
+    shutil.copytree(home / "resources", home / "elsewhere")
+    moved = plan_of(home, f"model.path={home}/elsewhere/model", f"corpus.path={home}/elsewhere/corpus.jsonl.gz")
+    assert changed(before, moved) == {}
+
+
+def test_more_tokens_grow_the_same_store(home: Path) -> None:
+    stores = [
+        {key.split("/")[0] for key in plan_of(home, f"tokens.train_tokens={n}").stages["activations"]}
+        for n in (100_000, 200_000)
+    ]
+    assert stores[0] == stores[1]
+
+
+def test_transcoder_reads_two_columns_of_one_store(home: Path) -> None:
+    plan = plan_of(home, *TRANSCODER, "sweep=null")
+    (instance,) = plan.stages["train"].values()
+    columns = instance.needs["activations"]
+    assert [plan.instance("activations", c).config["hook_name"] for c in columns] == [
+        "blocks.2.ln2.hook_normalized",
+        "blocks.2.hook_mlp_out",
+    ]
+    assert len({c.split("/")[0] for c in columns}) == 1
+
+
+def test_pair_shares_its_dictionaries_with_a_sweep(home: Path) -> None:
+    union = "sweep=[{dictionary:topk,site:mlp_out,dictionary.k:[8,16]},{dictionary:pair,site:mlp,dictionary.k:16}]"
+    plan = compose(home / "conf", [union])
+    assert len(plan.stages["train"]) == 3  # k=8 and k=16 behind the MLP, k=16 before it
+    (pair,) = plan.stages["jacobian"].values()
+    assert len(pair.needs["train"]) == 2
+
+
+def test_lists_span_the_product_of_every_kind_of_axis(home: Path) -> None:
+    plan = plan_of(
+        home, "sweep=null", "dictionary=topk,relu", "site=mlp_out,resid_post", "site.layer=[0,3]", "seed=[0,1]"
+    )
+    assert len(plan.stages["train"]) == 2 * 2 * 2 * 2
+    assert len(plan.stages["activations"]) == 4
+
+
+def test_a_value_derived_from_a_swept_one_follows_it(home: Path) -> None:
+    plan = plan_of(home, "site.layer=[0,1,2,3]")
+    hooks = {i.config["hook_name"] for i in plan.stages["activations"].values()}
+    assert hooks == {f"blocks.{layer}.hook_mlp_out" for layer in range(4)}
+
+
+def test_frozen_plan_is_the_plan(home: Path) -> None:
+    plan = plan_of(home, "dictionary=pair,transcoder_topk", "site=mlp", "sweep=null")
+    plan.freeze(home / "plan.json")
+    assert Plan.load(home / "plan.json") == plan
+
+
+def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path) -> None:
+    def finish(plan: Plan, stage: str, keys: list[str]) -> None:
+        for key in keys:
+            receipt = Path(plan.receipt(stage, key))
+            receipt.parent.mkdir(parents=True, exist_ok=True)
+            receipt.write_text("{}")
+
+    first = plan_of(home)
+    first.assign_batches(None)
+    (batch,) = first.batches["evaluate"]
+    assert sorted(batch) == sorted(first.stages["evaluate"])
+    finish(first, "evaluate", batch)
+
+    more = compose(home / "conf", [SWEEP.replace("0.003", "0.003,0.01")], results=str(home / "results"))
+    more.assign_batches(first)
+    new = sorted(more.stages["evaluate"].keys() - set(batch))
+    assert more.batches["evaluate"] == [batch, new]
+    more.assign_batches(None)  # the previous plan is lost: what is there stays, with no rule
+    assert more.batches["evaluate"] == [new]
+
+    small = plan_of(home, "device.batch.evaluate=1", "seed=5")
+    small.assign_batches(first)
+    assert sorted(map(len, small.batches["evaluate"])) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dictionary.l2_coefficient=1"], "unknown key 'dictionary.l2_coefficient' .did you mean dictionary.l1_"),
+        (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
+        (["dictionary=top"], "no config 'dictionary/top'; dictionary can be: pair, relu, topk"),
+        (["experiment=none_such"], "experiment can be: "),
+        (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),
+        (
+            ["site.hook_name=blocks.1.hook_mlp_outt"],
+            "no hook 'blocks.1.hook_mlp_outt'; the nearest .* blocks.1.hook_mlp_out",
+        ),
+        (["site.hook_name=blocks.1.hook_resid_mid"], "no hook 'blocks.1.hook_resid_mid'; the nearest"),
+        (["dictionary.l1_coefficient=-1"], "dictionary.l1_coefficient=-1.0 is out of range"),
+        (["sweep=null", "dictionary=topk", "dictionary.k=0"], "dictionary.k=0 is out of range"),
+        (["sweep=null", "dictionary=topk", "dictionary.k=2000"], "dictionary.k=2000 is more than d_sae=1024"),
+        (["tokens.context_size=512"], "tokens.context_size=512 is longer than the model's context, 256"),
+        (["tokens.train_tokens=10"], "tokens.train_tokens=10 is out of range: it must be one row"),
+        (["sweep=null", "dictionary=transcoder"], "needs a site with hook_name and hook_name_out: use site=mlp"),
+        (
+            ["sweep=null", "dictionary=pair", "site=mlp", "jacobian.n_tokens=1_000_000"],
+            "more than the 65280 held-out",
+        ),
+        (["site=mlp"], "dictionary.kind=sae reads one hook, but this site has two"),
+        (["model.path=/no/such/folder"], "model.path=/no/such/folder: no such folder"),
+        (["corpus.path=/no/such/file"], "corpus.path=/no/such/file: no such file or folder"),
+        (["device.train=gpu"], "device.train=gpu: use cpu, cuda"),
+        (["training.n_tokens=many"], "training.n_tokens='many' must be of type int"),
+        (["dictionary=topk"], "nothing is left of the sweep of experiment=default with dictionary=topk"),
+        (["model=pythia-70m"], "model.hub=EleutherAI/pythia-70m-deduped is not in the local .* scripts/fetch.py"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_its_reason(home: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(home, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "has no weights: no .*safetensors"),
+        ("tokenizer.json", "has no tokenizer.json; save it there"),
+        ("config.json", "has no config.json"),
+    ],
+)
+def test_model_folder_that_is_not_whole_is_refused(home: Path, file: str, message: str) -> None:
+    (home / "resources" / "model" / file).unlink()
+    with pytest.raises(ValueError, match=message):
+        plan_of(home)

@@ -1,0 +1,225 @@
+import itertools
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import write_store
+
+from saeflow.reader import BatchReader, MappedRows, ZarrRows, open_rows, permute
+from saeflow.shards import ShardError
+from saeflow.store import StoreError
+
+GEOMETRY = {"chunk_tokens": 16, "shard_tokens": 64}
+N = 200  # three whole shards and one with half of its second chunk
+
+
+@pytest.fixture
+def values():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "blocks.0.hook_mlp_out": torch.randn(N, 6, generator=generator),
+        "blocks.0.attn.hook_z": torch.randn(N, 2, 5, generator=generator),
+    }
+
+
+@pytest.fixture
+def columns(tmp_path, values):
+    return write_store(tmp_path / "store", values, **GEOMETRY)
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**40), st.integers(0, 1000))
+@settings(deadline=None)
+def test_every_epoch_is_a_permutation_of_all_tokens(n, seed, epoch):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed, epoch)), np.arange(n))
+
+
+def test_permutation_looks_random():
+    """Counts of (index, result) on a coarse grid, and of neighbours' distances, are as for random permutations."""
+    n, cells = 100_000, 20
+    for seed, epoch in itertools.product((0, 1), (0, 1)):
+        found = permute(np.arange(n), n, seed, epoch)
+        grid = np.histogram2d(np.arange(n), found, bins=cells)[0]
+        expected = n / cells**2
+        chi_squared = ((grid - expected) ** 2 / expected).sum()
+        degrees = (cells - 1) ** 2
+        assert abs(chi_squared - degrees) < 5 * np.sqrt(2 * degrees)
+        assert abs(np.abs(np.diff(found)).mean() / n - 1 / 3) < 0.01
+
+
+def test_seeds_and_epochs_give_different_orders():
+    orders = {tuple(permute(np.arange(50), 50, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+@given(st.integers(1, 300), st.integers(1, 100), st.integers(0, 100))
+@settings(deadline=None, max_examples=50)
+def test_batches_are_the_stream_of_epochs(n, batch_size, seed):
+    reader = BatchReader.__new__(BatchReader)
+    reader.n_tokens, reader.batch_size, reader.seed = n, batch_size, seed
+    n_steps = -(-2 * n // batch_size)
+    stream = np.concatenate([reader.rows(s) for s in range(n_steps)])
+    for epoch in range(2):
+        assert np.array_equal(np.sort(stream[epoch * n : (epoch + 1) * n]), np.arange(n))
+
+
+def test_batch_is_a_pure_function_of_seed_and_step(columns):
+    first, second = BatchReader(columns, 48, seed=3), BatchReader(columns, 48, seed=3)
+    in_order = [first.batch(s) for s in range(10)]
+    backwards = [second.batch(s) for s in reversed(range(10))][::-1]
+    for a, b in zip(in_order, backwards, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    other = BatchReader(columns, 48, seed=4).batch(0)
+    assert not torch.equal(other[0], in_order[0][0])
+
+
+def test_iterating_from_any_step_continues_exactly(columns):
+    reader = BatchReader(columns, 48, seed=0)
+    whole = list(reader.iterate(0, 12))
+    for start in (0, 5, 11):
+        rest = list(BatchReader(columns, 48, seed=0).iterate(start, 12 - start))
+        assert len(rest) == 12 - start
+        for a, b in zip(whole[start:], rest, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_rows_of_all_columns_are_the_same_tokens(columns, values):
+    reader = BatchReader(columns, 77, seed=1)
+    for s in range(5):
+        rows = torch.from_numpy(reader.rows(s))
+        for found, held in zip(reader.batch(s), values.values(), strict=True):
+            assert found.dtype == torch.float32
+            assert torch.equal(found, held[rows].flatten(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_are_those_stored(tmp_path, values, dtype):
+    columns = write_store(tmp_path / dtype, values, dtype=dtype, **GEOMETRY)
+    rows = np.random.default_rng(0).integers(0, N, 500)
+    for column, held in zip(columns, values.values(), strict=True):
+        expected = held[rows].flatten(1).to(getattr(torch, dtype)).float()
+        assert isinstance(open_rows(column), MappedRows)
+        assert torch.equal(open_rows(column).take(rows), expected)
+        assert torch.equal(ZarrRows(column).take(rows), expected)
+
+
+def test_a_row_of_odd_size_reads_right(tmp_path):
+    """Rows of 2 x 3 bytes and chunks with a checksum between: nothing is aligned to more than two bytes."""
+    held = torch.randn(N, 3)
+    (column,) = write_store(tmp_path / "odd", {"blocks.0.hook_mlp_out": held}, dtype="float16", **GEOMETRY)
+    assert torch.equal(open_rows(column).take(np.arange(N)), held.half().float())
+
+
+@pytest.mark.parametrize("where", ["values", "checksum", "index", "padding"])
+def test_a_flipped_byte_is_found_before_its_values_are_used(columns, where):
+    column = columns[0]
+    shard = column.array / "c" / "3" / "0"  # holds 8 rows of its only chunk
+    data = bytearray(shard.read_bytes())
+    chunk = 16 * 6 * 4
+    data[{"values": 5, "checksum": chunk + 1, "index": len(data) - 20, "padding": chunk - 3}[where]] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ShardError) as error:
+        BatchReader(columns, 64, seed=0).columns[0].take(np.arange(190, N))
+    assert str(shard) in str(error.value) and "delete this file" in str(error.value)
+    assert str(column.store) in str(error.value) and "blocks.0.hook_mlp_out" in str(error.value)
+
+
+def test_undamaged_chunks_of_a_damaged_shard_can_still_be_read(columns, values):
+    """Checksums are compared chunk by chunk, when a chunk is first touched."""
+    shard = columns[0].array / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[16 * 6 * 4 + 4 + 7] ^= 0x80  # in the second chunk
+    shard.write_bytes(data)
+    rows = open_rows(columns[0])
+    assert torch.equal(rows.take(np.arange(16)), values["blocks.0.hook_mlp_out"][:16])
+    with pytest.raises(ShardError, match="chunk 1"):
+        rows.take(np.array([17]))
+
+
+def test_a_missing_or_short_shard_is_an_error_not_fill_values(columns):
+    shard = columns[0].array / "c" / "1" / "0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-7])
+    with pytest.raises(ShardError, match=r"c/1/0"):
+        open_rows(columns[0])
+    shard.write_bytes(b"")
+    with pytest.raises(ShardError, match="too few"):
+        open_rows(columns[0])
+    shard.unlink()
+    with pytest.raises(ShardError, match="missing"):
+        open_rows(columns[0])
+    with pytest.raises(ShardError, match="missing"):
+        ZarrRows(columns[0]).take(np.arange(100))
+
+
+def test_a_shard_that_ends_early_is_an_error(columns):
+    """A whole shard in place of which a shorter, undamaged one lies, as after a mixed-up copy."""
+    shutil.copy(columns[0].array / "c" / "3" / "0", columns[0].array / "c" / "0" / "0")
+    with pytest.raises(ShardError, match="1 chunks where 64 rows need 4"):
+        open_rows(columns[0])
+
+
+def test_another_layout_is_read_through_zarr(columns, values):
+    """The same array written by zarr, compressed and in other chunks."""
+    column = columns[1]
+    attributes = dict(zarr.open_array(column.array, mode="r").attrs)
+    held = zarr.open_array(column.array, mode="r")[:]
+    shutil.rmtree(column.array)
+    array = zarr.create_array(
+        column.array, shape=held.shape, chunks=(10, 2, 5), dtype=held.dtype, attributes=attributes, fill_value=np.nan
+    )
+    array[:] = held
+    reader = BatchReader([column], 64, seed=0)
+    assert isinstance(reader.columns[0], ZarrRows)
+    assert torch.equal(reader.batch(0)[0], values["blocks.0.attn.hook_z"][reader.rows(0)].flatten(1))
+
+
+def test_chunks_in_another_order_are_read_through_zarr(columns, values):
+    """The specification promises no order of the chunks in a shard; the index says where they are."""
+    from google_crc32c import value as crc32c
+
+    shard = columns[0].array / "c" / "0" / "0"
+    data = shard.read_bytes()
+    length = 16 * 6 * 4 + 4
+    index = np.frombuffer(data[4 * length : -4], dtype="<u8").reshape(4, 2).copy()
+    index[[0, 1], 0] = index[[1, 0], 0]
+    swapped = data[length : 2 * length] + data[:length] + data[2 * length : 4 * length] + index.tobytes()
+    shard.write_bytes(swapped + crc32c(index.tobytes()).to_bytes(4, "little"))
+    rows = open_rows(columns[0])
+    assert isinstance(rows, ZarrRows)
+    assert torch.equal(rows.take(np.arange(N)), values["blocks.0.hook_mlp_out"])
+
+
+def test_columns_of_different_stores_or_lengths_are_refused(tmp_path, columns, values):
+    other = write_store(tmp_path / "other", {k: v[:150] for k, v in values.items()}, **GEOMETRY)
+    with pytest.raises(StoreError, match="one store and one length"):
+        BatchReader([columns[0], other[1]], 16, seed=0)
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(columns):
+    shard = columns[1].array / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[0] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ShardError, match="chunk 0"):
+        list(BatchReader(columns, 64, seed=0).iterate(0, 100))
+
+
+def test_the_thread_ends_with_the_consumer(columns):
+    def reading() -> bool:
+        return any(thread.name == "batch-reader" for thread in threading.enumerate())
+
+    batches = BatchReader(columns, 16, seed=0).iterate(0, 10_000)
+    next(batches)
+    assert reading()
+    batches.close()
+    assert not reading()
+    for _ in BatchReader(columns, 16, seed=0).iterate(0, 10_000):
+        break
+    time.sleep(0.01)
+    assert not reading()

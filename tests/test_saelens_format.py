@@ -1,0 +1,171 @@
+"""What is written opens in the installed SAELens and computes the same there; one step's loss is SAELens's.
+
+Importing SAELens takes about ten seconds.
+"""
+
+import json
+
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
+
+from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.dictionaries import Origin, load_dictionary, save_dictionary
+from saeflow.dictionaries.sae import build
+from saeflow.kernels.relu_step import relu_step
+from saeflow.kernels.step import Weights, token_weights
+from saeflow.kernels.topk_step import topk_step
+from saeflow.training import l1_coefficient, learning_rate, make_spec
+
+ORIGIN = Origin("tiny", "0123abcd", False, True, False, 64, True)
+HOOK_OUT = "blocks.0.hook_mlp_out"
+CLASSES = {
+    ("sae", "topk", 6): "TopKSAE",
+    ("sae", "relu", 6): "StandardSAE",
+    ("transcoder", "relu", 6): "Transcoder",
+    ("transcoder", "relu", 4): "Transcoder",
+    ("transcoder", "topk", 6): "TopKSAE",
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_dictionary(kind, activation, p, hook_name="blocks.0.ln2.hook_normalized"):
+    amount = {"k": 3} if activation == "topk" else {"l1_coefficient": 0.5}
+    config = DictionaryConfig(kind, activation, d_sae=16, expansion=None, **amount)
+    spec = make_spec(config, 6, p, hook_name, hook_name if kind == "sae" else HOOK_OUT, 0, ORIGIN)
+    return build(spec, torch.randn(6, 16), torch.randn(16), torch.randn(16, p), torch.randn(p))
+
+
+@pytest.mark.parametrize(("kind", "activation", "p"), CLASSES)
+def test_saelens_opens_it_and_computes_the_same(tmp_path, kind, activation, p):
+    dictionary = random_dictionary(kind, activation, p)
+    save_dictionary(dictionary, tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    assert type(theirs).__name__ == CLASSES[kind, activation, p]
+    x = torch.randn(40, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), dictionary.encode(x))
+        torch.testing.assert_close(theirs(x), dictionary.forward(x))
+    metadata = theirs.cfg.metadata
+    assert metadata.hook_name == "blocks.0.ln2.hook_normalized"
+    assert metadata.hook_name_out == (None if kind == "sae" else HOOK_OUT)
+    assert (metadata.model_name, metadata.context_size, metadata.prepend_bos) == ("tiny", 64, True)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_saelens_takes_activations_of_all_heads(tmp_path, activation):
+    dictionary = random_dictionary("sae", activation, 6, "blocks.0.attn.hook_z")
+    save_dictionary(dictionary, tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    z = torch.randn(5, 7, 3, 2)  # batch, position, head, d_head
+    with torch.no_grad():
+        wanted = dictionary.forward(z.reshape(-1, 6)).reshape(z.shape)
+        torch.testing.assert_close(theirs(z), wanted)
+
+
+def test_saelens_refuses_what_it_has_no_class_for_and_we_open_it(tmp_path):
+    dictionary = random_dictionary("transcoder", "topk", 4)
+    save_dictionary(dictionary, tmp_path)
+    with pytest.raises(KeyError, match="topk_transcoder"):
+        SAE.load_from_disk(tmp_path)
+    x = torch.randn(5, 6)
+    assert torch.equal(load_dictionary(tmp_path).forward(x), dictionary.forward(x))
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_we_open_what_saelens_writes(tmp_path, activation):
+    ours = random_dictionary("sae", activation, 6)
+    save_dictionary(ours, tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    del theirs.cfg.metadata.saeflow
+    theirs.save_model(tmp_path / "again")
+    opened = load_dictionary(tmp_path / "again")
+    x = torch.randn(5, 6)
+    assert torch.equal(opened.forward(x), ours.forward(x))
+    assert (opened.spec.kind, opened.spec.k, opened.spec.hook_name) == ("sae", ours.spec.k, ours.spec.hook_name)
+    assert opened.spec.origin == Origin(model_name="tiny", context_size=64, prepend_bos=True)
+
+
+def test_metadata_of_the_written_config_survives_saelens(tmp_path):
+    save_dictionary(random_dictionary("sae", "topk", 6), tmp_path)
+    ours = json.loads((tmp_path / "cfg.json").read_text())["metadata"]["saeflow"]
+    assert SAE.load_from_disk(tmp_path).cfg.metadata.saeflow == ours
+    assert ours["origin"]["model_weights"] == "0123abcd"
+
+
+# --------------------------------------------------------------- one step
+def weights_of(sae):
+    with torch.no_grad():
+        return Weights(*(t.detach().clone() for t in (sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)))
+
+
+def disturb(sae):
+    """Biases and decoder norms away from what they start at, so that nothing is 0 or equal by chance."""
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1)
+        sae.b_dec.normal_(std=0.1)
+        sae.W_dec.mul_(0.5 + torch.rand(sae.cfg.d_sae, 1))
+
+
+def assert_same_step(sae, x, coefficients, step, loss):
+    given = TrainStepInput(x, coefficients, None, 0, False)
+    output = sae.training_forward_pass(step_input=given)
+    output.loss.backward()
+    torch.testing.assert_close(loss, output.loss.detach(), rtol=1e-5, atol=1e-6)
+    theirs = Weights(sae.W_enc.grad.T, sae.b_enc.grad, sae.W_dec.grad, sae.b_dec.grad)
+    for name, mine, wanted in zip(Weights._fields, step.gradients, theirs, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_relu_step_is_a_step_of_saelens():
+    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=6, d_sae=16, l1_coefficient=0.5))
+    disturb(sae)
+    x = torch.randn(40, 6)
+    step = relu_step(weights_of(sae), x, x, token_weights(x, "sum"), 0.5, True, True, count=False)
+    assert_same_step(sae, x, {"l1": 0.5}, step, step.squared_error + 0.5 * step.sparsity)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_topk_step_is_a_step_of_saelens(rescale):
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=6, d_sae=16, k=3, rescale_acts_by_decoder_norm=rescale))
+    disturb(sae)
+    x = torch.randn(40, 6)
+    step = topk_step(weights_of(sae), x, x, token_weights(x, "sum"), 3, rescale, True)
+    assert_same_step(sae, x, {}, step, step.squared_error)
+
+
+@pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (5, 0), (0, 7), (5, 7)])
+def test_the_learning_rate_follows_saelens(warm_up, decay):
+    options = TrainingConfig(n_tokens=300, batch_size=10, lr=3e-4, lr_warm_up_steps=warm_up, lr_decay_steps=decay)
+    optimiser = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_lr_scheduler(
+        "constant",
+        optimiser,
+        training_steps=30,
+        lr=3e-4,
+        warm_up_steps=warm_up,
+        decay_steps=decay,
+        lr_end=3e-5,
+        num_cycles=1,
+    )
+    for step in range(30):
+        assert learning_rate(options, step, 30) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-6)
+        optimiser.step()
+        scheduler.step()
+
+
+def test_the_l1_coefficient_follows_saelens():
+    options = TrainingConfig(n_tokens=300, batch_size=10, l1_warm_up_steps=8)
+    spec = make_spec(DictionaryConfig("sae", "relu", l1_coefficient=2.0), 6, 6, HOOK_OUT, HOOK_OUT, 0, ORIGIN)
+    scheduler = CoefficientScheduler(warm_up_steps=8, final_value=2.0)
+    for step in range(20):
+        assert l1_coefficient(spec, options, step) == pytest.approx(scheduler.value)
+        scheduler.step()

@@ -1,0 +1,165 @@
+"""A training job: from columns of activations to a folder; what it records, and how it fails. Optional loggers."""
+
+import sys
+import types
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from stores import contents, write_store
+
+from saeflow import loggers, training
+from saeflow.config import ConfigError
+from saeflow.dictionaries import Origin, load_dictionary
+from saeflow.job import Job
+from saeflow.plan import Instance, Plan
+from saeflow.training_metrics import TrainingError
+
+HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+STORE = "tiny-gpt2-float32-01234567"
+MODEL = {"weights": "abc", "fold_ln": True, "center_writing_weights": False, "center_unembed": False}
+TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def plan_of(results, hooks, dictionary, training=TRAINING):
+    """A plan with one training at `hooks`, whose columns lie below `results`."""
+    columns = [f"{STORE}/{hook}-1000" for hook in hooks]
+    tokens = Instance("tokens", "text-train", {"tokens": {"prepend_bos": False}}, {}, {})
+    config = {"model": MODEL, "tokens": {"context_size": 64}}
+    activations = {c: Instance("activations", c, config, {"tokens": [tokens.key]}, {}) for c in columns}
+    config = {"dictionary": dictionary, "training": training, "seed": 5}
+    config |= {"hook_name": hooks[0], "hook_name_out": (*hooks, None)[1]}
+    job = Instance("train", "it-1234", config, {"activations": columns}, {})
+    stages = {"tokens": {tokens.key: tokens}, "activations": activations, "train": {job.key: job}}
+    return Plan("test", stages, {}, results=str(results))
+
+
+def job_of(plan):
+    return Job(plan.instance("train", "it-1234"), plan, "cpu")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder with a store of two columns, 8 and 6 wide."""
+    x = torch.relu(torch.randn(1000, 8))
+    store = {HOOK: x, HOOK_OUT: x[:, :6] * 3 + 1}
+    write_store(tmp_path / "activations" / STORE, store, chunk_tokens=64, shard_tokens=256)
+    return tmp_path
+
+
+TOPK = {"kind": "sae", "activation": "topk", "k": 3, "expansion": 2}
+TRANSCODER = {"kind": "transcoder", "activation": "relu", "l1_coefficient": 0.1, "expansion": 2}
+
+
+@pytest.mark.parametrize(("hooks", "dictionary"), [([HOOK], TOPK), ([HOOK, HOOK_OUT], TRANSCODER)])
+def test_a_job_writes_a_dictionary_and_its_metrics_and_again_the_same_bytes(results, hooks, dictionary):
+    plan = plan_of(results, hooks, dictionary)
+    said = training.train(job_of(plan))
+    folder = results / "train" / "it-1234"
+    first = contents(folder)
+    assert set(first) == {"cfg.json", "sae_weights.safetensors", "metrics.parquet", "config.yaml", "provenance.json"}
+    table = pd.read_parquet(folder / "metrics.parquet")
+    last = table.iloc[-1]
+    assert last["tokens"] == 4096 and last["fvu"] < 0.8 * table["fvu"].iloc[0]
+    assert f"L0 {last['l0']:.1f}" in said and str(folder) in said
+    spec = load_dictionary(folder).spec
+    assert (spec.kind, spec.d_in, spec.d_out) == (dictionary["kind"], 8, 6 if len(hooks) == 2 else 8)
+    training.train(job_of(plan))
+    again = contents(folder)
+    assert {name for name in first if first[name] != again[name]} <= {"provenance.json"}  # it holds the time
+
+
+def test_a_job_that_fails_leaves_no_folder(results):
+    plan = plan_of(results, [HOOK], TOPK, TRAINING | {"lr": 1e30})
+    with pytest.raises(TrainingError, match=r"lower training\.lr"):
+        training.train(job_of(plan))
+    assert not (results / "train" / "it-1234").exists()
+
+
+def columns_of(given, tokens=(1000, 1000)):
+    return [SimpleNamespace(hook_name=h, d=16, n_tokens=n) for h, n in zip(given, tokens, strict=False)]
+
+
+def test_the_spec_records_where_the_activations_came_from(tmp_path):
+    hooks = [HOOK, HOOK_OUT]
+    spec = training.spec_of_job(job_of(plan_of(tmp_path, hooks, TRANSCODER)), columns_of(hooks))
+    assert (spec.hook_name, spec.hook_name_out, spec.seed) == (HOOK, HOOK_OUT, 5)
+    assert spec.origin == Origin("tiny-gpt2", "abc", True, False, False, 64, False)
+
+
+@pytest.mark.parametrize(
+    ("dictionary", "hooks", "given"),
+    [
+        (TOPK, [HOOK], [HOOK_OUT]),
+        (TOPK, [HOOK], [HOOK, HOOK_OUT]),
+        (TRANSCODER, [HOOK, HOOK_OUT], [HOOK_OUT, HOOK]),
+        (TRANSCODER, [HOOK], [HOOK]),
+    ],
+)
+def test_columns_of_other_hooks_are_refused(tmp_path, dictionary, hooks, given):
+    job = job_of(plan_of(tmp_path, hooks, dictionary))
+    with pytest.raises(ConfigError, match=rf"kind {dictionary['kind']} at .* was given the activations of"):
+        training.spec_of_job(job, columns_of(given))
+
+
+def test_columns_of_different_lengths_are_refused(tmp_path):
+    hooks = [HOOK, HOOK_OUT]
+    with pytest.raises(ConfigError, match=r"hold \[1000, 900\] tokens"):
+        training.spec_of_job(job_of(plan_of(tmp_path, hooks, TRANSCODER)), columns_of(hooks, (1000, 900)))
+
+
+# -------------------------------------------------------------------- loggers
+def test_wandb_gets_every_row(tmp_path, monkeypatch):
+    seen = []
+    run = SimpleNamespace(
+        log=lambda row, step: seen.append((step, row["loss"])), finish=lambda: seen.append("finished")
+    )
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: seen.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (logger,) = loggers.open_loggers(["wandb"], "key", {"seed": 1}, tmp_path)
+    logger.log({"step": 10, "loss": 0.5})
+    logger.close()
+    assert seen[0]["name"] == "key" and seen[0]["config"] == {"seed": 1}
+    assert seen[1:] == [(10, 0.5), "finished"]
+
+
+def test_tensorboard_gets_every_row(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_text(self, *_):
+            pass
+
+        def add_scalar(self, *scalar):
+            seen.append(scalar)
+
+        def close(self):
+            seen.append("closed")
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    (logger,) = loggers.open_loggers(["tensorboard"], "key", {}, tmp_path)
+    logger.log({"step": 10, "loss": 0.5})
+    logger.close()
+    assert seen == [str(tmp_path / "logs" / "tensorboard" / "key"), ("step", 10, 10), ("loss", 0.5, 10), "closed"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch, name):
+    def missing(module):
+        raise ImportError(module)
+
+    monkeypatch.setattr(loggers, "import_module", missing)
+    with pytest.raises(ConfigError, match=f"training.loggers={name} needs the package {name}: pip install {name}"):
+        loggers.open_loggers([name], "key", {}, tmp_path)

@@ -1,0 +1,194 @@
+"""The workflow through Snakemake itself: a tiny experiment is run once, then dry runs say what each edit would redo."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "tokens.context_size=32 tokens.train_tokens=4096 tokens.held_out_tokens=1024 tokens.held_out_fraction=0.3 "
+    "activations.chunk_tokens=256 activations.shard_tokens=1024 activations.batch_rows=8 "
+    "training.n_tokens=4096 training.batch_size=256 training.lr_warm_up_steps=2 training.lr_decay_steps=2 "
+    "training.l1_warm_up_steps=2 training.log_every=4 jacobian.n_tokens=256 dictionary.expansion=2 site.layer=1"
+)
+SWEEP = (
+    "sweep=[{dictionary:relu,site:mlp_out,dictionary.l1_coefficient:[0.001,0.003]},"
+    "{dictionary:pair,site:mlp,dictionary.k:4}]"
+)
+
+
+class Workflow:
+    """A working directory with its own conf/ and resources/, and Snakemake called on the repository's Snakefile."""
+
+    def __init__(self, home: Path, cores: int = 2) -> None:
+        self.home, self.cores = home, cores
+
+    def command(self, *options: str, hydra: str = "", sweep: str = SWEEP) -> list[str]:
+        command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.home)]
+        config = [f"conf={self.home}/conf", f"hydra={sweep} {TINY} {hydra}"]
+        return [*command, "--cores", str(self.cores), *options, "--config", *config]
+
+    def call(self, *options: str, hydra: str = "", sweep: str = SWEEP) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*options, hydra=hydra, sweep=sweep), cwd=self.home, capture_output=True, text=True
+        )
+
+    def run(self, hydra: str = "", sweep: str = SWEEP) -> None:
+        done = self.call(hydra=hydra, sweep=sweep)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def would_run(self, *options: str, hydra: str = "", sweep: str = SWEEP) -> dict[str, int]:
+        """Jobs of a dry run by stage, without the collecting rule."""
+        done = self.call("-n", *options, hydra=hydra, sweep=sweep)
+        assert done.returncode == 0, done.stdout + done.stderr
+        counts: Counter[str] = Counter()
+        for rule, count in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE):
+            if rule not in ("all", "total"):
+                counts[rule.split("_")[0]] += int(count)
+        assert counts or "Nothing to be done" in done.stdout + done.stderr
+        return dict(counts)
+
+
+def contents(home: Path) -> dict[str, bytes]:
+    """Bytes of every file of every artifact, but for what says when, where and how fast it was made."""
+    root = home / "results"
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.name != "provenance.json"
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, corpus_file: Path) -> Path:
+    """A working directory in which the tiny experiment has run once; never written to by a test."""
+    home = tmp_path_factory.mktemp("workflow")
+    fill(home, neox_folder, corpus_file)
+    Workflow(home).run()
+    return home
+
+
+def fill(home: Path, model: Path, corpus: Path) -> None:
+    shutil.copytree(ROOT / "conf", home / "conf")
+    shutil.copytree(model, home / "resources" / "model")
+    (home / "conf/corpus/embedded.yaml").write_text(f"name: tiny\npath: {home}/resources/{corpus.name}\n")
+    shutil.copy(corpus, home / "resources")
+
+
+@pytest.fixture
+def home(finished: Path, tmp_path: Path) -> Path:
+    """The finished working directory in which a test may edit conf/ and resources/; results are shared, for reading."""
+    for name in ("conf", "resources", ".snakemake"):
+        shutil.copytree(finished / name, tmp_path / name)
+    corpus = tmp_path / "conf/corpus/embedded.yaml"
+    corpus.write_text(corpus.read_text().replace(str(finished), str(tmp_path)))
+    (tmp_path / "results").symlink_to(finished / "results")
+    return tmp_path
+
+
+def test_second_run_has_nothing_to_do(home: Path) -> None:
+    assert Workflow(home).would_run() == {}
+
+
+def test_one_more_l1_value_runs_one_training_one_evaluation_and_the_figures(home: Path) -> None:
+    more = SWEEP.replace("0.003", "0.003,0.01")
+    assert Workflow(home).would_run(sweep=more) == {"train": 1, "evaluate": 1, "figures": 1}
+
+
+def test_how_it_runs_and_how_it_is_written_rerun_nothing(home: Path) -> None:
+    file = home / "conf/dictionary/relu.yaml"
+    lines = [line for line in file.read_text().splitlines() if line]
+    file.write_text("# reworded\n" + "\n".join(reversed(lines)) + "\n")
+    (home / "resources/model/model.safetensors").touch()
+    how = "device=cuda device.train=cuda:1 device.threads.train=3"
+    assert Workflow(home, cores=1).would_run(hydra=how) == {}
+
+
+@pytest.mark.parametrize(
+    ("hydra", "jobs"),
+    [
+        ("tokens.context_size=16", {"tokens": 2, "activations": 1, "train": 4, "jacobian": 1, "evaluate": 1}),
+        ("tokens.prepend_bos=false", {"tokens": 2, "activations": 1, "train": 4, "jacobian": 1, "evaluate": 1}),
+        ("activations.dtype=float16", {"activations": 1, "train": 4, "jacobian": 1, "evaluate": 1}),
+        ("jacobian.bins=50", {"jacobian": 1}),
+    ],
+)
+def test_an_edit_runs_exactly_its_descendants(home: Path, hydra: str, jobs: dict[str, int]) -> None:
+    assert Workflow(home).would_run(hydra=hydra) == jobs | {"figures": 1}
+
+
+def test_one_bit_of_the_weights_runs_everything_that_reads_them(home: Path) -> None:
+    weights = home / "resources/model/model.safetensors"
+    held = bytearray(weights.read_bytes())
+    held[-1] ^= 1
+    weights.write_bytes(held)
+    expected = {"activations": 1, "train": 4, "jacobian": 1, "evaluate": 1, "figures": 1}
+    assert Workflow(home).would_run() == expected
+
+
+def test_every_artifact_tells_where_it_came_from(finished: Path) -> None:
+    receipts = list((finished / "results").rglob("provenance.json"))
+    assert len(receipts) == 2 + 2 + 4 + 1 + 4 + 1
+    for receipt in receipts:
+        held = json.loads(receipt.read_text())
+        assert receipt.with_name("config.yaml").is_file()
+        assert receipt.parent.as_posix().endswith(f"results/{held['stage']}/{held['key']}")
+        assert held["wall_s"] > 0 and held["peak_memory_bytes"] > 0 and held["packages"]["torch"]
+        for stage, keys in held["needs"].items():
+            assert all((finished / "results" / stage / key / "provenance.json").is_file() for key in keys)
+
+
+def test_plan_script_says_what_would_run_and_why(home: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts/plan.py"), "--conf", str(home / "conf")]
+    more = SWEEP.replace("0.003", "0.003,0.01")
+    said = subprocess.run([*script, f"{more} {TINY}"], cwd=home, capture_output=True, text=True, check=True).stdout
+    assert "1 training, 1 evaluation, 1 set of figures: dictionary.l1_coefficient=0.01 is new" in said
+    assert "0 activation columns, 0 bytes to cache" in said
+    said = subprocess.run([*script, f"{SWEEP} {TINY}"], cwd=home, capture_output=True, text=True, check=True).stdout
+    assert "nothing to do" in said
+
+
+def test_bad_configuration_stops_before_any_job(home: Path) -> None:
+    done = Workflow(home).call("-n", hydra="dictionary.l1_coeficient=1")
+    assert done.returncode != 0
+    assert "did you mean dictionary.l1_coefficient" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_that_the_disk_cannot_hold_is_refused(home: Path) -> None:
+    done = Workflow(home).call("-n", hydra="tokens.train_tokens=1_000_000_000_000")
+    assert done.returncode != 0
+    assert "the disk cannot hold this plan" in done.stderr + done.stdout
+
+
+def test_run_killed_at_any_moment_ends_with_the_same_bytes(
+    finished: Path, tmp_path: Path, neox_folder: Path, corpus_file: Path
+) -> None:
+    """The whole process group is killed with SIGKILL, at moments spread over the stages, and run again to the end."""
+    fill(tmp_path, neox_folder, corpus_file)
+    workflow = Workflow(tmp_path)
+    reached = set()
+    for stage in ("tokens", "activations", "train", "jacobian", "evaluate", "figures"):
+        process = subprocess.Popen(
+            workflow.command("--nolock"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        while process.poll() is None and not list((tmp_path / "logs" / stage).glob("*.log")):
+            time.sleep(0.02)
+        time.sleep({"tokens": 0.1, "activations": 4.0, "train": 1.5, "jacobian": 3.0}.get(stage, 1.0))
+        if process.poll() is None:
+            reached.add(stage)
+            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        process.wait()
+    assert len(reached) >= 4
+    workflow.run()
+    expected, found = contents(finished), contents(tmp_path)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []

@@ -1,0 +1,51 @@
+import os
+import shlex
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+from saeflow.config import ConfigError
+from saeflow.digest import short_hash
+from saeflow.explain import check_disk
+from saeflow.expand import compose
+from saeflow.plan import Plan
+
+PLAN_FILE = ".snakemake/plan.json"
+RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
+
+# The scheduling process composes conf/; a job of a running workflow (on a cluster, where each job parses this file
+# again) loads what was frozen at its start, so that an edit of conf/ meanwhile can neither change nor lose it.
+if workflow.is_main_process:
+    try:
+        PLAN = compose(
+            config.get("conf", f"{workflow.basedir}/conf"),
+            shlex.split(config.get("hydra", "")),
+            digests=".snakemake/digests.json",
+        )
+        PLAN.assign_batches(Plan.load_if_valid(PLAN_FILE))
+        check_disk(PLAN)
+    except (ConfigError, ValueError, OSError) as error:
+        raise WorkflowError(str(error))
+else:
+    PLAN = Plan.load(PLAN_FILE)
+
+
+onstart:
+    PLAN.freeze(PLAN_FILE)
+
+
+wildcard_constraints:
+    key="[^/]+",
+
+
+def key_options(keys):
+    """Options of a script that name the artifacts to make."""
+    return " ".join(f"--key {shlex.quote(key)}" for key in keys)
+
+
+def job(stage):
+    """Command line of a stage's script."""
+    return (
+        f"{RUN}/{stage}.py --plan {PLAN_FILE} {{params.select}}"
+        " --device {resources.device} --threads {threads} --log {log:q}"
+    )

@@ -1,0 +1,29 @@
+# One job draws all figures of the experiment.
+for key, instance in PLAN.stages["figures"].items():
+
+    rule:
+        name:
+            "figures"
+        input:
+            PLAN.inputs("figures", key),
+        output:
+            PLAN.outputs("figures", [key]),
+            [
+                report(
+                    f"results/figures/{key}/{figure}.png",
+                    caption=f"../report/{figure}.rst",
+                    category=PLAN.experiment,
+                    labels={"figure": figure.replace("_", " ")},
+                )
+                for figure in instance.config["figures"]
+            ],
+        log:
+            f"logs/figures/{key}.log",
+        threads: PLAN.threads("figures")
+        resources:
+            **PLAN.resources("figures"),
+        params:
+            select=key_options([key]),
+            config=PLAN.param("figures", key),
+        shell:
+            job("figures")

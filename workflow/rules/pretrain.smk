@@ -1,0 +1,11 @@
+# Rebuilds the language model of resources/model, which is shipped; nothing else needs this.
+rule pretrain:
+    input:
+        corpus=f"{workflow.basedir}/resources/corpus.jsonl.gz",
+    output:
+        "results/pretrain/model/README.md",
+    log:
+        "logs/pretrain.log",
+    threads: 2
+    shell:
+        "{RUN}/pretrain.py --corpus {input.corpus:q} --out results/pretrain/model --threads {threads} --log {log:q}"
