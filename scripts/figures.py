@@ -28,4 +28,5 @@ def figures(jobs: list[Job]) -> str:
     return f"wrote {', '.join(job.config['figures'])} (.png, .pdf, .csv) to {job.path}/"
 
 
-run("figures", figures)
+if __name__ == "__main__":
+    run("figures", figures)

@@ -35,6 +35,15 @@ HOOK_Z, HIDDEN = "blocks.0.attn.hook_z", "blocks.0.mlp.hook_post"
 SIZES = {MLP_IN: (32,), MLP_OUT: (32,), HOOK_Z: (4, 8), HIDDEN: (64,)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors this small a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def wanted(*hooks: str, rows: int = 33) -> list[Wanted]:
     return [Wanted(hook, SIZES[hook], rows * CONTEXT) for hook in hooks]
 
@@ -304,7 +313,7 @@ def test_a_tokens_folder_must_begin_the_longer_one(rows, tmp_path):
 
 
 def test_more_rows_than_there_are_tokens_are_refused(fill):
-    with pytest.raises(StoreError, match="2080 tokens are to be cached, but .* has 2048"):
+    with pytest.raises(StoreError, match=r"2080 tokens are to be cached, but .* has 2048"):
         fill(wanted(MLP_OUT, rows=65))
 
 
@@ -449,64 +458,11 @@ def test_a_folder_without_a_receipt_is_no_column(tmp_path):
 
 
 # -------------------------------------------------------------------- SIGKILL
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from saeflow import column_writer, shards, store as stores
-from saeflow.activations import Wanted, cache
-from saeflow.config import ActivationsConfig, ModelConfig
-from saeflow.models import load_model
-from saeflow.store import ActivationStore, TokenRows
-import torch
-
-torch.set_num_threads(1)
-folder, model_folder, tokens, geometry = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), eval(sys.argv[4])
-model = load_model(model_folder, ModelConfig(name="tiny", path=str(model_folder)), "cpu")
-COLUMNS = [Wanted("blocks.1.hook_mlp_out", (32,), 1056), Wanted("blocks.0.attn.hook_z", (4, 8), 1056)]
-
-def run(name):
-    store = ActivationStore(folder / name, ActivationsConfig(**geometry))
-    with store.locked():
-        found = cache(store, COLUMNS, TokenRows(tokens), lambda: model)
-        for column, statistics in found.items():
-            stores.save_tensors(folder / name / "statistics" / column.hook_name, statistics._asdict())
-
-def killed_at(name, owner, function, count, after):
-    # Runs in a forked child that kills itself when `function` is called for the `count`-th time, before or after.
-    child = os.fork()
-    if child == 0:
-        real, calls = getattr(owner, function), []
-        def wrapped(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == count and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kwargs)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-        setattr(owner, function, wrapped)
-        run(name)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, (function, count)
-
-POINTS = [(shards.ShardWriter, "add", 1), (shards.ShardWriter, "add", 8), (shards.ShardWriter, "close", 1),
-          (shards.ShardWriter, "close", 6), (ActivationStore, "save_progress", 1), (ActivationStore, "save_progress", 7),
-          (ActivationStore, "create", 2), (stores.TokenRows, "coordinates", 1), (Path, "replace", 3)]
-if __name__ == "__main__":
-    import zarr.core.group
-    for i, (owner, function, count) in enumerate([*POINTS, (zarr.Array, "resize", 2), (zarr.Array, "resize", 5)]):
-        for after in (False, True):
-            killed_at(f"{i}-{after}", owner, function, count, after)
-            if i == 1:  # and once more, somewhere else
-                killed_at(f"{i}-{after}", shards.ShardWriter, "close", 2, not after)
-            run(f"{i}-{after}")
-    run("undisturbed")
-"""
-
-
 def test_killed_anywhere_the_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path, neox_folder, tokens_folder):
-    arguments = [str(tmp_path), str(neox_folder), str(tokens_folder), repr(GEOMETRY)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
+    """`kill_caching.py` is killed once before and once after each of eleven steps, and run again each time."""
+    script = Path(__file__).with_name("kill_caching.py")
+    command = [sys.executable, script, tmp_path, neox_folder, tokens_folder, json.dumps(GEOMETRY)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     *runs, undisturbed = sorted(tmp_path.iterdir(), key=lambda p: (p.name == "undisturbed", p.name))
     expected = contents(undisturbed)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saeflow.attention import fused_attention
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.sae import build
@@ -88,8 +90,14 @@ def run(model: Any, rows: np.ndarray, *dictionaries: Dictionary, prepend_bos: bo
 
 
 # -------------------------------------------------------------------- splicing
-def test_a_splice_is_bit_for_bit_a_full_pass_with_a_hook(model_folder: Path) -> None:
+@pytest.mark.parametrize("attention", [nullcontext, fused_attention])
+def test_a_splice_is_bit_for_bit_a_full_pass_with_a_hook(model_folder: Path, attention: Any) -> None:
     model = load(model_folder)
+    with attention(model):
+        check_every_hook(model, model_folder)
+
+
+def check_every_hook(model: Any, model_folder: Path) -> None:
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (3, 20)))
     geometry = read_geometry(model_folder)
     hooks = [f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in geometry.block_hooks()]

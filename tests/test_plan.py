@@ -206,6 +206,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         ),
         (["site=mlp"], "dictionary.kind=sae reads one hook, but this site has two"),
         (["model.path=/no/such/folder"], "model.path=/no/such/folder: no such folder"),
+        (["model=local"], "model.path has to be given: add model.path="),
         (["corpus.path=/no/such/file"], "corpus.path=/no/such/file: no such file or folder"),
         (["device.train=gpu"], "device.train=gpu: use cpu, cuda"),
         (["training.n_tokens=many"], "training.n_tokens='many' must be of type int"),

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saeflow.attention import fused_attention
 from saeflow.column_writer import ActivationError, ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.job import Job, progress
@@ -147,14 +148,15 @@ def _fill(
         model = load()
         block_tokens = batch_rows * rows.context_size
         n_blocks = math.ceil(max(writer.last for writer in writers) / block_tokens)
-        for block in progress(range(n_blocks), "caching", n_blocks):
-            first = block * block_tokens
-            needing = [w for w in writers if not w.done and w.position < first + block_tokens]
-            if needing:
-                tokens = _block(rows, block * batch_rows, batch_rows).to(device)
-                found = forward(model, tokens, [w.hook_name for w in needing])
-                for writer in needing:
-                    writer.append(first, found[writer.hook_name])
+        with fused_attention(model):
+            for block in progress(range(n_blocks), "caching", n_blocks):
+                first = block * block_tokens
+                needing = [w for w in writers if not w.done and w.position < first + block_tokens]
+                if needing:
+                    tokens = _block(rows, block * batch_rows, batch_rows).to(device)
+                    found = forward(model, tokens, [w.hook_name for w in needing])
+                    for writer in needing:
+                        writer.append(first, found[writer.hook_name])
     for writer in writers:
         writer.wait()
 

@@ -12,7 +12,6 @@ prepend_bos=false) have the same numbers in both.
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saeflow.attention import fused_attention
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.job import Job, progress
@@ -72,11 +72,13 @@ def evaluate(
     starts = range(0, len(rows), batch_rows)
     for batch, start in enumerate(progress(starts, "evaluating")):
         tokens = torch.from_numpy(rows[start : start + batch_rows].astype(np.int64)).to(model.cfg.device)
-        for i, measured in enumerate(_evaluate_batch(model, studies, tokens)):
-            fired[i] += measured.fired
+        with fused_attention(model):
+            measured = _evaluate_batch(model, studies, tokens)
+        for i, one in enumerate(measured):
+            fired[i] += one.fired
             for name, some in parts.items():
-                sums = {k: v[:, some].sum().item() for k, v in measured.per_token.items()}
-                centred = measured.centred[:, some].sum((0, 1), dtype=torch.float64).tolist()
+                sums = {k: v[:, some].sum().item() for k, v in one.per_token.items()}
+                centred = one.centred[:, some].sum((0, 1), dtype=torch.float64).tolist()
                 batches[i].append({"batch": batch, "positions": name, **sums, "centred": centred})
     return [Evaluation(b, _summary(b, f)) for b, f in zip(batches, fired, strict=True)]
 
@@ -93,7 +95,7 @@ class _Measured(NamedTuple):
 
 
 @torch.no_grad()
-def _evaluate_batch(model: "HookedTransformer", studies: list[Study], tokens: Tensor) -> Iterator[_Measured]:
+def _evaluate_batch(model: "HookedTransformer", studies: list[Study], tokens: Tensor) -> list[_Measured]:
     """Measures every study on `tokens` (B, P)."""
     baselines = list({id(s.baseline): s.baseline for s in studies}.values())
     splices = {b.hook_name for b in baselines}
@@ -137,11 +139,13 @@ def _evaluate_batch(model: "HookedTransformer", studies: list[Study], tokens: Te
         zero, mean = losses[2 * i : 2 * i + 2]
         named = {"ce_zero": zero.ce, "ce_mean": mean.ce, "kl_zero": zero.kl, "kl_mean": mean.kl}
         ablated[id(baseline)] = {name: at_positions(loss) for name, loss in named.items()}
+    measured = []
     for study, made, loss in zip(studies, reconstructions, losses[2 * len(baselines) :], strict=True):
         replaced = {"ce_replaced": at_positions(loss.ce), "kl": at_positions(loss.kl)}
         own = {name: v.view(B, P) for name, v in made.per_token.items()}
         centred = targets[id(study.baseline)].centred.view(B, P, -1)
-        yield _Measured(shared | ablated[id(study.baseline)] | replaced | own, centred, made.fired.cpu())
+        measured.append(_Measured(shared | ablated[id(study.baseline)] | replaced | own, centred, made.fired.cpu()))
+    return measured
 
 
 def _predicting(final: Tensor) -> Tensor:

@@ -155,8 +155,8 @@ class _Expander:
         usable = rows * (point.tokens.context_size - 1)
         if point.dictionary.kind == "pair" and point.jacobian.n_tokens > usable:
             raise ConfigError(
-                f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not at "
-                "position 0; lower it, or raise tokens.held_out_tokens"
+                f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
+                "at position 0; lower it, or raise tokens.held_out_tokens"
             )
 
 

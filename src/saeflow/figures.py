@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's colours, safe for colour-blind readers; every series has a marker of its own too, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -72,7 +72,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             ("ce_zero", ":", "zero ablation"),
         ):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
-        _log_axis(axis)
+        _log_axis(axis, "x")
         axis.set(xlabel="L0: active latents per token", title=_readable(hook))
         axis.set_ylabel("CE loss (nats per token)" if axis is axes[0][0] else "")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -84,7 +84,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     table = _with_series(tables.training)
     panels = list(table.groupby(["series", "hook_name"], sort=True))
     figure, axes = plt.subplots(
-        2, len(panels), figsize=(max(3.0, 1.9 * len(panels)), 3.6), sharex=True, sharey="row", squeeze=False
+        2, len(panels), figsize=(max(3.0, 1.9 * len(panels)), 3.8), sharex=True, sharey="row", squeeze=False
     )
     for column, ((series, hook), rows) in enumerate(panels):
         amounts = sorted(rows["amount"].unique())
@@ -95,17 +95,17 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
         axes[0][column].set_title(f"{series}\n{_readable(str(hook))}")
-        axes[0][column].set_yscale("log")
-        axes[1][column].set_yscale("log")
         axes[1][column].set_xlabel("tokens (thousands)")
-        if len(amounts) <= 8:
-            handles, labels = axes[0][column].get_legend_handles_labels()
-            unique = dict(zip(labels, handles, strict=True))
-            axes[0][column].legend(unique.values(), unique.keys(), handlelength=1.0, fontsize=6, loc="upper right")
+        handles, labels = axes[0][column].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        shown = list(unique)[:: max(1, len(unique) // 8)]  # of a long sweep every so many, along the colours
+        axes[1][column].legend(
+            [unique[label] for label in shown], shown, loc="upper center", bbox_to_anchor=(0.5, -0.35), handlelength=1.0
+        )
     axes[0][0].set_ylabel("variance unexplained")
     axes[1][0].set_ylabel("L0 (active latents)")
     for axis in axes.flat:
-        _plain_ticks(axis.yaxis)
+        _log_axis(axis, "y")
     return figure, table
 
 
@@ -115,14 +115,17 @@ def jacobian_histogram(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 2.8))
     for i, (_, rows) in enumerate(table.groupby("jacobian_key", sort=True)):
         first = rows.iloc[0]
-        label = f"{_readable(first['hook_name'])} → {_readable(first['hook_name_out'])}\nk = {first['k']}"
+        label = f"{_readable(first['hook_name'])} → {_readable(first['hook_name_out'])}, k = {first['k']}"
         edges = np.append(rows["bin_left"], rows["bin_right"].iloc[-1])
         colour = COLOURS[i % len(COLOURS)]
         left.stairs(rows["count_per_token"], edges, color=colour, label=label)
         right.plot(rows["bin_left"], rows["above_per_token"], color=colour)
-    left.set(xlabel="|J|", ylabel="entries per token and bin", yscale="log")
-    right.set(xlabel="threshold", ylabel="entries per token with |J| above it", yscale="log")
-    left.legend(loc="upper right")
+    left.set(xlabel="|J|", ylabel="entries per token and bin")
+    right.set(xlabel="threshold", ylabel="entries per token\nwith |J| above it")
+    for axis in (left, right):
+        _log_axis(axis, "y")
+    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02))
     return figure, table
 
 
@@ -162,13 +165,10 @@ def _readable(hook_name: str) -> str:
     return f"layer {parts[1]}, {name}" if parts[0] == "blocks" else hook_name
 
 
-def _log_axis(axis: Axes) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    _plain_ticks(axis.xaxis)
-
-
-def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
-    """Numbers such as 0.2 and 50 rather than powers of ten: the ranges are short."""
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
+def _log_axis(axis: Axes, which: str) -> None:
+    """A log scale that says 0.2 and 50 rather than powers of ten: the ranges are short."""
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saeflow.attention import fused_attention
 from saeflow.config import ConfigError, JacobianConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
@@ -122,7 +123,8 @@ def study(model: "HookedTransformer", pair: Pair, rows: TokenStore | np.ndarray,
     hooks = [pair.input.spec.hook_name, pair.output.spec.hook_name]
     for start in progress(range(0, len(rows), ROWS), "Jacobians"):
         tokens = torch.from_numpy(rows[start : start + ROWS].astype(np.int64)).to(model.cfg.device)
-        x, y = (value[:, 1:].flatten(0, 1) for value in read_hooks(model, tokens, hooks))
+        with fused_attention(model):
+            x, y = (value[:, 1:].flatten(0, 1) for value in read_hooks(model, tokens, hooks))
         left = config.n_tokens - tally.n_tokens
         for J in pair_jacobians(pair, x[:left], y[:left]):
             tally.add(J)

@@ -140,18 +140,21 @@ def _product(tree: Any, values: dict[str, list[Any]], fields: list[str]) -> Iter
         for path, value in zip(mentioned, combination, strict=True):
             OmegaConf.update(tree, path, value)
         try:
-            resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+            resolved = OmegaConf.to_container(tree, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"the configuration does not resolve: {_one_line(error)}") from error
         for rest in itertools.product(*(values[p] for p in plain)):
-            point = copy.deepcopy(resolved)
+            point: Any = copy.deepcopy(resolved)
             for path, value in zip(plain, rest, strict=True):
                 *parents, leaf = path.split(".")
                 node: Any = point
                 for part in parents:
                     node = node[part]
                 node[leaf] = value
-            yield point  # type: ignore[misc]
+            for group, held in point.items():
+                for key in (k for k, v in held.items() if v == "???") if isinstance(held, dict) else ():
+                    raise ConfigError(f"{group}.{key} has to be given: add {group}.{key}=… to the overrides")
+            yield point
 
 
 def _plain(value: Any) -> Any:
@@ -184,7 +187,7 @@ def _axis(path: str, value: Any) -> list[Any]:
 def _holds(tree: Any, path: str) -> bool:
     node: Any = tree
     for part in path.split("."):
-        if not hasattr(node, "keys") or part not in node:
+        if not hasattr(node, "keys") or part not in node.keys():  # noqa: SIM118 -- a value "???" is not "in"
             return False
         node = node._get_node(part)
     return True

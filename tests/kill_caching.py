@@ -1,0 +1,85 @@
+"""Kills caching with SIGKILL at many steps, each in a forked child, and runs it again: called by test_activations.
+
+    python kill_caching.py FOLDER MODEL TOKENS GEOMETRY
+
+FOLDER gets a store for every kill, completed by a second run, and `undisturbed`, made in one.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import zarr
+
+from saeflow.activations import Wanted, cache
+from saeflow.config import ActivationsConfig, ModelConfig
+from saeflow.models import load_model
+from saeflow.shards import ShardWriter
+from saeflow.store import ActivationStore, TokenRows, save_tensors
+
+COLUMNS = [Wanted("blocks.1.hook_mlp_out", (32,), 1056), Wanted("blocks.0.attn.hook_z", (4, 8), 1056)]
+STEPS = [
+    (ActivationStore, "create", 2),
+    (ShardWriter, "add", 1),
+    (ShardWriter, "add", 8),
+    (ShardWriter, "close", 1),
+    (ShardWriter, "close", 6),
+    (ActivationStore, "save_progress", 1),
+    (ActivationStore, "save_progress", 7),
+    (Path, "replace", 3),
+    (TokenRows, "coordinates", 1),
+    (zarr.Array, "resize", 2),
+    (zarr.Array, "resize", 5),
+]
+
+
+def main(folder: Path, model_folder: Path, tokens: Path, geometry: dict) -> None:
+    torch.set_num_threads(1)  # a fork would not survive a pool of threads
+    model = load_model(model_folder, ModelConfig(name="tiny", path=str(model_folder)), "cpu")
+
+    def run(name: str) -> None:
+        store = ActivationStore(folder / name, ActivationsConfig(**geometry))
+        with store.locked():
+            found = cache(store, COLUMNS, TokenRows(tokens), lambda: model)
+            for column, statistics in found.items():
+                save_tensors(folder / name / "statistics" / column.hook_name, statistics._asdict())
+
+    def killed(name: str, owner: type, function: str, count: int, after: bool) -> None:
+        child = os.fork()
+        if child == 0:
+            die_at(owner, function, count, after)
+            run(name)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == -signal.SIGKILL, f"{owner.__name__}.{function} was not called {count} times"
+
+    for i, step in enumerate(STEPS):
+        for after in (False, True):
+            killed(f"{i}-{after}", *step, after)
+            if step == (ShardWriter, "add", 8):  # and once more, on the way
+                killed(f"{i}-{after}", ShardWriter, "close", 2, after)
+            run(f"{i}-{after}")
+    run("undisturbed")
+
+
+def die_at(owner: type, function: str, count: int, after: bool) -> None:
+    """From now on this process kills itself when `function` is called for the `count`-th time, before or after it."""
+    real, calls = getattr(owner, function), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(function)
+        if len(calls) == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, function, wrapped)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), json.loads(sys.argv[4]))
