@@ -2,7 +2,8 @@
 
     python kill_caching.py FOLDER MODEL TOKENS GEOMETRY
 
-FOLDER gets a store for every kill, completed by a second run, and `undisturbed`, made in one.
+FOLDER gets a store for every kill, completed by a second run, and `undisturbed`, made in one. Half of the kills hit an
+extension: of those, the rows that were there before must be readable right after the kill.
 """
 
 import json
@@ -11,16 +12,19 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import zarr
 
 from saeflow.activations import Wanted, cache
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.models import load_model
+from saeflow.reader import open_rows
 from saeflow.shards import ShardWriter
-from saeflow.store import ActivationStore, TokenRows, save_tensors
+from saeflow.store import ActivationStore, Column, TokenRows, save_tensors
 
 COLUMNS = [Wanted("blocks.1.hook_mlp_out", (32,), 1056), Wanted("blocks.0.attn.hook_z", (4, 8), 1056)]
+SHORTER = [column._replace(n_tokens=672) for column in COLUMNS]  # ends in the middle of a chunk and a shard
 STEPS = [
     (ActivationStore, "create", 2),
     (ShardWriter, "add", 1),
@@ -28,7 +32,7 @@ STEPS = [
     (ShardWriter, "close", 1),
     (ShardWriter, "close", 6),
     (ActivationStore, "save_progress", 1),
-    (ActivationStore, "save_progress", 7),
+    (ActivationStore, "save_progress", 6),
     (Path, "replace", 3),
     (TokenRows, "coordinates", 1),
     (zarr.Array, "resize", 2),
@@ -40,12 +44,16 @@ def main(folder: Path, model_folder: Path, tokens: Path, geometry: dict) -> None
     torch.set_num_threads(1)  # a fork would not survive a pool of threads
     model = load_model(model_folder, ModelConfig(name="tiny", path=str(model_folder)), "cpu")
 
-    def run(name: str) -> None:
+    def run(name: str, columns: list[Wanted] = COLUMNS) -> None:
         store = ActivationStore(folder / name, ActivationsConfig(**geometry))
         with store.locked():
-            found = cache(store, COLUMNS, TokenRows(tokens), lambda: model)
+            found = cache(store, columns, TokenRows(tokens), lambda: model)
             for column, statistics in found.items():
                 save_tensors(folder / name / "statistics" / column.hook_name, statistics._asdict())
+
+    def read_shorter(name: str) -> list[torch.Tensor]:
+        columns = [Column(folder / name / "column", c.hook_name, c.n_tokens, c.size, "float32") for c in SHORTER]
+        return [open_rows(column).take(np.arange(column.n_tokens)) for column in columns]
 
     def killed(name: str, owner: type, function: str, count: int, after: bool) -> None:
         child = os.fork()
@@ -58,10 +66,17 @@ def main(folder: Path, model_folder: Path, tokens: Path, geometry: dict) -> None
 
     for i, step in enumerate(STEPS):
         for after in (False, True):
-            killed(f"{i}-{after}", *step, after)
-            if step == (ShardWriter, "add", 8):  # and once more, on the way
-                killed(f"{i}-{after}", ShardWriter, "close", 2, after)
-            run(f"{i}-{after}")
+            for extending in (False, True):
+                name = f"{i}-{after}-{extending}"
+                if extending:
+                    run(name, SHORTER)
+                    before = read_shorter(name)
+                killed(name, *step, after)
+                if step == (ShardWriter, "add", 8):  # and once more, on the way
+                    killed(name, ShardWriter, "close", 2, after)
+                if extending:
+                    assert all(map(torch.equal, before, read_shorter(name))), f"{name}: rows from before are lost"
+                run(name)
     run("undisturbed")
 
 

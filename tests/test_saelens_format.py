@@ -162,10 +162,11 @@ def test_the_learning_rate_follows_saelens(warm_up, decay):
         scheduler.step()
 
 
-def test_the_l1_coefficient_follows_saelens():
-    options = TrainingConfig(n_tokens=300, batch_size=10, l1_warm_up_steps=8)
+@pytest.mark.parametrize("warm_up", [0, 8])
+def test_the_l1_coefficient_follows_saelens(warm_up):
+    options = TrainingConfig(n_tokens=300, batch_size=10, l1_warm_up_steps=warm_up)
     spec = make_spec(DictionaryConfig("sae", "relu", l1_coefficient=2.0), 6, 6, HOOK_OUT, HOOK_OUT, 0, ORIGIN)
-    scheduler = CoefficientScheduler(warm_up_steps=8, final_value=2.0)
+    scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=2.0)
     for step in range(20):
         assert l1_coefficient(spec, options, step) == pytest.approx(scheduler.value)
         scheduler.step()

@@ -48,10 +48,10 @@ class Workflow:
         """Jobs of a dry run by stage, without the collecting rule."""
         done = self.call("-n", *options, hydra=hydra, sweep=sweep)
         assert done.returncode == 0, done.stdout + done.stderr
+        table = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE))  # it is printed twice
         counts: Counter[str] = Counter()
-        for rule, count in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE):
-            if rule not in ("all", "total"):
-                counts[rule.split("_")[0]] += int(count)
+        for rule in table.keys() - {"all", "total"}:
+            counts[rule.split("_")[0]] += int(table[rule])
         assert counts or "Nothing to be done" in done.stdout + done.stderr
         return dict(counts)
 

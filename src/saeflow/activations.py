@@ -13,7 +13,6 @@ were complete before stay valid.
 """
 
 import errno
-import logging
 import math
 import shutil
 import time
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 __all__ = ["ActivationError", "Column", "DiskFullError", "Wanted", "cache", "cache_jobs", "forward", "open_column"]
-log = logging.getLogger("saeflow")
 
 
 class DiskFullError(OSError):

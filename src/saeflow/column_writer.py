@@ -134,11 +134,9 @@ class ColumnWriter:
 
     def _end_column(self) -> None:
         """The column is complete: its last shard may be partial, and its statistics include the last, partial chunk."""
-        moments = self.moments
         if self._filled:
-            moments = moments.copy()
-            self._merge(moments, self._chunk[: self._filled])
-        self.found[self._columns.pop(0)] = moments.statistics()
+            self._merge(self._chunk[: self._filled])  # the next column begins anew from what is on record
+        self.found[self._columns.pop(0)] = self.moments.statistics()
         if self._shard:
             if self._filled:
                 self._chunk[self._filled :] = math.nan  # the fill value, as Zarr pads a chunk
@@ -171,16 +169,16 @@ class ColumnWriter:
             self._filled += n
             self.position += n
             if self._filled == self.layout.chunk_tokens:
-                self._merge(self.moments, self._chunk)
+                self._merge(self._chunk)
                 if self._shard:
                     self._write(self._chunk)
                 self._new_chunk()
         if self.position == self._shard_end:
             self._end_shard()
 
-    def _merge(self, moments: Moments, chunk: Tensor) -> None:
-        moments.add(chunk.flatten(1).float())
-        if not math.isfinite(moments.norm_sum):
+    def _merge(self, chunk: Tensor) -> None:
+        self.moments.add(chunk.flatten(1).float())
+        if not math.isfinite(self.moments.norm_sum):
             first = self.position - len(chunk)
             raise ActivationError(
                 f"{self.hook_name}: NaN or infinity among tokens {first} to {self.position - 1}. Check the model's "

@@ -107,7 +107,8 @@ class DictionaryConfig:
     `squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
     used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
     error divided by the target's L2 norm (transcoder paper). `sparsity`: L1 of activations weighted by the decoder
-    row's norm (SAELens, April recipe), or plain L1 with unit-norm decoder rows (transcoder paper).
+    row's norm (SAELens, April recipe), or plain L1 with unit-norm decoder rows (transcoder paper). With TopK likewise:
+    latents compete by value times the decoder row's norm (SAELens), or rows are kept at unit norm (JSAE).
     """
 
     kind: Literal["sae", "transcoder", "pair"]

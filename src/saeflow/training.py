@@ -220,7 +220,9 @@ def learning_rate(training: TrainingConfig, step: int, n_steps: int) -> float:
 
 
 def l1_coefficient(spec: Spec, training: TrainingConfig, step: int) -> float:
-    return (spec.l1_coefficient or 0.0) * min(step / max(training.l1_warm_up_steps, 1), 1.0)
+    """Of step 0, 1, ...: 0 at the first, unless there is no warm-up."""
+    rise = min(step / training.l1_warm_up_steps, 1.0) if training.l1_warm_up_steps else 1.0
+    return (spec.l1_coefficient or 0.0) * rise
 
 
 def _shown(batches: Iterable[tuple[Tensor, ...]], n_steps: int, spec: Spec) -> Iterable[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ embedded model, d_in = 128, d_sae = 1,024, 600 k tokens):
 
 * ReLU: 0.1, SAELens's `decoder_init_norm`, from Anthropic's April 2024 update; training soon sets its own scale.
 * TopK: latents compete, so pre-activations must be large beside what Adam adds to `b_enc` in the first steps, or a few
-  early winners take every token. From 0.1 an SAE with k = 4 ends with 577 dead latents, from 0.5 with 7. A transcoder
+  early winners take every token. From 0.1 an SAE with k = 4 ends with 380 dead latents, from 0.5 with 7. A transcoder
   starts with no relation between the latents that win and what they write, so they begin by writing little.
 * Where decoder rows are kept at norm 1, they start there.
 """
