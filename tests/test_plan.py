@@ -68,6 +68,7 @@ def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: 
         ("device=cuda", set()),
         ("device.train=cuda:1", set()),
         ("device.threads.train=7", set()),
+        ("training.loggers=[wandb]", set()),
         ("dictionary.l1_coefficient=[1e-3,3.0e-3]", set()),
         ("evaluation.batch_rows=8", {"evaluate", "figures"}),
         ("seed=1", {"train", "evaluate", "figures"}),

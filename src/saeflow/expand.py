@@ -47,10 +47,11 @@ class _Expander:
     def add(self, point: PointConfig) -> None:
         folder, geometry, weights, tokenizer = self._model(point)
         self._check(point, geometry)
-        sources = {"model": str(folder), "corpus": point.corpus.path or ""}
+        sources = {"model": str(folder), "corpus": point.corpus.path or "", "loggers": " ".join(point.training.loggers)}
         tree = json.loads(canonical(dataclasses.asdict(point)))  # tuples become lists, as they will be when read back
         tree["corpus"] = self._corpus(point)
         tree["tokenizer"] = tokenizer
+        del tree["training"]["loggers"]  # where metrics are copied to makes no dictionary another
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
         tree["model"] = {"weights": weights, **processing}
 

@@ -46,7 +46,7 @@ STAGES = {
 
 @dataclass
 class Instance:
-    """One artifact: what it reads, what it needs, and (`sources`) where its outside files lie now."""
+    """One artifact: what it reads, what it needs, and (`sources`, never hashed) where its outside files lie now."""
 
     stage: str
     key: str

@@ -58,7 +58,7 @@ class Sweep:
                 self.chosen[key] = [str(v) for v in _as_list(value)]
             elif top in self.fields and override.is_add() is False and override.is_delete() is False:
                 self.values[key] = _axis(key, value)
-            elif top in (*self.fields, *self.groups, "sweep", "experiment_name"):
+            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures"):
                 self.rest.append(text)
             else:
                 legal = sorted({*self.fields, *self.groups})

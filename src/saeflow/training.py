@@ -68,7 +68,7 @@ def train(job: Job) -> str:
     sides = [Side(torch.as_tensor(c.statistics.mean), float(c.statistics.mean_norm)) for c in columns]
     batches = BatchReader(columns, training.batch_size, job.config["seed"])
     results = Path(job.plan.results)
-    loggers = open_loggers(training.loggers, job.instance.key, job.config, results)
+    loggers = open_loggers(job.instance.sources.get("loggers", "").split(), job.instance.key, job.config, results)
 
     def log_row(row: Mapping[str, float]) -> None:
         for logger in loggers:
