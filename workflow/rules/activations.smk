@@ -10,6 +10,8 @@ for batch in PLAN.batches["activations"]:
             PLAN.outputs("activations", batch),
         log:
             f"logs/activations/{short_hash(batch)}.log",
+        conda:
+            "../../environment.yml"
         threads: PLAN.threads("activations")
         resources:
             **PLAN.resources("activations"),

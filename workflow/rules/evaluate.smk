@@ -10,6 +10,8 @@ for batch in PLAN.batches["evaluate"]:
             PLAN.outputs("evaluate", batch),
         log:
             f"logs/evaluate/{short_hash(batch)}.log",
+        conda:
+            "../../environment.yml"
         threads: PLAN.threads("evaluate")
         resources:
             **PLAN.resources("evaluate"),

@@ -19,6 +19,8 @@ for key, instance in PLAN.stages["figures"].items():
             ],
         log:
             f"logs/figures/{key}.log",
+        conda:
+            "../../environment.yml"
         threads: PLAN.threads("figures")
         resources:
             **PLAN.resources("figures"),

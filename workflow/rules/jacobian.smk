@@ -5,6 +5,8 @@ rule jacobian:
         "results/jacobian/{key}/provenance.json",
     log:
         "logs/jacobian/{key}.log",
+    conda:
+        "../../environment.yml"
     threads: PLAN.threads("jacobian")
     resources:
         **PLAN.resources("jacobian"),

@@ -6,6 +6,9 @@ rule pretrain:
         "results/pretrain/model/README.md",
     log:
         "logs/pretrain.log",
+    conda:
+        "../../environment.yml"
     threads: 2
     shell:
-        "{RUN}/pretrain.py --corpus {input.corpus:q} --out results/pretrain/model --threads {threads} --log {log:q}"
+        f"{RUN}/pretrain.py --corpus {{input.corpus:q}} --out results/pretrain/model"
+        " --threads {threads} --log {log:q}"

@@ -3,6 +3,8 @@ rule tokens:
         "results/tokens/{key}/provenance.json",
     log:
         "logs/tokens/{key}.log",
+    conda:
+        "../../environment.yml"
     threads: PLAN.threads("tokens")
     resources:
         **PLAN.resources("tokens"),

@@ -5,6 +5,8 @@ rule train:
         "results/train/{key}/provenance.json",
     log:
         "logs/train/{key}.log",
+    conda:
+        "../../environment.yml"
     threads: PLAN.threads("train")
     resources:
         **PLAN.resources("train"),
