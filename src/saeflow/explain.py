@@ -35,6 +35,8 @@ def explain(plan: Plan) -> Explanation:
     }
     reasons: dict[str, None] = {}  # an ordered set
     for stage, instances in missing.items():
+        if stage == "figures" and reasons:
+            break  # which figures there are follows from the rest
         known = _configs_on_disk(plan, stage) if instances else []
         for instance in instances:
             for reason in _what_is_new(instance, known):
