@@ -1,11 +1,14 @@
 """Shared fixtures: tiny models of three architectures, a corpus, packed tokens. What is heavy is imported late."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small a second thread costs more than it brings
 
 CONTEXT_SIZE = 32
 SENTENCE = (

@@ -20,7 +20,7 @@ from stores import contents, write_rows, write_store
 from saeflow.activations import ActivationError, DiskFullError, Wanted, cache, cache_jobs, longest_rows, open_column
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.job import Job
-from saeflow.models import load_model
+from saeflow.loading import load_model
 from saeflow.moments import Moments
 from saeflow.plan import Instance, Plan
 from saeflow.reader import BatchReader, open_rows
@@ -33,15 +33,6 @@ CONTEXT = 32
 MLP_IN, MLP_OUT = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 HOOK_Z, HIDDEN = "blocks.0.attn.hook_z", "blocks.0.mlp.hook_post"
 SIZES = {MLP_IN: (32,), MLP_OUT: (32,), HOOK_Z: (4, 8), HIDDEN: (64,)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def wanted(*hooks: str, rows: int = 33) -> list[Wanted]:

@@ -3,18 +3,9 @@ import torch
 
 from saeflow.attention import fused_attention, is_plain
 from saeflow.config import ModelConfig
-from saeflow.models import load_model
+from saeflow.loading import load_model
 
 UNHOOKABLE = ("hook_attn_scores", "hook_pattern")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

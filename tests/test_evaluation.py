@@ -24,8 +24,9 @@ from saeflow.evaluation import Baseline, Evaluation, Study, evaluate, evaluate_j
 from saeflow.fitting import FitError, check_fit
 from saeflow.job import Job
 from saeflow.kernels import next_token
+from saeflow.loading import load_model
 from saeflow.metrics import firing, summarise
-from saeflow.models import load_model, read_geometry
+from saeflow.models import read_geometry
 from saeflow.plan import Instance, Plan
 from saeflow.splicing import run_clean, run_spliced
 

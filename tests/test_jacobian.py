@@ -29,8 +29,8 @@ from saeflow.jacobian import (
 )
 from saeflow.job import Job
 from saeflow.kernels import jacobian as kernel
+from saeflow.loading import load_model
 from saeflow.mlp import ACTIVATIONS, MLP, read_mlp
-from saeflow.models import load_model
 from saeflow.plan import Instance, Plan
 from saeflow.splicing import read_hooks
 

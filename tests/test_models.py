@@ -13,7 +13,8 @@ from conftest import save_model
 from saeflow import models
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.digest import DigestCache
-from saeflow.models import Geometry, ModelError, TokenizerError, hook_layer, load_model, read_geometry
+from saeflow.loading import load_model
+from saeflow.models import Geometry, ModelError, TokenizerError, hook_layer, read_geometry
 
 PLAIN = ModelConfig("tiny", path="unused")
 # What fires in a block and is no vector of a token: scales, attention patterns, and queries and keys after rotation.

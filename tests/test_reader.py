@@ -19,15 +19,6 @@ GEOMETRY = {"chunk_tokens": 16, "shard_tokens": 64}
 N = 200  # three whole shards and one with half of its second chunk
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def values():
     generator = torch.Generator().manual_seed(0)

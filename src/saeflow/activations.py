@@ -28,7 +28,8 @@ from saeflow.attention import fused_attention
 from saeflow.column_writer import ActivationError, ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.job import Job, progress
-from saeflow.models import hook_layer, load_model
+from saeflow.loading import load_model
+from saeflow.models import hook_layer
 from saeflow.moments import Statistics
 from saeflow.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
 

@@ -27,8 +27,9 @@ from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.job import Job, progress
 from saeflow.kernels.next_token import next_token_losses
+from saeflow.loading import load_model
 from saeflow.metrics import firing, reconstruct, summarise, target
-from saeflow.models import load_model, read_geometry
+from saeflow.models import read_geometry
 from saeflow.splicing import run_clean, run_spliced
 from saeflow.store import open_column
 from saeflow.tokens import TokenStore, open_tokens

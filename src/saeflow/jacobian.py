@@ -29,8 +29,9 @@ from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.job import Job, progress
 from saeflow.kernels.jacobian import decoder_rows, encoder_rows, jacobian_chunks, mask_inactive
+from saeflow.loading import load_model
 from saeflow.mlp import MLP, read_mlp
-from saeflow.models import load_model, read_geometry
+from saeflow.models import read_geometry
 from saeflow.splicing import read_hooks
 from saeflow.tokens import TokenStore, open_tokens
 

@@ -1,7 +1,6 @@
-"""Language models: what a Hugging Face folder holds, which hooks it has, and opening it in TransformerLens, offline.
+"""Language models as the plan sees them: what a Hugging Face folder holds, and which hooks the model in it has.
 
-Everything above `load_model` reads only `config.json` and file names, so that the plan can check a sweep in
-milliseconds.
+Only `config.json` and file names are read, so that a sweep is checked in milliseconds; `saeflow.loading` opens a model.
 """
 
 import difflib
@@ -9,14 +8,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.digest import DigestCache, short_hash
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-
 
 # What a folder is read for: no pickles, and no second copy of the weights in another format.
 MODEL_FILES = (
@@ -27,7 +22,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-_RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 class ModelError(ConfigError):
@@ -150,7 +145,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def model_digest(folder: Path, cache: DigestCache) -> str:
     """Hash of a model's weights and `config.json` by content, 32 hexadecimal digits."""
-    return cache.files(folder, [_config_file(folder), *weight_files(folder)])
+    return cache.files(folder, [config_file(folder), *weight_files(folder)])
 
 
 def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
@@ -175,13 +170,13 @@ def special_tokens(folder: Path) -> dict[str, Any]:
     special: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            special |= {k: v for k, v in _read_keys(folder / name).items() if v}
+            special |= {k: v for k, v in read_keys(folder / name).items() if v}
     return special
 
 
 def read_geometry(folder: Path) -> Geometry:
     """Reads the sizes that a folder's `config.json` states. Raises `ModelError` for an architecture not known here."""
-    config = _read_keys(_config_file(folder))
+    config = read_keys(config_file(folder))
 
     def get(*names: str, default: Any = None) -> Any:
         for name in names:
@@ -196,7 +191,7 @@ def read_geometry(folder: Path) -> Geometry:
         parallel, gated = config.get("use_parallel_residual", True), False
     elif architecture == "GPT2LMHeadModel":
         parallel, gated = False, False
-    elif architecture in _RMS_NORM:
+    elif architecture in RMS_NORM:
         parallel, gated = False, True
     else:
         raise ModelError(
@@ -217,14 +212,14 @@ def read_geometry(folder: Path) -> Geometry:
     )
 
 
-def _config_file(folder: Path) -> Path:
+def config_file(folder: Path) -> Path:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"model folder {folder} has no config.json; it must be a Hugging Face model folder")
     return file
 
 
-def _read_keys(file: Path) -> dict[str, Any]:
+def read_keys(file: Path) -> dict[str, Any]:
     try:
         keys = json.loads(file.read_text())
     except ValueError as error:
@@ -232,107 +227,3 @@ def _read_keys(file: Path) -> dict[str, Any]:
     if not isinstance(keys, dict):
         raise ModelError(f"{file} holds a {type(keys).__name__} where keys should be; copy the model folder again")
     return keys
-
-
-def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
-    """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
-
-    Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
-    something else than transformers does. Imports both, which takes several seconds.
-    """
-    import torch
-    from transformer_lens import HookedTransformer, loading_from_pretrained
-
-    geometry = read_geometry(folder)
-    if geometry.architecture in _RMS_NORM and model.center_writing_weights:
-        raise ModelError(
-            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
-            "root mean square, which sees the mean; set model.center_writing_weights=false"
-        )
-    original = _load_original(folder)
-    config = _hooked_config(folder, geometry, model.fold_ln)
-    try:
-        state = loading_from_pretrained.get_pretrained_state_dict(
-            str(folder), config, hf_model=original, dtype=torch.float32
-        )
-        hooked = HookedTransformer(config, move_to_device=False)
-        hooked.load_and_process_state_dict(
-            state,
-            fold_ln=model.fold_ln,
-            center_writing_weights=model.center_writing_weights,
-            center_unembed=model.center_unembed,
-            fold_value_biases=False,
-            refactor_factored_attn_matrices=False,
-        )
-    except (AttributeError, RuntimeError) as error:
-        raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
-    hooked.eval().requires_grad_(False)
-    _check_conversion(folder, original, hooked)
-    return hooked.to(device, print_details=False)
-
-
-def _load_original(folder: Path) -> Any:
-    """The transformers model of a folder, in float32 on the CPU."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    weight_files(folder)
-    disable_progress_bar()
-    try:
-        original, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would draw them at random
-        raise ModelError(
-            f"the weights of {folder} are not whole: {len(missing)} tensors are missing, {', '.join(missing[:3])} "
-            "first; copy the model folder again"
-        )
-    return original.eval()
-
-
-def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
-    """TransformerLens's config of a folder.
-
-    TransformerLens guesses the architecture from the *path* (any with "llama" in it), and wants an `n_ctx` that
-    transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
-    conversion drops is set afterwards.
-    """
-    import tempfile
-
-    import torch
-    from transformer_lens import loading_from_pretrained
-
-    plain = _read_keys(_config_file(folder))
-    with tempfile.TemporaryDirectory() as neutral:
-        (Path(neutral) / "config.json").write_text(json.dumps({"n_ctx": geometry.n_ctx} | plain))
-        config = loading_from_pretrained.get_pretrained_model_config(
-            neutral, fold_ln=fold_ln, device="cpu", dtype=torch.float32, n_ctx=geometry.n_ctx
-        )
-    config.model_name, config.tokenizer_name = folder.name, None
-    config.d_mlp = geometry.d_mlp  # n_inner of GPT-2
-    if geometry.architecture == "GPTNeoXForCausalLM":
-        rope = plain.get("rope_parameters") or {}
-        config.rotary_base = rope.get("rope_theta") or plain.get("rotary_emb_base") or 10000
-    return config
-
-
-def _check_conversion(folder: Path, original: Any, hooked: "HookedTransformer") -> None:
-    """Compares log-probabilities on one row: TransformerLens ignores settings such as rope scaling without a word."""
-    import torch
-
-    n_tokens = min(hooked.cfg.n_ctx, 64)
-    ids = torch.arange(n_tokens)[None] * 7919 % hooked.cfg.d_vocab  # any row will do
-    with torch.no_grad():
-        wanted = original(input_ids=ids).logits.log_softmax(-1)
-        difference = (hooked(ids).log_softmax(-1) - wanted).abs().mean().item()
-    if not difference < 0.01:  # a right conversion: 1e-6 to 1e-4
-        raise ModelError(
-            f"TransformerLens computes something else from {folder} than transformers does: log-probabilities differ "
-            f"by {difference:.2g} on average. Its conversion ignores some settings of config.json, such as rope "
-            "scaling or attention biases; this model cannot be used here"
-        )

@@ -1,0 +1,115 @@
+"""Opens a Hugging Face folder in TransformerLens, offline, and makes sure that it computes what transformers does."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeflow.config import ModelConfig
+from saeflow.models import RMS_NORM, Geometry, ModelError, config_file, read_geometry, read_keys, weight_files
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
+    """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
+
+    Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
+    something else than transformers does. Imports both, which takes several seconds.
+    """
+    import torch
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    geometry = read_geometry(folder)
+    if geometry.architecture in RMS_NORM and model.center_writing_weights:
+        raise ModelError(
+            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
+            "root mean square, which sees the mean; set model.center_writing_weights=false"
+        )
+    original = _load_original(folder)
+    config = _hooked_config(folder, geometry, model.fold_ln)
+    try:
+        state = loading_from_pretrained.get_pretrained_state_dict(
+            str(folder), config, hf_model=original, dtype=torch.float32
+        )
+        hooked = HookedTransformer(config, move_to_device=False)
+        hooked.load_and_process_state_dict(
+            state,
+            fold_ln=model.fold_ln,
+            center_writing_weights=model.center_writing_weights,
+            center_unembed=model.center_unembed,
+            fold_value_biases=False,
+            refactor_factored_attn_matrices=False,
+        )
+    except (AttributeError, RuntimeError) as error:
+        raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
+    hooked.eval().requires_grad_(False)
+    _check_conversion(folder, original, hooked)
+    return hooked.to(device, print_details=False)
+
+
+def _load_original(folder: Path) -> Any:
+    """The transformers model of a folder, in float32 on the CPU."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    weight_files(folder)
+    disable_progress_bar()
+    try:
+        original, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise ModelError(
+            f"the weights of {folder} are not whole: {len(missing)} tensors are missing, {', '.join(missing[:3])} "
+            "first; copy the model folder again"
+        )
+    return original.eval()
+
+
+def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
+    """TransformerLens's config of a folder.
+
+    TransformerLens guesses the architecture from the *path* (any with "llama" in it), and wants an `n_ctx` that
+    transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
+    conversion drops is set afterwards.
+    """
+    import tempfile
+
+    import torch
+    from transformer_lens import loading_from_pretrained
+
+    plain = read_keys(config_file(folder))
+    with tempfile.TemporaryDirectory() as neutral:
+        (Path(neutral) / "config.json").write_text(json.dumps({"n_ctx": geometry.n_ctx} | plain))
+        config = loading_from_pretrained.get_pretrained_model_config(
+            neutral, fold_ln=fold_ln, device="cpu", dtype=torch.float32, n_ctx=geometry.n_ctx
+        )
+    config.model_name, config.tokenizer_name = folder.name, None
+    config.d_mlp = geometry.d_mlp  # n_inner of GPT-2
+    if geometry.architecture == "GPTNeoXForCausalLM":
+        rope = plain.get("rope_parameters") or {}
+        config.rotary_base = rope.get("rope_theta") or plain.get("rotary_emb_base") or 10000
+    return config
+
+
+def _check_conversion(folder: Path, original: Any, hooked: "HookedTransformer") -> None:
+    """Compares log-probabilities on one row: TransformerLens ignores settings such as rope scaling without a word."""
+    import torch
+
+    n_tokens = min(hooked.cfg.n_ctx, 64)
+    ids = torch.arange(n_tokens)[None] * 7919 % hooked.cfg.d_vocab  # any row will do
+    with torch.no_grad():
+        wanted = original(input_ids=ids).logits.log_softmax(-1)
+        difference = (hooked(ids).log_softmax(-1) - wanted).abs().mean().item()
+    if not difference < 0.01:  # a right conversion: 1e-6 to 1e-4
+        raise ModelError(
+            f"TransformerLens computes something else from {folder} than transformers does: log-probabilities differ "
+            f"by {difference:.2g} on average. Its conversion ignores some settings of config.json, such as rope "
+            "scaling or attention biases; this model cannot be used here"
+        )
