@@ -1,5 +1,6 @@
 """Figures: one function each, tables in, `Figure` out, in one style; the table behind each is saved beside it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -59,9 +60,13 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     table = table.sort_values(["spliced_hook", "series", "l0"])
     counts = table.groupby("spliced_hook").size()
     hooks = list(counts.index[counts > 1]) or list(counts.index)
-    figure, axes = plt.subplots(1, len(hooks), figsize=(max(4.2, 3.2 * len(hooks)), 3.2), squeeze=False)
+    columns = min(len(hooks), 4)
+    n_rows = math.ceil(len(hooks) / columns)
+    figure, grid = plt.subplots(n_rows, columns, figsize=(max(4.2, 3.2 * columns), 3.2 * n_rows), squeeze=False)
     names = list(KINDS.values())
-    for axis, hook in zip(axes[0], hooks, strict=True):
+    for axis in grid.flat[len(hooks) :]:
+        axis.set_axis_off()
+    for axis, hook in zip(grid.flat, hooks, strict=False):
         rows = table[table["spliced_hook"] == hook]
         for series, points in rows.groupby("series", sort=False):
             i = names.index(str(series))
@@ -74,8 +79,9 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
         axis.set(xlabel="L0: active latents per token", title=_readable(hook))
-        axis.set_ylabel("CE loss (nats per token)" if axis is axes[0][0] else "")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
+    figure.tight_layout()
+    grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure, table
 
 
