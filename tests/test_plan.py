@@ -174,6 +174,12 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
     more.assign_batches(first)
     new = sorted(more.stages["evaluate"].keys() - set(batch))
     assert more.batches["evaluate"] == [batch, new]
+    other = plan_of(home, "seed=5")
+    other.assign_batches(first)
+    again = plan_of(home)
+    again.assign_batches(other)  # the plan in between does not want the batch, but remembers it
+    assert again.batches["evaluate"] == [batch]
+
     more.assign_batches(None)  # the previous plan is lost: what is there stays, with no rule
     assert more.batches["evaluate"] == [new]
 

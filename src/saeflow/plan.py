@@ -71,6 +71,8 @@ class Plan:
     stages: dict[str, dict[str, Instance]]
     device: dict[str, Any]
     batches: dict[str, list[list[str]]] = field(default_factory=dict)
+    past: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Finished batches of earlier plans, remembered for when their artifacts are wanted again."""
     results: str = "results"
 
     # ---------------------------------------------------------------- what the rules and the jobs ask
@@ -146,19 +148,22 @@ class Plan:
     def assign_batches(self, previous: "Plan | None") -> None:
         """Groups the instances of batched stages that are not on disk into jobs.
 
-        A batch of the previous run whose artifacts are all there, and all wanted, is kept as it was: its rule stays
-        the one that made them. What was made by a batch that is no longer whole is simply there, with no rule.
+        A batch of an earlier run whose artifacts are all there, and all wanted, is kept as it was: its rule stays the
+        one that made them. What was made by a batch that is no longer whole is simply there, with no rule.
         """
         for name, stage in STAGES.items():
             if not stage.batched:
                 continue
             table = self.stages[name]
             size = int(self.device.get("batch", {}).get(name, 1 << 30))
-            kept = []
-            for batch in previous.batches.get(name, []) if previous else []:
-                if all(k in table and self.done(name, k) for k in batch):
-                    kept.append(batch)
-            held = {k for batch in kept for k in batch}
+            kept: list[list[str]] = []
+            self.past[name] = []
+            held: set[str] = set()
+            for batch in previous.batches.get(name, []) + previous.past.get(name, []) if previous else []:
+                if held.isdisjoint(batch) and all(self.done(name, k) for k in batch):
+                    wanted = all(k in table for k in batch)
+                    (kept if wanted else self.past[name]).append(batch)
+                    held.update(batch if wanted else ())
             groups: dict[str, list[str]] = {}
             for key, instance in table.items():
                 if key not in held and not self.done(name, key):
