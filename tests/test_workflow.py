@@ -1,6 +1,8 @@
 """The workflow through Snakemake itself: a tiny experiment is run once, then dry runs say what each edit would redo."""
 
 import json
+import os
+import random
 import re
 import shutil
 import subprocess
@@ -171,7 +173,11 @@ def test_plan_that_the_disk_cannot_hold_is_refused(home: Path) -> None:
 def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     finished: Path, tmp_path: Path, neox_folder: Path, corpus_file: Path
 ) -> None:
-    """The whole process group is killed with SIGKILL, at moments spread over the stages, and run again to the end."""
+    """The whole session is killed with SIGKILL at a random moment in each stage, and run again to the end.
+
+    CHAOS_SEED chooses other moments.
+    """
+    moments = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
     fill(tmp_path, neox_folder, corpus_file)
     workflow = Workflow(tmp_path)
     reached = set()
@@ -182,7 +188,7 @@ def test_run_killed_at_any_moment_ends_with_the_same_bytes(
         )  # fmt: skip
         while process.poll() is None and not list((tmp_path / "logs" / stage).glob("*.log")):
             time.sleep(0.02)
-        time.sleep({"tokens": 0.1, "activations": 4.0, "train": 1.5, "jacobian": 3.0}.get(stage, 1.0))
+        time.sleep(moments.uniform(0, {"tokens": 1.0, "train": 4.0, "figures": 2.0}.get(stage, 8.0)))
         if process.poll() is None:
             reached.add(stage)
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
