@@ -4,12 +4,11 @@ An SAE's encoder starts as the transpose of its decoder, up to a factor; a trans
 its decoder writes, so its rows are drawn on their own. Directions are random, `b_enc` is 0, and `b_dec` the mean of the
 target (SAELens: 0), which the statistics of the activations give for nothing.
 
-The norms of the rows decide how many latents ever live, and what is best differs (measured on a layer's MLP of the
-embedded model, d_in = 128, d_sae = 1,024, 600 k tokens):
+The norms of the rows decide how many latents ever live, and what is best differs:
 
 * ReLU: 0.1, SAELens's `decoder_init_norm`, from Anthropic's April 2024 update; training soon sets its own scale.
 * TopK: latents compete, so pre-activations must be large beside what Adam adds to `b_enc` in the first steps, or a few
-  early winners take every token. From 0.1 an SAE with k = 4 ends with 380 dead latents, from 0.5 with 7. A transcoder
+  early winners take every token: from 0.1 an SAE with a small k ends with many dead latents. A transcoder
   starts with no relation between the latents that win and what they write, so they begin by writing little.
 * Where decoder rows are kept at norm 1, they start there.
 """
