@@ -1,13 +1,14 @@
-"""Trains sparse dictionaries from stored activations: `python scripts/train.py --key KEY`."""
+"""Trains sparse dictionaries from stored activations: `python scripts/train.py --key KEY [--key KEY ...]`."""
 
-from saeflow.job import Job, run
+from saeflow.job import Job, keep_freed_memory, run
 
 
-def train_all(jobs: list[Job]) -> str:
+def train_together(jobs: list[Job]) -> str:
+    keep_freed_memory()
     from saeflow.training import train  # torch must not be imported before `run` has set the number of threads
 
-    return "\n".join(train(job) for job in jobs)
+    return train(jobs)
 
 
 if __name__ == "__main__":
-    run("train", train_all)
+    run("train", train_together)

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from saeflow.column_writer import ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig
+from saeflow.plan import Instance, Plan
 from saeflow.store import ActivationStore, Column, TokenRows, open_column, write_column
+
+TRAINING_STORE = "tiny-gpt2-float32-01234567"
+TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
 
 
 def write_rows(folder: Path, tokens: np.ndarray) -> TokenRows:
@@ -47,3 +51,21 @@ def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> l
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by name."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def training_plan(
+    results: Path, hooks: list[str], dictionaries: dict[str, dict], training: dict, how: str = "{}", seed: int = 5
+) -> Plan:
+    """A plan with trainings, by key, at `hooks`, whose columns of 1,000 tokens lie below `results`."""
+    columns = [f"{TRAINING_STORE}/{hook}-1000" for hook in hooks]
+    tokens = Instance("tokens", "text-train", {"tokens": {"prepend_bos": False}}, {}, {})
+    model = {"weights": "abc", "fold_ln": True, "center_writing_weights": False, "center_unembed": False}
+    config = {"model": model, "tokens": {"context_size": 64}}
+    activations = {c: Instance("activations", c, config, {"tokens": [tokens.key]}, {}) for c in columns}
+    jobs = {}
+    for key, dictionary in dictionaries.items():
+        config = {"dictionary": dictionary, "training": training, "seed": seed}
+        config |= {"hook_name": hooks[0], "hook_name_out": (*hooks, None)[1]}
+        jobs[key] = Instance("train", key, config, {"activations": columns}, {"training": how})
+    stages = {"tokens": {tokens.key: tokens}, "activations": activations, "train": jobs}
+    return Plan("test", stages, {}, results=str(results))

@@ -41,7 +41,7 @@ def run_all(plan: Plan) -> None:
         assert spec and spec.loader
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
-        work = getattr(script, "train_all" if stage == "train" else stage)
+        work = getattr(script, "train_together" if stage == "train" else stage)
         for batch in plan.batches.get(stage) or [[key] for key in table]:
             work([Job(plan.instance(stage, key), plan, "cpu") for key in batch])
 

@@ -111,7 +111,7 @@ def test_built_config_builds_itself_again():
         ({"dictionary__k": ...}, "dictionary.k=None is out of range"),
         (
             {"dictionary__l1_coefficient": 0.1},
-            "dictionary.l1_coefficient=0.1 is out of range: it must be null with topk",
+            "dictionary.l1_coefficient=0.1 is out of range: it must be null with activation=topk",
         ),
         (
             {"dictionary": {"kind": "sae", "activation": "relu"}},

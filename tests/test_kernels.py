@@ -1,17 +1,33 @@
-"""The closed-form training steps against autograd of the loss as it is written, in float64."""
+"""The training step and what it is made of against their dense twins: autograd in float64, `torch.topk` in float32."""
+
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from saeflow.kernels import select
 from saeflow.kernels.adam import Adam
-from saeflow.kernels.relu_step import relu_loss, relu_step
-from saeflow.kernels.step import Weights, normalise_rows_, remove_parallel_, token_weights
-from saeflow.kernels.topk_step import topk_loss, topk_step
+from saeflow.kernels.select import Active, batch_top_k, positive, top_k
+from saeflow.kernels.sparse import Pattern, decode, dense_decode, dense_encode, encode, sum_by_latent
+from saeflow.kernels.step import (
+    Objective,
+    Weights,
+    clip_norm_,
+    loss_as_written,
+    normalise_rows_,
+    remove_parallel_,
+    take_step,
+    token_weights,
+)
 
 ERRORS = ("sum", "mean", "target_norm")
+ROADS = (("topk", True), ("batchtopk", True), ("relu", True), ("relu", False))  # activation, and `sparse`
+seeds = st.integers(0, 10**6)
 sizes = st.integers(1, 9)
+exactly = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(autouse=True)
@@ -19,99 +35,496 @@ def seeded():
     torch.manual_seed(0)
 
 
-def random_problem(seed, N, d, p, n, whole=False):
-    """Weights, inputs (N, d) and targets (N, p). `whole`: small whole numbers, so that pre-activations tie exactly."""
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Operations(TorchDispatchMode):
+    """Records every torch operation: its name, its arguments and its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.seen.append((function.overloadpacket.__name__, args, found))
+        return found
+
+
+def drawing(seed, whole=False, dtype=torch.float64):
+    """A function shape -> numbers. `whole`: small whole ones, so that pre-activations tie, and products are exact."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         if whole:
-            return torch.randint(-2, 3, shape, generator=g).double()
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+            return torch.randint(-2, 3, shape, generator=g).to(dtype)
+        return torch.randn(*shape, generator=g, dtype=dtype)
 
-    return Weights(draw(n, d), draw(n), draw(n, p), draw(p)), draw(N, d), draw(N, p)
-
-
-def autograd(loss_function, weights, *arguments):
-    leaves = Weights(*(t.clone().requires_grad_() for t in weights))
-    loss = loss_function(leaves, *arguments)
-    return loss.detach(), torch.autograd.grad(loss, leaves)
+    return draw
 
 
-def assert_gradients_close(found, wanted):
-    for name, mine, theirs in zip(Weights._fields, found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+def random_problem(seed, N, d, p, n, skip=False, **drawn):
+    """Weights, inputs (N, d) and targets (N, p)."""
+    draw = drawing(seed, **drawn)
+    weights = Weights(draw(n, d), draw(n), draw(n, p), draw(p), draw(p, d) if skip else None)
+    return weights, draw(N, d), draw(N, p)
 
 
-@settings(deadline=None, max_examples=60)
+def autograd(loss_function, weights):
+    leaves = Weights(*(None if t is None else t.clone().requires_grad_() for t in weights))
+    loss = loss_function(leaves)
+    return loss.detach(), torch.autograd.grad(loss, leaves.parameters())
+
+
+def assert_gradients_close(found, wanted, **tolerance):
+    tolerance = tolerance or {"rtol": 1e-10, "atol": 1e-10}
+    for name, mine, theirs in zip(Weights._fields, found.parameters(), wanted, strict=False):
+        torch.testing.assert_close(mine, theirs, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+    assert len(found.parameters()) == len(wanted)
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+@settings(deadline=None, max_examples=300)
 @given(
-    seed=st.integers(0, 10**6),
-    N=sizes,
-    d=sizes,
-    p=sizes,
-    n=sizes,
-    squared_error=st.sampled_from(ERRORS),
-    by_norm=st.booleans(),
-    centred=st.booleans(),
-    dead=st.booleans(),
-)
-def test_relu_step_matches_autograd_float64(seed, N, d, p, n, squared_error, by_norm, centred, dead):
-    weights, x, y = random_problem(seed, N, d, d if centred else p, n)
-    if dead:
-        weights.b_enc.sub_(100.0)  # nothing is active: rows of the pattern are empty
-    w = token_weights(y, squared_error)
-    loss, gradients = autograd(relu_loss, weights, x, y, w, 0.3, by_norm, centred)
-    step = relu_step(weights, x, y, w, 0.3, by_norm, centred, count=True)
-    torch.testing.assert_close(step.squared_error + 0.3 * step.sparsity, loss, rtol=1e-12, atol=1e-12)
-    assert_gradients_close(step.gradients, gradients)
-    f = torch.relu((x - weights.b_dec if centred else x) @ weights.encoder.T + weights.b_enc)
-    assert step.active == (f > 0).sum()
-    assert torch.equal(step.activity > 0, (f > 0).any(dim=0))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 10**6),
+    seed=seeds,
     N=sizes,
     d=sizes,
     p=sizes,
     n=sizes,
     k=sizes,
+    road=st.sampled_from(ROADS),
     squared_error=st.sampled_from(ERRORS),
     by_norm=st.booleans(),
     centred=st.booleans(),
+    skip=st.booleans(),
     shift=st.sampled_from((0.0, -2.0, -100.0)),
 )
-def test_topk_step_matches_autograd_float64(seed, N, d, p, n, k, squared_error, by_norm, centred, shift):
-    weights, x, y = random_problem(seed, N, d, d if centred else p, n)
-    weights.b_enc.add_(shift)  # then some or all of the k kept latents are below 0, so not active
-    w = token_weights(y, squared_error)
-    arguments = (weights, x, y, w, min(k, n), by_norm, centred)
-    loss, gradients = autograd(topk_loss, *arguments)
-    step = topk_step(*arguments)
-    torch.testing.assert_close(step.squared_error, loss, rtol=1e-12, atol=1e-12)
+def test_step_matches_autograd_float64(seed, N, d, p, n, k, road, squared_error, by_norm, centred, skip, shift):
+    weights, x, y = random_problem(seed, N, d, d if centred else p, n, skip)
+    weights.b_enc.add_(shift)  # then some or all latents are below 0: tokens with few active latents or none
+    activation, sparse = road
+    objective = Objective(activation, min(k, n), by_norm, centred, squared_error)
+    loss, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x, y, 0.3), weights)
+    step = take_step(objective, weights, x, y, 0.3, sparse)
+    exactly(step.loss, loss)
     assert_gradients_close(step.gradients, gradients)
+    penalty = 0.3 * step.sparsity if activation == "relu" else 0.0
+    exactly(step.squared_error + penalty, loss)
+    exactly(token_weights(y, squared_error)[:, 0] @ step.squared_norms, step.squared_error)
+    assert not any(t.requires_grad for t in (step.loss, step.activity, *weights.parameters()))
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), N=sizes, d=st.integers(1, 3), n=st.integers(2, 12), k=st.integers(1, 12))
-def test_topk_step_matches_autograd_where_latents_tie(seed, N, d, n, k):
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=seeds, N=sizes, d=st.integers(1, 3), n=st.integers(2, 12), k=st.integers(1, 12), road=st.sampled_from(ROADS)
+)
+def test_step_matches_autograd_where_latents_tie(seed, N, d, n, k, road):
     weights, x, y = random_problem(seed, N, d, d, n, whole=True)
-    arguments = (weights, x, y, token_weights(y, "sum"), min(k, n), False, True)
-    _, gradients = autograd(topk_loss, *arguments)
-    step = topk_step(*arguments)
+    activation, sparse = road
+    objective = Objective(activation, min(k, n), centred=True)
+    _, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x, y, 0.3), weights)
+    step = take_step(objective, weights, x, y, 0.3, sparse)
+    if activation == "batchtopk":  # of equal values any may be kept; how much is active is the same
+        f = torch.relu((x - weights.b_dec) @ weights.encoder.T + weights.b_enc).view(-1)
+        kept = torch.topk(f, N * min(k, n)).values
+        exactly(step.activity.sum(), kept.sum())
+        assert step.active == (kept > 0).sum()
+    else:
+        assert_gradients_close(step.gradients, gradients)
+
+
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize("by_norm", [False, True])
+@pytest.mark.parametrize("shift", [0.0, -100.0])
+def test_step_counts_what_is_active(activation, sparse, by_norm, shift):
+    weights, x, y = random_problem(0, 20, 4, 3, 12)
+    weights.b_enc.add_(shift)
+    f = torch.relu(x @ weights.encoder.T + weights.b_enc)
+    rank = f * weights.W_dec.norm(dim=1) if by_norm else f
+    lowest = {
+        "relu": torch.zeros(1),
+        "topk": rank.topk(2).values[:, -1:],
+        "batchtopk": rank.view(-1).topk(40).values[-1:],
+    }
+    f = f * (rank >= lowest[activation])
+    step = take_step(Objective(activation, 2, by_norm), weights, x, y, sparse=sparse)
+    assert step.active == (f > 0).sum()
+    exactly(step.activity, f.sum(dim=0))
+    exactly(step.sparsity, (f @ (weights.W_dec.norm(dim=1) if by_norm else torch.ones(12).double())).mean())
+    if activation == "batchtopk":
+        exactly(step.smallest, (rank[f > 0].min() if shift == 0 else torch.tensor(torch.inf)).double())
+    else:
+        assert step.smallest is None
+
+
+def test_relu_counts_densely_only_if_asked():
+    problem = random_problem(0, 5, 3, 3, 4)
+    assert take_step(Objective("relu"), *problem, sparse=False, count=False).active is None
+    assert take_step(Objective("relu"), *problem, sparse=True, count=False).active is not None
+
+
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+def test_an_extra_term_adds_its_gradients(activation, sparse):
+    weights, x, y = random_problem(0, 7, 4, 4, 10, skip=True)
+    objective = Objective(activation, 3, centred=True)
+
+    def term(leaves, centred, error, w):
+        silent = torch.relu(-centred @ leaves.encoder.T) @ leaves.W_dec
+        return 0.1 * (w * (silent + error).square()).sum()
+
+    seen = []
+
+    def extra(situation):
+        seen.append(situation.error)
+        return term(*situation)
+
+    step = take_step(objective, weights, x, y, 0.3, sparse, extra=extra)
+    (error,) = seen  # a constant of the term
+    exactly(error.square().sum(dim=1), step.squared_norms)
+    loss, gradients = autograd(
+        lambda leaves: (
+            loss_as_written(objective, leaves, x, y, 0.3)
+            + term(leaves, x - leaves.b_dec, error, token_weights(y, "sum"))
+        ),
+        weights,
+    )
+    exactly(step.loss, loss)
     assert_gradients_close(step.gradients, gradients)
-    assert step.active <= N * min(k, n)
 
 
 def test_latents_compete_by_norm_only_if_asked():
     """One latent reads 1.0 and writes 3.0, the other reads 2.0 and writes 1.0."""
     weights = Weights(torch.eye(2), torch.zeros(2), torch.diag(torch.tensor([3.0, 1.0])), torch.zeros(2))
     x = torch.tensor([[1.0, 2.0]])
-    w = token_weights(x, "sum")
-    assert topk_step(weights, x, x, w, 1, False, False).activity.tolist() == [0.0, 2.0]
-    assert topk_step(weights, x, x, w, 1, True, False).activity.tolist() == [1.0, 0.0]
+    for activation in ("topk", "batchtopk"):
+        assert take_step(Objective(activation, 1), weights, x, x).activity.tolist() == [0.0, 2.0]
+        assert take_step(Objective(activation, 1, by_norm=True), weights, x, x).activity.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("squared_error", ERRORS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_both_roads_of_relu_agree_in_float32(squared_error, centred):
+    problem = random_problem(0, 50, 16, 16, 64, skip=True, dtype=torch.float32)
+    objective = Objective("relu", by_norm=True, centred=centred, squared_error=squared_error)
+    sparse, dense = (take_step(objective, *problem, 0.3, road) for road in (True, False))
+    torch.testing.assert_close(sparse.loss, dense.loss)
+    torch.testing.assert_close(sparse.activity, dense.activity, rtol=1e-5, atol=1e-4)
+    assert_gradients_close(sparse.gradients, dense.gradients.parameters(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+def test_gradients_lie_in_memory_as_the_weights_do(activation, sparse):
+    weights, x, y = random_problem(0, 7, 4, 3, 10, skip=True, dtype=torch.float32)
+    step = take_step(Objective(activation, 2), weights, x, y, 0.3, sparse)
+    Adam(weights.parameters(), 0.9, 0.999).step(step.gradients.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("by_norm", [False, True])
+def test_a_topk_step_never_waits_for_the_device(dtype, by_norm):
+    weights, x, y = random_problem(0, 7, 4, 4, 10, skip=True, dtype=dtype)
+    adam = Adam(weights.parameters(), 0.9, 0.999)
+    objective = Objective("topk", 3, by_norm, centred=True, squared_error="target_norm")
+    with Operations() as operations:
+        gradients = take_step(objective, weights, x, y, 0.3).gradients.parameters()
+        clip_norm_(gradients, 1.0)
+        adam.step(gradients, 1e-3)
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "is_nonzero", "equal", "_unique2"}
+    names = {name for name, *_ in operations.seen}
+    assert {"_embedding_bag", "_fused_adam_"} <= names
+    assert ("topk" in names) == (dtype == torch.float64)  # as on a GPU; else numpy's selection
+    assert not waiting & names
+    indexing = [args[1] for name, args, _ in operations.seen if name in ("index", "index_put", "index_put_")]
+    assert not any(i is not None and i.dtype == torch.bool for indices in indexing for i in indices)
+
+
+def test_a_topk_step_allocates_nothing_of_all_tokens_and_latents(monkeypatch):
+    N, n = 64, 4096
+    monkeypatch.setattr(select, "WORKSPACE", 8 * n)
+    monkeypatch.setattr(select, "FEWEST_TOKENS", 8)
+    weights, x, y = random_problem(0, N, 8, 8, n, skip=True, dtype=torch.float32)
+    with Operations() as operations:
+        take_step(Objective("topk", 4, centred=True), weights, x, y)
+    found = [t for _, _, out in operations.seen for t in (out if isinstance(out, tuple | list) else [out])]
+    largest = max(t.numel() for t in found if isinstance(t, torch.Tensor))
+    assert n * 8 <= largest < N * n // 4
+
+
+# --------------------------------------------------------------------------------------------- encoder and decoder
+def keeping(latents, starts):
+    """A selection that always keeps the same pairs."""
+    tokens = torch.repeat_interleave(starts.diff())
+
+    def chosen(x, encoder, b_enc):
+        return Active(torch.relu(x @ encoder.T + b_enc)[tokens, latents], latents, starts)
+
+    return chosen
+
+
+PATTERNS = {
+    "some tokens and latents without pairs": ([0, 2, 4, 1, 2], [0, 3, 3, 5, 5]),
+    "a token with all latents": ([0, 1, 2, 3, 4, 3], [0, 0, 5, 6, 6]),
+    "no pairs": ([], [0, 0, 0, 0, 0]),
+}
+patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
+
+
+def fixed(pattern):
+    return torch.tensor(pattern[0], dtype=torch.int64), torch.tensor(pattern[1])
+
+
+def leaves(*tensors):
+    return [t.requires_grad_() for t in tensors]
+
+
+@patterns
+@pytest.mark.parametrize("centred", [False, True])
+def test_encode_equals_its_dense_twin_and_its_finite_differences(pattern, centred):
+    draw, kept = drawing(3), fixed(pattern)
+    inputs = leaves(draw(4, 3), draw(5, 3), draw(5), *([draw(3)] if centred else []))
+
+    def sparse(x, encoder, b_enc, centre=None):
+        values, found = encode(x, encoder, b_enc, keeping(*kept), centre)
+        return found.dense(values)
+
+    def dense(x, encoder, b_enc, centre=None):
+        return dense_encode(x, encoder, b_enc, centre, Pattern(*kept, 5))
+
+    weight = draw(4, 5)
+    exactly(sparse(*inputs), dense(*inputs))
+    for mine, theirs in zip(
+        torch.autograd.grad((sparse(*inputs) * weight).sum(), inputs),
+        torch.autograd.grad((dense(*inputs) * weight).sum(), inputs),
+        strict=True,
+    ):
+        exactly(mine, theirs)
+    assert torch.autograd.gradcheck(sparse, inputs)
+
+
+@patterns
+def test_decode_equals_its_dense_twin_and_its_finite_differences(pattern):
+    draw, kept = drawing(0), Pattern(*fixed(pattern), 5)
+    inputs = leaves(draw(len(kept.latents)), draw(5, 3))
+    mine, theirs = (function(inputs[0], kept, inputs[1]) for function in (decode, dense_decode))
+    exactly(mine, theirs)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), inputs) for out in (mine, theirs)), strict=True):
+        exactly(a, b)  # where the gradient that arrives is not contiguous
+    assert torch.autograd.gradcheck(lambda values, W_dec: decode(values, kept, W_dec), inputs)
+
+
+@patterns
+def test_sum_by_latent_is_a_sum_over_tokens(pattern):
+    draw, kept = drawing(0), Pattern(*fixed(pattern), 5)
+    (values,) = leaves(draw(len(kept.latents)))
+    exactly(sum_by_latent(values, kept), kept.dense(values).sum(dim=0))
+    assert torch.autograd.gradcheck(lambda values: sum_by_latent(values, kept), values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=seeds, n=st.sampled_from((1, 7, 300, 1 << 16, (1 << 16) + 1)), counts=st.lists(st.integers(0, 5), min_size=1)
+)
+def test_the_transposed_pattern_has_the_same_pairs_by_latent(seed, n, counts):
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    latents = torch.randint(0, n, (int(starts[-1]),), generator=torch.Generator().manual_seed(seed))
+    if len(latents):
+        latents[0] = n - 1
+    found = Pattern(latents, starts, n).by_latent
+    tokens = torch.repeat_interleave(starts.diff())
+    order = sorted(range(len(latents)), key=lambda j: (int(latents[j]), j))
+    assert found.order.tolist() == order
+    assert torch.equal(found.tokens, tokens[order])
+    assert torch.equal(found.starts.diff(), torch.bincount(latents, minlength=n)) and found.starts[0] == 0
+
+
+@pytest.mark.parametrize("chosen", [partial(top_k, k=2), partial(batch_top_k, k=2), positive])
+@pytest.mark.parametrize("centred", [False, True])
+def test_heads_equal_separate_calls(chosen, centred):
+    H, N, d, n, p = 3, 6, 4, 7, 5
+    draw = drawing(0)
+    x, encoder, b_enc, W_dec, centre = leaves(draw(H, N, d), draw(H, n, d), draw(H, n), draw(H, n, p), draw(H, d))
+    inputs, weight = [x, encoder, b_enc, W_dec, *([centre] if centred else [])], draw(H, N, p)
+
+    def output(x, encoder, b_enc, W_dec, centre=None):
+        values, pattern = encode(x, encoder, b_enc, chosen, centre)
+        return decode(values, pattern, W_dec), sum_by_latent(values, pattern)
+
+    together, activity = output(*inputs)
+    separate, activities = zip(*(output(*head) for head in zip(*inputs, strict=True)), strict=True)
+    exactly(together, torch.stack(separate))
+    exactly(activity, torch.cat(activities))
+    mine = torch.autograd.grad((together * weight).sum() + activity.square().sum(), inputs)
+    theirs = torch.autograd.grad((torch.stack(separate) * weight).sum() + torch.cat(activities).square().sum(), inputs)
+    for a, b in zip(mine, theirs, strict=True):
+        exactly(a, b)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_inputs_gradient_is_taken_only_if_asked(asked):
+    draw = drawing(0)
+    encoder, b_enc = leaves(draw(5, 3), draw(5))
+    x = draw(4, 3).requires_grad_(asked)
+    values, _ = encode(x, encoder, b_enc, partial(top_k, k=2))
+    with Operations() as operations:
+        values.sum().backward()
+    bags = [args[0] for name, args, _ in operations.seen if "embedding_bag" in name]
+    assert bags
+    assert any(rows.data_ptr() == encoder.data_ptr() for rows in bags) == asked
+    assert (x.grad is not None) == asked
+
+
+# ------------------------------------------------------------------------------------------------------ selection
+LENGTHS = (1, 2, 7, 31, 255, 256, 257, 509, 512, 1000, 1009, 1024, 4096)
+
+
+@st.composite
+def selections(draw):
+    """N, n and k, k small or any up to n."""
+    n = draw(st.sampled_from(LENGTHS))
+    return draw(st.integers(1, 9)), n, draw(st.one_of(st.integers(1, min(n, 33)), st.integers(1, n), st.just(n)))
+
+
+def selection_problem(seed, N, n, whole, scaled, shift=0.0):
+    """x, encoder, b_enc, a scale or None, and relu(x encoder^T + b_enc); exact if whole."""
+    draw = drawing(seed, whole, torch.float32)
+    x, encoder, b_enc = draw(N, 3), draw(n, 3), draw(n) + shift
+    scale = 2.0 ** torch.randint(-2, 3, (n,), generator=torch.Generator().manual_seed(seed)) if scaled else None
+    return x, encoder, b_enc, scale, torch.relu(x @ encoder.T + b_enc)
+
+
+def assert_pairs_of(found, f):
+    """Values are those of f (N, n) at their pairs; pairs are different, and starts delimit tokens."""
+    N, n = f.shape
+    assert found.latents.dtype == found.starts.dtype == torch.int64
+    assert found.starts.shape == (N + 1,) and found.starts[0] == 0 and found.starts[-1] == len(found.latents)
+    tokens = torch.repeat_interleave(found.starts.diff())
+    assert ((found.latents >= 0) & (found.latents < n)).all()
+    assert len(torch.unique(tokens * n + found.latents)) == len(tokens)
+    torch.testing.assert_close(found.values, f[tokens, found.latents], rtol=1e-5, atol=1e-6)
+
+
+def assert_same_numbers(found, wanted, whole):
+    """In any order along the last dimension; exactly, if the problem is of whole numbers."""
+    tolerance = {"rtol": 0.0, "atol": 0.0} if whole else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found.sort(dim=-1).values, wanted.sort(dim=-1).values, **tolerance)
+
+
+def parts_of(patch, tokens, n):
+    """The product of a batch is taken so many tokens at a time."""
+    patch.setattr(select, "WORKSPACE", tokens * n)
+    patch.setattr(select, "FEWEST_TOKENS", 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(seed=seeds, shape=selections(), whole=st.booleans(), scaled=st.booleans(), tokens=st.integers(1, 9))
+def test_top_k_keeps_the_largest(seed, shape, whole, scaled, tokens):
+    N, n, k = shape
+    x, encoder, b_enc, scale, f = selection_problem(seed, N, n, whole, scaled)
+    with pytest.MonkeyPatch.context() as patch:
+        parts_of(patch, tokens, n)
+        found = top_k(x, encoder, b_enc, k, scale)
+    assert_pairs_of(found, f)
+    assert torch.equal(found.starts.diff(), torch.full((N,), k))
+    scale = torch.ones(n) if scale is None else scale
+    assert_same_numbers((found.values * scale[found.latents]).view(N, k), torch.topk(f * scale, k).values, whole)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=seeds,
+    shape=selections(),
+    whole=st.booleans(),
+    scaled=st.booleans(),
+    tokens=st.integers(1, 9),
+    shift=st.sampled_from((0.0, -2.0, -100.0)),
+    guess=st.sampled_from((None, 0.0, 1e9)),
+)
+def test_batch_top_k_keeps_the_largest_of_the_batch(seed, shape, whole, scaled, tokens, shift, guess):
+    """Where fewer than N k are positive it keeps those; a guess of the threshold that is too high costs only time."""
+    N, n, k = shape
+    x, encoder, b_enc, scale, f = selection_problem(seed, N, n, whole, scaled, shift)
+    with pytest.MonkeyPatch.context() as patch:
+        parts_of(patch, tokens, n)
+        if guess is not None:
+            patch.setattr(select, "_low_threshold", lambda *_: guess)
+        found = batch_top_k(x, encoder, b_enc, k, scale)
+    assert_pairs_of(found, f)
+    scale = torch.ones(n) if scale is None else scale
+    wanted = torch.topk((f * scale).view(-1), N * k).values
+    assert_same_numbers(found.values * scale[found.latents], wanted[wanted > 0], whole)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=seeds, shape=selections(), whole=st.booleans(), tokens=st.integers(1, 9), shift=st.sampled_from((0, -2, -100))
+)
+def test_positive_keeps_all_above_zero(seed, shape, whole, tokens, shift):
+    N, n, _ = shape
+    x, encoder, b_enc, _, f = selection_problem(seed, N, n, whole, False, shift)
+    with pytest.MonkeyPatch.context() as patch:
+        parts_of(patch, tokens, n)
+        found = positive(x, encoder, b_enc)
+    assert_pairs_of(found, f)
+    assert_same_numbers(found.values, f[f > 0], whole)
+
+
+@pytest.mark.parametrize("n", [1000, 1009, 1024])
+def test_many_tokens_in_parts_of_the_default_size_are_selected_from_alike(n, monkeypatch):
+    monkeypatch.setattr(select, "WORKSPACE", 1)
+    x, encoder, b_enc, _, f = selection_problem(0, 2 * select.FEWEST_TOKENS + 1, n, True, False)
+    assert_same_numbers(top_k(x, encoder, b_enc, 5).values.view(-1, 5), torch.topk(f, 5).values, True)
+    assert_same_numbers(batch_top_k(x, encoder, b_enc, 5).values, torch.topk(f.view(-1), 5 * len(x)).values, True)
+
+
+@pytest.mark.parametrize("n", [509, 1000, 4096])
+@pytest.mark.parametrize("chosen", [partial(top_k, k=17), partial(top_k, k=300), partial(batch_top_k, k=17), positive])
+def test_selection_does_not_depend_on_threads(n, chosen, threads):
+    x, encoder, b_enc, _, _ = selection_problem(0, 201, n, True, False)
+    found = []
+    for count in (1, 2):
+        threads(count)
+        found.append(chosen(x, encoder, b_enc))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("which", [top_k, batch_top_k, positive])
+def test_bf16_decides_what_is_kept_but_not_its_value(which, scaled):
+    N, d, n, k = 33, 32, 512, 8
+    draw = drawing(0, dtype=torch.float32)
+    x, encoder, b_enc = draw(N, d), draw(n, d), draw(n)
+    scale = torch.rand(n) + 0.5 if scaled and which is not positive else torch.ones(n)
+    f = torch.relu(x @ encoder.T + b_enc)
+    found = which(x, encoder, b_enc, bf16=True, **({} if which is positive else {"k": k, "scale": scale}))
+    assert_pairs_of(found, f)
+    wrong = float((2**-7 * (x.abs() @ encoder.abs().T + b_enc.abs()) * scale).max())  # as far as bfloat16 may err
+    ranked = f * scale
+    lowest = {top_k: ranked.topk(k).values[:, -1:], batch_top_k: ranked.view(-1).topk(N * k).values[-1:]}
+    lowest = lowest.get(which, torch.zeros(1)).expand(N, n)
+    kept = Pattern(found.latents, found.starts, n).dense(torch.ones_like(found.values)) > 0
+    assert (ranked - lowest)[kept].min() >= -2 * wrong
+    assert (ranked - lowest)[~kept].max() <= 2 * wrong
+    if which is not positive:
+        assert len(found.values) == N * k
+        assert (kept & (ranked >= lowest)).sum() > 0.95 * N * k
+
+
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+def test_a_bf16_step_is_nearly_the_exact_one(activation, sparse):
+    problem = random_problem(0, 64, 16, 16, 128, dtype=torch.float32)
+    exact, rough = (take_step(Objective(activation, 8, bf16=b), *problem, 0.3, sparse) for b in (False, True))
+    torch.testing.assert_close(rough.loss, exact.loss, rtol=0.02, atol=0.0)
+    for a, b in zip(rough.gradients.parameters(), exact.gradients.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.1 * b.norm()
+
+
+# --------------------------------------------------------------------------------------------- weights and updates
 def test_token_weights_are_the_named_normalisations():
     y = torch.randn(5, 3, dtype=torch.float64)
     error = torch.randn(5, 3, dtype=torch.float64)
@@ -143,6 +556,17 @@ def test_rows_of_zeros_stay_zeros():
     rows = torch.stack([torch.zeros(3), torch.full((3,), 2.0)])
     assert torch.equal(normalise_rows_(rows)[0], torch.zeros(3))
     torch.testing.assert_close(rows[1].norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 1e3])
+def test_clip_norm_is_torchs(largest):
+    mine = [torch.randn(7, 3), torch.randn(5), torch.randn(())]
+    theirs = [torch.zeros_like(g).requires_grad_() for g in mine]
+    for parameter, gradient in zip(theirs, mine, strict=True):
+        parameter.grad = gradient.clone()
+    clip_norm_(mine, largest)
+    torch.nn.utils.clip_grad_norm_(theirs, largest)
+    assert all(torch.equal(gradient, parameter.grad) for gradient, parameter in zip(mine, theirs, strict=True))
 
 
 def test_adam_is_torchs_adam():

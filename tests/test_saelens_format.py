@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -16,10 +17,9 @@ from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.kernels.relu_step import relu_step
-from saeflow.kernels.step import Weights, token_weights
-from saeflow.kernels.topk_step import topk_step
-from saeflow.training import l1_coefficient, learning_rate, make_spec
+from saeflow.kernels.step import Objective, Weights, take_step
+from saeflow.trainer import l1_coefficient, learning_rate
+from saeflow.training import make_spec
 
 ORIGIN = Origin("tiny", "0123abcd", False, True, False, 64, True)
 HOOK_OUT = "blocks.0.hook_mlp_out"
@@ -29,6 +29,10 @@ CLASSES = {
     ("transcoder", "relu", 6): "Transcoder",
     ("transcoder", "relu", 4): "Transcoder",
     ("transcoder", "topk", 6): "TopKSAE",
+    ("sae", "batchtopk", 6): "JumpReLUSAE",
+    ("transcoder", "batchtopk", 4): "JumpReLUTranscoder",
+    ("skip transcoder", "relu", 4): "SkipTranscoder",
+    ("skip transcoder", "batchtopk", 4): "JumpReLUSkipTranscoder",
 }
 
 
@@ -38,10 +42,14 @@ def seeded():
 
 
 def random_dictionary(kind, activation, p, hook_name="blocks.0.ln2.hook_normalized"):
-    amount = {"k": 3} if activation == "topk" else {"l1_coefficient": 0.5}
-    config = DictionaryConfig(kind, activation, d_sae=16, expansion=None, **amount)
+    amount = {"l1_coefficient": 0.5} if activation == "relu" else {"k": 3}
+    skip, kind = kind.startswith("skip"), kind.removeprefix("skip ")
+    config = DictionaryConfig(kind, activation, d_sae=16, expansion=None, skip=skip, **amount)
     spec = make_spec(config, 6, p, hook_name, hook_name if kind == "sae" else HOOK_OUT, 0, ORIGIN)
-    return build(spec, torch.randn(6, 16), torch.randn(16), torch.randn(16, p), torch.randn(p))
+    skip = {"W_skip": torch.randn(p, 6)} if skip else {}
+    threshold = {"threshold": torch.rand(16)} if activation == "batchtopk" else {}
+    tensors = (torch.randn(6, 16), torch.randn(16), torch.randn(16, p), torch.randn(p))
+    return build(spec, *tensors, **skip, **threshold)
 
 
 @pytest.mark.parametrize(("kind", "activation", "p"), CLASSES)
@@ -57,6 +65,8 @@ def test_saelens_opens_it_and_computes_the_same(tmp_path, kind, activation, p):
     metadata = theirs.cfg.metadata
     assert metadata.hook_name == "blocks.0.ln2.hook_normalized"
     assert metadata.hook_name_out == (None if kind == "sae" else HOOK_OUT)
+    opened = load_dictionary(tmp_path)
+    assert opened.spec == dictionary.spec and torch.equal(opened.forward(x), dictionary.forward(x))
     assert (metadata.model_name, metadata.context_size, metadata.prepend_bos) == ("tiny", 64, True)
 
 
@@ -115,22 +125,23 @@ def disturb(sae):
         sae.W_dec.mul_(0.5 + torch.rand(sae.cfg.d_sae, 1))
 
 
-def assert_same_step(sae, x, coefficients, step, loss):
+def assert_same_step(sae, x, coefficients, step):
     given = TrainStepInput(x, coefficients, None, 0, False)
     output = sae.training_forward_pass(step_input=given)
     output.loss.backward()
-    torch.testing.assert_close(loss, output.loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.loss, output.loss.detach(), rtol=1e-5, atol=1e-6)
     theirs = Weights(sae.W_enc.grad.T, sae.b_enc.grad, sae.W_dec.grad, sae.b_dec.grad)
-    for name, mine, wanted in zip(Weights._fields, step.gradients, theirs, strict=True):
+    for name, mine, wanted in zip(Weights._fields, step.gradients, theirs, strict=False):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_relu_step_is_a_step_of_saelens():
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_relu_step_is_a_step_of_saelens(sparse):
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=6, d_sae=16, l1_coefficient=0.5))
     disturb(sae)
     x = torch.randn(40, 6)
-    step = relu_step(weights_of(sae), x, x, token_weights(x, "sum"), 0.5, True, True, count=False)
-    assert_same_step(sae, x, {"l1": 0.5}, step, step.squared_error + 0.5 * step.sparsity)
+    step = take_step(Objective("relu", by_norm=True, centred=True), weights_of(sae), x, x, 0.5, sparse)
+    assert_same_step(sae, x, {"l1": 0.5}, step)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -138,8 +149,17 @@ def test_a_topk_step_is_a_step_of_saelens(rescale):
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=6, d_sae=16, k=3, rescale_acts_by_decoder_norm=rescale))
     disturb(sae)
     x = torch.randn(40, 6)
-    step = topk_step(weights_of(sae), x, x, token_weights(x, "sum"), 3, rescale, True)
-    assert_same_step(sae, x, {}, step, step.squared_error)
+    step = take_step(Objective("topk", 3, rescale, True), weights_of(sae), x, x)
+    assert_same_step(sae, x, {}, step)
+
+
+def test_a_batchtopk_step_is_a_step_of_saelens():
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=6, d_sae=16, k=3))
+    disturb(sae)
+    x = torch.randn(40, 6)
+    step = take_step(Objective("batchtopk", 3, True, True), weights_of(sae), x, x)
+    assert_same_step(sae, x, {}, step)
+    assert 0.01 * step.smallest.item() == pytest.approx(sae.topk_threshold.item(), rel=1e-5)  # its rate is 0.01, from 0
 
 
 @pytest.mark.parametrize(("warm_up", "decay"), [(0, 0), (5, 0), (0, 7), (5, 7)])

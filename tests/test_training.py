@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from saeflow import training, training_metrics
+from saeflow import trainer
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import DictionaryError, Origin, load_dictionary, save_dictionary
 from saeflow.dictionaries.initial import initial_weights
-from saeflow.kernels.relu_step import relu_loss
-from saeflow.kernels.step import token_weights
-from saeflow.training import Side, fit, l1_coefficient, learning_rate, make_spec
+from saeflow.kernels.step import Objective, loss_as_written
+from saeflow.trainer import Side, l1_coefficient, learning_rate
+from saeflow.training import fit, make_spec
 from saeflow.training_metrics import TrainingError, write_metrics
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
@@ -144,16 +144,15 @@ def test_metrics_have_a_row_for_the_first_step_every_tenth_and_the_last(tmp_path
 
 
 def test_latents_that_never_fire_are_counted_as_dead_after_the_window(monkeypatch):
-    drawn = training.initial_weights
+    drawn = trainer.initial_weights
 
     def with_seven_dead(*arguments):
         weights = drawn(*arguments)
         weights.b_enc[:7] = -100.0
         return weights
 
-    monkeypatch.setattr(training, "initial_weights", with_seven_dead)
-    monkeypatch.setattr(training_metrics, "DEAD_AFTER_TOKENS", 5 * 256)
-    _, rows = trained(RELU, sparse_truth()[0], steps=8, log_every=1)
+    monkeypatch.setattr(trainer, "initial_weights", with_seven_dead)
+    _, rows = trained(RELU, sparse_truth()[0], steps=8, log_every=1, dead_after_tokens=5 * 256)
     assert [row["dead"] for row in rows] == [0, 0, 0, 0, 7, 7, 7, 7]
 
 
@@ -185,8 +184,8 @@ def test_the_first_loss_is_the_loss_as_written_at_the_initial_weights(squared_er
     (first,) = InMemory(x * scale_x, y * scale_y).iterate(0, 1)
     spec = make_spec(config, 16, 6, HOOK, HOOK_OUT, 0, Origin())
     weights = initial_weights(spec, y.mean(dim=0) * scale_y, 0)
-    w = token_weights(first[1], squared_error)
-    wanted = relu_loss(weights, *first, w, 0.3, sparsity == "decoder_norm", False)
+    objective = Objective("relu", by_norm=sparsity == "decoder_norm", squared_error=squared_error)
+    wanted = loss_as_written(objective, weights, *first, 0.3)
     assert rows[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
@@ -194,13 +193,13 @@ def test_the_first_loss_is_the_loss_as_written_at_the_initial_weights(squared_er
 def test_adam_sees_no_gradient_along_rows_of_norm_one(config, monkeypatch):
     seen = []
 
-    class Spy(training.Adam):
+    class Spy(trainer.Adam):
         def step(self, gradients, lr):
             rows, gradient = self.parameters[2], gradients[2]
             seen.append(((rows * gradient).sum(dim=1).abs().max() / gradient.norm(dim=1).max()).item())
             super().step(gradients, lr)
 
-    monkeypatch.setattr(training, "Adam", Spy)
+    monkeypatch.setattr(trainer, "Adam", Spy)
     trained(config, sparse_truth()[0], steps=5)
     assert len(seen) == 5 and max(seen) < 1e-6
 
@@ -210,7 +209,7 @@ def test_initial_weights_depend_on_the_seed_alone(config):
     spec = make_spec(config, 16, 16, HOOK, HOOK, 0, Origin())
     mean = torch.arange(16.0)
     weights, again, other = (initial_weights(spec, mean, seed) for seed in (4, 4, 5))
-    assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights.parameters(), again.parameters(), strict=True))
     assert not torch.equal(weights.W_dec, other.W_dec)
     cosines = torch.nn.functional.cosine_similarity(weights.encoder, weights.W_dec)
     torch.testing.assert_close(cosines, torch.ones(32))

@@ -7,19 +7,15 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from stores import contents, write_store
+from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
 from saeflow import loggers, training
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.job import Job
-from saeflow.plan import Instance, Plan
 from saeflow.training_metrics import TrainingError
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
-STORE = "tiny-gpt2-float32-01234567"
-MODEL = {"weights": "abc", "fold_ln": True, "center_writing_weights": False, "center_unembed": False}
-TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +24,11 @@ def seeded():
 
 
 def plan_of(results, hooks, dictionary, training=TRAINING):
-    """A plan with one training at `hooks`, whose columns lie below `results`."""
-    columns = [f"{STORE}/{hook}-1000" for hook in hooks]
-    tokens = Instance("tokens", "text-train", {"tokens": {"prepend_bos": False}}, {}, {})
-    config = {"model": MODEL, "tokens": {"context_size": 64}}
-    activations = {c: Instance("activations", c, config, {"tokens": [tokens.key]}, {}) for c in columns}
-    config = {"dictionary": dictionary, "training": training, "seed": 5}
-    config |= {"hook_name": hooks[0], "hook_name_out": (*hooks, None)[1]}
-    job = Instance("train", "it-1234", config, {"activations": columns}, {})
-    stages = {"tokens": {tokens.key: tokens}, "activations": activations, "train": {job.key: job}}
-    return Plan("test", stages, {}, results=str(results))
+    return training_plan(results, hooks, {"it-1234": dictionary}, training)
 
 
-def job_of(plan):
-    return Job(plan.instance("train", "it-1234"), plan, "cpu")
+def job_of(plan, key="it-1234"):
+    return Job(plan.instance("train", key), plan, "cpu")
 
 
 @pytest.fixture
@@ -49,7 +36,7 @@ def results(tmp_path):
     """A results folder with a store of two columns, 8 and 6 wide."""
     x = torch.relu(torch.randn(1000, 8))
     store = {HOOK: x, HOOK_OUT: x[:, :6] * 3 + 1}
-    write_store(tmp_path / "activations" / STORE, store, chunk_tokens=64, shard_tokens=256)
+    write_store(tmp_path / "activations" / TRAINING_STORE, store, chunk_tokens=64, shard_tokens=256)
     return tmp_path
 
 
@@ -60,7 +47,7 @@ TRANSCODER = {"kind": "transcoder", "activation": "relu", "l1_coefficient": 0.1,
 @pytest.mark.parametrize(("hooks", "dictionary"), [([HOOK], TOPK), ([HOOK, HOOK_OUT], TRANSCODER)])
 def test_a_job_writes_a_dictionary_and_its_metrics_and_again_the_same_bytes(results, hooks, dictionary):
     plan = plan_of(results, hooks, dictionary)
-    said = training.train(job_of(plan))
+    said = training.train([job_of(plan)])
     folder = results / "train" / "it-1234"
     first = contents(folder)
     assert set(first) == {"cfg.json", "sae_weights.safetensors", "metrics.parquet", "config.yaml", "provenance.json"}
@@ -70,7 +57,7 @@ def test_a_job_writes_a_dictionary_and_its_metrics_and_again_the_same_bytes(resu
     assert f"L0 {last['l0']:.1f}" in said and str(folder) in said
     spec = load_dictionary(folder).spec
     assert (spec.kind, spec.d_in, spec.d_out) == (dictionary["kind"], 8, 6 if len(hooks) == 2 else 8)
-    training.train(job_of(plan))
+    training.train([job_of(plan)])
     again = contents(folder)
     assert {name for name in first if first[name] != again[name]} <= {"provenance.json"}  # it holds the time
 
@@ -78,7 +65,7 @@ def test_a_job_writes_a_dictionary_and_its_metrics_and_again_the_same_bytes(resu
 def test_a_job_that_fails_leaves_no_folder(results):
     plan = plan_of(results, [HOOK], TOPK, TRAINING | {"lr": 1e30})
     with pytest.raises(TrainingError, match=r"lower training\.lr"):
-        training.train(job_of(plan))
+        training.train([job_of(plan)])
     assert not (results / "train" / "it-1234").exists()
 
 

@@ -108,54 +108,101 @@ class DictionaryConfig:
     used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
     error divided by the target's L2 norm (transcoder paper). `sparsity`: L1 of activations weighted by the decoder
     row's norm (SAELens, April recipe), or plain L1 with unit-norm decoder rows (transcoder paper). With TopK likewise:
-    latents compete by value times the decoder row's norm (SAELens), or rows are kept at unit norm (JSAE).
+    latents compete by value times the decoder row's norm (SAELens), or rows are kept at unit norm (JSAE). `batchtopk`
+    keeps the k N largest of a batch of N tokens, and after training whatever exceeds the mean threshold of that.
+    `skip` adds a linear map from a transcoder's input to its output. `normalize_activations`: training sees the input
+    times sqrt(d_in) over its mean norm (SAELens), or each head of it times sqrt(d_head) over that head's RMS norm.
     """
 
     kind: Literal["sae", "transcoder", "pair"]
-    activation: Literal["topk", "relu"]
+    activation: Literal["topk", "batchtopk", "relu"]
     k: int | None = None
     l1_coefficient: float | None = None
     expansion: int | None = 8
     d_sae: int | None = None
     squared_error: Literal["sum", "mean", "target_norm"] = "sum"
     sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
-    normalize_activations: Literal["none", "expected_average_only_in"] = "none"
+    normalize_activations: Literal["none", "expected_average_only_in", "per_head"] = "none"
+    skip: bool = False
 
     def __post_init__(self) -> None:
         if (self.expansion is None) == (self.d_sae is None):
             raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
         width = self.expansion or self.d_sae or 0
         _require(width > 0, "dictionary.expansion or d_sae", width, "1 or more")
-        if self.activation == "topk":
-            _require(self.k is not None and self.k > 0, "dictionary.k", self.k, "1 or more with activation=topk")
-            _require(self.l1_coefficient is None, "dictionary.l1_coefficient", self.l1_coefficient, "null with topk")
+        if self.activation != "relu":
+            _require(
+                self.k is not None and self.k > 0,
+                "dictionary.k",
+                self.k,
+                f"1 or more with activation={self.activation}",
+            )
+            legal = self.l1_coefficient is None
+            _require(legal, "dictionary.l1_coefficient", self.l1_coefficient, f"null with activation={self.activation}")
         else:
             legal = self.l1_coefficient is not None and self.l1_coefficient >= 0
             _require(legal, "dictionary.l1_coefficient", self.l1_coefficient, "0 or more with activation=relu")
             _require(self.k is None, "dictionary.k", self.k, "null with activation=relu")
         if self.kind == "pair":
             _require(self.activation == "topk", "dictionary.activation", self.activation, "topk with kind=pair")
+        if self.skip:
+            _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """`n_tokens` may exceed what is stored: training then passes over it again, reshuffled."""
+    """`n_tokens` may exceed what is stored: training then passes over it again, reshuffled.
+
+    The order of the batches comes from `shuffle_seed`; `seed` of a point decides only its first weights, so that points
+    of many seeds read the same batches. `precision=bfloat16`: the encoder's product, which decides what is active, is
+    taken in bfloat16; everything else is float32. `clip_grad_norm` bounds the norm of all gradients together.
+    `initial=saelens`: SAELens's first weights.
+
+    `revive` is what is done for latents that have not fired for `dead_after_tokens`. `auxk`: the d_in / 2 most active
+    of them reconstruct the error of the others, weighted by `auxk_coefficient` (Gao et al. 2024, as in SAELens).
+    `ghost`: ghost gradients (Jermyn and Templeton 2024, as in the transcoder paper). `resample`: after each of
+    `resample_steps` they are set to what is reconstructed badly, judged on `resample_batches` batches, and the learning
+    rate rises again over `resample_warm_up_steps` (Bricken et al. 2023, as Kissane et al.).
+
+    The last four say how to run and never enter a hash: up to `together` dictionaries of one site train in one job that
+    reads each batch once; a checkpoint is written about every `checkpoint_seconds`, and the newest `keep_checkpoints`
+    stay until training is done.
+    """
 
     n_tokens: int
     batch_size: int = 4096
+    shuffle_seed: int = 0
     lr: float = 4e-4
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     lr_warm_up_steps: int = 0
     lr_decay_steps: int = 0
     l1_warm_up_steps: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    clip_grad_norm: float | None = None
+    initial: Literal["saeflow", "saelens"] = "saeflow"
+    revive: Literal["none", "auxk", "ghost", "resample"] = "none"
+    dead_after_tokens: int = 100_000
+    auxk_coefficient: float = 1.0
+    resample_steps: tuple[int, ...] = ()
+    resample_batches: int = 100
+    resample_warm_up_steps: int = 1000
     log_every: int = 10
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    together: int = 4
+    checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.batch_size > 0, "training.batch_size", self.batch_size, "1 or more")
+        for name in ("batch_size", "dead_after_tokens", "resample_batches", "log_every", "together"):
+            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "1 or more")
+        _require(self.keep_checkpoints > 0, "training.keep_checkpoints", self.keep_checkpoints, "1 or more")
         _require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
         _require(self.lr > 0, "training.lr", self.lr, "more than 0")
+        clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
+        _require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
+        legal = (self.revive == "resample") == bool(self.resample_steps)
+        _require(legal, "training.resample_steps", self.resample_steps, "a list of steps with revive=resample, else []")
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
 
 def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     spec = dictionary.spec
-    names = ("kind", "activation", "k", "l1_coefficient", "hook_name", "hook_name_out", "d_sae", "seed")
+    names = ("kind", "activation", "skip", "k", "l1_coefficient", "hook_name", "hook_name_out", "d_sae", "seed")
     return {"train_key": job.input("train").name} | {name: getattr(spec, name) for name in names}
 
 

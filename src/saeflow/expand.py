@@ -13,6 +13,8 @@ from saeflow.digest import DigestCache, canonical, short_hash
 from saeflow.plan import STAGES, Instance, Plan
 from saeflow.sweep import Sweep
 
+HOW_TRAINING_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
+
 
 def compose(
     conf: str | Path, overrides: list[str], results: str = "results", digests: str | Path | None = None
@@ -47,11 +49,12 @@ class _Expander:
     def add(self, point: PointConfig) -> None:
         folder, geometry, weights, tokenizer = self._model(point)
         self._check(point, geometry)
-        sources = {"model": str(folder), "corpus": point.corpus.path or "", "loggers": " ".join(point.training.loggers)}
         tree = json.loads(canonical(dataclasses.asdict(point)))  # tuples become lists, as they will be when read back
         tree["corpus"] = self._corpus(point)
         tree["tokenizer"] = tokenizer
-        del tree["training"]["loggers"]  # where metrics are copied to makes no dictionary another
+        how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
+        sources = {"model": str(folder), "corpus": point.corpus.path or "", "together": str(point.training.together)}
+        sources["training"] = canonical(how)
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
         tree["model"] = {"weights": weights, **processing}
 
@@ -81,7 +84,7 @@ class _Expander:
 
         hook, hook_out = point.site.hook_name, point.site.hook_name_out
         d = point.dictionary
-        amount = f"k{d.k}" if d.activation == "topk" else f"l1_{d.l1_coefficient:g}"
+        amount = f"k{d.k}" if d.k is not None else f"l1_{d.l1_coefficient:g}"
         dictionary = tree["dictionary"] | {"kind": "sae" if d.kind == "pair" else d.kind}
 
         def trained(hook: str, hook_out: str | None) -> tuple[str, str]:

@@ -36,6 +36,8 @@ KINDS = {
     ("sae", "relu"): "ReLU + L1 SAE",
     ("transcoder", "topk"): "TopK transcoder",
     ("transcoder", "relu"): "ReLU + L1 transcoder",
+    ("sae", "jumprelu"): "BatchTopK SAE",  # what it is once trained
+    ("transcoder", "jumprelu"): "BatchTopK transcoder",
 }
 
 
@@ -63,14 +65,16 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     columns = min(len(hooks), 4)
     n_rows = math.ceil(len(hooks) / columns)
     figure, grid = plt.subplots(n_rows, columns, figsize=(max(4.2, 3.2 * columns), 3.2 * n_rows), squeeze=False)
-    names = list(KINDS.values())
+    names = [*KINDS.values(), *(f"skip {name}" for name in KINDS.values())]
     for axis in grid.flat[len(hooks) :]:
         axis.set_axis_off()
     for axis, hook in zip(grid.flat, hooks, strict=False):
         rows = table[table["spliced_hook"] == hook]
         for series, points in rows.groupby("series", sort=False):
             i = names.index(str(series))
-            axis.plot(points["l0"], points["ce_replaced"], color=COLOURS[i], marker=MARKERS[i], label=series)
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            dashes = "--" if i >= len(KINDS) else "-"
+            axis.plot(points["l0"], points["ce_replaced"], dashes, color=colour, marker=marker, label=series)
         for column, style, label in (
             ("ce_clean", "-", "clean model"),
             ("ce_mean", "--", "mean ablation"),
@@ -157,8 +161,9 @@ def draw(name: str, tables: Tables, folder: Path) -> None:
 def _with_series(table: pd.DataFrame) -> pd.DataFrame:
     """Adds the name of the dictionary kind, and the amount that a sweep varies (k or the L1 coefficient)."""
     table = table.copy()
-    table["series"] = [KINDS[pair] for pair in zip(table["kind"], table["activation"], strict=True)]
-    topk = table["activation"] == "topk"
+    rows = zip(table["skip"], table["kind"], table["activation"].replace("batchtopk", "jumprelu"), strict=True)
+    table["series"] = [("skip " if skip else "") + KINDS[kind, activation] for skip, kind, activation in rows]
+    topk = table["activation"] != "relu"
     table["amount"] = np.where(topk, table["k"].astype(float), table["l1_coefficient"].astype(float))
     table["amount_name"] = np.where(topk, "k", "L1")
     return table

@@ -233,7 +233,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
 def _mlp_layer(input: Dictionary, output: Dictionary, folders: list[Path]) -> int:
     found_in = re.fullmatch(r"blocks\.(\d+)\.ln2\.hook_normalized", input.spec.hook_name)
     found_out = re.fullmatch(r"blocks\.(\d+)\.hook_mlp_out", output.spec.hook_name)
-    topk = all(d.spec.kind == "sae" and d.spec.k is not None for d in (input, output))
+    topk = all(d.spec.kind == "sae" and d.spec.activation == "topk" for d in (input, output))
     if not (topk and found_in and found_out and found_in[1] == found_out[1]):
         raise FitError(
             "a Jacobian needs two TopK SAEs around one MLP, at blocks.L.ln2.hook_normalized and blocks.L.hook_mlp_out, "

@@ -6,6 +6,7 @@ it holds times and hosts, so it is the one file that differs between two runs; a
 """
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import importlib.metadata
@@ -31,6 +32,13 @@ from saeflow.plan import Instance, Plan
 log = logging.getLogger("saeflow")
 PACKAGES = ("torch", "transformer-lens", "sae-lens", "transformers", "zarr", "numpy", "snakemake", "hydra-core")
 HASHED_UP_TO = 256 << 20  # larger files are guarded by their own checksums, and hashing them would cost minutes
+
+
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
+
+
+class Preempted(Exception):
+    """The job was asked to stop (SIGTERM, SIGINT, SIGUSR1) and has saved its state; run again, it goes on."""
 
 
 @dataclasses.dataclass
@@ -115,6 +123,10 @@ def run(stage: str, work: Callable[[list[Job]], str]) -> None:
         jobs = [Job(plan.instance(stage, key), plan, args.device) for key in args.key]
         random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
         last_line = work(jobs)
+    except Preempted as stop:
+        log.warning("%s", stop)
+        print(f"{stage} {stop}", file=sys.stderr)
+        sys.exit(TEMPORARY_FAILURE)
     except Exception as error:
         log.exception("failed")
         if args.log:
@@ -145,6 +157,19 @@ def limit_threads(threads: int) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, for a job that takes and frees the same megabytes at every step.
+
+    Otherwise it gives them back to the system each time, and the page faults of taking them again cost more than many
+    of the operations. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+        mallopt(m_mmap_threshold, 32 << 20)  # the largest that it takes
+        mallopt(m_trim_threshold, 1 << 30)
 
 
 def _versions() -> dict[str, str]:

@@ -72,7 +72,7 @@ def reconstruct(dictionary: "Dictionary", x: Tensor, y: Target) -> Reconstructio
     for start in range(0, len(x), size):
         some = slice(start, start + size)
         latents = dictionary.encode(x[some])
-        output[some] = dictionary.decode(latents)
+        output[some] = dictionary.decode(latents, x[some])
         active = (latents > 0).to(latents.dtype)  # sums of booleans are four times slower, and these are as exact
         l0[some] = active.sum(1).double()
         fired += active.sum(0).long()

@@ -26,7 +26,7 @@ RECEIPT = "provenance.json"
 @dataclass(frozen=True)
 class Stage:
     """`reads`: dotted paths of the point. `version`: raise it when the code changes what the stage computes.
-    `batched`: several instances share a job (one forward pass fills many hooks)."""
+    `batched`: several instances share a job (one forward pass fills many hooks, one read many trainings)."""
 
     reads: tuple[str, ...]
     version: int = 1
@@ -37,16 +37,17 @@ _PACKING = ("tokens.context_size", "tokens.prepend_bos", "tokens.bos_token", "to
 STAGES = {
     "tokens": Stage(reads=("corpus", "tokenizer", *_PACKING)),
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
-    "train": Stage(reads=("dictionary", "training", "seed")),
+    "train": Stage(reads=("dictionary", "training", "seed"), version=2, batched=True),
     "jacobian": Stage(reads=("jacobian", "model")),
-    "evaluate": Stage(reads=("evaluation", "model"), batched=True),
+    "evaluate": Stage(reads=("evaluation", "model"), version=2, batched=True),
     "figures": Stage(reads=()),
 }
 
 
 @dataclass
 class Instance:
-    """One artifact: what it reads, what it needs, and (`sources`, never hashed) where its outside files lie now."""
+    """One artifact: what it reads, what it needs, and (`sources`, never hashed) where its outside files lie now and
+    how it is to be run."""
 
     stage: str
     key: str
@@ -164,16 +165,21 @@ class Plan:
                     wanted = all(k in table for k in batch)
                     (kept if wanted else self.past[name]).append(batch)
                     held.update(batch if wanted else ())
-            groups: dict[str, list[str]] = {}
+            groups: dict[tuple[str, int], list[str]] = {}
             for key, instance in table.items():
                 if key not in held and not self.done(name, key):
-                    groups.setdefault(_batch_group(instance), []).append(key)
-            new = [keys[i : i + size] for keys in groups.values() for i in range(0, len(keys), size)]
+                    most = min(size, int(instance.sources["together"])) if name == "train" else size
+                    groups.setdefault((_batch_group(instance), most), []).append(key)
+            new = [keys[i : i + most] for (_, most), keys in groups.items() for i in range(0, len(keys), most)]
             self.batches[name] = kept + new
 
 
 def _batch_group(instance: Instance) -> str:
-    """Instances of one group may share a job: columns of one store; dictionaries of one model on the same tokens."""
+    """Instances of one group may share a job: columns of one store; dictionaries that read the same batches; those of
+    one model that are evaluated on the same tokens."""
     if instance.stage == "activations":
         return instance.key.split("/")[0]
+    if instance.stage == "train":
+        training = instance.config["training"]
+        return short_hash([instance.needs, training["batch_size"], training["shuffle_seed"]])
     return short_hash([instance.config["model"], instance.config["evaluation"], instance.needs["tokens"]])

@@ -1,92 +1,168 @@
-"""Training of one dictionary: batches in, a folder with the dictionary and its metrics out.
+"""Training jobs: from columns of activations to folders with a dictionary and its metrics.
 
-`train` does a job of the workflow; `fit` is the loop, which takes any source of batches. A step is one of the two
-functions in `saeflow.kernels`; this file knows schedules, constraints, metrics and units, not mathematics.
-
-Units. With `normalize_activations=expected_average_only_in` training sees the input times sqrt(d_in) over its mean
-norm, as in SAELens, and a transcoder's target times sqrt(d_out) over *its* mean norm (SAELens trains no transcoders):
-so an L1 coefficient means the same at every site. `loss`, `squared_error` and `sparsity` in the metrics are in these
-units; the saved weights take and give raw activations.
-
-Schedules, as in SAELens: the learning rate rises linearly over `lr_warm_up_steps` and falls linearly to 0 over the last
-`lr_decay_steps`; the L1 coefficient rises linearly from 0 over `l1_warm_up_steps`. Gradients are not clipped: SAELens
-clips at norm 1, which the sum over d_in exceeds at nearly every step, and Adam does not see a constant factor.
+The dictionaries of one job read the same columns in the same order of batches, so each batch is read once; otherwise
+they know nothing of each other, and each is what it would be if it trained alone. Killed at any moment, a job goes on
+from its checkpoints, and ends with the same bytes. `fit` is the loop without jobs, for any source of batches.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from saeflow.checkpoints import Checkpoints, StopSignals, Timer
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
-from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
-from saeflow.dictionaries.sae import build as build_dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
-from saeflow.job import Job, progress
-from saeflow.kernels.adam import Adam
-from saeflow.kernels.relu_step import relu_step
-from saeflow.kernels.step import Step, Weights, normalise_rows_, remove_parallel_, token_weights
-from saeflow.kernels.topk_step import topk_step
-from saeflow.loggers import open_loggers
-from saeflow.training_metrics import TrainingError, TrainingMetrics, write_metrics
+from saeflow.job import Job, Preempted, progress
+from saeflow.loggers import Logger, open_loggers
+from saeflow.store import Column
+from saeflow.trainer import Batches, Side, Trainer
+from saeflow.training_metrics import TrainingError, write_metrics
+
+log = logging.getLogger("saeflow")
 
 
-class Batches(Protocol):
-    """Where batches come from: `saeflow.reader.BatchReader`, or anything that does this."""
+@dataclass
+class Member:
+    """One dictionary of a job."""
 
-    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
-        """Batches `start` to `start + n_steps - 1`: (x,) for an SAE, (x, y) for a transcoder; x (N, d), y (N, p)."""
-        ...
+    job: Job
+    trainer: Trainer
+    checkpoints: Checkpoints
+    loggers: list[Logger]
+    failure: TrainingError | None = None
+
+    @property
+    def at_work(self) -> bool:
+        return self.failure is None and self.trainer.step < self.trainer.n_steps
+
+    def save(self) -> None:
+        if self.failure is None and self.trainer.step:
+            self.checkpoints.save(self.trainer.step, self.trainer.state())
 
 
-@dataclass(frozen=True)
-class Side:
-    """What training needs to know of the activations at one hook."""
+def train(jobs: list[Job]) -> str:
+    """Trains the dictionaries of jobs that read the same batches, and writes their folders.
 
-    mean: Tensor
-    """(d,)"""
-    mean_norm: float
-
-    def scale(self, normalize_activations: str | None) -> float:
-        return math.sqrt(self.mean.numel()) / self.mean_norm if normalize_activations != "none" else 1.0
-
-
-def train(job: Job) -> str:
-    """Trains the dictionary of a job from its columns of activations and writes its folder."""
+    A dictionary whose training fails does not stop the others; in the end `TrainingError` says which failed. Raises
+    `Preempted`, with the state saved, when the job is asked to stop.
+    """
     from saeflow.reader import BatchReader
     from saeflow.store import open_column
 
-    columns = [open_column(folder) for folder in job.inputs("activations")]
-    training = build(TrainingConfig, job.config["training"], "training.")
-    spec = spec_of_job(job, columns)
-    sides = [Side(torch.as_tensor(c.statistics.mean), float(c.statistics.mean_norm)) for c in columns]
-    batches = BatchReader(columns, training.batch_size, job.config["seed"])
-    results = Path(job.plan.results)
-    loggers = open_loggers(job.instance.sources.get("loggers", "").split(), job.instance.key, job.config, results)
+    columns = [open_column(folder) for folder in jobs[0].inputs("activations")]
+    if any(job.inputs("activations") != jobs[0].inputs("activations") for job in jobs):
+        raise ConfigError("dictionaries that train in one job must read the same activations")
+    options = [build(TrainingConfig, job.config["training"] | _how(job), "training.") for job in jobs]
+    if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
+        raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
+    sides = [_side(column) for column in columns]
+    batches = BatchReader(columns, options[0].batch_size, options[0].shuffle_seed)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        members = [_member(job, o, columns, sides, stack) for job, o in zip(jobs, options, strict=True)]
+        written: list[str] = []
+        timer = Timer(min(o.checkpoint_seconds for o in options))
+        for member in _steps(members, batches, signals, timer):
+            try:
+                written.append(_write(member))
+            except TrainingError as error:
+                member.failure = error
+    failed = [f"{m.job.instance.key}: {m.failure}" for m in members if m.failure]
+    if failed:
+        for member in members:
+            member.save()  # Snakemake removes the receipts of the others with those of the failed: make them cheap
+        raise TrainingError("; ".join(failed))
+    for member in members:
+        member.checkpoints.remove()
+    return "\n".join(written)
 
-    def log_row(row: Mapping[str, float]) -> None:
+
+def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer: Timer) -> Iterator[Member]:
+    """Runs the members' steps; yields each when it is done."""
+    for member in members:
+        if not member.at_work:
+            yield member
+    start = min((m.trainer.step for m in members if m.at_work), default=0)
+    end = max((m.trainer.n_steps for m in members if m.at_work), default=0)
+    description = f"{members[0].trainer.spec.hook_name_out} x{len(members)}"
+    for step, batch in enumerate(progress(batches.iterate(start, end - start), description, end - start), start):
+        for member in members:
+            if not member.at_work or member.trainer.step != step:
+                continue  # killed between two checkpoints, members may go on from different steps
+            try:
+                if member.trainer.resamples_next():
+                    member.trainer.resample(batches)
+                member.trainer.take(batch)
+            except TrainingError as error:
+                member.failure = error
+            if member.trainer.step == member.trainer.n_steps:
+                yield member
+        if signals.received or timer.passed:
+            with timer.saving():
+                for member in members:
+                    member.save()
+        if signals.received:
+            raise Preempted(f"stopped by {signals.received} after step {step + 1}; run again to go on from there")
+        if not any(m.at_work for m in members):
+            return
+
+
+def _member(job: Job, options: TrainingConfig, columns: list[Column], sides: list[Side], stack: Any) -> Member:
+    """The member that a job stands for, at the step that its newest checkpoint has."""
+    spec = spec_of_job(job, columns)
+    results = Path(job.plan.results)
+    loggers = open_loggers(options.loggers, job.instance.key, job.config, results)
+    for logger in loggers:
+        stack.callback(logger.close)
+
+    def log_row(row: dict[str, float]) -> None:
         for logger in loggers:
             logger.log(row)
 
-    try:
-        with job.writing() as folder:
-            dictionary, rows = fit(spec, training, batches, sides[0], sides[-1], job.device, log_row)
-            save_dictionary(dictionary, folder)
-            write_metrics(rows, folder / "metrics.parquet")
-    finally:
-        for logger in loggers:
-            logger.close()
-    last = rows[-1]
+    trainer = Trainer(spec, options, sides[0], sides[-1], job.device, log_row)
+    checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
+    state = checkpoints.newest()
+    if state is not None:
+        trainer.restore(state)
+        log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
+    return Member(job, trainer, checkpoints, loggers)
+
+
+def _write(member: Member) -> str:
+    job, trainer = member.job, member.trainer
+    dictionary = trainer.finished()
+    with job.writing() as folder:
+        save_dictionary(dictionary, folder)
+        write_metrics(trainer.metrics.rows, folder / "metrics.parquet")
+    last = trainer.metrics.rows[-1]
     return (
         f"{job.instance.key}: {last['tokens']:,} tokens, L0 {last['l0']:.1f}, explained variance "
-        f"{last['explained_variance']:.3f}, {last['dead']} of {spec.d_sae} latents dead: {job.path}"
+        f"{last['explained_variance']:.3f}, {last['dead']} of {trainer.spec.d_sae} latents dead: {job.path}"
     )
+
+
+def _how(job: Job) -> dict[str, Any]:
+    """The options that say how to run: not part of what identifies the dictionary."""
+    how: dict[str, Any] = json.loads(job.instance.sources["training"])
+    return how
+
+
+def _side(column: Column) -> Side:
+    statistics = column.statistics
+    mean = torch.as_tensor(statistics.mean)
+    heads = None
+    if len(column.size) == 2:
+        squares = torch.as_tensor(statistics.covariance).diagonal() + mean.square()
+        heads = squares.view(column.size).sum(dim=1).sqrt()
+    return Side(mean, float(statistics.mean_norm), heads)
 
 
 def spec_of_job(job: Job, columns: list[Any]) -> Spec:
@@ -141,6 +217,7 @@ def make_spec(
         sparsity=config.sparsity,
         normalize_activations=config.normalize_activations,
         seed=seed,
+        skip=config.skip,
         origin=origin,
     )
 
@@ -152,78 +229,12 @@ def fit(
     side_in: Side,
     side_out: Side,
     device: str = "cpu",
-    on_row: Callable[[Mapping[str, float]], None] = lambda row: None,
+    on_row: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> tuple[Dictionary, list[dict[str, float]]]:
-    """Trains a dictionary; returns it, for raw activations, and one row of metrics every `log_every` steps.
-
-    `side_out` is the target's side; for an SAE the same as `side_in`. `on_row` gets each row as it is made.
-    Raises `TrainingError` when the loss stops being finite.
-    """
-    for side, hook in ((side_in, spec.hook_name), (side_out, spec.hook_name_out)):
-        if not (math.isfinite(side.mean_norm) and side.mean_norm > 0 and side.mean.isfinite().all()):
-            raise TrainingError(
-                f"the activations of {hook} have mean norm {side.mean_norm}: they hold infinities or only zeros; a "
-                "wider activations.dtype (float32) may help"
-            )
-    scale_in, scale_out = (s.scale(spec.normalize_activations) for s in (side_in, side_out))
-    weights = Weights(*(t.to(device) for t in initial_weights(spec, side_out.mean * scale_out, spec.seed or 0)))
-    optimiser = Adam(weights, training.adam_beta1, training.adam_beta2)
-    n_steps = training.n_tokens // training.batch_size
-    metrics = TrainingMetrics(spec.d_sae, training, device)
-
-    for step, batch in enumerate(_shown(batches.iterate(0, n_steps), n_steps, spec)):
-        lr, l1 = learning_rate(training, step, n_steps), l1_coefficient(spec, training, step)
-        logged = (step + 1) % training.log_every == 0 or step in (0, n_steps - 1)
-        x = batch[0].to(device, non_blocking=True) * scale_in
-        y = x if spec.kind == "sae" else batch[1].to(device, non_blocking=True) * scale_out
-        found = _take(spec, weights, x, y, l1, logged)
-        if spec.sparsity == "unit_norm":
-            remove_parallel_(found.gradients.W_dec, weights.W_dec)
-        optimiser.step(found.gradients, lr)
-        if spec.sparsity == "unit_norm":
-            normalise_rows_(weights.W_dec)
-        metrics.add(found, l1)
-        if logged:
-            on_row(metrics.row(step, found, y, lr, l1))
-    return _finished(spec, weights, scale_in, scale_out), metrics.rows
-
-
-def _take(spec: Spec, weights: Weights, x: Tensor, y: Tensor, l1: float, count: bool) -> Step:
-    """Loss and gradients of one batch x (N, d), y (N, p)."""
-    w = token_weights(y, spec.squared_error or "sum")
-    by_norm = spec.sparsity == "decoder_norm"
-    if spec.activation == "topk":
-        return topk_step(weights, x, y, w, spec.k or 0, by_norm, spec.apply_b_dec_to_input)
-    return relu_step(weights, x, y, w, l1, by_norm, spec.apply_b_dec_to_input, count)
-
-
-def _finished(spec: Spec, weights: Weights, scale_in: float, scale_out: float) -> Dictionary:
-    """The trained dictionary, for raw activations.
-
-    Decoder norms move into the encoder where training ranked or penalised latents as if they were 1; a ReLU dictionary
-    with `sparsity=decoder_norm` keeps its norms, as SAELens's does.
-    """
-    if not all(t.isfinite().all() for t in weights):
-        raise TrainingError("the last step made weights that are not finite; lower training.lr")
-    encoder, b_enc, W_dec, b_dec = weights
-    dictionary = build_dictionary(spec, encoder.T.contiguous(), b_enc, W_dec, b_dec)
-    dictionary = dictionary.with_scaling_folded(scale_in, scale_out)
-    keeps_norms = spec.activation == "relu" and spec.sparsity == "decoder_norm"
-    return dictionary if keeps_norms else dictionary.with_unit_decoder()
-
-
-def learning_rate(training: TrainingConfig, step: int, n_steps: int) -> float:
-    """Of step 0, 1, ..., n_steps - 1."""
-    rise = min((step + 1) / max(training.lr_warm_up_steps, 1), 1.0)
-    fall = min((n_steps - step) / max(training.lr_decay_steps, 1), 1.0)
-    return training.lr * rise * fall
-
-
-def l1_coefficient(spec: Spec, training: TrainingConfig, step: int) -> float:
-    """Of step 0, 1, ...: 0 at the first, unless there is no warm-up."""
-    rise = min(step / training.l1_warm_up_steps, 1.0) if training.l1_warm_up_steps else 1.0
-    return (spec.l1_coefficient or 0.0) * rise
-
-
-def _shown(batches: Iterable[tuple[Tensor, ...]], n_steps: int, spec: Spec) -> Iterable[tuple[Tensor, ...]]:
-    return progress(batches, f"{spec.kind} {spec.hook_name_out}", total=n_steps)
+    """Trains a dictionary on batches; returns it, for raw activations, and its rows of metrics (see `Trainer`)."""
+    trainer = Trainer(spec, training, side_in, side_out, device, on_row)
+    for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):
+        if trainer.resamples_next():
+            trainer.resample(batches)
+        trainer.take(batch)
+    return trainer.finished(), trainer.metrics.rows

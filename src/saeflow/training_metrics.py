@@ -12,8 +12,6 @@ from torch import Tensor
 from saeflow.config import TrainingConfig
 from saeflow.kernels.step import Step
 
-DEAD_AFTER_TOKENS = 100_000  # a latent that has not fired for this long counts as dead
-
 
 class TrainingError(RuntimeError):
     """Training that went wrong; the message names the step and what to try."""
@@ -24,14 +22,14 @@ class TrainingMetrics:
 
     def __init__(self, d_sae: int, training: TrainingConfig, device: str) -> None:
         self.training = training
-        self.dead_after = math.ceil(DEAD_AFTER_TOKENS / training.batch_size)
+        self.dead_after = math.ceil(training.dead_after_tokens / training.batch_size)
         self.idle_steps = torch.zeros(d_sae, dtype=torch.int32, device=device)
         self.losses: list[Tensor] = []
         self.rows: list[dict[str, float]] = []
 
-    def add(self, found: Step, l1: float) -> None:
+    def add(self, found: Step) -> None:
         self.idle_steps.add_(1).masked_fill_(found.activity > 0, 0)
-        self.losses.append(found.squared_error + l1 * found.sparsity)
+        self.losses.append(found.loss)
 
     def row(self, step: int, found: Step, y: Tensor, lr: float, l1: float) -> dict[str, float]:
         """The metrics of step number `step`, counted from 0; rows count the steps done. `y` (N, p)."""
@@ -66,8 +64,8 @@ class TrainingMetrics:
 
 
 def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
-    """One column a metric; `dead` counts latents that have not fired for `DEAD_AFTER_TOKENS`, `fvu` is the fraction of
-    the batch's variance unexplained, `l1_scheduled` the L1 coefficient of that step."""
+    """One column a metric; `dead` counts latents that have not fired for `training.dead_after_tokens`, `fvu` is the
+    fraction of the batch's variance unexplained, `l1_scheduled` the L1 coefficient of that step."""
     import pyarrow
     import pyarrow.parquet
 

@@ -7,9 +7,9 @@ target (SAELens: 0), which the statistics of the activations give for nothing.
 The norms of the rows decide how many latents ever live, and what is best differs:
 
 * ReLU: 0.1, SAELens's `decoder_init_norm`, from Anthropic's April 2024 update; training soon sets its own scale.
-* TopK: latents compete, so pre-activations must be large beside what Adam adds to `b_enc` in the first steps, or a few
-  early winners take every token: from 0.1 an SAE with a small k ends with many dead latents. A transcoder
-  starts with no relation between the latents that win and what they write, so they begin by writing little.
+* TopK and BatchTopK: latents compete, so pre-activations must be large beside what Adam adds to `b_enc` in the first
+  steps, or a few early winners take every token: from 0.1 an SAE with a small k ends with many dead latents. A
+  transcoder starts with no relation between the latents that win and what they write, so they begin by writing little.
 * Where decoder rows are kept at norm 1, they start there.
 """
 
@@ -23,16 +23,22 @@ NORMS = {("sae", "relu"): (0.1, 0.1), ("transcoder", "relu"): (0.1, 0.1)}
 NORMS |= {("sae", "topk"): (0.5, 0.5), ("transcoder", "topk"): (1.0, 0.1)}  # of encoder rows and of decoder rows
 
 
-def initial_weights(spec: Spec, target_mean: Tensor, seed: int) -> Weights:
-    """`target_mean` (p,), in the units that training sees. On the CPU, so that the draw is the same on any device."""
+def initial_weights(spec: Spec, target_mean: Tensor, seed: int, initial: str = "saeflow") -> Weights:
+    """`target_mean` (p,), in the units that training sees. On the CPU, so that the draw is the same on any device.
+
+    `initial=saelens`: what SAELens's training classes start from: every norm 0.1, and `b_dec` 0. A skip starts at 0.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def directions(width: int) -> Tensor:
         return normalise_rows_(torch.randn(spec.d_sae, width, generator=generator))
 
-    encoder_norm, decoder_norm = NORMS[spec.kind, spec.activation]
+    competing = "relu" if spec.activation == "relu" or initial == "saelens" else "topk"
+    encoder_norm, decoder_norm = NORMS[spec.kind, competing]
     decoder = directions(spec.d_out)
     encoder = decoder.clone() if spec.kind == "sae" else directions(spec.d_in)
     if spec.sparsity != "unit_norm":
         decoder.mul_(decoder_norm)
-    return Weights(encoder.mul_(encoder_norm), torch.zeros(spec.d_sae), decoder, target_mean.float().clone())
+    b_dec = torch.zeros(spec.d_out) if initial == "saelens" else target_mean.float().clone()
+    W_skip = torch.zeros(spec.d_out, spec.d_in) if spec.skip else None
+    return Weights(encoder.mul_(encoder_norm), torch.zeros(spec.d_sae), decoder, b_dec, W_skip)

@@ -28,14 +28,13 @@ _TRAINING = ("l1_coefficient", "squared_error", "sparsity", "normalize_activatio
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
     """Writes `cfg.json` and `sae_weights.safetensors` into an existing folder."""
     folder = Path(folder)
-    names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    tensors = {name: getattr(dictionary, name).detach().float().cpu().contiguous() for name in names}
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in dictionary.tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_config(dictionary.spec), indent=1, sort_keys=True) + "\n")
 
 
 def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
-    """Opens a dictionary of this project, or one of SAELens's architectures standard, topk and transcoder.
+    """Opens a dictionary of this project, or one of SAELens's architectures of the same kinds.
 
     Raises `DictionaryError` for a folder that does not hold a dictionary that can be used here.
     """
@@ -53,21 +52,36 @@ def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
     if missing:
         raise DictionaryError(f"{folder}/{WEIGHTS_FILE} lacks {', '.join(sorted(missing))}")
-    return build(_spec(config, folder), tensors["W_enc"], tensors["b_enc"], tensors["W_dec"], tensors["b_dec"])
+    unknown = tensors.keys() - {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold"}
+    if unknown:
+        raise DictionaryError(f"{folder}/{WEIGHTS_FILE} holds {', '.join(sorted(unknown))}, which nothing here uses")
+    return build(_spec(config, folder), **tensors)
+
+
+_ARCHITECTURES = {  # SAELens's names for what computes the same; topk_transcoder and topk_skip_transcoder are ours
+    ("sae", "relu", False): "standard",
+    ("sae", "topk", False): "topk",
+    ("sae", "jumprelu", False): "jumprelu",
+    ("transcoder", "relu", False): "transcoder",
+    ("transcoder", "relu", True): "skip_transcoder",
+    ("transcoder", "jumprelu", False): "jumprelu_transcoder",
+    ("transcoder", "jumprelu", True): "jumprelu_skip_transcoder",
+    ("transcoder", "topk", False): "topk_transcoder",
+    ("transcoder", "topk", True): "topk_skip_transcoder",
+}
 
 
 def _architecture(spec: Spec) -> str:
-    """SAELens's name for what computes the same."""
-    if spec.activation == "topk":
-        return "topk" if spec.d_in == spec.d_out else "topk_transcoder"
-    return "standard" if spec.kind == "sae" else "transcoder"
+    if spec.activation == "topk" and spec.d_in == spec.d_out and not spec.skip:
+        return "topk"
+    return _ARCHITECTURES[spec.kind, spec.activation, spec.skip]
 
 
 def _config(spec: Spec) -> dict[str, Any]:
     """The content of `cfg.json`: fields of SAELens's config classes, and its free-form metadata."""
     architecture = _architecture(spec)
     reshaped = spec.kind == "sae" and spec.hook_name.endswith("hook_z")
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": spec.d_in,
         "d_sae": spec.d_sae,
@@ -95,6 +109,8 @@ def _config(spec: Spec) -> dict[str, Any]:
     }
     if spec.activation == "topk":
         config |= {"k": spec.k, "rescale_acts_by_decoder_norm": False}
+    elif spec.k is not None:
+        config["metadata"]["saeflow"]["k"] = spec.k
     if architecture.endswith("transcoder"):
         config["d_out"] = spec.d_out
     return config
@@ -102,11 +118,11 @@ def _config(spec: Spec) -> dict[str, Any]:
 
 def _spec(config: dict[str, Any], folder: Path) -> Spec:
     """The spec that a `cfg.json` describes. Raises `DictionaryError` for what is not supported."""
-    architecture = config.get("architecture")
-    if architecture not in ("standard", "topk", "transcoder", "topk_transcoder"):
+    architecture = str(config.get("architecture"))
+    if architecture not in _ARCHITECTURES.values():
         raise DictionaryError(
-            f"{folder}/{CONFIG_FILE}: architecture {architecture!r} is not supported; these are: standard, topk, "
-            "transcoder, topk_transcoder"
+            f"{folder}/{CONFIG_FILE}: architecture {architecture!r} is not supported; these are: "
+            + ", ".join(_ARCHITECTURES.values())
         )
     if config.get("normalize_activations", "none") != "none" or config.get("rescale_acts_by_decoder_norm"):
         raise DictionaryError(
@@ -118,14 +134,15 @@ def _spec(config: dict[str, Any], folder: Path) -> Spec:
         ours = metadata.get("saeflow") or {}
         out = metadata.get("hook_name_out")
         return Spec(
-            kind=ours.get("kind") or ("transcoder" if architecture == "transcoder" or out else "sae"),
-            activation="topk" if architecture.startswith("topk") else "relu",
+            kind=ours.get("kind") or ("transcoder" if architecture.endswith("transcoder") or out else "sae"),
+            activation=next((a for a in ("topk", "jumprelu") if architecture.startswith(a)), "relu"),
             d_in=config["d_in"],
             d_out=ours.get("d_out") or config.get("d_out", config["d_in"]),
             d_sae=config["d_sae"],
             hook_name=metadata["hook_name"],
             hook_name_out=out or metadata["hook_name"],
-            k=config.get("k"),
+            k=config.get("k") or ours.get("k"),
+            skip="skip" in architecture,
             apply_b_dec_to_input=config["apply_b_dec_to_input"],
             origin=Origin(**ours["origin"]) if ours else _foreign_origin(metadata),
             **{name: ours.get(name) for name in _TRAINING},

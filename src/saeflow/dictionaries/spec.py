@@ -35,7 +35,7 @@ class Spec:
     """
 
     kind: Literal["sae", "transcoder"]
-    activation: Literal["topk", "relu"]
+    activation: Literal["topk", "batchtopk", "relu", "jumprelu"]
     d_in: int
     d_out: int
     d_sae: int
@@ -44,7 +44,9 @@ class Spec:
     hook_name_out: str
     """Where its output belongs; for an SAE the same hook."""
     k: int | None = None
-    """Latents that TopK keeps; None with ReLU."""
+    """Latents that TopK keeps for a token, or BatchTopK kept on average; else None."""
+    skip: bool = False
+    """Whether a transcoder adds a linear map of its input."""
     apply_b_dec_to_input: bool = False
     """Whether `b_dec` is subtracted from the input; SAELens's default for SAEs, impossible for transcoders."""
     l1_coefficient: float | None = None
@@ -58,9 +60,9 @@ class Spec:
     def __post_init__(self) -> None:
         if min(self.d_in, self.d_out, self.d_sae) < 1:
             raise DictionaryError(f"sizes must be 1 or more: d_in={self.d_in}, d_out={self.d_out}, d_sae={self.d_sae}")
-        if self.activation == "topk" and not 1 <= (self.k or 0) <= self.d_sae:
+        if self.activation in ("topk", "batchtopk") and not 1 <= (self.k or 0) <= self.d_sae:
             raise DictionaryError(
-                f"dictionary.k={self.k} is out of range: it must be 1 to d_sae={self.d_sae} with activation=topk"
+                f"dictionary.k={self.k} is out of range: it must be 1 to d_sae={self.d_sae} with {self.activation}"
             )
         if self.kind == "sae" and (self.d_in, self.hook_name) != (self.d_out, self.hook_name_out):
             raise DictionaryError(

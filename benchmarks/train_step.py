@@ -1,0 +1,141 @@
+"""One training step against its encoder product and the steps of SAELens, sparsify and dictionary_learning.
+
+Last line, for each of `topk`, `l1`, `transcoder` and each size (d_sae 8192 and 32768 at d_in 512 and 4,096 tokens; 1024
+at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk.8192.saelens_over_step", ...,
+"max_relative_loss_difference", ...}.
+
+Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
+step: ours is `Trainer.take`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in every
+round. `max_relative_loss_difference` compares our losses with SAELens's, over all steps. `peak_bytes_over_saelens`: by
+how much the memory of a process grows from before the weights are made to its peak over three steps, ours over theirs.
+sparsify trains no L1 dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SIZES = {"8192": (4096, 512, 8192), "32768": (4096, 512, 32768), "1024": (1024, 128, 1024)}  # tokens, d_in, d_sae
+KINDS = ("topk", "l1", "transcoder")
+ACTIVE = {"topk": 32, "l1": 50, "transcoder": 50}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--rounds", type=int, default=7, help="the largest size has half as many, the smallest thrice")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out: those that need the network")
+    parser.add_argument(
+        "--peak", choices=["saeflow", "saelens"], help="only the peak memory of one, one kind, one size"
+    )
+    return parser.parse_args()
+
+
+args = parse()
+os.environ["OMP_NUM_THREADS"] = str(args.threads)
+
+import torch  # noqa: E402 (after the number of threads is set)
+from _steps import Ours, batches, problem_of  # noqa: E402
+
+
+def main() -> None:
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak_bytes(args.peak, args.kinds[0], args.sizes[0]))
+        return
+    found: dict[str, float] = {}
+    differences = []
+    for size in args.sizes:
+        for kind in args.kinds:
+            times, difference = measure(kind, size)
+            differences.append(difference)
+            ours = times["saeflow"]
+            found[f"{kind}.{size}.step_s"] = ours
+            found[f"{kind}.{size}.step_over_product"] = ours / times["product"]
+            for peer in ("saelens", "sparsify", "dictionary_learning"):
+                if peer in times:
+                    found[f"{kind}.{size}.{peer}_over_step"] = times[peer] / ours
+            peaks = [peak_of_process(name, kind, size) for name in ("saeflow", "saelens")]
+            found[f"{kind}.{size}.peak_bytes_over_saelens"] = peaks[0] / peaks[1]
+            print(f"{kind}, d_sae {size}: {times}, peak {peaks}", file=sys.stderr)
+    found["max_relative_loss_difference"] = max(differences)
+    print(json.dumps({name: float(f"{value:.3g}") for name, value in found.items()}))
+
+
+def measure(kind: str, size: str) -> tuple[dict[str, float], float]:
+    """Median seconds of the product and of every contender's step; the largest relative difference of losses."""
+    import _peers
+
+    N, d, n = SIZES[size]
+    problem = problem_of(kind, d, n, ACTIVE[kind])
+    makers: list[Callable] = [Ours, _peers.saelens, _peers.sparsify, _peers.dictionary_learning]
+    makers = [make for make in makers if make.__name__ not in args.without]
+    contenders = [made for made in (make(problem) for make in makers) if made is not None]
+    rounds = {"32768": max(args.rounds // 2, 3), "1024": 3 * args.rounds}.get(size, args.rounds)
+    data = batches(N, d, 3)
+    times: dict[str, list[float]] = {}
+    difference = 0.0
+    for round_ in range(rounds + 2):  # two to warm up: after the first the road is chosen
+        x, y = data[round_ % len(data)]
+        started = time.perf_counter()
+        torch.addmm(problem.b_enc, x, problem.W_enc)
+        times.setdefault("product", []).append(time.perf_counter() - started)
+        losses = {}
+        for contender in contenders:
+            started = time.perf_counter()
+            losses[contender.name] = contender.step(x, y)
+            times.setdefault(contender.name, []).append(time.perf_counter() - started)
+        losses = {name: float(loss) for name, loss in losses.items()}
+        difference = max(difference, abs(losses["saeflow"] / losses["saelens"] - 1))
+    if difference > 1e-4:
+        sys.exit(f"{kind}, {size}: our losses and SAELens's differ by {difference:g}")
+    return {name: statistics.median(values[2:]) for name, values in times.items()}, difference
+
+
+def peak_of_process(name: str, kind: str, size: str) -> int:
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        name,
+        "--kinds",
+        kind,
+        "--sizes",
+        size,
+        "--threads",
+        str(args.threads),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return int(done.stdout.split()[-1])
+
+
+def peak_bytes(name: str, kind: str, size: str) -> int:
+    import _peers
+
+    make = Ours if name == "saeflow" else _peers.saelens
+    N, d, n = SIZES[size]
+    data = batches(N, d, 1)
+    before = peak()
+    contender = make(problem_of(kind, d, n, ACTIVE[kind]))
+    for _ in range(3):
+        contender.step(*data[0])
+    return peak() - before
+
+
+def peak() -> int:
+    """Largest resident memory so far, in bytes; getrusage would count that of the parent before it started this."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+main()

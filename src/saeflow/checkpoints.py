@@ -1,0 +1,96 @@
+"""Checkpoints of trainings: one safetensors file a checkpoint, appearing whole by a rename.
+
+They lie in `results/checkpoints/<key>/step-<n>.safetensors`, beside the artifacts rather than in them, because
+Snakemake removes what a failed job has made. When they are written has no influence on the result, so time decides:
+about every `every_seconds`, and never so often that writing takes more than a hundredth of the time.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger("saeflow")
+SHARE = 0.01  # of the time that writing may take
+
+
+class Checkpoints:
+    """The checkpoints of one training."""
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Writes the state after `step` steps, then removes all but the newest `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:09d}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file({name: t.contiguous() for name, t in state.items()}, partial)
+        partial.replace(path)
+        for old in self._paths()[: -self.keep]:
+            old.unlink()
+
+    def newest(self) -> dict[str, Tensor] | None:
+        """The newest state that can be read; None where there is none."""
+        for path in reversed(self._paths()):
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError) as error:
+                log.warning("checkpoint %s cannot be read (%s): going on without it", path, error)
+        return None
+
+    def remove(self) -> None:
+        """Removes all of them; the folder too, unless something else lies in it."""
+        for path in [*self._paths(), *self.folder.glob("*.partial")]:
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+
+class Timer:
+    """Says when the next checkpoint is due."""
+
+    def __init__(self, every_seconds: float) -> None:
+        self.every = every_seconds
+        self.due = time.monotonic() + every_seconds
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.due
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        now = time.monotonic()
+        self.due = now + max(self.every, (now - started) / SHARE)
+
+
+class StopSignals:
+    """While open, SIGTERM, SIGINT and SIGUSR1 only set `received`, so that the step at work is finished first."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
+            os._exit(130)  # asked twice at the keyboard
+        self.received = signal.Signals(number).name

@@ -1,0 +1,284 @@
+"""A dictionary in training: its weights, its optimiser and what it remembers, one step at a time.
+
+`Trainer.state` holds everything that the coming steps depend on, so training that goes on from it is the same training.
+Nothing here reads files or knows jobs; batches come from outside.
+
+Units. With `normalize_activations=expected_average_only_in` training sees the input times sqrt(d_in) over its mean
+norm, as in SAELens, and a transcoder's target times sqrt(d_out) over *its* mean norm (SAELens trains no transcoders);
+with `per_head` each head of a hook is scaled so by its own root mean square norm. So an L1 coefficient means the same
+at every site. `loss`, `squared_error` and `sparsity` in the metrics are in these units; the finished dictionary takes
+and gives raw activations.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saeflow.config import ConfigError, TrainingConfig
+from saeflow.dictionaries.initial import initial_weights
+from saeflow.dictionaries.sae import Dictionary, Scale
+from saeflow.dictionaries.sae import build as build_dictionary
+from saeflow.dictionaries.spec import Spec
+from saeflow.kernels.adam import Adam
+from saeflow.kernels.step import (
+    Objective,
+    Situation,
+    Step,
+    Weights,
+    clip_norm_,
+    normalise_rows_,
+    remove_parallel_,
+    take_step,
+)
+from saeflow.revival import REFRESH_STEPS, auxk, ghost, resample
+from saeflow.training_metrics import TrainingError, TrainingMetrics
+
+SPARSE_BELOW, DENSE_ABOVE = 0.06, 0.10  # density at which a ReLU step changes its road
+DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
+THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAELens
+
+
+class Batches(Protocol):
+    """Where batches come from: `saeflow.reader.BatchReader`, or anything that does this."""
+
+    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
+        """Batches `start` to `start + n_steps - 1`: (x,) for an SAE, (x, y) for a transcoder; x (N, d), y (N, p)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """What training needs to know of the activations at one hook."""
+
+    mean: Tensor
+    """(d,)"""
+    mean_norm: float
+    head_norms: Tensor | None = None
+    """(heads,): root mean square norm of each head; None where the hook has no heads."""
+
+    def scale(self, normalize_activations: str | None) -> Scale:
+        """What activations are multiplied with: a number, or a vector (d,)."""
+        d = self.mean.numel()
+        if normalize_activations == "per_head":
+            if self.head_norms is None:
+                raise ConfigError(
+                    "dictionary.normalize_activations=per_head needs a hook with heads (attn.hook_z, hook_q, ...)"
+                )
+            d_head = d // len(self.head_norms)
+            return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float()
+        return math.sqrt(d) / self.mean_norm if normalize_activations == "expected_average_only_in" else 1.0
+
+
+class Trainer:
+    """Trains one dictionary on batches that it is given in order."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        training: TrainingConfig,
+        side_in: Side,
+        side_out: Side,
+        device: str = "cpu",
+        on_row: Callable[[dict[str, float]], None] = lambda row: None,
+    ) -> None:
+        """`side_out` is the target's side; for an SAE the same as `side_in`. `on_row` gets each new row of metrics."""
+        for side, hook in ((side_in, spec.hook_name), (side_out, spec.hook_name_out)):
+            if not (math.isfinite(side.mean_norm) and side.mean_norm > 0 and side.mean.isfinite().all()):
+                raise TrainingError(
+                    f"the activations of {hook} have mean norm {side.mean_norm}: they hold infinities or only zeros; a "
+                    "wider activations.dtype (float32) may help"
+                )
+        self.spec, self.training, self.device, self.on_row = spec, training, device, on_row
+        self.scale_in, self.scale_out = (
+            s if isinstance(s, float) else s.to(device)
+            for s in (side.scale(spec.normalize_activations) for side in (side_in, side_out))
+        )
+        mean = (side_out.mean.to(device) * self.scale_out).cpu()
+        drawn = initial_weights(spec, mean, spec.seed or 0, training.initial)
+        self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
+        self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
+        assert spec.activation != "jumprelu"
+        self.objective = Objective(
+            spec.activation,
+            spec.k or 0,
+            spec.sparsity == "decoder_norm",
+            spec.apply_b_dec_to_input,
+            spec.squared_error or "sum",
+            training.precision == "bfloat16",
+        )
+        self.metrics = TrainingMetrics(spec.d_sae, training, device)
+        self.step = 0
+        """Steps done."""
+        self.n_steps = training.n_tokens // training.batch_size
+        self.sparse = spec.activation != "relu"
+        self.dead = torch.zeros(0, dtype=torch.int64, device=device)
+        self.threshold = torch.zeros((), dtype=torch.float64, device=device)
+        """Running mean of BatchTopK's smallest kept value."""
+
+    # ------------------------------------------------------------------------------------------------ one step
+    def take(self, batch: tuple[Tensor, ...]) -> None:
+        """One step on batch number `self.step`: (x,) for an SAE, (x, y) for a transcoder.
+
+        Raises `TrainingError`, at the next row of metrics, when the loss stops being finite.
+        """
+        x, y = self._scaled(batch)
+        training, step = self.training, self.step
+        lr, l1 = learning_rate(training, step, self.n_steps), l1_coefficient(self.spec, training, step)
+        logged = (step + 1) % training.log_every == 0 or step in (0, self.n_steps - 1)
+        measured = self.spec.activation == "relu" and step % DENSITY_STEPS == 0
+        if measured and step == 0:
+            self._choose_road(take_step(self.objective, self.weights, x[:64], y[:64]))
+        found = take_step(
+            self.objective, self.weights, x, y, l1, self.sparse, logged or measured, self._extra() if step else None
+        )
+        gradients = found.gradients.parameters()
+        if self.spec.sparsity == "unit_norm":
+            remove_parallel_(found.gradients.W_dec, self.weights.W_dec)
+        if training.clip_grad_norm is not None:
+            clip_norm_(gradients, training.clip_grad_norm)
+        self.optimiser.step(gradients, lr)
+        if self.spec.sparsity == "unit_norm":
+            normalise_rows_(self.weights.W_dec)
+        self.metrics.add(found)
+        if found.smallest is not None:
+            self._follow_threshold(found.smallest)
+        if measured:
+            self._choose_road(found)
+        if logged:
+            self.on_row(self.metrics.row(step, found, y, lr, l1))
+        self.step += 1
+
+    def resamples_next(self) -> bool:
+        """Whether `resample` is to be called before the next step."""
+        return self.step in self.training.resample_steps
+
+    def resample(self, batches: Batches) -> None:
+        """Sets dead latents anew, judged on batches that come after all those of training."""
+        dead = self._dead_now()
+        if not len(dead):
+            return
+        samples: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in batches.iterate(self.n_steps, self.training.resample_batches):
+            x, y = self._scaled(batch)
+            found = take_step(self.objective, self.weights, x, y, 0.0, self.sparse, count=False)
+            samples.append((x, y, found.squared_norms))
+        generator = torch.Generator().manual_seed((self.spec.seed or 0) * 1_000_003 + self.step)
+        rows = [m for moments in (self.optimiser.first, self.optimiser.second) for m in moments[:3]]
+        x, y, losses = (torch.cat(part) for part in zip(*samples, strict=True))
+        resample(
+            self.weights,
+            rows,
+            dead,
+            x,
+            y,
+            losses,
+            generator=generator,
+            centred=self.objective.centred,
+            unit_norm=self.spec.sparsity == "unit_norm",
+        )
+        self.metrics.idle_steps[dead] = 0
+
+    def _choose_road(self, found: Step) -> None:
+        """Sparse or dense, by how many of the activations of a step were above 0; with hysteresis."""
+        assert found.active is not None
+        density = found.active.item() / (len(found.squared_norms) * self.spec.d_sae)
+        self.sparse = density < (DENSE_ABOVE if self.sparse else SPARSE_BELOW)
+
+    def _scaled(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x = batch[0].to(self.device, non_blocking=True) * self.scale_in
+        return x, x if self.spec.kind == "sae" else batch[1].to(self.device, non_blocking=True) * self.scale_out
+
+    def _extra(self) -> Callable[[Situation], Tensor] | None:
+        """The term for dead latents, where there are any."""
+        revive = self.training.revive
+        if revive not in ("auxk", "ghost"):
+            return None
+        if self.step % REFRESH_STEPS == 0:
+            self.dead = self._dead_now()
+        if not len(self.dead):
+            return None
+        dead = self.dead
+        if revive == "ghost":
+            return lambda situation: ghost(situation, dead)
+        return lambda situation: auxk(situation, dead, self.training.auxk_coefficient, self.objective.by_norm)
+
+    def _dead_now(self) -> Tensor:
+        return (self.metrics.idle_steps >= self.metrics.dead_after).nonzero()[:, 0]
+
+    def _follow_threshold(self, smallest: Tensor) -> None:
+        smallest = smallest.double()
+        followed = torch.where(self.threshold > 0, torch.lerp(self.threshold, smallest, THRESHOLD_RATE), smallest)
+        self.threshold = torch.where(smallest.isfinite(), followed, self.threshold)
+
+    # ------------------------------------------------------------------------------------------------ its state
+    def state(self) -> dict[str, Tensor]:
+        """All that the coming steps and the metrics depend on, on the CPU; `note` holds what is no tensor, as JSON."""
+        note = {"step": self.step, "sparse": self.sparse, "rows": self.metrics.rows}
+        names = [name for name, t in zip(Weights._fields, self.weights, strict=True) if t is not None]
+        moments = zip(names, self.optimiser.first, self.optimiser.second, self.optimiser.steps, strict=True)
+        tensors = dict(zip(names, self.weights.parameters(), strict=True))
+        for name, first, second, steps in moments:
+            tensors |= {f"adam.{name}.first": first, f"adam.{name}.second": second, f"adam.{name}.steps": steps}
+        tensors |= {"idle_steps": self.metrics.idle_steps, "dead": self.dead, "threshold": self.threshold}
+        tensors["losses"] = torch.stack(self.metrics.losses) if self.metrics.losses else torch.zeros(0)
+        text = torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
+        return {name: t.detach().cpu() for name, t in tensors.items()} | {"note": text}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from `state` of a trainer of the same dictionary. Raises `TrainingError` for another's."""
+        note = json.loads(state["note"].numpy().tobytes())
+        mine = self.state()
+        fixed = [name for name in mine if name not in ("note", "losses", "dead")]
+        if any(name not in state or state[name].shape != mine[name].shape for name in fixed):
+            raise TrainingError("this is the state of another dictionary: names or sizes differ")
+        names = [name for name, t in zip(Weights._fields, self.weights, strict=True) if t is not None]
+        for i, name in enumerate(names):
+            self.optimiser.parameters[i].copy_(state[name])
+            self.optimiser.first[i].copy_(state[f"adam.{name}.first"])
+            self.optimiser.second[i].copy_(state[f"adam.{name}.second"])
+            self.optimiser.steps[i].copy_(state[f"adam.{name}.steps"])
+        self.metrics.idle_steps.copy_(state["idle_steps"])
+        self.dead, self.threshold = state["dead"].to(self.device), state["threshold"].to(self.device)
+        self.metrics.losses = list(state["losses"].to(self.device))
+        self.step, self.sparse, self.metrics.rows = note["step"], note["sparse"], note["rows"]
+
+    def finished(self) -> Dictionary:
+        """The trained dictionary, for raw activations.
+
+        Decoder norms move into the encoder where training ranked or penalised latents as if they were 1; a ReLU
+        dictionary with `sparsity=decoder_norm` keeps its norms, as SAELens's does.
+        """
+        if not all(t.isfinite().all() for t in self.weights.parameters()):
+            raise TrainingError("the last step made weights that are not finite; lower training.lr")
+        encoder, b_enc, W_dec, b_dec, W_skip = self.weights
+        threshold = None
+        if self.spec.activation == "batchtopk":  # in units of what competes; the dictionary compares pre-activations
+            norms = W_dec.norm(dim=1).clamp(min=1e-8) if self.objective.by_norm else torch.ones_like(b_enc)
+            threshold = self.threshold.float() / norms
+        dictionary = build_dictionary(self.spec, encoder.T.contiguous(), b_enc, W_dec, b_dec, W_skip, threshold)
+        dictionary = dictionary.with_scaling_folded(self.scale_in, self.scale_out)
+        keeps_norms = self.spec.activation == "relu" and self.spec.sparsity == "decoder_norm"
+        return dictionary if keeps_norms else dictionary.with_unit_decoder()
+
+
+def learning_rate(training: TrainingConfig, step: int, n_steps: int) -> float:
+    """Of step 0, 1, ..., n_steps - 1: it rises linearly over `lr_warm_up_steps`, falls linearly over the last
+    `lr_decay_steps`, and rises from a tenth along half a cosine after each resampling."""
+    rise = min((step + 1) / max(training.lr_warm_up_steps, 1), 1.0)
+    fall = min((n_steps - step) / max(training.lr_decay_steps, 1), 1.0)
+    since = min((step - s for s in training.resample_steps if step >= s), default=training.resample_warm_up_steps)
+    if since < training.resample_warm_up_steps:
+        rise *= 0.55 - 0.45 * math.cos(math.pi * since / training.resample_warm_up_steps)
+    return training.lr * rise * fall
+
+
+def l1_coefficient(spec: Spec, training: TrainingConfig, step: int) -> float:
+    """Of step 0, 1, ...: 0 at the first, unless there is no warm-up."""
+    rise = min(step / training.l1_warm_up_steps, 1.0) if training.l1_warm_up_steps else 1.0
+    return (spec.l1_coefficient or 0.0) * rise
