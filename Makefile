@@ -14,7 +14,7 @@ else
 BENCHMARKS := $(patsubst benchmarks/%.py,%,$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 endif
 
-# Neither demo nor tests nor benchmarks touch the network.
+# Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help env demo plan test lint bench pretrain clean distclean

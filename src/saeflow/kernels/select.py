@@ -22,7 +22,7 @@ from torch import Tensor
 from saeflow.kernels.rows import inner_products
 
 SHORT = 256  # numpy sorts rows up to this long with networks; in longer ones a number costs several times as much
-WORKSPACE = 1 << 22  # numbers of the product that a CPU keeps at a time: 16 MiB, which the allocator keeps for the next
+WORKSPACE = 1 << 23  # numbers of the product that a CPU keeps at a time
 FEWEST_TOKENS = 512  # in a part of the product; with fewer a dense product is slow
 
 
@@ -142,8 +142,8 @@ def _largest(values: np.ndarray, columns: np.ndarray | None, k: int) -> tuple[np
     are looked at further, until rows are short enough to sort.
     """
     c = values.shape[1]
-    halved = (m for m in range(2 * k, min(SHORT, c // 2) + 1) if c % m == 0)  # so many blocks halve a row at least
-    m = min(halved, key=lambda m: m + k * c // m, default=0)
+    shorter = (m for m in range(4 * k, min(SHORT, c // 2) + 1) if c % m == 0)  # so many blocks leave a quarter
+    m = min(shorter, key=lambda m: m + k * c // m, default=0)
     if c <= SHORT or not m:
         keys = _keys(values, np.arange(c) if columns is None else columns)
         keys = np.sort(keys, axis=1)[:, c - k :] if c <= SHORT else np.partition(keys, c - k, axis=1)[:, c - k :]
