@@ -1,9 +1,9 @@
 """Time of a training step against d_sae, against how many latents are active, and against the batch, with its limit.
 
 Writes docs/figures/step_scaling.csv, .png and .pdf (or to --out; --draw only draws what the CSV holds). Last line:
-{"largest_step_over_product", ...}, over all points with 4,096 tokens or more. The limit is the encoder's product,
-`torch.addmm(b_enc, x, W_enc)`, measured in every round beside the steps. Medians; around d_in 512, d_sae 8,192, 32
-active latents and 4,096 tokens.
+{"topk.largest_step_over_product", "topk.median_step_over_product", ...}, over all points with 4,096 tokens or more. The
+limit is the encoder's product, `torch.addmm(b_enc, x, W_enc)`, measured in every round beside the steps. Medians;
+around d_in 512, d_sae 8,192, 32 active latents and 4,096 tokens.
 """
 
 import argparse

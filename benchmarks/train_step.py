@@ -101,18 +101,8 @@ def measure(kind: str, size: str) -> tuple[dict[str, float], float]:
 
 
 def peak_of_process(name: str, kind: str, size: str) -> int:
-    command = [
-        sys.executable,
-        __file__,
-        "--peak",
-        name,
-        "--kinds",
-        kind,
-        "--sizes",
-        size,
-        "--threads",
-        str(args.threads),
-    ]
+    options = f"--peak {name} --kinds {kind} --sizes {size} --threads {args.threads}"
+    command = [sys.executable, __file__, *options.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

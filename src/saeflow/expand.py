@@ -53,8 +53,7 @@ class _Expander:
         tree["corpus"] = self._corpus(point)
         tree["tokenizer"] = tokenizer
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
-        sources = {"model": str(folder), "corpus": point.corpus.path or "", "together": str(point.training.together)}
-        sources["training"] = canonical(how)
+        sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
         tree["model"] = {"weights": weights, **processing}
 

@@ -168,7 +168,8 @@ class Plan:
             groups: dict[tuple[str, int], list[str]] = {}
             for key, instance in table.items():
                 if key not in held and not self.done(name, key):
-                    most = min(size, int(instance.sources["together"])) if name == "train" else size
+                    together = json.loads(instance.sources["training"])["together"] if name == "train" else size
+                    most = min(size, together)
                     groups.setdefault((_batch_group(instance), most), []).append(key)
             new = [keys[i : i + most] for (_, most), keys in groups.items() for i in range(0, len(keys), most)]
             self.batches[name] = kept + new

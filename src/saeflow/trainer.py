@@ -219,12 +219,7 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """All that the coming steps and the metrics depend on, on the CPU; `note` holds what is no tensor, as JSON."""
         note = {"step": self.step, "sparse": self.sparse, "rows": self.metrics.rows}
-        names = [name for name, t in zip(Weights._fields, self.weights, strict=True) if t is not None]
-        moments = zip(names, self.optimiser.first, self.optimiser.second, self.optimiser.steps, strict=True)
-        tensors = dict(zip(names, self.weights.parameters(), strict=True))
-        for name, first, second, steps in moments:
-            tensors |= {f"adam.{name}.first": first, f"adam.{name}.second": second, f"adam.{name}.steps": steps}
-        tensors |= {"idle_steps": self.metrics.idle_steps, "dead": self.dead, "threshold": self.threshold}
+        tensors = self._updated_in_place() | {"dead": self.dead, "threshold": self.threshold}
         tensors["losses"] = torch.stack(self.metrics.losses) if self.metrics.losses else torch.zeros(0)
         text = torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
         return {name: t.detach().cpu() for name, t in tensors.items()} | {"note": text}
@@ -233,20 +228,22 @@ class Trainer:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Goes on from `state` of a trainer of the same dictionary. Raises `TrainingError` for another's."""
         note = json.loads(state["note"].numpy().tobytes())
-        mine = self.state()
-        fixed = [name for name in mine if name not in ("note", "losses", "dead")]
-        if any(name not in state or state[name].shape != mine[name].shape for name in fixed):
+        mine = self._updated_in_place()
+        if any(name not in state or state[name].shape != tensor.shape for name, tensor in mine.items()):
             raise TrainingError("this is the state of another dictionary: names or sizes differ")
-        names = [name for name, t in zip(Weights._fields, self.weights, strict=True) if t is not None]
-        for i, name in enumerate(names):
-            self.optimiser.parameters[i].copy_(state[name])
-            self.optimiser.first[i].copy_(state[f"adam.{name}.first"])
-            self.optimiser.second[i].copy_(state[f"adam.{name}.second"])
-            self.optimiser.steps[i].copy_(state[f"adam.{name}.steps"])
-        self.metrics.idle_steps.copy_(state["idle_steps"])
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
         self.dead, self.threshold = state["dead"].to(self.device), state["threshold"].to(self.device)
         self.metrics.losses = list(state["losses"].to(self.device))
         self.step, self.sparse, self.metrics.rows = note["step"], note["sparse"], note["rows"]
+
+    def _updated_in_place(self) -> dict[str, Tensor]:
+        """The tensors of the state that keep their place from step to step, by their names in a checkpoint."""
+        tensors = self.weights.named()
+        moments = zip(list(tensors), self.optimiser.first, self.optimiser.second, self.optimiser.steps, strict=True)
+        for name, first, second, steps in moments:
+            tensors |= {f"adam.{name}.first": first, f"adam.{name}.second": second, f"adam.{name}.steps": steps}
+        return tensors | {"idle_steps": self.metrics.idle_steps}
 
     def finished(self) -> Dictionary:
         """The trained dictionary, for raw activations.

@@ -21,7 +21,7 @@ from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.job import Job, Preempted, progress
-from saeflow.loggers import Logger, open_loggers
+from saeflow.loggers import open_loggers
 from saeflow.store import Column
 from saeflow.trainer import Batches, Side, Trainer
 from saeflow.training_metrics import TrainingError, write_metrics
@@ -36,7 +36,6 @@ class Member:
     job: Job
     trainer: Trainer
     checkpoints: Checkpoints
-    loggers: list[Logger]
     failure: TrainingError | None = None
 
     @property
@@ -115,7 +114,9 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
             return
 
 
-def _member(job: Job, options: TrainingConfig, columns: list[Column], sides: list[Side], stack: Any) -> Member:
+def _member(
+    job: Job, options: TrainingConfig, columns: list[Column], sides: list[Side], stack: contextlib.ExitStack
+) -> Member:
     """The member that a job stands for, at the step that its newest checkpoint has."""
     spec = spec_of_job(job, columns)
     results = Path(job.plan.results)
@@ -133,7 +134,7 @@ def _member(job: Job, options: TrainingConfig, columns: list[Column], sides: lis
     if state is not None:
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
-    return Member(job, trainer, checkpoints, loggers)
+    return Member(job, trainer, checkpoints)
 
 
 def _write(member: Member) -> str:

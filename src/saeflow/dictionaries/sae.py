@@ -158,16 +158,11 @@ class Transcoder(Dictionary):
     """Predicts the output of a layer from its input: c = 0."""
 
 
-def build(
-    spec: Spec,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    W_skip: Tensor | None = None,
-    threshold: Tensor | None = None,
-) -> Dictionary:
-    """The dictionary of the class that `spec.kind` names. What was trained as BatchTopK is from now on a JumpReLU."""
+def build(spec: Spec, *tensors: Tensor | None, **named: Tensor | None) -> Dictionary:
+    """The dictionary of the class that `spec.kind` names, of the tensors that `Dictionary` takes.
+
+    What was trained as BatchTopK is from now on a JumpReLU.
+    """
     if spec.activation == "batchtopk":
         spec = dataclasses.replace(spec, activation="jumprelu")
-    return {"sae": SAE, "transcoder": Transcoder}[spec.kind](spec, W_enc, b_enc, W_dec, b_dec, W_skip, threshold)
+    return {"sae": SAE, "transcoder": Transcoder}[spec.kind](spec, *tensors, **named)  # type: ignore[arg-type]

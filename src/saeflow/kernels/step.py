@@ -36,9 +36,13 @@ class Weights(NamedTuple):
     W_skip: Tensor | None = None
     """(p, d), of a skip transcoder."""
 
+    def named(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: t for name, t in self._asdict().items() if t is not None}
+
     def parameters(self) -> list[Tensor]:
         """Those that there are."""
-        return [t for t in self if t is not None]
+        return list(self.named().values())
 
 
 @dataclass(frozen=True)
