@@ -134,6 +134,9 @@ def run(stage: str, work: Callable[[list[Job]], str]) -> None:
         sys.exit(1)
     log.info(last_line)
     print(last_line, flush=True)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0)  # all is written and renamed; taking the libraries down would cost another second
 
 
 def progress(iterable: Any, description: str, total: int | None = None) -> Any:

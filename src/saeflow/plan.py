@@ -170,17 +170,42 @@ class Plan:
                 if key not in held and not self.done(name, key):
                     together = json.loads(instance.sources["training"])["together"] if name == "train" else size
                     most = min(size, together)
-                    groups.setdefault((_batch_group(instance), most), []).append(key)
-            new = [keys[i : i + most] for (_, most), keys in groups.items() for i in range(0, len(keys), most)]
+                    groups.setdefault((self._batch_group(instance), most), []).append(key)
+            new = []
+            for (_, most), keys in groups.items():
+                if name == "train":  # those that read the same columns side by side
+                    keys = sorted(keys, key=lambda key: table[key].needs["activations"])
+                new += _even_parts(keys, [_cost(table[key]) for key in keys], most)
             self.batches[name] = kept + new
 
+    def _batch_group(self, instance: Instance) -> str:
+        """Instances of one group may share a job: columns of one store; dictionaries that read the same tokens in the
+        same batches; those of one model that are evaluated on the same tokens."""
+        if instance.stage == "activations":
+            return instance.key.split("/")[0]
+        if instance.stage == "train":
+            training, column = (
+                instance.config["training"],
+                self.instance("activations", instance.needs["activations"][0]),
+            )
+            store = column.key.split("/")[0]
+            return short_hash([store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]])
+        return short_hash([instance.config["model"], instance.config["evaluation"], instance.needs["tokens"]])
 
-def _batch_group(instance: Instance) -> str:
-    """Instances of one group may share a job: columns of one store; dictionaries that read the same batches; those of
-    one model that are evaluated on the same tokens."""
-    if instance.stage == "activations":
-        return instance.key.split("/")[0]
-    if instance.stage == "train":
-        training = instance.config["training"]
-        return short_hash([instance.needs, training["batch_size"], training["shuffle_seed"]])
-    return short_hash([instance.config["model"], instance.config["evaluation"], instance.needs["tokens"]])
+
+def _cost(instance: Instance) -> float:
+    """About how long it takes beside others of its stage: ReLU begins dense, and a step then costs twice as much."""
+    return 2.0 if instance.stage == "train" and instance.config["dictionary"]["activation"] == "relu" else 1.0
+
+
+def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str]]:
+    """As few parts as can be with at most `most` keys each, in order, of about equal cost."""
+    parts: list[list[str]] = []
+    for left in range(-(-len(keys) // most), 0, -1):
+        budget, end, total = sum(costs) / left, 0, 0.0
+        while end < min(most, len(keys)) and (total + costs[end] / 2 <= budget or len(keys) - end > most * (left - 1)):
+            total += costs[end]
+            end += 1
+        parts.append(keys[:end])
+        keys, costs = keys[end:], costs[end:]
+    return parts

@@ -30,7 +30,7 @@ def auxk(situation: Situation, dead: Tensor, coefficient: float, by_norm: bool) 
         kept = torch.topk(rank, half, dim=1, sorted=False).indices
         pre = pre * torch.zeros_like(pre).scatter_(1, kept, 1.0)
     squares = (pre @ W_dec + error).square().sum(dim=1)  # the residual is -error
-    return coefficient * min(len(dead) / half, 1.0) * (w[:, 0] @ squares)
+    return coefficient * min(len(dead) / half, 1.0) * (w @ squares)
 
 
 def ghost(situation: Situation, dead: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def ghost(situation: Situation, dead: Tensor) -> Tensor:
     made = torch.addmm(b_enc, centred, encoder.T).exp() @ W_dec
     scale = (norms / (1e-6 + 2 * made.norm(dim=1, keepdim=True))).detach()
     off = (made * scale - residual).square() / norms.clamp(min=1e-6)
-    return (w * error.square() * off / (off.detach() + 1e-6)).sum()
+    return (w[:, None] * error.square() * off / (off.detach() + 1e-6)).sum()
 
 
 @torch.no_grad()

@@ -33,12 +33,13 @@ from saeflow.kernels.step import (
     clip_norm_,
     normalise_rows_,
     remove_parallel_,
+    squared_norms,
     take_step,
 )
 from saeflow.revival import REFRESH_STEPS, auxk, ghost, resample
 from saeflow.training_metrics import TrainingError, TrainingMetrics
 
-SPARSE_BELOW, DENSE_ABOVE = 0.06, 0.10  # density at which a ReLU step changes its road
+SPARSE_BELOW, DENSE_ABOVE = 0.20, 0.25  # density at which a ReLU step changes its road
 DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAELens
 
@@ -165,8 +166,7 @@ class Trainer:
         samples: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in batches.iterate(self.n_steps, self.training.resample_batches):
             x, y = self._scaled(batch)
-            found = take_step(self.objective, self.weights, x, y, 0.0, self.sparse, count=False)
-            samples.append((x, y, found.squared_norms))
+            samples.append((x, y, squared_norms(self.objective, self.weights, x, y, self.sparse)))
         generator = torch.Generator().manual_seed((self.spec.seed or 0) * 1_000_003 + self.step)
         rows = [m for moments in (self.optimiser.first, self.optimiser.second) for m in moments[:3]]
         x, y, losses = (torch.cat(part) for part in zip(*samples, strict=True))

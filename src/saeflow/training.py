@@ -1,7 +1,7 @@
 """Training jobs: from columns of activations to folders with a dictionary and its metrics.
 
-The dictionaries of one job read the same columns in the same order of batches, so each batch is read once; otherwise
-they know nothing of each other, and each is what it would be if it trained alone. Killed at any moment, a job goes on
+The dictionaries of one job read columns of one store in the same order of batches, so each is read once; otherwise they
+know nothing of each other, and each is what it would be if it trained alone. Killed at any moment, a job goes on
 from its checkpoints, and ends with the same bytes. `fit` is the loop without jobs, for any source of batches.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saeflow.checkpoints import Checkpoints, StopSignals, Timer
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
@@ -27,6 +28,7 @@ from saeflow.trainer import Batches, Side, Trainer
 from saeflow.training_metrics import TrainingError, write_metrics
 
 log = logging.getLogger("saeflow")
+MOST_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20  # batches, and their bytes, that one member takes before the next
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Member:
     job: Job
     trainer: Trainer
     checkpoints: Checkpoints
+    reads: list[int]
+    """Which of the job's columns."""
     failure: TrainingError | None = None
 
     @property
@@ -47,8 +51,20 @@ class Member:
             self.checkpoints.save(self.trainer.step, self.trainer.state())
 
 
+@dataclass
+class Selected:
+    """Batches of some of the columns."""
+
+    batches: Batches
+    reads: list[int]
+
+    def iterate(self, start: int, n_steps: int) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self.batches.iterate(start, n_steps):
+            yield tuple(batch[i] for i in self.reads)
+
+
 def train(jobs: list[Job]) -> str:
-    """Trains the dictionaries of jobs that read the same batches, and writes their folders.
+    """Trains the dictionaries of jobs that read the same tokens in the same batches, and writes their folders.
 
     A dictionary whose training fails does not stop the others; in the end `TrainingError` says which failed. Raises
     `Preempted`, with the state saved, when the job is asked to stop.
@@ -56,18 +72,17 @@ def train(jobs: list[Job]) -> str:
     from saeflow.reader import BatchReader
     from saeflow.store import open_column
 
-    columns = [open_column(folder) for folder in jobs[0].inputs("activations")]
-    if any(job.inputs("activations") != jobs[0].inputs("activations") for job in jobs):
-        raise ConfigError("dictionaries that train in one job must read the same activations")
+    columns = {folder: open_column(folder) for job in jobs for folder in job.inputs("activations")}
     options = [build(TrainingConfig, job.config["training"] | _how(job), "training.") for job in jobs]
     if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
         raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
-    sides = [_side(column) for column in columns]
-    batches = BatchReader(columns, options[0].batch_size, options[0].shuffle_seed)
+    sides = {folder: _side(column) for folder, column in columns.items()}
+    batches = BatchReader(list(columns.values()), options[0].batch_size, options[0].shuffle_seed)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         members = [_member(job, o, columns, sides, stack) for job, o in zip(jobs, options, strict=True)]
         written: list[str] = []
+        log.info("training %d dictionaries on batches of %d tokens", len(members), batches.batch_size)
         timer = Timer(min(o.checkpoint_seconds for o in options))
         for member in _steps(members, batches, signals, timer):
             try:
@@ -91,34 +106,54 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
             yield member
     start = min((m.trainer.step for m in members if m.at_work), default=0)
     end = max((m.trainer.n_steps for m in members if m.at_work), default=0)
-    description = f"{members[0].trainer.spec.hook_name_out} x{len(members)}"
-    for step, batch in enumerate(progress(batches.iterate(start, end - start), description, end - start), start):
+    description = f"{len(members)} dictionaries"
+    read = progress(batches.iterate(start, end - start), description, end - start)
+    for first, some in _several(read, start):
         for member in members:
-            if not member.at_work or member.trainer.step != step:
-                continue  # killed between two checkpoints, members may go on from different steps
-            try:
-                if member.trainer.resamples_next():
-                    member.trainer.resample(batches)
-                member.trainer.take(batch)
-            except TrainingError as error:
-                member.failure = error
-            if member.trainer.step == member.trainer.n_steps:
-                yield member
-        if signals.received or timer.passed:
-            with timer.saving():
-                for member in members:
-                    member.save()
+            for step, batch in enumerate(some, first):
+                if signals.received or not member.at_work or member.trainer.step != step:
+                    continue  # killed between two checkpoints, members may go on from different steps
+                try:
+                    if member.trainer.resamples_next():
+                        member.trainer.resample(Selected(batches, member.reads))
+                    member.trainer.take(tuple(batch[i] for i in member.reads))
+                except TrainingError as error:
+                    member.failure = error
+                if member.trainer.step == member.trainer.n_steps:
+                    yield member
+                if signals.received or timer.passed:
+                    with timer.saving():
+                        for each in members:
+                            each.save()
         if signals.received:
-            raise Preempted(f"stopped by {signals.received} after step {step + 1}; run again to go on from there")
+            step = min(m.trainer.step for m in members)
+            raise Preempted(f"stopped by {signals.received} after step {step}; run again to go on from there")
         if not any(m.at_work for m in members):
             return
 
 
+def _several(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:
+    """A few batches at a time, with the number of the first: a member takes them in a row, its weights in the cache."""
+    some: list[tuple[Tensor, ...]] = []
+    for number, batch in enumerate(batches, start):
+        some.append(batch)
+        if len(some) == MOST_AT_ONCE or len(some) * sum(t.nbytes for t in batch) >= BYTES_AT_ONCE:
+            yield number - len(some) + 1, some
+            some = []
+    if some:
+        yield number - len(some) + 1, some
+
+
 def _member(
-    job: Job, options: TrainingConfig, columns: list[Column], sides: list[Side], stack: contextlib.ExitStack
+    job: Job,
+    options: TrainingConfig,
+    columns: dict[Path, Column],
+    sides: dict[Path, Side],
+    stack: contextlib.ExitStack,
 ) -> Member:
     """The member that a job stands for, at the step that its newest checkpoint has."""
-    spec = spec_of_job(job, columns)
+    mine = job.inputs("activations")
+    spec = spec_of_job(job, [columns[folder] for folder in mine])
     results = Path(job.plan.results)
     loggers = open_loggers(options.loggers, job.instance.key, job.config, results)
     for logger in loggers:
@@ -128,13 +163,13 @@ def _member(
         for logger in loggers:
             logger.log(row)
 
-    trainer = Trainer(spec, options, sides[0], sides[-1], job.device, log_row)
+    trainer = Trainer(spec, options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
     state = checkpoints.newest()
     if state is not None:
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
-    return Member(job, trainer, checkpoints)
+    return Member(job, trainer, checkpoints, [list(columns).index(folder) for folder in mine])
 
 
 def _write(member: Member) -> str:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.kernels import loops
 from saeflow.kernels.rows import inner_products, sum_bags, sum_rows
 from saeflow.kernels.select import Active
 
@@ -46,8 +46,13 @@ class Pattern:
     @cached_property
     def by_latent(self) -> ByLatent:
         """Built once a step, however many products use it."""
-        order = _stable_order(self.latents, self.n_latents)
-        starts = torch.searchsorted(self.latents[order], torch.arange(self.n_latents + 1, device=order.device))
+        latents, n = self.latents, self.n_latents
+        if loops.serve(latents):
+            by_latent = ByLatent(torch.empty_like(latents), torch.empty_like(latents), latents.new_empty(n + 1))
+            loops.transpose(latents.numpy(), self.starts.numpy(), *(t.numpy() for t in by_latent))
+            return by_latent
+        order = torch.sort(latents, stable=True).indices
+        starts = torch.searchsorted(latents[order], torch.arange(n + 1, device=order.device))
         tokens = torch.repeat_interleave(self.starts.diff(), output_size=len(order))
         return ByLatent(tokens[order], order, starts)
 
@@ -177,10 +182,3 @@ def _side_by_side(heads: list[Active], n_latents: int) -> Active:
     latents = torch.cat([head.latents + h * n_latents for h, head in enumerate(heads)])
     counts = torch.cat([head.starts.diff() for head in heads])
     return Active(values, latents, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
-
-
-def _stable_order(latents: Tensor, n_latents: int) -> Tensor:
-    """What sorts the latents (P,), equal ones staying in order. On a CPU numpy's radix sort, for numbers of 16 bits."""
-    if latents.device.type == "cpu" and n_latents <= 1 << 16:
-        return torch.from_numpy(np.argsort(latents.numpy().astype(np.uint16), kind="stable"))
-    return torch.sort(latents, stable=True).indices

@@ -12,14 +12,16 @@ latent i's decoder row or 1. `loss_as_written` is that, densely; its autograd gr
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from saeflow.kernels.select import batch_top_k, positive, top_k
-from saeflow.kernels.sparse import decode, encode, sum_by_latent
+from saeflow.kernels import loops
+from saeflow.kernels.rows import inner_products, sum_bags, sum_rows
+from saeflow.kernels.select import Active, batch_top_k, positive, top_k
+from saeflow.kernels.sparse import Pattern
 
 
 class Weights(NamedTuple):
@@ -69,7 +71,7 @@ class Situation(NamedTuple):
     error: Tensor
     """(N, p): y_hat - y, detached."""
     w: Tensor
-    """(N, 1): weights of the tokens' squared errors."""
+    """(N,): weights of the tokens' squared errors."""
 
 
 class Step(NamedTuple):
@@ -92,6 +94,7 @@ class Step(NamedTuple):
     gradients: Weights
 
 
+@torch.no_grad()
 def take_step(
     objective: Objective,
     weights: Weights,
@@ -106,56 +109,78 @@ def take_step(
 
     `sparse`: the road to take with relu; the result is the same up to rounding, which is bfloat16's on the dense road
     with `objective.bf16`. `count`: count the active pairs even where that costs a pass. `extra`: one more term of the
-    loss. N is 1 or more, and k at most n.
+    loss, whose gradients autograd takes. N is 1 or more, and k at most n.
     """
     N = len(x)
-    leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights))  # type: ignore[arg-type]
-    norms = leaves.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
-    centre = leaves.b_dec if objective.centred else None
+    relu = objective.activation == "relu"
+    norms = weights.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
+    penalty = norms * (l1 / N if relu else 0.0)  # the price of one unit of each latent
+    f = _activations(objective, weights, x, norms, sparse)
+    error = _unexplained(weights, x, y)
+    w = token_weights(y, objective.squared_error)
+    squared_norms = f.reconstruct_(error, weights.W_dec, w, penalty)
+    squared_error = w @ squared_norms
+    encoder, b_enc, W_dec, activity = f.gradients(error, w, weights.W_dec)
+    b_dec = 2 * (w @ error)
+    if objective.centred:  # every pre-activation sees -b_dec W_enc: no product over tokens
+        b_dec -= b_enc @ weights.encoder
+    if relu and objective.by_norm:
+        W_dec.addcmul_(weights.W_dec, (activity * (l1 / N) / norms.clamp(min=1e-30))[:, None])
+    W_skip = None if weights.W_skip is None else (error * (2 * w)[:, None]).T @ x
+    gradients = Weights(encoder, b_enc, W_dec, b_dec, W_skip)
+    sparsity = activity @ norms / N
+    loss = squared_error + l1 * sparsity if relu else squared_error
+    if extra is not None:
+        loss = loss + _add_term(extra, weights, x, error, w, objective.centred, gradients)
     active = smallest = None
-    if sparse or objective.activation != "relu":
-        select = _select(objective, norms.detach())
-        values, pattern = encode(x, leaves.encoder, leaves.b_enc, select, centre)
-        y_hat = decode(values, pattern, leaves.W_dec)
-        with torch.set_grad_enabled(objective.activation == "relu"):
-            activity = sum_by_latent(values, pattern)
-        active = torch.count_nonzero(values.detach())
+    if isinstance(f, _Sparse):
+        active = torch.count_nonzero(f.values)
         if objective.activation == "batchtopk":
-            ranked = values.detach() * norms.detach()[pattern.latents]
+            ranked = f.values * norms[f.pattern.latents]
             smallest = (
                 torch.where(ranked > 0, ranked, torch.inf).amin() if len(ranked) else ranked.new_tensor(torch.inf)
             )
-    else:
-        f = _DenseEncode.apply(x, leaves.encoder, leaves.b_enc, centre, objective.bf16)
-        y_hat, activity = _DenseDecode.apply(f, leaves.W_dec)
-        active = torch.count_nonzero(f.detach()) if count else None
-    if leaves.W_skip is not None:
-        y_hat = torch.addmm(y_hat, x, leaves.W_skip.T)
+    elif count:
+        active = torch.count_nonzero(f.f)
+    return Step(loss, squared_error, sparsity, squared_norms, activity, active, smallest, gradients)
 
-    w = token_weights(y, objective.squared_error)
-    error = (y_hat + leaves.b_dec).sub_(y)
-    squared_norms = error.square().sum(dim=1)
-    squared_error = w[:, 0] @ squared_norms
-    sparsity = activity @ norms / N
-    loss = squared_error + l1 * sparsity if objective.activation == "relu" else squared_error
-    if extra is not None:
-        centred = x if centre is None else x - centre
-        loss = loss + extra(Situation(leaves, centred, error.detach(), w))
-    gradients = iter(torch.autograd.grad(loss, leaves.parameters()))
-    return Step(
-        loss.detach(),
-        squared_error.detach(),
-        sparsity.detach(),
-        squared_norms.detach(),
-        activity.detach(),
-        active,
-        smallest,
-        Weights(*(None if t is None else next(gradients) for t in leaves)),  # type: ignore[arg-type]
-    )
+
+@torch.no_grad()
+def squared_norms(objective: Objective, weights: Weights, x: Tensor, y: Tensor, sparse: bool = True) -> Tensor:
+    """||y_hat_t - y_t||^2 of each token (N,), as in `take_step`, without gradients."""
+    norms = weights.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
+    f = _activations(objective, weights, x, norms, sparse)
+    return f.reconstruct_(_unexplained(weights, x, y), weights.W_dec, y.new_zeros(len(y)), torch.zeros_like(norms))
+
+
+def _unexplained(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
+    """The error (N, p) of an output without latents."""
+    error = weights.b_dec - y
+    return error if weights.W_skip is None else error.addmm_(x, weights.W_skip.T)
+
+
+def _add_term(
+    extra: Callable[[Situation], Tensor],
+    weights: Weights,
+    x: Tensor,
+    error: Tensor,
+    w: Tensor,
+    centred: bool,
+    gradients: Weights,
+) -> Tensor:
+    """The value of the term; its gradients are added to those given."""
+    with torch.enable_grad():
+        leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights))  # type: ignore[arg-type]
+        term = extra(Situation(leaves, x - leaves.b_dec if centred else x, error, w))
+        found = torch.autograd.grad(term, leaves.parameters(), allow_unused=True)
+    for gradient, more in zip(gradients.parameters(), found, strict=True):
+        if more is not None:
+            gradient += more
+    return term.detach()
 
 
 def loss_as_written(objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: float = 0.0) -> Tensor:
-    """The loss, densely; among equal values torch.topk's choice is kept."""
+    """The loss, densely; among equal values the first are kept."""
     N, n = len(x), len(weights.b_enc)
     norms = weights.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
     pre = (x - weights.b_dec if objective.centred else x) @ weights.encoder.T + weights.b_enc
@@ -163,24 +188,25 @@ def loss_as_written(objective: Objective, weights: Weights, x: Tensor, y: Tensor
     if objective.activation != "relu":
         rank = (f * norms).detach()
         rank, k = (rank, objective.k) if objective.activation == "topk" else (rank.view(1, -1), objective.k * N)
-        kept = torch.zeros_like(rank).scatter(1, torch.topk(rank, min(k, rank.shape[1]), dim=1).indices, 1.0)
+        order = torch.sort(rank, dim=1, descending=True, stable=True).indices
+        kept = torch.zeros_like(rank).scatter(1, order[:, :k], 1.0)
         f = f * kept.view(N, n)
     y_hat = f @ weights.W_dec + weights.b_dec
     if weights.W_skip is not None:
         y_hat = y_hat + x @ weights.W_skip.T
-    squared_error = (token_weights(y, objective.squared_error)[:, 0] * (y_hat - y).square().sum(dim=1)).sum()
+    squared_error = (token_weights(y, objective.squared_error) * (y_hat - y).square().sum(dim=1)).sum()
     return squared_error + l1 * (f @ norms).mean() if objective.activation == "relu" else squared_error
 
 
 def token_weights(y: Tensor, squared_error: str) -> Tensor:
-    """Target y (N, p) -> weights (N, 1) of the tokens' squared errors.
+    """Target y (N, p) -> weights (N,) of the tokens' squared errors.
 
     `sum`: over p, mean over N. `mean`: over both. `target_norm`: mean over both of the error divided by ||y_t||.
     """
     N, p = y.shape
     if squared_error == "target_norm":
-        return (N * p * y.norm(dim=1, keepdim=True)).clamp_(min=1e-6).reciprocal_()  # a target of 0 has no scale
-    return y.new_full((N, 1), {"sum": 1 / N, "mean": 1 / (N * p)}[squared_error])
+        return (N * p * y.norm(dim=1)).clamp_(min=1e-6).reciprocal_()  # a target of 0 has no scale
+    return y.new_full((N,), {"sum": 1 / N, "mean": 1 / (N * p)}[squared_error])
 
 
 def normalise_rows_(rows: Tensor) -> Tensor:
@@ -205,45 +231,77 @@ def clip_norm_(gradients: list[Tensor], largest: float) -> None:
     torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_(max=1.0))
 
 
-def _select(objective: Objective, norms: Tensor) -> Callable[[Tensor, Tensor, Tensor], Any]:
+class _Sparse:
+    """Activations by their active pairs. x (N, d) is the encoder's input."""
+
+    def __init__(self, x: Tensor, active: Active, n_latents: int) -> None:
+        self.x, self.values = x, active.values
+        self.pattern = Pattern(active.latents, active.starts, n_latents)
+
+    def reconstruct_(self, error: Tensor, W_dec: Tensor, w: Tensor, penalty: Tensor) -> Tensor:
+        """Adds f W_dec to error (N, p); returns its rows' squared norms (N,). Keeps the gradient of
+        sum_t w_t |error_t|^2 + penalty . f_t towards the pre-activations."""
+        values, (latents, starts) = self.values, (self.pattern.latents, self.pattern.starts)
+        if not loops.serve(error):
+            error += sum_rows(W_dec, latents, starts, values)
+            self.g_values = inner_products(error * (2 * w)[:, None], W_dec, latents, starts).add_(penalty[latents])
+            self.g_values *= values > 0
+            return error.square().sum(dim=1)
+        squares, self.g_values = torch.empty_like(w), torch.empty_like(values)
+        tensors = values, latents, starts, W_dec, 2 * w, penalty, error, squares, self.g_values
+        work = partial(loops.reconstruct, *(t.numpy() for t in tensors))
+        loops.in_threads(work, len(error), len(values) * error.shape[1], starts.numpy())
+        return squares
+
+    def gradients(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
+        """After `reconstruct_` -> gradients of encoder, b_enc and W_dec; sums of activations (n,)."""
+        values, g_values = self.values, self.g_values
+        if loops.serve(error):
+            return self._gradients_in_loops(error, w, W_dec)
+        tokens, order, starts = self.pattern.by_latent
+        values, g_values = values[order], g_values[order]
+        encoder = sum_rows(self.x, tokens, starts, g_values)
+        decoder = sum_rows(error * (2 * w)[:, None], tokens, starts, values)
+        return encoder, sum_bags(g_values, starts), decoder, sum_bags(values, starts)
+
+    def _gradients_in_loops(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
+        values, n = self.values, len(W_dec)
+        tokens, order = np.empty((2, len(values)), np.int32)  # half the memory that is written in leaps
+        starts = np.empty(n + 1, np.int64)
+        loops.transpose(self.pattern.latents.numpy(), self.pattern.starts.numpy(), tokens, order, starts)
+        found = error.new_empty(n, self.x.shape[1]), error.new_empty(n), torch.empty_like(W_dec), error.new_empty(n)
+        given = (t.numpy() for t in (values, self.g_values, error, 2 * w, self.x))
+        by_latent = tokens, order, starts, np.empty_like(values.numpy())
+        work = partial(loops.gradients, *given, *by_latent, *(t.numpy() for t in found))
+        loops.in_threads(work, n, len(values) * error.shape[1], starts)
+        return found
+
+
+class _Dense:
+    """The same as a matrix f (N, n)."""
+
+    def __init__(self, x: Tensor, f: Tensor) -> None:
+        self.x, self.f = x, f
+
+    def reconstruct_(self, error: Tensor, W_dec: Tensor, w: Tensor, penalty: Tensor) -> Tensor:
+        self.penalty = penalty
+        return error.addmm_(self.f, W_dec).square().sum(dim=1)
+
+    def gradients(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
+        g = error * (2 * w)[:, None]
+        g_pre = torch.ops.aten.threshold_backward(torch.addmm(self.penalty, g, W_dec.T), self.f, 0)
+        return g_pre.T @ self.x, g_pre.sum(dim=0), self.f.T @ g, self.f.sum(dim=0)
+
+
+def _activations(objective: Objective, weights: Weights, x: Tensor, norms: Tensor, sparse: bool) -> _Sparse | _Dense:
+    encoder, b_enc, bf16 = weights.encoder, weights.b_enc, objective.bf16
+    x = x - weights.b_dec if objective.centred else x
     if objective.activation == "relu":
-        return partial(positive, bf16=objective.bf16)
-    scale = norms.clamp(min=1e-12) if objective.by_norm else None
-    which = top_k if objective.activation == "topk" else batch_top_k
-    return partial(which, k=objective.k, scale=scale, bf16=objective.bf16)
-
-
-class _DenseEncode(torch.autograd.Function):
-    """relu((x - centre) encoder^T + b_enc), (N, n), without a product for the gradient of `centre`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, b_enc: Tensor, centre: Tensor | None, bf16: bool) -> Tensor:
-        x = x if centre is None else x - centre
-        pre = x.bfloat16() @ encoder.bfloat16().T + b_enc if bf16 else torch.addmm(b_enc, x, encoder.T)
-        f = pre.relu_()
-        ctx.save_for_backward(x, encoder, f)
-        return f
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, encoder, f = ctx.saved_tensors
-        g = torch.ops.aten.threshold_backward(g, f, 0)
-        g_b_enc = g.sum(dim=0)
-        g_centre = -(g_b_enc @ encoder) if ctx.needs_input_grad[3] else None
-        return None, g.T @ x, g_b_enc, g_centre, None
-
-
-class _DenseDecode(torch.autograd.Function):
-    """f (N, n) -> f W_dec (N, p) and the sums of f over tokens (n,); both gradients of f in one product."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(f, W_dec)
-        return f @ W_dec, f.sum(dim=0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, g_activity: Tensor) -> Any:
-        f, W_dec = ctx.saved_tensors
-        return torch.addmm(g_activity, g, W_dec.T), f.T @ g
+        if not sparse:
+            pre = x.bfloat16() @ encoder.bfloat16().T + b_enc if bf16 else torch.addmm(b_enc, x, encoder.T)
+            return _Dense(x, pre.relu_())
+        active = positive(x, encoder, b_enc, bf16)
+    else:
+        which = top_k if objective.activation == "topk" else batch_top_k
+        active = which(x, encoder, b_enc, objective.k, norms.clamp(min=1e-12) if objective.by_norm else None, bf16)
+    return _Sparse(x, active, len(b_enc))

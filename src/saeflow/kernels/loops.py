@@ -1,0 +1,419 @@
+"""Loops along a sparse pattern for CPUs, compiled by numba: what torch has no fast operation for.
+
+They take NumPy arrays, fill arrays that the caller made, and release the GIL, so `in_threads` runs slices of one call
+at once; a result does not depend on how it was sliced. NaN is treated as larger than any number, so that it is kept and
+shows in the loss. Compiled code is cached beside this file, or in the user's cache where that is not writable.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+FEWEST = 1 << 15  # numbers worth a thread
+
+
+def serve(tensor: Tensor) -> bool:
+    """Whether these loops work on such a tensor; torch's operations do elsewhere."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64, torch.int64)
+
+
+def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts: np.ndarray | None = None) -> None:
+    """`work(first, last)` on slices of `n_rows` rows, as many as torch uses threads. `size` numbers are at work.
+
+    `starts` (n_rows + 1,): where each row's pairs begin; then slices have about as many pairs.
+    """
+    threads = min(torch.get_num_threads(), size // FEWEST + 1, n_rows)
+    if threads <= 1:
+        return work(0, n_rows)
+    bounds = np.linspace(0, n_rows, threads + 1).astype(np.int64)
+    if starts is not None:
+        bounds[1:-1] = np.searchsorted(starts, np.linspace(0, starts[-1], threads + 1)[1:-1])
+    list(_pool(threads).map(work, bounds[:-1].tolist(), bounds[1:].tolist()))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="saeflow-loops")
+
+
+@compiled
+def top_k(rows, k, values, columns, first, last):
+    """rows (C, n) -> the k largest of max(row, 0) of rows `first` to `last - 1`: values (C, k), columns (C, k).
+
+    Of equal values those with the lowest columns; zeros come last.
+    """
+    n = rows.shape[1]
+    found_columns, found_values = np.empty(n, np.int64), np.empty(n, rows.dtype)
+    mask = np.zeros((n + 7) // 8 * 8, np.bool_)
+    bound = rows.dtype.type(0)
+    for r in range(first, last):
+        bound = _bound_for(rows[r], k, bound)
+        _mark_above(rows[r], bound, mask)
+        count = _list_marked(mask, found_columns)
+        for j in range(count):
+            found_values[j] = rows[r, found_columns[j]]
+        _keep_largest(found_columns, found_values, count, k, mask, values[r], columns[r])
+
+
+@compiled
+def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k, values, columns, first, last):
+    """As `top_k`, of x encoder^T + b_enc, in float32, without that product: `products` (C, n) is it in bfloat16.
+
+    See `_bounds` for what rules a latent out; the others' inner products are taken, and the k largest of them kept.
+    """
+    n = products.shape[1]
+    found_columns, found_values = np.empty(n, np.int64), np.empty(n, np.float32)
+    lower, upper = np.empty(n, np.float32), np.empty(n, np.float32)
+    mask = np.zeros((n + 7) // 8 * 8, np.bool_)
+    share = np.float32(0)
+    for r in range(first, last):
+        _bounds(products[r], x_norms[r], x_rests[r], norms, rests, b_enc, x.shape[1], lower, upper)
+        bound = _bound_for(lower, k, share * x_norms[r])
+        share = bound / x_norms[r] if x_norms[r] > 0 else np.float32(0)
+        _mark_above(upper, bound, mask)
+        count = _list_marked(mask, found_columns)
+        _dots(x[r], encoder, found_columns, 0, count, found_values)
+        for j in range(count):
+            found_values[j] += b_enc[found_columns[j]]
+        _keep_largest(found_columns, found_values, count, k, mask, values[r], columns[r])
+
+
+@compiled
+def above(rows, threshold, values, columns, counts, first, last):
+    """rows (C, n) -> what exceeds `threshold` in rows `first` to `last - 1`, in values and columns; counts (C,).
+
+    Returns how many that are. `values` and `columns` must have room for all; what is not written to takes no memory.
+    """
+    mask = np.zeros((rows.shape[1] + 7) // 8 * 8, np.bool_)
+    total = 0
+    for r in range(first, last):
+        _mark_above(rows[r], threshold, mask)
+        counts[r] = _list_marked(mask, columns[total:])
+        for j in range(total, total + counts[r]):
+            values[j] = rows[r, columns[j]]
+        total += counts[r]
+    return total
+
+
+@compiled
+def sieved_above(
+    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, values, columns, counts, first, last
+):
+    """As `above`, of x encoder^T + b_enc, in float32, of which `products` (C, n) is the bfloat16 product."""
+    n = products.shape[1]
+    lower, upper = np.empty(n, np.float32), np.empty(n, np.float32)
+    mask = np.zeros((n + 7) // 8 * 8, np.bool_)
+    total = 0
+    for r in range(first, last):
+        _bounds(products[r], x_norms[r], x_rests[r], norms, rests, b_enc, x.shape[1], lower, upper)
+        _mark_above(upper, threshold, mask)
+        count = _list_marked(mask, columns[total:])
+        _dots(x[r], encoder, columns, total, total + count, values)
+        kept = total
+        for j in range(total, total + count):
+            value = values[j] + b_enc[columns[j]]
+            values[kept], columns[kept] = value, columns[j]
+            kept += not value <= threshold
+        counts[r] = kept - total
+        total = kept
+    return total
+
+
+@compiled
+def _bounds(products, x_norm, x_rest, norms, rests, b_enc, d, lower, upper):
+    """Bounds of what x . w_i + b_i is in float32, given the product of both rounded to bfloat16, for every latent i.
+
+    With x = x' + r and w = w' + s, where x' and w' are rounded, x . w - x' . w' = r . w + x' . s, which is at most
+    |r| |w| + |x'| |s| (Cauchy-Schwarz). To that come the rounding of the product to bfloat16, by at most 2^-8, and
+    rounding in float32: of sums of d numbers, and of adding the bias.
+    """
+    rounding = np.float32((2 * d + 32) * 2.0**-24)
+    a = np.float32(1.001) * x_rest + np.float32(2) * rounding * x_norm
+    b = np.float32(1.005) * x_norm  # |x'| is at most |x| (1 + 2^-8)
+    for i in range(len(products)):
+        product = _from_bfloat16(products[i])
+        error = a * norms[i] + b * rests[i] + np.float32(0.00393) * abs(product) + np.float32(5e-7) * abs(b_enc[i])
+        lower[i] = product + b_enc[i] - error
+        upper[i] = product + b_enc[i] + error
+
+
+@compiled
+def norms_and_rests(rows, rounded, norms, rests, first, last):
+    """Norms of rows (m, d) float32, and of what rounding them to bfloat16 (m, d) left over."""
+    for r in range(first, last):
+        squares, left = np.float32(0), np.float32(0)
+        for c in range(rows.shape[1]):
+            rest = rows[r, c] - _from_bfloat16(rounded[r, c])
+            squares += rows[r, c] * rows[r, c]
+            left += rest * rest
+        norms[r], rests[r] = np.sqrt(squares), np.sqrt(left)
+
+
+@compiled
+def _bound_for(row, k, guess):
+    """A number that k of the row exceed, or few more; 0 if fewer exceed 0. `guess`: where to start counting."""
+    number = row.dtype.type
+    low, high, factor = number(0), number(np.inf), number(1.1)
+    for _ in range(24):
+        count = _count_above(row, guess)
+        if count < k:
+            if guess <= 0:
+                break
+            high = guess
+            guess = number(0.5) * (low + high) if low > 0 else high / factor
+        elif count > k + k // 4 + 2:
+            low = guess
+            guess = number(0.5) * (low + high) if high < np.inf else max(low * factor, number(1e-6))
+        else:
+            return guess
+        factor *= factor if factor < 16 else number(1)
+    return low
+
+
+@compiled
+def _mark_above(row, bound, mask):
+    for c in range(len(row)):
+        mask[c] = not row[c] <= bound
+
+
+@compiled
+def _list_marked(mask, columns):
+    """Writes where a mask, of some multiple of eight bytes, is set; returns how many places that are."""
+    words = mask.view(np.uint64)
+    count = np.uint64(0)
+    for w in range(len(words)):
+        word = words[w]
+        while word:
+            columns[count] = np.uint64(8 * w) + (_trailing_zeros(word) >> np.uint64(3))
+            count += np.uint64(1)
+            word &= word - np.uint64(1)
+    return np.int64(count)
+
+
+@compiled
+def _keep_largest(columns, values, count, k, mask, kept_values, kept_columns):
+    """The k largest of `count` values, and their columns; where fewer than k are above 0, some columns with 0.
+
+    `mask` holds exactly what is in `columns`. Bisection: a number is looked for that exactly k exceed.
+    """
+    number = values.dtype.type
+    low, high, above = number(0), number(0), _count_above(values[:count], number(0))
+    for j in range(count):
+        high = max(high, values[j]) if values[j] == values[j] else high
+    if above < k:
+        kept = 0
+        for j in range(count):
+            if not values[j] <= 0:
+                kept_values[kept], kept_columns[kept] = values[j], columns[j]
+                kept += 1
+            else:
+                mask[columns[j]] = False
+        c = 0
+        for j in range(kept, k):
+            while mask[c]:
+                c += 1
+            kept_values[j], kept_columns[j] = 0, c
+            c += 1
+        return
+    while above != k:
+        middle = number(0.5) * (low + high)
+        if not low < middle < high:
+            break
+        exceed = _count_above(values[:count], middle)
+        if exceed >= k:
+            low, above = middle, exceed
+        else:
+            high = middle
+    bound, ties = low, 0
+    if above != k:  # then several equal `high`, and not all of them are kept
+        bound, ties = high, k - _count_above(values[:count], high)
+    kept = 0
+    for j in range(count):
+        tie = ties > 0 and values[j] == bound
+        if kept < k and (tie or not values[j] <= bound):
+            ties -= tie
+            kept_values[kept], kept_columns[kept] = values[j], columns[j]
+            kept += 1
+
+
+@compiled
+def _count_above(row, bound):
+    count = 0
+    for c in range(len(row)):
+        if not row[c] <= bound:
+            count += 1
+    return count
+
+
+@intrinsic
+def _trailing_zeros(typing_context, word):
+    """Of a word that is not 0: the processor's instruction, which numba does not offer."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def _from_bfloat16(typing_context, bits):
+    """The float32 that has these bits, and then zeros."""
+
+    def generate(context, builder, signature, arguments):
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@compiled
+def transpose(latents, starts, tokens, order, latent_starts):
+    """A pattern by latent: fills tokens (P,), order (P,) and latent_starts (n + 1,), by counting."""
+    latent_starts[:] = 0
+    for latent in latents:
+        latent_starts[latent + 1] += 1
+    for i in range(len(latent_starts) - 1):
+        latent_starts[i + 1] += latent_starts[i]
+    free = latent_starts[:-1].copy()
+    for t in range(len(starts) - 1):
+        for j in range(starts[t], starts[t + 1]):
+            place = free[latents[j]]
+            free[latents[j]] += 1
+            tokens[place] = t
+            order[place] = j
+
+
+@compiled
+def sum_rows(rows, indices, starts, values, out, first, last):
+    """out[b] = sum over the pairs j of bag b of values[j] rows[indices[j]], for bags `first` to `last - 1`."""
+    for b in range(first, last):
+        out[b, :] = 0
+        _add_rows(rows, indices, values, starts[b], starts[b + 1], out[b])
+
+
+@compiled
+def inner_products(g, rows, indices, starts, out, first, last):
+    """out[j] = g[b] . rows[indices[j]] for the pairs j of bags `first` to `last - 1`."""
+    for b in range(first, last):
+        _dots(g[b], rows, indices, starts[b], starts[b + 1], out)
+
+
+@compiled
+def sum_bags(values, starts, out):
+    """out[b] = the sum of the values of bag b."""
+    for b in range(len(out)):
+        total = values.dtype.type(0)
+        for j in range(starts[b], starts[b + 1]):
+            total += values[j]
+        out[b] = total
+
+
+@compiled
+def reconstruct(values, latents, starts, W_dec, double_w, penalty, error, squares, g_values, first, last):
+    """For tokens `first` to `last - 1`: error (N, p), which comes as b_dec - y, becomes y_hat - y; squares (N,) its
+    squared norms; g_values (P,) the gradient of sum_t w_t |error_t|^2 + penalty . f_t towards the pre-activations.
+
+    `double_w` (N,): 2 w_t. `penalty` (n,).
+    """
+    for t in range(first, last):
+        own = error[t]
+        _add_rows(W_dec, latents, values, starts[t], starts[t + 1], own)
+        total = error.dtype.type(0)
+        for c in range(len(own)):
+            total += own[c] * own[c]
+        squares[t] = total
+        _dots(own, W_dec, latents, starts[t], starts[t + 1], g_values)
+        for j in range(starts[t], starts[t + 1]):
+            g_value = g_values[j] * double_w[t] + penalty[latents[j]]
+            g_values[j] = g_value if values[j] > 0 else 0
+
+
+@compiled
+def gradients(
+    values,
+    g_values,
+    error,
+    double_w,
+    x,
+    tokens,
+    order,
+    starts,
+    sorted_values,
+    encoder,
+    b_enc,
+    W_dec,
+    activity,
+    first,
+    last,
+):
+    """Gradients of latents `first` to `last - 1`, from the pairs by latent: encoder (n, d), b_enc (n,), W_dec (n, p).
+
+    values, g_values (P,) are by token. activity (n,) gets the sums of the values. sorted_values (P,) is workspace.
+    """
+    number = error.dtype.type
+    for i in range(first, last):  # two loops: the rows of one matrix may fit into the cache
+        total = number(0)
+        for j in range(starts[i], starts[i + 1]):
+            total += values[order[j]]
+            sorted_values[j] = values[order[j]] * double_w[tokens[j]]
+        activity[i] = total
+        W_dec[i, :] = 0
+        _add_rows(error, tokens, sorted_values, starts[i], starts[i + 1], W_dec[i])
+    for i in range(first, last):
+        total = number(0)
+        for j in range(starts[i], starts[i + 1]):
+            total += g_values[order[j]]
+            sorted_values[j] = g_values[order[j]]
+        b_enc[i] = total
+        encoder[i, :] = 0
+        _add_rows(x, tokens, sorted_values, starts[i], starts[i + 1], encoder[i])
+
+
+@compiled
+def _dots(x, rows, indices, start, end, out):
+    """out[j] = x . rows[indices[j]] for j from `start` to `end - 1`."""
+    zero = rows.dtype.type(0)
+    j = start
+    while j + 4 <= end:
+        r0, r1, r2, r3 = rows[indices[j]], rows[indices[j + 1]], rows[indices[j + 2]], rows[indices[j + 3]]
+        t0, t1, t2, t3 = zero, zero, zero, zero
+        for c in range(len(x)):
+            t0 += x[c] * r0[c]
+            t1 += x[c] * r1[c]
+            t2 += x[c] * r2[c]
+            t3 += x[c] * r3[c]
+        out[j], out[j + 1], out[j + 2], out[j + 3] = t0, t1, t2, t3
+        j += 4
+    while j < end:
+        row, total = rows[indices[j]], zero
+        for c in range(len(x)):
+            total += x[c] * row[c]
+        out[j] = total
+        j += 1
+
+
+@compiled
+def _add_rows(rows, indices, values, start, end, total):
+    """total += sum of values[j] rows[indices[j]] for j from `start` to `end - 1`."""
+    width = rows.shape[1]
+    j = start
+    while j + 4 <= end:  # four at once: the total is read and written less often
+        r0, r1, r2, r3 = rows[indices[j]], rows[indices[j + 1]], rows[indices[j + 2]], rows[indices[j + 3]]
+        v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+        for c in range(width):
+            total[c] += v0 * r0[c] + v1 * r1[c] + v2 * r2[c] + v3 * r3[c]
+        j += 4
+    while j < end:
+        row, value = rows[indices[j]], values[j]
+        for c in range(width):
+            total[c] += value * row[c]
+        j += 1
