@@ -12,7 +12,8 @@ def figures(jobs: list[Job]) -> str:
 
     (job,) = jobs
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
-    identity = ["train_key", "kind", "activation", "skip", "k", "l1_coefficient", "hook_name", "hook_name_out"]
+    identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity += ["hook_name", "hook_name_out"]
     training = pd.concat(
         [pd.read_parquet(f / "metrics.parquet").assign(train_key=f.name) for f in job.inputs("train")]
     ).merge(evaluations[identity], on="train_key")

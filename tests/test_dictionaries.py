@@ -170,9 +170,8 @@ def test_a_torn_file_is_refused(tmp_path, file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "gated"}, "architecture 'gated' is not supported"),
-        ({"normalize_activations": "layer_norm"}, "scales at run time"),
-        ({"rescale_acts_by_decoder_norm": True}, "scales at run time"),
+        ({"architecture": "temporal"}, "architecture 'temporal' is not supported"),
+        ({"architecture": "gated"}, "SAELens cannot open the dictionary"),
         ({"metadata": {}}, "not a whole SAELens config: 'hook_name'"),
     ],
 )

@@ -25,8 +25,9 @@ def tables() -> Tables:
                     "kind": kind,
                     "activation": activation,
                     "skip": False,
-                    "k": amount if topk else None,
-                    "l1_coefficient": None if topk else amount,
+                    "saelens": None,
+                    "amount": amount,
+                    "amount_name": "k" if topk else "l1_coefficient",
                     "hook_name": "blocks.2.hook_mlp_out" if kind == "sae" else "blocks.2.ln2.hook_normalized",
                     "hook_name_out": None if kind == "sae" else "blocks.2.hook_mlp_out",
                     "l0": 10.0 / amount,
@@ -38,7 +39,8 @@ def tables() -> Tables:
             )
     evaluations = pd.DataFrame(rows)
     steps = pd.DataFrame({"tokens": [1000, 2000, 3000], "fvu": [0.9, 0.5, 0.3], "l0": [300.0, 100.0, 50.0]})
-    identity = ["train_key", "kind", "activation", "skip", "k", "l1_coefficient", "hook_name", "hook_name_out"]
+    identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity += ["hook_name", "hook_name_out"]
     training = evaluations[identity].merge(steps, how="cross")
     edges = np.linspace(0, 0.5, 51)
     count = 50 * np.exp(-20 * edges[:-1])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 
 from saeflow.config import DictionaryConfig, TrainingConfig
@@ -190,3 +190,23 @@ def test_the_l1_coefficient_follows_saelens(warm_up):
     for step in range(20):
         assert l1_coefficient(spec, options, step) == pytest.approx(scheduler.value)
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"normalize_activations": "layer_norm"}, {"rescale_acts_by_decoder_norm": True}, {"apply_b_dec_to_input": False}],
+)
+def test_what_scales_at_run_time_opens_and_gives_what_saelens_gives(tmp_path, change):
+    torch.manual_seed(0)
+    TopKSAE(TopKSAEConfig(d_in=6, d_sae=16, k=3, metadata=SAEMetadata(hook_name="blocks.0.hook_mlp_out"))).save_model(
+        tmp_path
+    )
+    config = json.loads((tmp_path / "cfg.json").read_text()) | change
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    x = torch.randn(20, 6)
+    dictionary = load_dictionary(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(dictionary.forward(x), SAE.load_from_disk(tmp_path)(x))
+    assert (dictionary.spec.activation == "topk") == (
+        "apply_b_dec_to_input" in change and not config["rescale_acts_by_decoder_norm"]
+    )

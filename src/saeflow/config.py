@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
@@ -100,6 +100,32 @@ class SiteConfig:
     layer: int | None = None
 
 
+_TOPK_OPTIONS = ("aux_loss_coefficient", "rescale_acts_by_decoder_norm", "use_sparse_activations")
+_BATCHTOPK_OPTIONS = (*_TOPK_OPTIONS, "topk_threshold_lr")
+SAELENS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "standard": ("l1_coefficient", ("lp_norm",)),
+    "gated": ("l1_coefficient", ()),
+    "topk": ("k", _TOPK_OPTIONS),
+    "abstopk": ("k", _TOPK_OPTIONS),
+    "batchtopk": ("k", _BATCHTOPK_OPTIONS),
+    "matryoshka_batchtopk": ("k", (*_BATCHTOPK_OPTIONS, "matryoshka_widths", "use_matryoshka_aux_loss")),
+    "jumprelu": (
+        "l0_coefficient",
+        ("jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "pre_act_loss_coefficient",
+         "jumprelu_tanh_scale", "jumprelu_ste_to_input", "target_l0"),
+    ),
+    "matching_pursuit": ("residual_threshold", ("max_iterations", "stop_on_duplicate_support")),
+}  # fmt: skip
+"""SAELens's training classes: the option that a sweep varies, and the others. A test holds it in step with SAELens."""
+
+
+def amount_of(k: int | None, l1_coefficient: float | None, options: dict[str, Any]) -> tuple[str, float | None]:
+    """What decides how sparse a dictionary is, and its value: k, the L1 coefficient, or what plays their part."""
+    held = {"k": k, "l1_coefficient": l1_coefficient} | options
+    names = ("k", "l1_coefficient", *(amount for amount, _ in SAELENS.values()))
+    return next(((name, held[name]) for name in names if held.get(name) is not None), ("k", None))
+
+
 @dataclass(frozen=True)
 class DictionaryConfig:
     """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or a pair of SAEs, one at each, for Jacobians.
@@ -112,10 +138,13 @@ class DictionaryConfig:
     keeps the k N largest of a batch of N tokens, and after training whatever exceeds the mean threshold of that.
     `skip` adds a linear map from a transcoder's input to its output. `normalize_activations`: training sees the input
     times sqrt(d_in) over its mean norm (SAELens), or each head of it times sqrt(d_head) over that head's RMS norm.
+
+    With `activation=saelens` it is SAELens's training class of the name `saelens`, on our trainer; `options` are that
+    class's own. It brings its first weights and its loss, so `squared_error` and `sparsity` say nothing there.
     """
 
     kind: Literal["sae", "transcoder", "pair"]
-    activation: Literal["topk", "batchtopk", "relu"]
+    activation: Literal["topk", "batchtopk", "relu", "saelens"]
     k: int | None = None
     l1_coefficient: float | None = None
     expansion: int | None = 8
@@ -124,12 +153,16 @@ class DictionaryConfig:
     sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
     normalize_activations: Literal["none", "expected_average_only_in", "per_head"] = "none"
     skip: bool = False
+    saelens: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.expansion is None) == (self.d_sae is None):
             raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
         width = self.expansion or self.d_sae or 0
         _require(width > 0, "dictionary.expansion or d_sae", width, "1 or more")
+        if self.activation == "saelens" or self.saelens is not None or self.options:
+            return self._check_saelens()
         if self.activation != "relu":
             _require(
                 self.k is not None and self.k > 0,
@@ -147,6 +180,38 @@ class DictionaryConfig:
             _require(self.activation == "topk", "dictionary.activation", self.activation, "topk with kind=pair")
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
+
+    def _check_saelens(self) -> None:
+        legal = self.activation == "saelens" and self.saelens in SAELENS
+        wanted = f"one of {', '.join(SAELENS)} with activation=saelens, else null and without dictionary.options"
+        _require(legal, "dictionary.saelens", self.saelens, wanted)
+        _require(
+            self.kind == "sae" and not self.skip, "dictionary.kind", self.kind, "sae: SAELens trains no transcoder"
+        )
+        legal = self.normalize_activations != "per_head"
+        _require(
+            legal, "dictionary.normalize_activations", self.normalize_activations, "none or expected_average_only_in"
+        )
+        amount, others = SAELENS[self.saelens or ""]
+        for name in ("k", "l1_coefficient"):
+            given, takes = getattr(self, name), name == amount
+            _require((given is not None) == takes, f"dictionary.{name}", given, "a number" if takes else "null here")
+        names = (*others, *(() if amount in ("k", "l1_coefficient") else (amount,)))
+        for option in self.options:
+            near = difflib.get_close_matches(option, names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            if option not in names:
+                raise ConfigError(
+                    f"unknown option dictionary.options.{option}{hint}; SAELens's {self.saelens} has here: "
+                    + (", ".join(names) or "none")
+                )
+        legal = amount not in names or isinstance(self.options.get(amount), int | float)
+        _require(legal, f"dictionary.options.{amount}", self.options.get(amount), "a number")
+
+    @property
+    def amount(self) -> tuple[str, float | None]:
+        """The option that a sweep varies, and its value; see `amount_of`."""
+        return amount_of(self.k, self.l1_coefficient, self.options)
 
 
 @dataclass(frozen=True)
@@ -276,10 +341,10 @@ def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"unknown key {where}{key}{hint}; legal here: {', '.join(fields)}")
     values = {}
-    for name, field in fields.items():
+    for name, held in fields.items():
         if name in tree:
             values[name] = _coerce(hints[name], tree[name], f"{where}{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        elif held.default is dataclasses.MISSING and held.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key {where}{name}")
     return cls(**values)
 
@@ -299,6 +364,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise ConfigError(f"{where}={value!r} is not legal: use one of {', '.join(map(str, args))}")
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r} must be a group of keys")
+        return {str(key): value[key] for key in sorted(value)}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}={value!r} must be a list")

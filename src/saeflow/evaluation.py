@@ -210,8 +210,21 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
 
 def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     spec = dictionary.spec
-    names = ("kind", "activation", "skip", "k", "l1_coefficient", "hook_name", "hook_name_out", "d_sae", "seed")
-    return {"train_key": job.input("train").name} | {name: getattr(spec, name) for name in names}
+    names = (
+        "kind",
+        "activation",
+        "skip",
+        "saelens",
+        "k",
+        "l1_coefficient",
+        "hook_name",
+        "hook_name_out",
+        "d_sae",
+        "seed",
+    )
+    name, amount = spec.amount
+    held = {name: getattr(spec, name) for name in names}
+    return {"train_key": job.input("train").name, "amount_name": name, "amount": amount} | held
 
 
 def _read_baseline(folder: Path, device: str) -> Baseline:

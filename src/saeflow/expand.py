@@ -83,13 +83,14 @@ class _Expander:
 
         hook, hook_out = point.site.hook_name, point.site.hook_name_out
         d = point.dictionary
-        amount = f"k{d.k}" if d.k is not None else f"l1_{d.l1_coefficient:g}"
+        name, value = d.amount
+        amount = f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
         dictionary = tree["dictionary"] | {"kind": "sae" if d.kind == "pair" else d.kind}
 
         def trained(hook: str, hook_out: str | None) -> tuple[str, str]:
             """Key of the dictionary, and of the column that its evaluation takes means from."""
             columns = [column(h) for h in (hook, hook_out) if h]
-            name = f"{dictionary['kind']}-{_short(hook)}-{amount}-seed{point.seed}"
+            name = f"{d.saelens or dictionary['kind']}-{_short(hook)}-{amount}-seed{point.seed}"
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
             return instance("train", name, {"activations": columns}, **extra), columns[-1]
 

@@ -66,6 +66,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     n_rows = math.ceil(len(hooks) / columns)
     figure, grid = plt.subplots(n_rows, columns, figsize=(max(4.2, 3.2 * columns), 3.2 * n_rows), squeeze=False)
     names = [*KINDS.values(), *(f"skip {name}" for name in KINDS.values())]
+    names += sorted(set(table["series"]) - set(names))
     for axis in grid.flat[len(hooks) :]:
         axis.set_axis_off()
     for axis, hook in zip(grid.flat, hooks, strict=False):
@@ -73,7 +74,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         for series, points in rows.groupby("series", sort=False):
             i = names.index(str(series))
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            dashes = "--" if i >= len(KINDS) else "-"
+            dashes = "--" if str(series).startswith("skip") else "-"
             axis.plot(points["l0"], points["ce_replaced"], dashes, color=colour, marker=marker, label=series)
         for column, style, label in (
             ("ce_clean", "-", "clean model"),
@@ -159,14 +160,18 @@ def draw(name: str, tables: Tables, folder: Path) -> None:
 
 
 def _with_series(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the name of the dictionary kind, and the amount that a sweep varies (k or the L1 coefficient)."""
+    """Adds the name of the dictionary kind; says L1 for the coefficient's name."""
     table = table.copy()
-    rows = zip(table["skip"], table["kind"], table["activation"].replace("batchtopk", "jumprelu"), strict=True)
-    table["series"] = [("skip " if skip else "") + KINDS[kind, activation] for skip, kind, activation in rows]
-    topk = table["activation"] != "relu"
-    table["amount"] = np.where(topk, table["k"].astype(float), table["l1_coefficient"].astype(float))
-    table["amount_name"] = np.where(topk, "k", "L1")
+    columns = (table[c] for c in ("saelens", "skip", "kind", "activation"))
+    table["series"] = [_series(*row) for row in zip(*columns, strict=True)]
+    table["amount_name"] = table["amount_name"].replace({"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"})
     return table
+
+
+def _series(saelens: str | None, skip: bool, kind: str, activation: str) -> str:
+    if saelens:
+        return f"SAELens {saelens.replace('_', ' ')}"
+    return ("skip " if skip else "") + KINDS[kind, activation.replace("batchtopk", "jumprelu")]
 
 
 def _readable(hook_name: str) -> str:

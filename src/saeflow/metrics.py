@@ -52,7 +52,7 @@ class Reconstruction(NamedTuple):
     output: Tensor
     """(N, p)"""
     fired: Tensor
-    """(n,), int64: on how many tokens each latent is above 0."""
+    """(n,), int64: on how many tokens each latent is not 0."""
     per_token: dict[str, Tensor]
     """(N,) each, float64."""
 
@@ -73,7 +73,7 @@ def reconstruct(dictionary: "Dictionary", x: Tensor, y: Target) -> Reconstructio
         some = slice(start, start + size)
         latents = dictionary.encode(x[some])
         output[some] = dictionary.decode(latents, x[some])
-        active = (latents > 0).to(latents.dtype)  # sums of booleans are four times slower, and these are as exact
+        active = (latents != 0).to(latents.dtype)  # sums of booleans are four times slower, and these are as exact
         l0[some] = active.sum(1).double()
         fired += active.sum(0).long()
     error, norm, output_norm = _squared_norm(y.value - output), _squared_norm(y.value), _squared_norm(output)

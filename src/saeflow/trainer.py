@@ -99,19 +99,7 @@ class Trainer:
             s if isinstance(s, float) else s.to(device)
             for s in (side.scale(spec.normalize_activations) for side in (side_in, side_out))
         )
-        mean = (side_out.mean.to(device) * self.scale_out).cpu()
-        drawn = initial_weights(spec, mean, spec.seed or 0, training.initial)
-        self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
-        self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
-        assert spec.activation != "jumprelu"
-        self.objective = Objective(
-            spec.activation,
-            spec.k or 0,
-            spec.sparsity == "decoder_norm",
-            spec.apply_b_dec_to_input,
-            spec.squared_error or "sum",
-            training.precision == "bfloat16",
-        )
+        self._build(side_out)
         self.metrics = TrainingMetrics(spec.d_sae, training, device)
         self.step = 0
         """Steps done."""
@@ -120,6 +108,23 @@ class Trainer:
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.threshold = torch.zeros((), dtype=torch.float64, device=device)
         """Running mean of BatchTopK's smallest kept value."""
+
+    def _build(self, side_out: Side) -> None:
+        """Makes what is trained, and its optimiser."""
+        spec, training, device = self.spec, self.training, self.device
+        mean = (side_out.mean.to(device) * self.scale_out).cpu()
+        drawn = initial_weights(spec, mean, spec.seed or 0, training.initial)
+        self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
+        self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
+        assert spec.activation != "jumprelu" and spec.activation != "saelens"
+        self.objective = Objective(
+            spec.activation,
+            spec.k or 0,
+            spec.sparsity == "decoder_norm",
+            spec.apply_b_dec_to_input,
+            spec.squared_error or "sum",
+            training.precision == "bfloat16",
+        )
 
     # ------------------------------------------------------------------------------------------------ one step
     def take(self, batch: tuple[Tensor, ...]) -> None:
@@ -130,7 +135,7 @@ class Trainer:
         x, y = self._scaled(batch)
         training, step = self.training, self.step
         lr, l1 = learning_rate(training, step, self.n_steps), l1_coefficient(self.spec, training, step)
-        logged = (step + 1) % training.log_every == 0 or step in (0, self.n_steps - 1)
+        logged = self._logged()
         measured = self.spec.activation == "relu" and step % DENSITY_STEPS == 0
         if measured and step == 0:
             self._choose_road(take_step(self.objective, self.weights, x[:64], y[:64]))
@@ -153,6 +158,9 @@ class Trainer:
         if logged:
             self.on_row(self.metrics.row(step, found, y, lr, l1))
         self.step += 1
+
+    def _logged(self) -> bool:
+        return (self.step + 1) % self.training.log_every == 0 or self.step in (0, self.n_steps - 1)
 
     def resamples_next(self) -> bool:
         """Whether `resample` is to be called before the next step."""
@@ -239,11 +247,15 @@ class Trainer:
 
     def _updated_in_place(self) -> dict[str, Tensor]:
         """The tensors of the state that keep their place from step to step, by their names in a checkpoint."""
-        tensors = self.weights.named()
+        tensors = dict(self._trained())
         moments = zip(list(tensors), self.optimiser.first, self.optimiser.second, self.optimiser.steps, strict=True)
         for name, first, second, steps in moments:
             tensors |= {f"adam.{name}.first": first, f"adam.{name}.second": second, f"adam.{name}.steps": steps}
         return tensors | {"idle_steps": self.metrics.idle_steps}
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What the optimiser changes, by name, in its order."""
+        return self.weights.named()
 
     def finished(self) -> Dictionary:
         """The trained dictionary, for raw activations.

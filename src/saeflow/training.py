@@ -163,7 +163,7 @@ def _member(
         for logger in loggers:
             logger.log(row)
 
-    trainer = Trainer(spec, options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
+    trainer = make_trainer(spec, options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
     state = checkpoints.newest()
     if state is not None:
@@ -254,8 +254,19 @@ def make_spec(
         normalize_activations=config.normalize_activations,
         seed=seed,
         skip=config.skip,
+        saelens=config.saelens,
+        options=config.options,
         origin=origin,
     )
+
+
+def make_trainer(spec: Spec, *args: Any) -> Trainer:
+    """The trainer of a dictionary; `args` as of `Trainer`."""
+    if spec.saelens is None:
+        return Trainer(spec, *args)
+    from saeflow.saelens import SAELensTrainer  # ten seconds
+
+    return SAELensTrainer(spec, *args)
 
 
 def fit(
@@ -268,7 +279,7 @@ def fit(
     on_row: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> tuple[Dictionary, list[dict[str, float]]]:
     """Trains a dictionary on batches; returns it, for raw activations, and its rows of metrics (see `Trainer`)."""
-    trainer = Trainer(spec, training, side_in, side_out, device, on_row)
+    trainer = make_trainer(spec, training, side_in, side_out, device, on_row)
     for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):
         if trainer.resamples_next():
             trainer.resample(batches)

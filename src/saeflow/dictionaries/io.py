@@ -12,7 +12,7 @@ The bytes depend on the dictionary alone: keys are sorted, the device is always 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,17 @@ from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load
-_TRAINING = ("l1_coefficient", "squared_error", "sparsity", "normalize_activations", "seed")
+_TRAINING = ("l1_coefficient", "squared_error", "sparsity", "normalize_activations", "seed", "saelens")
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
     """Writes `cfg.json` and `sae_weights.safetensors` into an existing folder."""
     folder = Path(folder)
+    if dictionary.spec.activation == "saelens":
+        from saeflow.saelens import SAELensDictionary
+
+        assert isinstance(dictionary, SAELensDictionary)
+        return dictionary.save(folder)
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in dictionary.tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_config(dictionary.spec), indent=1, sort_keys=True) + "\n")
@@ -49,6 +54,10 @@ def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
         raise DictionaryError(
             f"the dictionary in {folder} is damaged ({error}); delete the folder and run the workflow to train it again"
         ) from error
+    if _needs_saelens(config):
+        from saeflow.saelens import SAELensDictionary
+
+        return SAELensDictionary.load(folder, _spec(config, folder), device)
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
     if missing:
         raise DictionaryError(f"{folder}/{WEIGHTS_FILE} lacks {', '.join(sorted(missing))}")
@@ -69,6 +78,9 @@ _ARCHITECTURES = {  # SAELens's names for what computes the same; topk_transcode
     ("transcoder", "topk", False): "topk_transcoder",
     ("transcoder", "topk", True): "topk_skip_transcoder",
 }
+
+
+OPENED_BY_SAELENS = ("gated", "abstopk", "matching_pursuit")
 
 
 def _architecture(spec: Spec) -> str:
@@ -99,56 +111,61 @@ def _config(spec: Spec) -> dict[str, Any]:
             "model_name": spec.origin.model_name,
             "context_size": spec.origin.context_size,
             "prepend_bos": spec.origin.prepend_bos,
-            "saeflow": {
-                "kind": spec.kind,
-                "d_out": spec.d_out,
-                "origin": dataclasses.asdict(spec.origin),
-                **{name: getattr(spec, name) for name in _TRAINING},
-            },
+            "saeflow": ours(spec),
         },
     }
     if spec.activation == "topk":
         config |= {"k": spec.k, "rescale_acts_by_decoder_norm": False}
-    elif spec.k is not None:
-        config["metadata"]["saeflow"]["k"] = spec.k
     if architecture.endswith("transcoder"):
         config["d_out"] = spec.d_out
     return config
 
 
+def ours(spec: Spec) -> dict[str, Any]:
+    """What `metadata.saeflow` says: all that SAELens has no field for."""
+    held = {name: getattr(spec, name) for name in ("kind", "d_out", "k", "options", *_TRAINING)}
+    return held | {"origin": dataclasses.asdict(spec.origin)}
+
+
+def _needs_saelens(config: dict[str, Any]) -> bool:
+    """Whether it computes what only SAELens can."""
+    scales = config.get("normalize_activations", "none") != "none" or config.get("rescale_acts_by_decoder_norm")
+    return bool(scales) or config.get("architecture") in OPENED_BY_SAELENS
+
+
 def _spec(config: dict[str, Any], folder: Path) -> Spec:
     """The spec that a `cfg.json` describes. Raises `DictionaryError` for what is not supported."""
     architecture = str(config.get("architecture"))
-    if architecture not in _ARCHITECTURES.values():
+    legal = (*_ARCHITECTURES.values(), *OPENED_BY_SAELENS)
+    if architecture not in legal:
         raise DictionaryError(
-            f"{folder}/{CONFIG_FILE}: architecture {architecture!r} is not supported; these are: "
-            + ", ".join(_ARCHITECTURES.values())
-        )
-    if config.get("normalize_activations", "none") != "none" or config.get("rescale_acts_by_decoder_norm"):
-        raise DictionaryError(
-            f"{folder}/{CONFIG_FILE} scales at run time (normalize_activations or rescale_acts_by_decoder_norm); open "
-            "it in SAELens, fold the scaling into the weights, and save it again"
+            f"{folder}/{CONFIG_FILE}: architecture {architecture!r} is not supported; these are: {', '.join(legal)}"
         )
     try:
         metadata = config["metadata"]
-        ours = metadata.get("saeflow") or {}
+        held = metadata.get("saeflow") or {}
         out = metadata.get("hook_name_out")
         return Spec(
-            kind=ours.get("kind") or ("transcoder" if architecture.endswith("transcoder") or out else "sae"),
-            activation=next((a for a in ("topk", "jumprelu") if architecture.startswith(a)), "relu"),
+            kind=held.get("kind") or ("transcoder" if architecture.endswith("transcoder") or out else "sae"),
+            activation="saelens" if _needs_saelens(config) else _activation(architecture),
             d_in=config["d_in"],
-            d_out=ours.get("d_out") or config.get("d_out", config["d_in"]),
+            d_out=held.get("d_out") or config.get("d_out", config["d_in"]),
             d_sae=config["d_sae"],
             hook_name=metadata["hook_name"],
             hook_name_out=out or metadata["hook_name"],
-            k=config.get("k") or ours.get("k"),
+            k=config.get("k") or held.get("k"),
             skip="skip" in architecture,
             apply_b_dec_to_input=config["apply_b_dec_to_input"],
-            origin=Origin(**ours["origin"]) if ours else _foreign_origin(metadata),
-            **{name: ours.get(name) for name in _TRAINING},
+            origin=Origin(**held["origin"]) if held else _foreign_origin(metadata),
+            options=held.get("options") or {},
+            **{name: held.get(name) for name in _TRAINING},
         )
     except (KeyError, TypeError) as error:
         raise DictionaryError(f"{folder}/{CONFIG_FILE} is not a whole SAELens config: {error}") from error
+
+
+def _activation(architecture: str) -> Literal["topk", "jumprelu", "relu"]:
+    return "topk" if architecture.startswith("topk") else "jumprelu" if architecture.startswith("jumprelu") else "relu"
 
 
 def _foreign_origin(metadata: dict[str, Any]) -> Origin:

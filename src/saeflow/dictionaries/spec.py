@@ -1,7 +1,9 @@
 """What a dictionary is, apart from its weights: how it acts, where it acts, and what it was trained on."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from saeflow.config import amount_of
 
 
 class DictionaryError(ValueError):
@@ -31,11 +33,12 @@ class Origin:
 class Spec:
     """Everything about a dictionary but its weights.
 
-    What concerns training alone (`l1_coefficient` to `seed`) is None where a dictionary was made elsewhere.
+    What concerns training alone (`l1_coefficient` to `options`) is None where a dictionary was made elsewhere.
     """
 
     kind: Literal["sae", "transcoder"]
-    activation: Literal["topk", "batchtopk", "relu", "jumprelu"]
+    activation: Literal["topk", "batchtopk", "relu", "jumprelu", "saelens"]
+    """`saelens`: what only SAELens can compute."""
     d_in: int
     d_out: int
     d_sae: int
@@ -55,7 +58,16 @@ class Spec:
     normalize_activations: str | None = None
     """What training did; on disk the scaling is folded into the weights, which take raw activations."""
     seed: int | None = None
+    saelens: str | None = None
+    """The class of SAELens that trained it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """That class's own options."""
     origin: Origin = Origin()
+
+    @property
+    def amount(self) -> tuple[str, float | None]:
+        """What decides how sparse it is, and its value; see `saeflow.config.amount_of`."""
+        return amount_of(self.k, self.l1_coefficient, self.options)
 
     def __post_init__(self) -> None:
         if min(self.d_in, self.d_out, self.d_sae) < 1:

@@ -1,0 +1,174 @@
+"""SAELens's training classes on this project's trainer, store, resume and evaluation: `dictionary=saelens/<name>`.
+
+The class brings its first weights, its forward pass and its loss; batches, schedules, Adam, clipping, metrics and
+checkpoints are ours. What SAELens saves for use opens natively where it is an architecture of this project (BatchTopK
+and Matryoshka become JumpReLU); the rest (gated, AbsTopK, matching pursuit) stays SAELens's own class, here behind the
+interface of `Dictionary`. Importing this takes ten seconds.
+"""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE, TrainStepInput
+from torch import Tensor
+
+from saeflow.config import ConfigError
+from saeflow.dictionaries.io import CONFIG_FILE, load_dictionary, ours
+from saeflow.dictionaries.sae import Dictionary, Scale
+from saeflow.dictionaries.spec import DictionaryError, Spec
+from saeflow.kernels.adam import Adam
+from saeflow.kernels.step import clip_norm_
+from saeflow.trainer import Side, Trainer, learning_rate
+from saeflow.training_metrics import Found, TrainingError
+
+
+class SAELensTrainer(Trainer):
+    """Trains one of SAELens's classes. `training.revive=auxk` lets it know which latents are dead; it has no other."""
+
+    def _build(self, side_out: Side) -> None:
+        spec, training = self.spec, self.training
+        if training.revive not in ("none", "auxk"):
+            raise ConfigError(f"training.revive={training.revive}: SAELens's classes know only none and auxk")
+        assert spec.saelens is not None
+        self.sae = training_sae(spec).to(self.device)
+        self.sae.train()
+        self.optimiser = Adam(list(self._parameters().values()), training.adam_beta1, training.adam_beta2)
+
+    def take(self, batch: tuple[Tensor, ...]) -> None:
+        x, _ = self._scaled(batch)
+        training, step = self.training, self.step
+        lr = learning_rate(training, step, self.n_steps)
+        rise = min(step / training.l1_warm_up_steps, 1.0) if training.l1_warm_up_steps else 1.0
+        coefficients = {
+            name: rise * (value.value if isinstance(value, TrainCoefficientConfig) else value)
+            for name, value in self.sae.get_coefficients().items()
+        }
+        dead = self.metrics.idle_steps >= self.metrics.dead_after if training.revive == "auxk" else None
+        low = training.precision == "bfloat16"
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16) if low else nullcontext():
+            output = self.sae.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
+        parameters = list(self._parameters().values())
+        found = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        gradients = [
+            g if g.stride() == p.stride() else g.contiguous() for p, g in zip(parameters, gradients, strict=True)
+        ]
+        if training.clip_grad_norm is not None:
+            clip_norm_(gradients, training.clip_grad_norm)
+        self.optimiser.step(gradients, lr)
+        with torch.no_grad():
+            f = output.feature_acts.detach()
+            f = f.to_dense() if f.is_sparse else f
+            squares = (output.sae_out.detach() - x).square().sum(dim=1)
+            activity, active = f.abs().sum(dim=0), torch.count_nonzero(f)
+            step_found = Found(output.loss.detach(), squares.mean(), activity.sum() / len(x), squares, activity, active)
+        self.metrics.add(step_found)
+        if self._logged():
+            self.on_row(self.metrics.row(step, step_found, x, lr, next(iter(coefficients.values()), 0.0)))
+        self.step += 1
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.sae.named_parameters())
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {f"sae.{name}": parameter for name, parameter in self._parameters().items()}
+
+    def _updated_in_place(self) -> dict[str, Tensor]:
+        return super()._updated_in_place() | {f"sae.{name}": buffer for name, buffer in self.sae.named_buffers()}
+
+    def finished(self) -> Dictionary:
+        if not all(t.isfinite().all() for t in self._parameters().values()):
+            raise TrainingError("the last step made weights that are not finite; lower training.lr")
+        assert isinstance(self.scale_in, float)
+        with TemporaryDirectory() as folder:
+            self.sae.save_inference_model(folder)
+            sae = SAE.load_from_disk(folder, device="cpu")
+            sae.fold_activation_norm_scaling_factor(self.scale_in)
+            _save(sae, self.spec, Path(folder))
+            return load_dictionary(folder)
+
+
+class SAELensDictionary(Dictionary):
+    """A dictionary that only SAELens computes: `sae` is its class for use."""
+
+    def __init__(self, spec: Spec, sae: Any) -> None:
+        self.spec, self.sae = spec, sae.eval().requires_grad_(False)
+        self.sae.turn_off_forward_pass_hook_z_reshaping()  # heads come flattened
+
+    @classmethod
+    def load(cls, folder: Path, spec: Spec, device: str) -> "SAELensDictionary":
+        """Raises `DictionaryError` for what SAELens cannot open."""
+        try:
+            return cls(spec, SAE.load_from_disk(folder, device=device))
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise DictionaryError(f"SAELens cannot open the dictionary in {folder}: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        _save(self.sae, self.spec, folder)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.sae.state_dict())
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        raise DictionaryError(f"SAELens's {self.spec.saelens} has no pre-activations that could stand for its latents")
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (N, d) -> activations of all latents (N, n), zeros included."""
+        if x.shape[-1] != self.d_in:
+            raise DictionaryError(f"this dictionary of {self.spec.hook_name} takes activations {self.d_in} wide")
+        f: Tensor = self.sae.encode(x)
+        return f.to_dense() if f.is_sparse else f
+
+    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
+        """f (N, n) -> (N, p). What SAELens scales at run time is scaled back by what `encode` saw last."""
+        y: Tensor = self.sae.decode(f)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x), x)
+
+    def to(self, device: str | torch.device) -> "SAELensDictionary":
+        return type(self)(self.spec, self.sae.to(device))
+
+    def with_scaling_folded(self, scale_in: Scale, scale_out: Scale) -> Dictionary:
+        raise DictionaryError("scaling is folded into SAELens's classes by SAELens")
+
+    def with_unit_decoder(self) -> Dictionary:
+        raise DictionaryError("norms are folded into SAELens's classes by SAELens")
+
+
+def training_sae(spec: Spec) -> TrainingSAE[Any]:
+    """SAELens's class for training, on the CPU, with the weights that the spec's seed gives."""
+    sae_class, config_class = get_sae_training_class(spec.saelens or "")
+    amounts = {name: getattr(spec, name) for name in ("k", "l1_coefficient") if getattr(spec, name) is not None}
+    config = config_class(d_in=spec.d_in, d_sae=spec.d_sae, dtype="float32", device="cpu", **amounts, **spec.options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed or 0)
+        return sae_class(config)
+
+
+def _save(sae: Any, spec: Spec, folder: Path) -> None:
+    """SAELens's two files, and in the metadata what `load_dictionary` reads."""
+    if spec.hook_name.endswith("hook_z"):
+        sae.cfg.reshape_activations = "hook_z"
+    sae.save_model(folder)
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    origin = spec.origin
+    config["device"] = "cpu"
+    config["metadata"] |= {
+        "hook_name": spec.hook_name,
+        "hook_name_out": None,
+        "hook_head_index": None,
+        "model_name": origin.model_name,
+        "context_size": origin.context_size,
+        "prepend_bos": origin.prepend_bos,
+        "saeflow": ours(spec),
+    }
+    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
