@@ -16,6 +16,7 @@ def tables() -> Tables:
         ("sae", "topk", (4, 8, 16)),
         ("sae", "relu", (0.5, 2.0)),
         ("transcoder", "relu", (1.0,)),
+        ("sae", "saelens", (0.5, 1.0)),
     ):
         for amount in amounts:
             topk = activation == "topk"
@@ -25,7 +26,7 @@ def tables() -> Tables:
                     "kind": kind,
                     "activation": activation,
                     "skip": False,
-                    "saelens": None,
+                    "saelens": "matching_pursuit" if activation == "saelens" else None,
                     "amount": amount,
                     "amount_name": "k" if topk else "l1_coefficient",
                     "hook_name": "blocks.2.hook_mlp_out" if kind == "sae" else "blocks.2.ln2.hook_normalized",
@@ -68,7 +69,7 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         first, second = ((tmp_path / f / f"{name}.{kind}").read_bytes() for f in "ab")
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
-    assert len(table) == {"sparsity_faithfulness": 6, "training_curves": 18, "jacobian_histogram": 50}[name]
+    assert len(table) == {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}[name]
 
 
 def test_every_dictionary_is_a_point_and_every_level_a_line(tables: Tables) -> None:

@@ -21,6 +21,7 @@ from saeflow.kernels.step import (
     normalise_rows_,
     remove_parallel_,
     take_step,
+    take_steps,
     token_weights,
 )
 
@@ -174,6 +175,25 @@ def test_step_counts_what_is_active(activation, sparse, by_norm, shift):
         exactly(step.smallest, (rank[f > 0].min() if shift == 0 else torch.tensor(torch.inf)).double())
     else:
         assert step.smallest is None
+
+
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize("squared_error", ERRORS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_steps_of_heads_are_the_steps_of_each(activation, sparse, squared_error, centred):
+    objective = Objective(activation, 2, True, centred, squared_error)
+    heads = [random_problem(seed, 9, 4, 4, 7, skip=True) for seed in range(3)]
+    weights = Weights(*(torch.stack(t) for t in zip(*(h[0] for h in heads), strict=True)))
+    x, y = (torch.stack([head[i] for head in heads]) for i in (1, 2))
+    l1 = torch.tensor([0.1, 0.0, 0.7], dtype=torch.float64)
+    found, gradients = take_steps(objective, weights, x, y, l1, sparse)
+    for h, head in enumerate(heads):
+        wanted = take_step(objective, *head, float(l1[h]), sparse)
+        for name, mine, theirs in zip(wanted._fields, found[h], wanted, strict=True):
+            if isinstance(theirs, torch.Tensor):
+                exactly(mine, theirs, msg=lambda m, name=name: f"{name}: {m}")
+        assert_gradients_close(found[h].gradients, wanted.gradients.parameters())
+        assert_gradients_close(Weights(*(g[h] for g in gradients)), wanted.gradients.parameters())
 
 
 def test_relu_counts_densely_only_if_asked():

@@ -168,8 +168,8 @@ def _with_series(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _series(saelens: str | None, skip: bool, kind: str, activation: str) -> str:
-    if saelens:
+def _series(saelens: object, skip: bool, kind: str, activation: str) -> str:
+    if isinstance(saelens, str):  # pandas says NaN for None beside names
         return f"SAELens {saelens.replace('_', ' ')}"
     return ("skip " if skip else "") + KINDS[kind, activation.replace("batchtopk", "jumprelu")]
 

@@ -133,30 +133,45 @@ class Trainer:
         Raises `TrainingError`, at the next row of metrics, when the loss stops being finite.
         """
         x, y = self._scaled(batch)
-        training, step = self.training, self.step
-        lr, l1 = learning_rate(training, step, self.n_steps), l1_coefficient(self.spec, training, step)
-        logged = self._logged()
-        measured = self.spec.activation == "relu" and step % DENSITY_STEPS == 0
-        if measured and step == 0:
-            self._choose_road(take_step(self.objective, self.weights, x[:64], y[:64]))
-        found = take_step(
-            self.objective, self.weights, x, y, l1, self.sparse, logged or measured, self._extra() if step else None
-        )
+        self._look_ahead(x, y)
+        lr, l1 = self._rates()
+        extra = self._extra() if self.step else None
+        found = take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra)
         gradients = found.gradients.parameters()
         if self.spec.sparsity == "unit_norm":
             remove_parallel_(found.gradients.W_dec, self.weights.W_dec)
-        if training.clip_grad_norm is not None:
-            clip_norm_(gradients, training.clip_grad_norm)
+        if self.training.clip_grad_norm is not None:
+            clip_norm_(gradients, self.training.clip_grad_norm)
         self.optimiser.step(gradients, lr)
         if self.spec.sparsity == "unit_norm":
             normalise_rows_(self.weights.W_dec)
+        self._record(found, y, lr, l1)
+
+    def _rates(self) -> tuple[float, float]:
+        """Learning rate and L1 coefficient of this step."""
+        rate = learning_rate(self.training, self.step, self.n_steps)
+        return rate, l1_coefficient(self.spec, self.training, self.step)
+
+    def _measures(self) -> bool:
+        return self.spec.activation == "relu" and self.step % DENSITY_STEPS == 0
+
+    def _counts(self) -> bool:
+        return self._logged() or self._measures()
+
+    def _look_ahead(self, x: Tensor, y: Tensor) -> None:
+        """Chooses the road of the first step by some of its tokens."""
+        if self._measures() and self.step == 0:
+            self._choose_road(take_step(self.objective, self.weights, x[:64], y[:64]))
+
+    def _record(self, found: Step, y: Tensor, lr: float, l1: float) -> None:
+        """What follows a step: firing statistics, the road of the next, a row of metrics."""
         self.metrics.add(found)
         if found.smallest is not None:
             self._follow_threshold(found.smallest)
-        if measured:
+        if self._measures():
             self._choose_road(found)
-        if logged:
-            self.on_row(self.metrics.row(step, found, y, lr, l1))
+        if self._logged():
+            self.on_row(self.metrics.row(self.step, found, y, lr, l1))
         self.step += 1
 
     def _logged(self) -> bool:

@@ -75,7 +75,7 @@ def encode(
         if x.dim() == 2:
             active = select(centred, encoder, b_enc)
         else:
-            active = _side_by_side([select(*head) for head in zip(centred, encoder, b_enc, strict=True)], len(b_enc[0]))
+            active = side_by_side([select(*head) for head in zip(centred, encoder, b_enc, strict=True)], len(b_enc[0]))
     pattern = Pattern(active.latents, active.starts, b_enc.numel())
     values: Tensor = _Encode.apply(x, encoder, b_enc, centre, centred, active.values, pattern)
     return values, pattern
@@ -176,7 +176,7 @@ class _SumByLatent(torch.autograd.Function):
         return g[ctx.pattern.latents], None
 
 
-def _side_by_side(heads: list[Active], n_latents: int) -> Active:
+def side_by_side(heads: list[Active], n_latents: int) -> Active:
     """Patterns of H heads as one: the latents of head h are numbered from h n, its pairs follow those before it."""
     values = torch.cat([head.values for head in heads])
     latents = torch.cat([head.latents + h * n_latents for h, head in enumerate(heads)])

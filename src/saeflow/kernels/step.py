@@ -21,7 +21,7 @@ from torch import Tensor
 from saeflow.kernels import loops
 from saeflow.kernels.rows import inner_products, sum_bags, sum_rows
 from saeflow.kernels.select import Active, batch_top_k, positive, top_k
-from saeflow.kernels.sparse import Pattern
+from saeflow.kernels.sparse import Pattern, side_by_side
 
 
 class Weights(NamedTuple):
@@ -135,14 +135,69 @@ def take_step(
     active = smallest = None
     if isinstance(f, _Sparse):
         active = torch.count_nonzero(f.values)
-        if objective.activation == "batchtopk":
-            ranked = f.values * norms[f.pattern.latents]
-            smallest = (
-                torch.where(ranked > 0, ranked, torch.inf).amin() if len(ranked) else ranked.new_tensor(torch.inf)
-            )
+        smallest = _smallest(objective, Active(f.values, f.pattern.latents, f.pattern.starts), norms)
     elif count:
         active = torch.count_nonzero(f.f)
     return Step(loss, squared_error, sparsity, squared_norms, activity, active, smallest, gradients)
+
+
+@torch.no_grad()
+def take_steps(
+    objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: Tensor, sparse: bool = True, count: bool = True
+) -> tuple[list[Step], Weights]:
+    """`take_step` of H dictionaries of one shape at once: weights, x (H, N, d) and y (H, N, p) with heads in front.
+
+    `l1` (H,). After the products, taken head by head, all H are one pattern of H N tokens and H n latents, so that a
+    step makes as many calls for H small dictionaries as for one. On the dense road each goes alone. Also returns the
+    gradients with heads in front; those of each step are parts of them.
+    """
+    H, N, _ = x.shape
+    relu = objective.activation == "relu"
+    if relu and not sparse:
+        alone = [Weights(*(None if t is None else t[h] for t in weights)) for h in range(H)]  # type: ignore[arg-type]
+        found = [take_step(objective, alone[h], x[h], y[h], float(l1[h]), sparse, count) for h in range(H)]
+        each = zip(*(step.gradients for step in found), strict=True)
+        return found, Weights(*(None if g[0] is None else torch.stack(g) for g in each))  # type: ignore[arg-type]
+    norms = weights.W_dec.norm(dim=2) if objective.by_norm else torch.ones_like(weights.b_enc)
+    price = (l1 / N if relu else torch.zeros_like(l1))[:, None]
+    centred = x - weights.b_dec[:, None] if objective.centred else x
+    heads = [_select(objective, centred[h], weights.encoder[h], weights.b_enc[h], norms[h]) for h in range(H)]
+    flat = [weights.encoder, weights.W_dec, norms, norms * price]
+    encoder, W_dec, norms, penalty = (t.flatten(0, 1) for t in flat)
+    f = _Sparse(centred.flatten(0, 1), side_by_side(heads, weights.b_enc.shape[1]), len(encoder))
+    error = weights.b_dec[:, None] - y
+    if weights.W_skip is not None:
+        error.baddbmm_(x, weights.W_skip.mT)
+    w = torch.stack([token_weights(target, objective.squared_error) for target in y])
+    squares = f.reconstruct_(error.flatten(0, 1), W_dec, w.flatten(), penalty).view(H, N)
+    g_encoder, g_b_enc, g_W_dec, activity = f.gradients(error.flatten(0, 1), w.flatten(), W_dec)
+    if relu and objective.by_norm:
+        rate = activity * price.expand(H, norms.numel() // H).flatten() / norms.clamp(min=1e-30)
+        g_W_dec.addcmul_(W_dec, rate[:, None])
+    g_b_dec = 2 * torch.bmm(w[:, None], error)[:, 0]
+    g_encoder, g_b_enc = g_encoder.view_as(weights.encoder), g_b_enc.view(H, -1)
+    if objective.centred:
+        g_b_dec -= torch.bmm(g_b_enc[:, None], weights.encoder)[:, 0]
+    g_skip = None if weights.W_skip is None else torch.bmm((error * (2 * w)[..., None]).mT, x)
+    gradients = Weights(g_encoder, g_b_enc, g_W_dec.view_as(weights.W_dec), g_b_dec, g_skip)
+    squared_error = (w * squares).sum(dim=1)
+    activity = activity.view(H, -1)
+    sparsity = (activity * norms.view(H, -1)).sum(dim=1) / N
+    loss = squared_error + l1 * sparsity if relu else squared_error
+    found = [
+        Step(
+            loss[h],
+            squared_error[h],
+            sparsity[h],
+            squares[h],
+            activity[h],
+            torch.count_nonzero(heads[h].values),
+            _smallest(objective, heads[h], norms.view(H, -1)[h]),
+            Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
+        )
+        for h in range(H)
+    ]
+    return found, gradients
 
 
 @torch.no_grad()
@@ -296,12 +351,22 @@ class _Dense:
 def _activations(objective: Objective, weights: Weights, x: Tensor, norms: Tensor, sparse: bool) -> _Sparse | _Dense:
     encoder, b_enc, bf16 = weights.encoder, weights.b_enc, objective.bf16
     x = x - weights.b_dec if objective.centred else x
+    if objective.activation == "relu" and not sparse:
+        pre = x.bfloat16() @ encoder.bfloat16().T + b_enc if bf16 else torch.addmm(b_enc, x, encoder.T)
+        return _Dense(x, pre.relu_())
+    return _Sparse(x, _select(objective, x, encoder, b_enc, norms), len(b_enc))
+
+
+def _select(objective: Objective, x: Tensor, encoder: Tensor, b_enc: Tensor, norms: Tensor) -> Active:
     if objective.activation == "relu":
-        if not sparse:
-            pre = x.bfloat16() @ encoder.bfloat16().T + b_enc if bf16 else torch.addmm(b_enc, x, encoder.T)
-            return _Dense(x, pre.relu_())
-        active = positive(x, encoder, b_enc, bf16)
-    else:
-        which = top_k if objective.activation == "topk" else batch_top_k
-        active = which(x, encoder, b_enc, objective.k, norms.clamp(min=1e-12) if objective.by_norm else None, bf16)
-    return _Sparse(x, active, len(b_enc))
+        return positive(x, encoder, b_enc, objective.bf16)
+    scale = norms.clamp(min=1e-12) if objective.by_norm else None
+    which = top_k if objective.activation == "topk" else batch_top_k
+    return which(x, encoder, b_enc, objective.k, scale, objective.bf16)
+
+
+def _smallest(objective: Objective, active: Active, norms: Tensor) -> Tensor | None:
+    if objective.activation != "batchtopk":
+        return None
+    ranked = active.values * norms[active.latents]
+    return torch.where(ranked > 0, ranked, torch.inf).amin() if len(ranked) else ranked.new_tensor(torch.inf)
