@@ -105,7 +105,8 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 label = f"{curve['amount_name'].iloc[0]} = {amount:g}"
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
-        axes[0][column].set_title(f"{series}\n{_readable(str(hook))}")
+        name = str(series).replace("SAELens ", "SAELens\n")  # side by side, long names would touch
+        axes[0][column].set_title(f"{name}\n{_readable(str(hook))}")
         axes[1][column].set_xlabel("tokens (thousands)")
         handles, labels = axes[0][column].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -165,6 +166,7 @@ def _with_series(table: pd.DataFrame) -> pd.DataFrame:
     columns = (table[c] for c in ("saelens", "skip", "kind", "activation"))
     table["series"] = [_series(*row) for row in zip(*columns, strict=True)]
     table["amount_name"] = table["amount_name"].replace({"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"})
+    table["amount_name"] = table["amount_name"].str.replace("_", " ")
     return table
 
 

@@ -37,7 +37,7 @@ _PACKING = ("tokens.context_size", "tokens.prepend_bos", "tokens.bos_token", "to
 STAGES = {
     "tokens": Stage(reads=("corpus", "tokenizer", *_PACKING)),
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
-    "train": Stage(reads=("dictionary", "training", "seed"), version=2, batched=True),
+    "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
     "jacobian": Stage(reads=("jacobian", "model")),
     "evaluate": Stage(reads=("evaluation", "model"), version=2, batched=True),
     "figures": Stage(reads=()),

@@ -165,7 +165,7 @@ def _products(
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it (AVX512-BF16, AMX, ARM's BF16); emulation would be slow."""
+    """Whether the processor has instructions for it (AVX512-BF16): emulation would be slow."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.cpu._is_avx512_bf16_supported())
 
 
