@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-FEWEST = 1 << 15  # numbers worth a thread
+FEWEST = 1 << 18  # numbers worth a thread
 
 
 def serve(tensor: Tensor) -> bool:
@@ -37,7 +37,11 @@ def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts:
     bounds = np.linspace(0, n_rows, threads + 1).astype(np.int64)
     if starts is not None:
         bounds[1:-1] = np.searchsorted(starts, np.linspace(0, starts[-1], threads + 1)[1:-1])
-    list(_pool(threads).map(work, bounds[:-1].tolist(), bounds[1:].tolist()))
+    slices = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+    others = [_pool(threads - 1).submit(work, *some) for some in slices[1:]]
+    work(*slices[0])
+    for other in others:
+        other.result()
 
 
 @cache

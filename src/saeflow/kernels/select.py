@@ -11,6 +11,7 @@ but for the order in which an inner product's terms are added. On a GPU `bf16=Tr
 decide which pairs are kept; their values are then computed anew in the weights' precision.
 """
 
+import platform
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -166,7 +167,9 @@ def _products(
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it (AVX512-BF16): emulation would be slow."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.cpu._is_avx512_bf16_supported())
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
