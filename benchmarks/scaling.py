@@ -1,8 +1,8 @@
-"""Time of a training step against d_sae, against how many latents are active, and against the batch, with its limit.
+"""Time of a training step against d_sae, against how many latents are active, and against the batch.
 
 Writes docs/figures/step_scaling.csv, .png and .pdf (or to --out; --draw only draws what the CSV holds). Last line:
 {"topk.largest_step_over_product", "topk.median_step_over_product", ...}, over all points with 4,096 tokens or more. The
-limit is the encoder's product, `torch.addmm(b_enc, x, W_enc)`, measured in every round beside the steps. Medians;
+product is the encoder's, `torch.addmm(b_enc, x, W_enc)` in float32, measured in every round beside the steps. Medians;
 around d_in 512, d_sae 8,192, 32 active latents and 4,096 tokens.
 """
 
@@ -26,7 +26,7 @@ AXES = {"d_sae": "d_sae", "active": "active latents a token (k, L0)", "tokens": 
 LINES = {
     "topk": ("TopK step", "#0072B2", "o-"),
     "l1": ("ReLU + L1 step", "#D55E00", "s-"),
-    "product": ("encoder product", "#000000", ":"),
+    "product": ("float32 encoder product", "#000000", ":"),
 }
 
 
