@@ -49,6 +49,9 @@ def run(commit: str) -> tuple[float, dict[str, float]]:
         subprocess.run([*git, "add", "--detach", str(tree), commit], check=True, capture_output=True)
         try:
             (tree / ".venv").symlink_to(ROOT / ".venv")
+            if (tree / "src/saeflow/kernels/__main__.py").is_file():  # what `make env` does
+                compiling = [tree / ".venv/bin/python", "-m", "saeflow.kernels"]
+                subprocess.run(compiling, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree / "src")}, check=True)
             command = [tree / ".venv/bin/snakemake", "--cores", "2", "--config", "hydra=experiment=demo"]
             environment = os.environ | {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}
             done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)

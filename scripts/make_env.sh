@@ -54,4 +54,5 @@ fi
 echo $$ >$busy
 .venv/bin/python -m pip install -r requirements.lock | count_packages
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+.venv/bin/python -m saeflow.kernels # compiles, so that no job has to
 rm $busy
