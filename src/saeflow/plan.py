@@ -184,10 +184,8 @@ class Plan:
         if instance.stage == "activations":
             return instance.key.split("/")[0]
         if instance.stage == "train":
-            training, column = (
-                instance.config["training"],
-                self.instance("activations", instance.needs["activations"][0]),
-            )
+            training = instance.config["training"]
+            column = self.instance("activations", instance.needs["activations"][0])
             store = column.key.split("/")[0]
             return short_hash([store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]])
         return short_hash([instance.config["model"], instance.config["evaluation"], instance.needs["tokens"]])

@@ -121,15 +121,17 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
                     member.failure = error
                 if member.trainer.step == member.trainer.n_steps:
                     yield member
-                if signals.received or timer.passed:
+                if timer.passed:
                     with timer.saving():
                         for each in members:
                             each.save()
-        if signals.received:
-            step = min(m.trainer.step for m in members)
-            raise Preempted(f"stopped by {signals.received} after step {step}; run again to go on from there")
         if not any(m.at_work for m in members):
             return
+        if signals.received:
+            for member in members:
+                member.save()
+            step = min(m.trainer.step for m in members)
+            raise Preempted(f"stopped by {signals.received} after step {step}; run again to go on from there")
 
 
 def _several(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:

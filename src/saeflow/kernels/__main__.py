@@ -9,7 +9,7 @@ def main() -> None:
     weights = Weights(torch.rand(64, 8), torch.zeros(64), torch.rand(64, 8), torch.zeros(8))
     x = torch.rand(16, 8)
     for activation in ("topk", "relu", "batchtopk"):
-        take_step(Objective(activation, 4), weights, x, x, 0.1)  # type: ignore[arg-type]
+        take_step(Objective(activation, 4), weights, x, x, 0.1)
 
 
 main()
