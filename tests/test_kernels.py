@@ -1,5 +1,6 @@
 """The training step and what it is made of against their dense twins: autograd in float64, `torch.topk` in float32."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -189,7 +190,8 @@ def test_steps_of_heads_are_the_steps_of_each(activation, sparse, squared_error,
     found, gradients = take_steps(objective, weights, x, y, l1, sparse)
     for h, head in enumerate(heads):
         wanted = take_step(objective, *head, float(l1[h]), sparse)
-        for name, mine, theirs in zip(wanted._fields, found[h], wanted, strict=True):
+        for field in dataclasses.fields(wanted):
+            name, mine, theirs = field.name, getattr(found[h], field.name), getattr(wanted, field.name)
             if isinstance(theirs, torch.Tensor):
                 exactly(mine, theirs, msg=lambda m, name=name: f"{name}: {m}")
         assert_gradients_close(found[h].gradients, wanted.gradients.parameters())

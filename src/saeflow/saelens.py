@@ -22,9 +22,9 @@ from saeflow.dictionaries.io import CONFIG_FILE, load_dictionary, ours
 from saeflow.dictionaries.sae import Dictionary, Scale
 from saeflow.dictionaries.spec import DictionaryError, Spec
 from saeflow.kernels.adam import Adam
-from saeflow.kernels.step import clip_norm_
+from saeflow.kernels.step import Found, clip_norm_
 from saeflow.trainer import Side, Trainer, learning_rate
-from saeflow.training_metrics import Found, TrainingError
+from saeflow.training_metrics import TrainingError
 
 
 class SAELensTrainer(Trainer):

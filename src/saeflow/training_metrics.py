@@ -5,28 +5,16 @@ Between rows nothing waits for the device: losses stay there until the next row 
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeflow.config import TrainingConfig
-from saeflow.kernels.step import Step
+from saeflow.kernels.step import Found
 
 
 class TrainingError(RuntimeError):
     """Training that went wrong; the message names the step and what to try."""
-
-
-class Found(NamedTuple):
-    """What a step that is not ours tells: the fields of `saeflow.kernels.step.Step` of these names."""
-
-    loss: Tensor
-    squared_error: Tensor
-    sparsity: Tensor
-    squared_norms: Tensor
-    activity: Tensor
-    active: Tensor | None
 
 
 class TrainingMetrics:
@@ -39,11 +27,11 @@ class TrainingMetrics:
         self.losses: list[Tensor] = []
         self.rows: list[dict[str, float]] = []
 
-    def add(self, found: Found | Step) -> None:
+    def add(self, found: Found) -> None:
         self.idle_steps.add_(1).masked_fill_(found.activity > 0, 0)
         self.losses.append(found.loss)
 
-    def row(self, step: int, found: Found | Step, y: Tensor, lr: float, l1: float) -> dict[str, float]:
+    def row(self, step: int, found: Found, y: Tensor, lr: float, l1: float) -> dict[str, float]:
         """The metrics of step number `step`, counted from 0; rows count the steps done. `y` (N, p)."""
         losses = torch.stack(self.losses).tolist()
         for done, loss in enumerate(losses, start=step + 2 - len(losses)):

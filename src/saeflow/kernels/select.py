@@ -4,11 +4,11 @@ The product of a batch is N n numbers, of which a step needs P. On a CPU it is t
 workspace: memory stays small, and what is selected from is still near the processor. On a GPU it is one product, and
 nothing waits for the device, but for `positive`, whose number of pairs only the device knows.
 
-A processor that multiplies bfloat16 does so two to four times as fast as float32. There the float32 product is never
-taken: its bfloat16 twin rules out, by a bound on their difference (`loops._bounds`), nearly all pairs that cannot be
-among the kept, and the inner products of the others are taken in float32. The result is that of the float32 product,
-but for the order in which an inner product's terms are added. On a GPU `bf16=True` lets the bfloat16 product alone
-decide which pairs are kept; their values are then computed anew in the weights' precision.
+A processor that multiplies bfloat16 does so much faster than float32. There the float32 product is never taken: its
+bfloat16 twin rules out, by a bound on their difference (`loops._bounds`), nearly all pairs that cannot be among the
+kept, and the inner products of the others are taken in float32. The result is that of the float32 product, but for the
+order in which an inner product's terms are added. On a GPU `bf16=True` lets the bfloat16 product alone decide which
+pairs are kept; their values are then computed anew in the weights' precision.
 """
 
 import platform

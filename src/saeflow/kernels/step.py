@@ -74,8 +74,9 @@ class Situation(NamedTuple):
     """(N,): weights of the tokens' squared errors."""
 
 
-class Step(NamedTuple):
-    """What one step found. Tensors stay on the device; nothing here has waited for it."""
+@dataclass(frozen=True)
+class Found:
+    """What any trainer's step tells its metrics. Tensors stay on the device; nothing here has waited for it."""
 
     loss: Tensor
     """(): all terms."""
@@ -89,6 +90,12 @@ class Step(NamedTuple):
     """(n,): sum of each latent's activations over the tokens; above 0 where it fired."""
     active: Tensor | None
     """(): how many (token, latent) pairs are active; None where counting costs a pass and was not asked for."""
+
+
+@dataclass(frozen=True)
+class Step(Found):
+    """What one step found."""
+
     smallest: Tensor | None
     """(): with batchtopk the smallest kept value (times norm with `by_norm`), infinite where nothing was active."""
     gradients: Weights
@@ -113,7 +120,7 @@ def take_step(
     """
     N = len(x)
     relu = objective.activation == "relu"
-    norms = weights.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
+    norms = _norms(objective, weights)
     penalty = norms * (l1 / N if relu else 0.0)  # the price of one unit of each latent
     f = _activations(objective, weights, x, norms, sparse)
     error = _unexplained(weights, x, y)
@@ -158,7 +165,7 @@ def take_steps(
         found = [take_step(objective, alone[h], x[h], y[h], float(l1[h]), sparse, count) for h in range(H)]
         each = zip(*(step.gradients for step in found), strict=True)
         return found, Weights(*(None if g[0] is None else torch.stack(g) for g in each))  # type: ignore[arg-type]
-    norms = weights.W_dec.norm(dim=2) if objective.by_norm else torch.ones_like(weights.b_enc)
+    norms = _norms(objective, weights)
     price = (l1 / N if relu else torch.zeros_like(l1))[:, None]
     centred = x - weights.b_dec[:, None] if objective.centred else x
     heads = [_select(objective, centred[h], weights.encoder[h], weights.b_enc[h], norms[h]) for h in range(H)]
@@ -203,9 +210,14 @@ def take_steps(
 @torch.no_grad()
 def squared_norms(objective: Objective, weights: Weights, x: Tensor, y: Tensor, sparse: bool = True) -> Tensor:
     """||y_hat_t - y_t||^2 of each token (N,), as in `take_step`, without gradients."""
-    norms = weights.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
+    norms = _norms(objective, weights)
     f = _activations(objective, weights, x, norms, sparse)
     return f.reconstruct_(_unexplained(weights, x, y), weights.W_dec, y.new_zeros(len(y)), torch.zeros_like(norms))
+
+
+def _norms(objective: Objective, weights: Weights) -> Tensor:
+    """What latents are weighed by (n,), or with heads in front: their decoder rows' norms, or 1."""
+    return weights.W_dec.norm(dim=-1) if objective.by_norm else torch.ones_like(weights.b_enc)
 
 
 def _unexplained(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
@@ -237,7 +249,7 @@ def _add_term(
 def loss_as_written(objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: float = 0.0) -> Tensor:
     """The loss, densely; among equal values the first are kept."""
     N, n = len(x), len(weights.b_enc)
-    norms = weights.W_dec.norm(dim=1) if objective.by_norm else torch.ones_like(weights.b_enc)
+    norms = _norms(objective, weights)
     pre = (x - weights.b_dec if objective.centred else x) @ weights.encoder.T + weights.b_enc
     f = torch.relu(pre)
     if objective.activation != "relu":
