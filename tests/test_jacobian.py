@@ -28,9 +28,8 @@ from saeflow.jacobian import (
     survival_table,
 )
 from saeflow.job import Job
-from saeflow.kernels import jacobian as kernel
 from saeflow.loading import load_model
-from saeflow.mlp import ACTIVATIONS, MLP, read_mlp
+from saeflow.mlp import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
 from saeflow.plan import Instance, Plan
 from saeflow.splicing import read_hooks
 
@@ -54,36 +53,6 @@ def rows_of_tokens(n: int = 8) -> np.ndarray:
     return rows
 
 
-# -------------------------------------------------------------------- kernel
-@given(
-    tokens=st.integers(1, 9),
-    m=st.integers(1, 12),
-    n=st.integers(1, 20),
-    k_in=st.integers(1, 5),
-    k_out=st.integers(1, 5),
-    branches=st.integers(1, 2),
-    chunk=st.integers(1, 200),
-    seed=st.integers(0, 2**31),
-)
-@settings(deadline=None, max_examples=60)
-def test_blocks_equal_the_definition(
-    tokens: int, m: int, n: int, k_in: int, k_out: int, branches: int, chunk: int, seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    WDs = [torch.randn(n, m, generator=g, dtype=torch.float64) for _ in range(branches)]
-    slopes = [torch.randn(tokens, m, generator=g, dtype=torch.float64) for _ in range(branches)]
-    WE = torch.randn(n, m, generator=g, dtype=torch.float64)
-    A, B = (torch.randint(0, n, (tokens, k), generator=g) for k in (k_in, k_out))
-    before = [t.clone() for t in (*WDs, *slopes, WE)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "CHUNK_ELEMENTS", chunk)
-        J = torch.cat([part for _, part in kernel.jacobian_chunks(WDs, slopes, WE, A, B)])
-    wanted = kernel.jacobian_blocks_slow(WDs, slopes, WE, A, B)
-    assert J.shape == (tokens, k_out, k_in)
-    torch.testing.assert_close(J, wanted, rtol=1e-12, atol=1e-12)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*WDs, *slopes, WE), strict=True))
-
-
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_slope_is_the_derivative_of_the_models_activation(name: str) -> None:
     from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
@@ -104,26 +73,44 @@ def test_unknown_activation_is_refused_by_name() -> None:
 
 # -------------------------------------------------------------------- against autograd through the model's own modules
 @pytest.mark.parametrize("fold_ln", [False, True])
-def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool) -> None:
+@pytest.mark.parametrize("site", ["after the norm", "before the norm", "with the residual stream"])
+def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool, site: str) -> None:
     model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder), fold_ln=fold_ln), "cpu")
     model.to(torch.float64)
     block = model.blocks[LAYER]
     block.mlp.b_in.normal_(generator=torch.Generator().manual_seed(0))  # Llama itself has none
-    x, y = (v[:, 1:4].flatten(0, 1) for v in read_hooks(model, torch.from_numpy(rows_of_tokens(2)).long(), [IN, OUT]))
+    before = f"blocks.{LAYER}.hook_resid_{'pre' if model.cfg.parallel_attn_mlp else 'mid'}"
+    hook_in = IN if site == "after the norm" else before
+    hook_out = f"blocks.{LAYER}.hook_resid_post" if site == "with the residual stream" else OUT
+    if model.cfg.parallel_attn_mlp and hook_out != OUT:
+        with pytest.raises(
+            ConfigError, match=r"a Jacobian is that of one MLP: from .*hook_resid_pre to .*hook_mlp_out"
+        ):
+            read_block(model, hook_in, hook_out)
+        return
+    tokens = torch.from_numpy(rows_of_tokens(2)).long()
+    x, y = (v[:, 1:4].flatten(0, 1) for v in read_hooks(model, tokens, [hook_in, hook_out]))
     assert x.dtype == torch.float64
-    input, output = topk_sae(IN, seed=1, dtype=torch.float64), topk_sae(OUT, seed=2, dtype=torch.float64)
+    input, output = topk_sae(hook_in, seed=1, dtype=torch.float64), topk_sae(hook_out, seed=2, dtype=torch.float64)
 
     def f(value: Tensor) -> Tensor:
-        """The model's own modules from the hook to the MLP's output: the norm's forward with `value` put in."""
+        """The model's own modules from hook to hook: their forward with `value` put in."""
         value = value[None, None]
+        if site != "after the norm":
+            out = block.apply_mlp(block.ln2(value))
+            return (out + value if hook_out != OUT else out)[0, 0]
         with model.hooks(fwd_hooks=[(IN, lambda _, hook: value)]):
             return block.apply_mlp(block.ln2(torch.zeros_like(value)))[0, 0]
 
-    mlp = read_mlp(model, LAYER)
+    closed = read_block(model, hook_in, hook_out)
+    by_modules = ModuleBlock(model, LAYER, site != "after the norm", hook_out != OUT)
     torch.testing.assert_close(torch.stack([f(v) for v in x]), y, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(mlp(x), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(closed(x), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by_modules(x), y, rtol=1e-12, atol=1e-12)
 
-    J = torch.cat(list(pair_jacobians(make_pair(mlp, input, output), x, y)))
+    J = torch.cat(list(pair_jacobians(make_pair(closed, input, output), x, y)))
+    (other,) = pair_jacobians(make_pair(by_modules, input, output), x, y)
+    torch.testing.assert_close(other, J, rtol=1e-9, atol=1e-9)
     for t in range(len(x)):
         values_in, A = input.top_latents(x[t : t + 1])
         values_out, B = output.top_latents(y[t : t + 1])
@@ -139,6 +126,13 @@ def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool)
         torch.testing.assert_close(J[t], wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_a_block_without_closed_form_is_run_by_its_modules(llama_folder: Path) -> None:
+    model = load_model(llama_folder, ModelConfig("tiny", path=str(llama_folder)), "cpu")
+    assert isinstance(read_block(model, IN, OUT), Block)
+    model.cfg.act_fn = "xielu"
+    assert isinstance(read_block(model, IN, OUT), ModuleBlock)
+
+
 def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(model_folder: Path) -> None:
     tokens = torch.from_numpy(rows_of_tokens(2)).long()
     input, output = topk_sae(IN, seed=1), topk_sae(OUT, seed=2)
@@ -147,15 +141,9 @@ def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(mode
     for fold_ln in (False, True):
         model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder), fold_ln=fold_ln), "cpu")
         x, y = (v.flatten(0, 1) for v in read_hooks(model, tokens, [IN, OUT]))
-        pair = make_pair(read_mlp(model, LAYER), input, output)
+        pair = make_pair(read_block(model, IN, OUT), input, output)
         found.append(sum(J.abs().sum().item() for J in pair_jacobians(pair, x, y)))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
-def test_latents_that_the_relu_silenced_have_no_jacobian() -> None:
-    J = torch.ones(1, 3, 2)
-    kernel.mask_inactive(J, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0, 2.0]]))
-    assert J.tolist() == [[[1, 0], [0, 0], [1, 0]]]
 
 
 # -------------------------------------------------------------------- tables
@@ -220,7 +208,7 @@ def test_study_counts_as_the_notebook_does(neox_folder: Path, monkeypatch: pytes
     monkeypatch.setattr("saeflow.jacobian.ROWS", 4)
     rows = rows_of_tokens(8)  # two batches, the second not used up
     config = JacobianConfig(n_tokens=31 * 6 + 7, bins=200, max_value=0.5)
-    tally = study(model, make_pair(mlp, input, output), rows, config)
+    tally = study(model, make_pair(Block(mlp), input, output), rows, config)
     assert tally.n_tokens == config.n_tokens
 
     x, y = read_hooks(model, torch.from_numpy(rows).long(), [IN, OUT])
@@ -287,6 +275,6 @@ def test_what_is_no_pair_around_an_mlp_is_refused(
     hooks: tuple[str, str], tmp_path: Path, neox_folder: Path, tokens_folder: Path
 ) -> None:
     job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(hooks[0]), topk_sae(hooks[1])))
-    with pytest.raises(FitError, match="needs two TopK SAEs around one MLP") as error:
+    with pytest.raises(FitError, match="a Jacobian is that of one MLP") as error:
         jacobian_job(job)
     assert all(hook in str(error.value) for hook in hooks)

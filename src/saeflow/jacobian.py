@@ -11,7 +11,6 @@ k x k.
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +27,9 @@ from saeflow.config import ConfigError, JacobianConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.job import Job, progress
-from saeflow.kernels.jacobian import decoder_rows, encoder_rows, jacobian_chunks, mask_inactive
+from saeflow.kernels.jacobian import Products, jacobian_chunks, jacobian_of_any, make_products, mask_inactive
 from saeflow.loading import load_model
-from saeflow.mlp import MLP, read_mlp
+from saeflow.mlp import Block, ModuleBlock, block_of_hooks, read_block
 from saeflow.models import read_geometry
 from saeflow.splicing import read_hooks
 from saeflow.tokens import TokenStore, open_tokens
@@ -43,29 +42,31 @@ ROWS = 16  # that go through the model at once
 
 
 class Pair(NamedTuple):
-    """Two TopK SAEs around an MLP, with the products of their weights, which are the same for every token."""
+    """Two TopK SAEs around a block."""
 
     input: Dictionary
     output: Dictionary
-    mlp: MLP
-    WDs: list[Tensor]
-    """(n, m), one a branch of the MLP."""
-    WE: Tensor
-    """(n, m)"""
+    block: Block | ModuleBlock
+    products: Products | None
+    """Of their weights, the same for every token; None for a block without closed form."""
 
 
-@torch.no_grad()
-def make_pair(mlp: MLP, input: Dictionary, output: Dictionary) -> Pair:
-    WDs = [decoder_rows(input.W_dec, W) for W in mlp.input_weights()]
-    return Pair(input, output, mlp, WDs, encoder_rows(output.W_enc, mlp.W_out))
+def make_pair(block: Block | ModuleBlock, input: Dictionary, output: Dictionary) -> Pair:
+    if isinstance(block, ModuleBlock):
+        return Pair(input, output, block, None)
+    return Pair(input, output, block, make_products(input.W_dec, output.W_enc.T.contiguous(), block.weights()))
 
 
 @torch.no_grad()
 def pair_jacobians(pair: Pair, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Yields the blocks J (tokens, k_out, k_in) of `x` (N, d) with y = f(x) (N, d), a few tokens at a time."""
+    """Yields the blocks J (tokens, k_out, k_in) of `x` (N, d) with y = f(x) (N, d), some tokens at a time."""
     values_in, A = pair.input.top_latents(x)
     values_out, B = pair.output.top_latents(y)
-    for some, J in jacobian_chunks(pair.WDs, pair.mlp.slopes(x), pair.WE, A, B):
+    if pair.products is None or isinstance(pair.block, ModuleBlock):
+        J = jacobian_of_any(pair.block, x, pair.input.W_dec[A], pair.output.W_enc.T[B])
+        yield mask_inactive(J, values_in, values_out)
+        return
+    for some, J in jacobian_chunks(pair.products, pair.block.around(x), A, B):
         yield mask_inactive(J, values_in[some], values_out[some])
 
 
@@ -203,11 +204,11 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     input, output = (load_dictionary(path, job.device) for path in folders)
     for dictionary, path in zip((input, output), folders, strict=True):
         check_fit(dictionary, path, folder, job.config["model"], geometry)
-    layer = _mlp_layer(input, output, folders)
+    _check_pair(input, output, folders, geometry.parallel)
     rows = _open_rows(job.input("tokens"), config)
 
     model = load_model(folder, model_config(folder, job.config["model"]), job.device)
-    pair = make_pair(read_mlp(model, layer), input, output)
+    pair = make_pair(read_block(model, input.spec.hook_name, output.spec.hook_name), input, output)
     tally = study(model, pair, rows, config)
     summary = {
         "train_key_in": folders[0].name,
@@ -230,18 +231,17 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     return summary
 
 
-def _mlp_layer(input: Dictionary, output: Dictionary, folders: list[Path]) -> int:
-    found_in = re.fullmatch(r"blocks\.(\d+)\.ln2\.hook_normalized", input.spec.hook_name)
-    found_out = re.fullmatch(r"blocks\.(\d+)\.hook_mlp_out", output.spec.hook_name)
-    topk = all(d.spec.kind == "sae" and d.spec.activation == "topk" for d in (input, output))
-    if not (topk and found_in and found_out and found_in[1] == found_out[1]):
-        raise FitError(
-            "a Jacobian needs two TopK SAEs around one MLP, at blocks.L.ln2.hook_normalized and blocks.L.hook_mlp_out, "
-            f"but {folders[0]} is a {input.spec.activation} {input.spec.kind} at {input.spec.hook_name} and "
-            f"{folders[1]} a {output.spec.activation} {output.spec.kind} at {output.spec.hook_name}; use "
-            "dictionary=pair with site=mlp"
-        )
-    return int(found_in[1])
+def _check_pair(input: Dictionary, output: Dictionary, folders: list[Path], parallel: bool) -> None:
+    for dictionary, folder in zip((input, output), folders, strict=True):
+        if dictionary.spec.kind != "sae" or dictionary.spec.activation != "topk":
+            raise FitError(
+                f"a Jacobian needs two TopK SAEs around one MLP, but {folder} is a {dictionary.spec.activation} "
+                f"{dictionary.spec.kind} at {dictionary.spec.hook_name}; use dictionary=pair with site=mlp"
+            )
+    try:
+        block_of_hooks(input.spec.hook_name, output.spec.hook_name, parallel)
+    except ConfigError as error:
+        raise FitError(f"{folders[0]} and {folders[1]}: {error}") from error
 
 
 def _open_rows(folder: Path, config: JacobianConfig) -> TokenStore:

@@ -1,6 +1,6 @@
-"""The MLP of one block as a function f of the normalised input, with its derivative in closed form.
+"""The MLP of one block as a function f, with its derivative in closed form.
 
-f maps `blocks.L.ln2.hook_normalized` to `blocks.L.hook_mlp_out`. TransformerLens 3 puts that hook *before* the norm's
+`MLP` maps `blocks.L.ln2.hook_normalized` to `blocks.L.hook_mlp_out`. TransformerLens 3 puts the first before the norm's
 gain and bias (version 2 put it after them), so with unfolded weights they are the first step of f, and they are folded
 into its weights here. With `fold_ln` TransformerLens has done the same, so f has the same values. Its derivative is the
 same only along directions of mean 0: after a LayerNorm nothing has another mean, so `fold_ln` also takes out of the
@@ -8,9 +8,14 @@ weights what reads the mean.
 
     plain:  f(x) = phi(x W_in + b_in) W_out + b_out
     gated:  f(x) = (phi(x W_gate + b_gate) * (x W_in + b_in) + b_mid) W_out + b_out
+
+`Block` may begin before the norm, and may add its input, the residual stream, to what the MLP gives. A norm divides
+x (less its mean, in a LayerNorm) by a scale s that depends on x: y = x / s. Along a direction D the derivative of y is
+(D - y (y . D) / d) / s, with D too less its mean; that mean is taken out of the weights instead, once.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saeflow.config import ConfigError
+from saeflow.kernels.jacobian import Around, BlockWeights
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -98,6 +104,100 @@ class MLP:
             return [dphi(linear)]
         gate = torch.addmm(self.b_gate, x, self.W_gate)
         return [dphi(gate) * linear, phi(gate)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """f between the two hooks of a pair."""
+
+    mlp: MLP
+    eps: float | None = None
+    """Of the norm that the block begins with; None without one."""
+    centred: bool = False
+    """Whether that is a LayerNorm; otherwise an RMSNorm."""
+    skip: bool = False
+    """Whether the block's output includes its input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x): (N, d) to (N, d)."""
+        y = self.mlp(self._normalised(x)[0])
+        return x + y if self.skip else y
+
+    def weights(self) -> BlockWeights:
+        """For the kernels."""
+        W_in = torch.stack(self.mlp.input_weights())
+        if self.centred:
+            W_in = W_in - W_in.mean(dim=1, keepdim=True)  # directions lose their mean
+        return BlockWeights(W_in, self.mlp.W_out, self.skip)
+
+    def around(self, x: Tensor) -> Around:
+        """What the block does around x (N, d); differentiable."""
+        y, scale = self._normalised(x)
+        slopes = torch.stack(self.mlp.slopes(y))
+        if scale is None:
+            return Around(slopes)
+        drifts = torch.stack([y @ W for W in self.weights().W_in])
+        return Around(slopes / scale, drifts, y / x.shape[1])
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP's input and the norm's scale (N, 1)."""
+        if self.eps is None:
+            return x, None
+        if self.centred:
+            x = x - x.mean(dim=1, keepdim=True)
+        scale = (x.square().mean(dim=1, keepdim=True) + self.eps).sqrt()
+        return x / scale, scale
+
+
+class ModuleBlock:
+    """f by the model's own modules, for MLPs and norms that have no closed form here; the kernels differentiate it."""
+
+    def __init__(self, model: "HookedTransformer", layer: int, norm: bool, skip: bool) -> None:
+        self.model, self.layer, self.norm, self.skip = model, layer, norm, skip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x): (N, d) to (N, d)."""
+        block, x = self.model.blocks[self.layer], x[None]
+        if self.norm:
+            y = block.apply_mlp(block.ln2(x))
+        else:  # the hook is between the norm's division and its gain
+            name = f"blocks.{self.layer}.ln2.hook_normalized"
+            with self.model.hooks(fwd_hooks=[(name, lambda _, hook: x)]):
+                y = block.apply_mlp(block.ln2(torch.zeros_like(x)))
+        return (x + y if self.skip else y)[0]
+
+
+def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> tuple[int, bool, bool]:
+    """(layer, whether the norm is part of f, whether the residual stream is) of the block between two hooks.
+
+    `parallel`: attention and MLP both read the residual stream before the block (Pythia). Raises `ConfigError` where no
+    MLP alone leads from one hook to the other.
+    """
+    before = "hook_resid_pre" if parallel else "hook_resid_mid"
+    starts = {"ln2.hook_normalized": False, before: True}
+    found, out = (re.fullmatch(r"blocks\.(\d+)\.(.+)", name) for name in (hook_name, hook_name_out))
+    if found and out and found[1] == out[1] and found[2] in starts:
+        norm = starts[found[2]]
+        if out[2] == "hook_mlp_out":
+            return int(found[1]), norm, False
+        if out[2] == "hook_resid_post" and norm and not parallel:
+            return int(found[1]), True, True
+    ends = "hook_mlp_out" if parallel else f"hook_mlp_out, or from {before} to blocks.L.hook_resid_post"
+    raise ConfigError(
+        f"a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized or blocks.L.{before} to blocks.L.{ends}, "
+        f"not from {hook_name} to {hook_name_out}; use site=mlp"
+    )
+
+
+def read_block(model: "HookedTransformer", hook_name: str, hook_name_out: str) -> Block | ModuleBlock:
+    """The block between two hooks; see `block_of_hooks`. In closed form where there is one."""
+    layer, norm, skip = block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp))
+    kind = str(model.cfg.normalization_type)
+    known = kind in ("LN", "LNPre", "RMS", "RMSPre") and not model.cfg.use_normalization_before_and_after
+    if not known or model.cfg.act_fn not in ACTIVATIONS or not hasattr(model.blocks[layer].mlp, "W_in"):
+        return ModuleBlock(model, layer, norm, skip)
+    mlp = read_mlp(model, layer)
+    return Block(mlp, float(model.cfg.eps), kind.startswith("LN"), skip) if norm else Block(mlp)
 
 
 def read_mlp(model: "HookedTransformer", layer: int) -> MLP:

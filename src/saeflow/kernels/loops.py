@@ -5,9 +5,10 @@ at once; a result does not depend on how it was sliced. NaN is treated as larger
 shows in the loss. Compiled code is cached beside this file, or in the user's cache where that is not writable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -40,6 +41,22 @@ def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts:
     slices = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
     others = [_pool(threads - 1).submit(work, *some) for some in slices[1:]]
     work(*slices[0])
+    for other in others:
+        other.result()
+
+
+def all_in_threads(works: Sequence[Callable[[int, int], None]], n_columns: int) -> None:
+    """`work(first, last)` of each of `works`, which add to different numbers, on all columns 0 to `n_columns`.
+
+    Where there are fewer than threads, each is cut into runs of columns.
+    """
+    threads = torch.get_num_threads()
+    runs = max(1, min(threads // len(works), n_columns // 64))
+    cuts = np.linspace(0, n_columns, runs + 1).astype(np.int64).tolist()
+    calls = [partial(work, *run) for work in works for run in pairwise(cuts)]
+    others = [_pool(threads - 1).submit(call) for call in calls[1:]] if threads > 1 else []
+    for call in calls[: len(calls) - len(others)]:
+        call()
     for other in others:
         other.result()
 
