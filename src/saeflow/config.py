@@ -128,7 +128,8 @@ def amount_of(k: int | None, l1_coefficient: float | None, options: dict[str, An
 
 @dataclass(frozen=True)
 class DictionaryConfig:
-    """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or a pair of SAEs, one at each, for Jacobians.
+    """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or two TopK SAEs, one at each: a `pair` of
+    ordinary ones, or a `jacobian` pair, trained as one so that the Jacobian between their latents is sparse.
 
     `squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
     used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
@@ -141,9 +142,14 @@ class DictionaryConfig:
 
     With `activation=saelens` it is SAELens's training class of the name `saelens`, on our trainer; `options` are that
     class's own. It brings its first weights and its loss, so `squared_error` and `sparsity` say nothing there.
+
+    A `jacobian` pair adds to the losses of its SAEs `jacobian_coefficient` / k^2 times the mean over tokens of what the
+    k x k Jacobian of the active latents costs by `jacobian_penalty` (see `saeflow.kernels.penalties`), taken at the
+    input (as the paper, arXiv 2502.18147) or at the input SAE's reconstruction of it. With coefficient 0 they are the
+    SAEs that they would be alone.
     """
 
-    kind: Literal["sae", "transcoder", "pair"]
+    kind: Literal["sae", "transcoder", "pair", "jacobian"]
     activation: Literal["topk", "batchtopk", "relu", "saelens"]
     k: int | None = None
     l1_coefficient: float | None = None
@@ -155,12 +161,19 @@ class DictionaryConfig:
     skip: bool = False
     saelens: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    jacobian_coefficient: float | None = None
+    jacobian_penalty: Literal["l1", "scad", "l1_over_l2", "lp"] = "l1"
+    jacobian_at: Literal["input", "reconstruction"] = "input"
 
     def __post_init__(self) -> None:
         if (self.expansion is None) == (self.d_sae is None):
             raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
         width = self.expansion or self.d_sae or 0
         _require(width > 0, "dictionary.expansion or d_sae", width, "1 or more")
+        given, needed = self.jacobian_coefficient, self.kind == "jacobian"
+        legal = (given is not None and given >= 0) if needed else given is None
+        wanted = "0 or more" if needed else "null"
+        _require(legal, "dictionary.jacobian_coefficient", given, f"{wanted} with kind={self.kind}")
         if self.activation == "saelens" or self.saelens is not None or self.options:
             return self._check_saelens()
         if self.activation != "relu":
@@ -176,8 +189,11 @@ class DictionaryConfig:
             legal = self.l1_coefficient is not None and self.l1_coefficient >= 0
             _require(legal, "dictionary.l1_coefficient", self.l1_coefficient, "0 or more with activation=relu")
             _require(self.k is None, "dictionary.k", self.k, "null with activation=relu")
-        if self.kind == "pair":
-            _require(self.activation == "topk", "dictionary.activation", self.activation, "topk with kind=pair")
+        if self.kind in ("pair", "jacobian"):
+            _require(self.activation == "topk", "dictionary.activation", self.activation, f"topk with kind={self.kind}")
+        if self.kind == "jacobian":  # or a latent could shrink its Jacobian by growing
+            wanted = "unit_norm with kind=jacobian"
+            _require(self.sparsity == "unit_norm", "dictionary.sparsity", self.sparsity, wanted)
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
 
@@ -229,6 +245,9 @@ class TrainingConfig:
     `resample_steps` they are set to what is reconstructed badly, judged on `resample_batches` batches, and the learning
     rate rises again over `resample_warm_up_steps` (Bricken et al. 2023, as Kissane et al.).
 
+    The penalty of a Jacobian pair rises over `jacobian_warm_up_steps`. With `jacobian_fraction` below 1 it is taken on
+    that share of each batch's tokens, drawn anew at every step: the same on average, at a fraction of the cost.
+
     The last four say how to run and never enter a hash: up to `together` dictionaries of one site train in one job that
     reads each batch once; a checkpoint is written about every `checkpoint_seconds`, and the newest `keep_checkpoints`
     stay until training is done.
@@ -252,6 +271,8 @@ class TrainingConfig:
     resample_steps: tuple[int, ...] = ()
     resample_batches: int = 100
     resample_warm_up_steps: int = 1000
+    jacobian_warm_up_steps: int = 0
+    jacobian_fraction: float = 1.0
     log_every: int = 10
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     together: int = 4
@@ -266,6 +287,8 @@ class TrainingConfig:
         _require(self.lr > 0, "training.lr", self.lr, "more than 0")
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
         _require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
+        fraction = self.jacobian_fraction
+        _require(0 < fraction <= 1, "training.jacobian_fraction", fraction, "above 0 and at most 1")
         legal = (self.revive == "resample") == bool(self.resample_steps)
         _require(legal, "training.resample_steps", self.resample_steps, "a list of steps with revive=resample, else []")
 

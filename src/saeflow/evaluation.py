@@ -174,21 +174,22 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     """
     first = jobs[0]
     for job in jobs[1:]:
-        if (job.config, job.input("tokens")) != (first.config, first.input("tokens")):
+        if (_shared(job), job.input("tokens")) != (_shared(first), first.input("tokens")):
             raise ValueError(f"{job.path} and {first.path} have other models or tokens, so they need jobs of their own")
     folder, config = first.source("model"), first.config
     geometry = read_geometry(folder)
     baselines: dict[Path, Baseline] = {}
     studies = []
     for job in jobs:
-        dictionary = load_dictionary(job.input("train"), first.device)
-        check_fit(dictionary, job.input("train"), folder, config["model"], geometry)
+        (path,) = job.dictionaries()
+        dictionary = load_dictionary(path, first.device)
+        check_fit(dictionary, path, folder, config["model"], geometry)
         column = job.input("activations")
         if column not in baselines:
             baselines[column] = _read_baseline(column, first.device)
         if baselines[column].hook_name != dictionary.spec.hook_name_out:
             raise FitError(
-                f"dictionary {job.input('train')} writes at {dictionary.spec.hook_name_out}, but is evaluated with the "
+                f"dictionary {path} writes at {dictionary.spec.hook_name_out}, but is evaluated with the "
                 f"activations of {baselines[column].hook_name} ({column}); evaluate it at its own site"
             )
         studies.append(Study(dictionary, baselines[column]))
@@ -208,6 +209,11 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     return summaries
 
 
+def _shared(job: Job) -> dict[str, Any]:
+    """What jobs must have in common: all but which part of a pair is meant."""
+    return {name: value for name, value in job.config.items() if name != "part"}
+
+
 def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     spec = dictionary.spec
     names = (
@@ -224,7 +230,8 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     )
     name, amount = spec.amount
     held = {name: getattr(spec, name) for name in names}
-    return {"train_key": job.input("train").name, "amount_name": name, "amount": amount} | held
+    pair = {"part": job.config.get("part"), "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
+    return {"train_key": job.input("train").name, "amount_name": name, "amount": amount} | pair | held
 
 
 def _read_baseline(folder: Path, device: str) -> Baseline:

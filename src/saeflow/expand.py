@@ -52,6 +52,9 @@ class _Expander:
         tree = json.loads(canonical(dataclasses.asdict(point)))  # tuples become lists, as they will be when read back
         tree["corpus"] = self._corpus(point)
         tree["tokenizer"] = tokenizer
+        if point.dictionary.kind != "jacobian":  # what does not concern a dictionary is not in its key
+            for group in ("dictionary", "training"):
+                tree[group] = {name: v for name, v in tree[group].items() if not name.startswith("jacobian_")}
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
         sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
@@ -87,23 +90,30 @@ class _Expander:
         amount = f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
         dictionary = tree["dictionary"] | {"kind": "sae" if d.kind == "pair" else d.kind}
 
-        def trained(hook: str, hook_out: str | None) -> tuple[str, str]:
-            """Key of the dictionary, and of the column that its evaluation takes means from."""
-            columns = [column(h) for h in (hook, hook_out) if h]
+        def trained(hook: str, hook_out: str | None) -> str:
             name = f"{d.saelens or dictionary['kind']}-{_short(hook)}-{amount}-seed{point.seed}"
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
-            return instance("train", name, {"activations": columns}, **extra), columns[-1]
+            return instance("train", name, {"activations": [column(h) for h in (hook, hook_out) if h]}, **extra)
 
+        dictionaries: list[
+            tuple[str, dict[str, str], str]
+        ]  # each to evaluate: its key, its part of that, where it writes
         if d.kind == "pair":
             assert hook_out is not None
-            dictionaries = [trained(hook, None), trained(hook_out, None)]
-            keys = [key for key, _ in dictionaries]
-            instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
+            dictionaries = [(trained(h, None), {}, h) for h in (hook, hook_out)]
+        elif d.kind == "jacobian":
+            assert hook_out is not None
+            amount += f"-lambda{d.jacobian_coefficient:g}"
+            key = trained(hook, hook_out)
+            dictionaries = [(key, {"part": "input"}, hook), (key, {"part": "output"}, hook_out)]
         else:
-            dictionaries = [trained(hook, hook_out)]
-        for key, means in dictionaries:
-            needs = {"train": [key], "tokens": [tokens["held_out"]], "activations": [means]}
-            instance("evaluate", key.rsplit("-", 1)[0], needs)
+            dictionaries = [(trained(hook, hook_out), {}, hook_out or hook)]
+        if d.kind in ("pair", "jacobian"):
+            keys = list(dict.fromkeys(key for key, _, _ in dictionaries))
+            instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
+        for key, part, writes in dictionaries:
+            needs = {"train": [key], "tokens": [tokens["held_out"]], "activations": [column(writes)]}
+            instance("evaluate", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
 
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""
@@ -157,7 +167,11 @@ class _Expander:
                 raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {hook}")
         rows = point.tokens.held_out_tokens // point.tokens.context_size
         usable = rows * (point.tokens.context_size - 1)
-        if point.dictionary.kind == "pair" and point.jacobian.n_tokens > usable:
+        if point.dictionary.kind not in ("pair", "jacobian"):
+            return
+        assert point.site.hook_name_out is not None
+        models.block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel)
+        if point.jacobian.n_tokens > usable:
             raise ConfigError(
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
                 "at position 0; lower it, or raise tokens.held_out_tokens"

@@ -29,8 +29,8 @@ from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.job import Job, progress
 from saeflow.kernels.jacobian import Products, jacobian_chunks, jacobian_of_any, make_products, mask_inactive
 from saeflow.loading import load_model
-from saeflow.mlp import Block, ModuleBlock, block_of_hooks, read_block
-from saeflow.models import read_geometry
+from saeflow.mlp import Block, ModuleBlock, read_block
+from saeflow.models import block_of_hooks, read_geometry
 from saeflow.splicing import read_hooks
 from saeflow.tokens import TokenStore, open_tokens
 
@@ -200,7 +200,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     config = JacobianConfig(**job.config["jacobian"] | {"thresholds": tuple(job.config["jacobian"]["thresholds"])})
     folder = job.source("model")
     geometry = read_geometry(folder)
-    folders = job.inputs("train")
+    folders = job.dictionaries()
     input, output = (load_dictionary(path, job.device) for path in folders)
     for dictionary, path in zip((input, output), folders, strict=True):
         check_fit(dictionary, path, folder, job.config["model"], geometry)
@@ -211,8 +211,8 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     pair = make_pair(read_block(model, input.spec.hook_name, output.spec.hook_name), input, output)
     tally = study(model, pair, rows, config)
     summary = {
-        "train_key_in": folders[0].name,
-        "train_key_out": folders[1].name,
+        "train_key_in": job.inputs("train")[0].name,
+        "train_key_out": job.inputs("train")[-1].name,
         "hook_name": input.spec.hook_name,
         "hook_name_out": output.spec.hook_name,
         "k": input.spec.k,

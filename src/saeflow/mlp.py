@@ -15,7 +15,6 @@ x (less its mean, in a LayerNorm) by a scale s that depends on x: y = x / s. Alo
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 
 from saeflow.config import ConfigError
 from saeflow.kernels.jacobian import Around, BlockWeights
+from saeflow.models import block_of_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -167,30 +167,8 @@ class ModuleBlock:
         return (x + y if self.skip else y)[0]
 
 
-def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> tuple[int, bool, bool]:
-    """(layer, whether the norm is part of f, whether the residual stream is) of the block between two hooks.
-
-    `parallel`: attention and MLP both read the residual stream before the block (Pythia). Raises `ConfigError` where no
-    MLP alone leads from one hook to the other.
-    """
-    before = "hook_resid_pre" if parallel else "hook_resid_mid"
-    starts = {"ln2.hook_normalized": False, before: True}
-    found, out = (re.fullmatch(r"blocks\.(\d+)\.(.+)", name) for name in (hook_name, hook_name_out))
-    if found and out and found[1] == out[1] and found[2] in starts:
-        norm = starts[found[2]]
-        if out[2] == "hook_mlp_out":
-            return int(found[1]), norm, False
-        if out[2] == "hook_resid_post" and norm and not parallel:
-            return int(found[1]), True, True
-    ends = "hook_mlp_out" if parallel else f"hook_mlp_out, or from {before} to blocks.L.hook_resid_post"
-    raise ConfigError(
-        f"a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized or blocks.L.{before} to blocks.L.{ends}, "
-        f"not from {hook_name} to {hook_name_out}; use site=mlp"
-    )
-
-
 def read_block(model: "HookedTransformer", hook_name: str, hook_name_out: str) -> Block | ModuleBlock:
-    """The block between two hooks; see `block_of_hooks`. In closed form where there is one."""
+    """The block between two hooks (see `models.block_of_hooks`), in closed form where there is one."""
     layer, norm, skip = block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp))
     kind = str(model.cfg.normalization_type)
     known = kind in ("LN", "LNPre", "RMS", "RMSPre") and not model.cfg.use_normalization_before_and_after

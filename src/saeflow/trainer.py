@@ -133,10 +133,18 @@ class Trainer:
         Raises `TrainingError`, at the next row of metrics, when the loss stops being finite.
         """
         x, y = self._scaled(batch)
+        self.apply(self.find(x, y), y)
+
+    def find(self, x: Tensor, y: Tensor) -> Step:
+        """Loss and gradients of this step, at a batch in training's units."""
         self._look_ahead(x, y)
-        lr, l1 = self._rates()
         extra = self._extra() if self.step else None
-        found = take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra)
+        _, l1 = self._rates()
+        return take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra)
+
+    def apply(self, found: Step, y: Tensor) -> None:
+        """Changes the weights by what was found, which nothing may use after that."""
+        lr, l1 = self._rates()
         gradients = found.gradients.parameters()
         if self.spec.sparsity == "unit_norm":
             remove_parallel_(found.gradients.W_dec, self.weights.W_dec)
@@ -146,6 +154,11 @@ class Trainer:
         if self.spec.sparsity == "unit_norm":
             normalise_rows_(self.weights.W_dec)
         self._record(found, y, lr, l1)
+
+    @property
+    def parts(self) -> dict[str, "Trainer"]:
+        """What is saved, by the name of its folder in the artifact."""
+        return {"": self}
 
     def _rates(self) -> tuple[float, float]:
         """Learning rate and L1 coefficient of this step."""

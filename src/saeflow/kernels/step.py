@@ -99,6 +99,8 @@ class Step(Found):
     smallest: Tensor | None
     """(): with batchtopk the smallest kept value (times norm with `by_norm`), infinite where nothing was active."""
     gradients: Weights
+    kept: Active | None = None
+    """The active pairs, on the sparse road."""
 
 
 @torch.no_grad()
@@ -139,13 +141,14 @@ def take_step(
     loss = squared_error + l1 * sparsity if relu else squared_error
     if extra is not None:
         loss = loss + _add_term(extra, weights, x, error, w, objective.centred, gradients)
-    active = smallest = None
+    active = smallest = kept = None
     if isinstance(f, _Sparse):
         active = torch.count_nonzero(f.values)
-        smallest = _smallest(objective, Active(f.values, f.pattern.latents, f.pattern.starts), norms)
+        kept = Active(f.values, f.pattern.latents, f.pattern.starts)
+        smallest = _smallest(objective, kept, norms)
     elif count:
         active = torch.count_nonzero(f.f)
-    return Step(loss, squared_error, sparsity, squared_norms, activity, active, smallest, gradients)
+    return Step(loss, squared_error, sparsity, squared_norms, activity, active, smallest, gradients, kept)
 
 
 @torch.no_grad()
