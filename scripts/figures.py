@@ -12,11 +12,14 @@ def figures(jobs: list[Job]) -> str:
 
     (job,) = jobs
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
-    identity += ["hook_name", "hook_name_out"]
-    training = pd.concat(
-        [pd.read_parquet(f / "metrics.parquet").assign(train_key=f.name) for f in job.inputs("train")]
-    ).merge(evaluations[identity], on="train_key")
+    evaluations["part"] = evaluations["part"].fillna("")  # input or output, of what was trained as a pair
+    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity += ["hook_name", "hook_name_out", "jacobian_coefficient"]
+    trained = []
+    for folder in job.dictionaries():
+        key, part = (folder.parent.name, folder.name) if folder.parent.name != "train" else (folder.name, "")
+        trained.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
+    training = pd.concat(trained).merge(evaluations[identity], on=["train_key", "part"])
     pairs = []
     for folder in job.inputs("jacobian"):
         summary = json.loads((folder / "summary.json").read_text())

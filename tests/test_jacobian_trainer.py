@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from jacobians import AS_WRITTEN
 from stores import contents, write_store
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.job import Job, Preempted
-from saeflow.kernels.penalties import PENALTIES
 from saeflow.mlp import MLP, Block
 from saeflow.plan import Instance, Plan
 from saeflow.trainer import Side, Trainer
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
     if some is not None:
         J = J[some]
     assert len(J) == round(fraction * N)
-    loss = loss + 0.5 / K**2 * PENALTIES[penalty](J)[0].mean()
+    loss = loss + 0.5 / K**2 / len(J) * AS_WRITTEN[penalty](J)
     loss.backward()
     for name, tensors in leaves.items():
         for found, wanted in zip(seen[name].gradients.parameters(), tensors, strict=True):

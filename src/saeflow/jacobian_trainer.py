@@ -25,7 +25,16 @@ from torch import Tensor
 
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries.spec import Spec
-from saeflow.kernels.jacobian import Around, Kept, add_penalty, add_penalty_of_any
+from saeflow.kernels.jacobian import (
+    Around,
+    Kept,
+    add_penalty,
+    add_penalty_of_any,
+    jacobian_blocks,
+    jacobian_of_any,
+    make_products,
+    mask_inactive,
+)
 from saeflow.kernels.penalties import PENALTIES
 from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
@@ -111,7 +120,7 @@ class JacobianTrainer:
         price = coefficient / (len(x) * kept_in.values.shape[1] * kept_out.values.shape[1])
 
         def score(J: Tensor) -> tuple[Tensor, Tensor]:
-            costs, slope = self.score(J * self.units)
+            costs, slope = self.score(J.mul_(self.units))
             return price * costs, slope.mul_(price * self.units)
 
         weights_in, weights_out = self.input.weights, self.output.weights
@@ -119,7 +128,7 @@ class JacobianTrainer:
         if self.at == "input":
             args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients
             if isinstance(self.block, ModuleBlock):
-                return add_penalty_of_any(self.block, raw, *args)[0]
+                return add_penalty_of_any(self.block, raw, *args)
             return add_penalty(self.block.weights(), self.block.around(raw), *args)[0]
         assert isinstance(self.block, Block)
         with torch.enable_grad():
@@ -128,7 +137,7 @@ class JacobianTrainer:
             around = self.block.around(at)
         kept_out = self._kept_of_output(self.block(at.detach()))
         detached = Around(*(None if t is None else t.detach() for t in around))  # type: ignore[arg-type]
-        cost, _, towards = add_penalty(
+        cost, towards = add_penalty(
             self.block.weights(), detached, weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients,
             around_too=True,
         )  # fmt: skip
@@ -189,14 +198,16 @@ class JacobianTrainer:
         self.rows.append(row)
 
     def _jacobians(self, x: Tensor, kept_in: Kept, kept_out: Kept) -> Tensor:
-        def nothing(J: Tensor) -> tuple[Tensor, Tensor]:
-            return J.new_zeros(len(J)), torch.zeros_like(J)
-
+        """(N, k_out, k_in) at x (N, d)."""
         D, E = self.input.weights.W_dec, self.output.weights.encoder
-        args = D, E, kept_in, kept_out, nothing, torch.zeros_like(D), torch.zeros_like(E)
         if isinstance(self.block, ModuleBlock):
-            return add_penalty_of_any(self.block, x, *args)[1]
-        return add_penalty(self.block.weights(), self.block.around(x), *args)[1]
+            J = jacobian_of_any(self.block, x, D[kept_in.latents], E[kept_out.latents])
+        else:
+            rows, A = torch.unique(kept_in.latents, return_inverse=True)
+            others, B = torch.unique(kept_out.latents, return_inverse=True)
+            products = make_products(D[rows], E[others], self.block.weights())
+            J = jacobian_blocks(products, self.block.around(x), A, B)
+        return mask_inactive(J, kept_in.values, kept_out.values)
 
     # ------------------------------------------------------------------------------------------------ the rest
     def resamples_next(self) -> bool:

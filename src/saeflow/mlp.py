@@ -14,7 +14,6 @@ x (less its mean, in a LayerNorm) by a scale s that depends on x: y = x / s. Alo
 (D - y (y . D) / d) / s, with D too less its mean; that mean is taken out of the weights instead, once.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,15 +30,10 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
-def _gelu_slope(z: Tensor) -> Tensor:
-    """Phi(z) + z pdf(z)."""
-    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def _gelu_tanh_slope(z: Tensor) -> Tensor:
-    c = math.sqrt(2 / math.pi)
-    T = torch.tanh(c * (z + 0.044715 * z**3))
-    return 0.5 * (1 + T) + 0.5 * z * (1 - T * T) * c * (1 + 3 * 0.044715 * z * z)
+def _gelu_slope(z: Tensor, approximate: str = "none") -> Tensor:
+    """Phi(z) + z pdf(z), by torch's own derivative: one pass, and differentiable once more."""
+    slope: Tensor = torch.ops.aten.gelu_backward(z.new_ones(()).expand_as(z), z, approximate=approximate)
+    return slope
 
 
 def _silu_slope(z: Tensor) -> Tensor:
@@ -47,7 +41,7 @@ def _silu_slope(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-_GELU_TANH = (lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_slope)
+_GELU_TANH = (lambda z: F.gelu(z, approximate="tanh"), lambda z: _gelu_slope(z, "tanh"))
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "gelu": (F.gelu, _gelu_slope),
     "gelu_new": _GELU_TANH,
@@ -125,7 +119,7 @@ class Block:
 
     def weights(self) -> BlockWeights:
         """For the kernels."""
-        W_in = torch.stack(self.mlp.input_weights())
+        W_in = _together(self.mlp.input_weights())
         if self.centred:
             W_in = W_in - W_in.mean(dim=1, keepdim=True)  # directions lose their mean
         return BlockWeights(W_in, self.mlp.W_out, self.skip)
@@ -133,7 +127,7 @@ class Block:
     def around(self, x: Tensor) -> Around:
         """What the block does around x (N, d); differentiable."""
         y, scale = self._normalised(x)
-        slopes = torch.stack(self.mlp.slopes(y))
+        slopes = _together(self.mlp.slopes(y))
         if scale is None:
             return Around(slopes)
         drifts = torch.stack([y @ W for W in self.weights().W_in])
@@ -147,6 +141,11 @@ class Block:
             x = x - x.mean(dim=1, keepdim=True)
         scale = (x.square().mean(dim=1, keepdim=True) + self.eps).sqrt()
         return x / scale, scale
+
+
+def _together(branches: list[Tensor]) -> Tensor:
+    """As one tensor, without a copy of a single branch."""
+    return branches[0][None] if len(branches) == 1 else torch.stack(branches)
 
 
 class ModuleBlock:

@@ -40,7 +40,8 @@ COLUMNS = 512  # hidden units whose gradients are added up at a time
 WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""J (N, k_out, k_in) -> what each token's costs (N,), and its derivative, of J's shape; see `kernels.penalties`."""
+"""J (N, k_out, k_in) -> what each token's costs (N,), and its derivative, of J's shape, perhaps in J's memory; see
+`kernels.penalties`."""
 
 
 class Around(NamedTuple):
@@ -147,19 +148,20 @@ def add_penalty(
     g_D: Tensor,
     g_E: Tensor,
     around_too: bool = False,
-) -> tuple[Tensor, Tensor, Around | None]:
-    """The sum of what the tokens' Jacobians cost; adds its gradients to `g_D`, `g_E` (n, d).
+) -> tuple[Tensor, Around | None]:
+    """The sum () of what the tokens' Jacobians cost; adds its gradients to `g_D`, `g_E` (n, d).
 
-    Returns that sum (), the Jacobians (N, k_out, k_in), zero where a latent is silent, and with `around_too` the
-    gradients towards `around`, for a Jacobian that is taken where parameters decide. Which latents are active, and the
-    block's own weights, are constants.
+    Where a latent is silent J is 0. With `around_too` also the gradients towards `around`, for a Jacobian that is taken
+    where parameters decide. Which latents are active, and the block's own weights, are constants.
     """
     rows_in, A, D_rows = _only_active(D, input.latents)
     rows_out, B, E_rows = _only_active(E, output.latents)
     products = make_products(D_rows, E_rows, block)
-    J = torch.cat([part for _, part in jacobian_chunks(products, around, A, B)])
-    mask_inactive(J, input.values, output.values)
-    costs, G = score(J)
+    J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
+    for some, part in jacobian_chunks(products, around, A, B):
+        J[some] = part
+    costs, G = score(mask_inactive(J, input.values, output.values))
+    del J  # G takes as much memory
     mask_inactive(G, input.values, output.values)
     found_in = _Gradient(g_D, rows_in, D_rows)
     found_out = _Gradient(g_E, rows_out, E_rows)
@@ -167,7 +169,7 @@ def add_penalty(
     g_around = route(block, products, around, A, B, G, found_in.rows, found_out.rows, around_too)
     found_in.add()
     found_out.add()
-    return costs.sum(), J, g_around
+    return costs.sum(), g_around
 
 
 def _only_active(rows: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -214,7 +216,8 @@ def _in_loops(
         tokens, order, starts = Pattern(A.flatten(), starts, len(products.D)).by_latent
         g_along = _gradient_along(products, around, B, G).flatten()
         g_D += sum_rows(around.direction, tokens, starts, g_along[order])
-    by_input, by_output = _padded(G), _padded(G.transpose(1, 2))
+    G = _padded(G)
+    by_input, by_output = G.numpy(), G.transpose(1, 2).numpy()
     width = min(COLUMNS, m)
     space = [_empty(g, len(g) * width) for g in (*[g_D] * len(products.WD), g_E)]
     for start in range(0, m, width):
@@ -222,20 +225,21 @@ def _in_loops(
         size = columns.stop - start
         *g_WD, g_WE = (part[: len(part) // width * size].view(-1, size).zero_() for part in space)
         tasks = [
-            partial(jacobian_loops.toward_decoder, *_arrays(products.WE, slope, A, B, by_input), start, out.numpy())
+            partial(jacobian_loops.toward_decoder, *_arrays(products.WE, slope, A, B), by_input, start, out.numpy())
             for slope, out in zip(around.slopes, g_WD, strict=True)
         ]
-        arrays = _arrays(products.WD, around.slopes, drifts, along, A, B, by_output)
-        tasks.append(partial(jacobian_loops.toward_encoder, *arrays, start, g_WE.numpy()))
+        arrays = _arrays(products.WD, around.slopes, drifts, along, A, B)
+        tasks.append(partial(jacobian_loops.toward_encoder, *arrays, by_output, start, g_WE.numpy()))
         loops.all_in_threads(tasks, size)
         for g, W in zip(g_WD, block.W_in, strict=True):
             g_D.addmm_(g, W[:, columns].T)
         g_E.addmm_(g_WE, block.W_out[columns])
     if products.skip:
         D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1).contiguous()
-        to_D = partial(jacobian_loops.toward_decoder, *_arrays(E, ones, A, B, by_input), 0, g_D.numpy())
-        arrays = _arrays(D[None], ones[None], drifts[:, :0, :0], along, A, B, by_output)
-        loops.all_in_threads([to_D, partial(jacobian_loops.toward_encoder, *arrays, 0, g_E.numpy())], D.shape[1])
+        to_D = partial(jacobian_loops.toward_decoder, *_arrays(E, ones, A, B), by_input, 0, g_D.numpy())
+        arrays = _arrays(D[None], ones[None], drifts[:, :0, :0], along, A, B)
+        to_E = partial(jacobian_loops.toward_encoder, *arrays, by_output, 0, g_E.numpy())
+        loops.all_in_threads([to_D, to_E], D.shape[1])
 
 
 def _on_device(
@@ -346,8 +350,9 @@ def _chunks(A: Tensor, B: Tensor, WE: Tensor) -> Iterator[slice]:
 
 
 def _padded(G: Tensor) -> Tensor:
-    """(N, i, j), with zeros added until i is what the loops take at once."""
-    return torch.nn.functional.pad(G, (0, 0, 0, -G.shape[1] % jacobian_loops.TILE)).contiguous()
+    """(N, i, j), with zeros added until both are multiples of what the loops take at once."""
+    more = [-size % jacobian_loops.TILE for size in G.shape[1:]]
+    return torch.nn.functional.pad(G, (0, more[1], 0, more[0])) if any(more) else G.contiguous()
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
@@ -370,9 +375,9 @@ def jacobian_of_any(f: Map, x: Tensor, D_rows: Tensor, E_rows: Tensor) -> Tensor
 
 def add_penalty_of_any(
     f: Map, x: Tensor, D: Tensor, E: Tensor, input: Kept, output: Kept, score: Score, g_D: Tensor, g_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`add_penalty` of any block."""
-    found = []
+) -> Tensor:
+    """`add_penalty` of any block, at x (N, d)."""
+    total = x.new_zeros(())
     for start in range(0, len(x), TOKENS_THROUGH_ANY):
         some = slice(start, start + TOKENS_THROUGH_ANY)
         A, B = input.latents[some], output.latents[some]
@@ -382,8 +387,8 @@ def add_penalty_of_any(
         costs, G = score(J.detach())
         for g, latents, rows in zip((g_D, g_E), (A, B), torch.autograd.grad(J, (D_rows, E_rows), G), strict=True):
             _scatter(g, latents, rows)
-        found.append((costs.sum(), J.detach()))
-    return torch.stack([costs for costs, _ in found]).sum(), torch.cat([J for _, J in found])
+        total += costs.sum()
+    return total
 
 
 def jacobian_blocks_slow(products: Products, around: Around, A: Tensor, B: Tensor) -> Tensor:

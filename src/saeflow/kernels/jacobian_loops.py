@@ -7,9 +7,14 @@ out, so that no two of them add to one number, and sums do not depend on how man
 """
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from saeflow.kernels.loops import compiled
 
+FETCHED = 128  # numbers at the beginning of a row
 TILE = 8  # rows of a buffer are padded with zeros to a multiple of it
 
 
@@ -44,6 +49,9 @@ def toward_decoder(WE, slope, A, B, G, start, out, first, last):
     rows = np.zeros((_padded(k_out), last - first), WE.dtype)
     spare = np.empty(last - first, WE.dtype)
     for t in range(len(A)):
+        if t + 1 < len(A):
+            _fetch(WE, B[t + 1], start + first)
+            _fetch(out, A[t + 1], first)
         own = slope[t, start + first : start + last]
         for i in range(k_out):
             row, given = rows[i], WE[B[t, i], start + first : start + last]
@@ -61,8 +69,39 @@ def toward_encoder(WD, slopes, drifts, along, A, B, G, start, out, first, last):
     rows = np.zeros((_padded(A.shape[1]), last - first), out.dtype)
     spare = np.empty(last - first, out.dtype)
     for t in range(len(A)):
+        if t + 1 < len(A):
+            for b in range(len(WD)):
+                _fetch(WD[b], A[t + 1], start + first)
+            _fetch(out, B[t + 1], first)
         _move(WD, slopes, drifts, along, A, t, start + first, rows)
         _add_multiples(G[t], rows, out, B[t], B.shape[1], first, last, spare)
+
+
+@compiled
+def _fetch(rows, which, start):
+    """Asks for the beginnings of rows that the next token needs: they are all over memory, and come while this one is
+    at work. What follows a beginning the processor fetches by itself."""
+    for latent in which:
+        row = rows[latent, start : min(start + FETCHED, rows.shape[1])]
+        for c in range(0, len(row), 16):
+            _prefetch(row, c)
+
+
+@intrinsic
+def _prefetch(typing_context, row, place):
+    """The processor's instruction, which numba does not offer."""
+
+    def generate(context, builder, signature, arguments):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        declared = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        prefetch = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), byte)
+        to_read, into_second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
+        builder.call(prefetch, [address, to_read, into_second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp), generate
 
 
 @compiled

@@ -1,8 +1,8 @@
 """What the Jacobian of a token costs: penalties of J (N, k_out, k_in), with their derivatives.
 
-Each gives (costs of the tokens (N,), derivative of their sum, of J's shape). L1 is the paper's; the others are among
-those that its code offers (arXiv 2502.18147, commit b73cadb): L1 also shrinks what it does not remove, and these do so
-less, or not at all.
+Each gives (costs of the tokens (N,), derivative of their sum, of J's shape) and may use J's memory for it. L1 is the
+paper's; the others are among those that its code offers (arXiv 2502.18147, commit b73cadb): L1 also shrinks what it
+does not remove, and these do so less, or not at all.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ LP_POWER, LP_SMOOTHING = 0.4, 1e-3
 
 def l1(J: Tensor) -> tuple[Tensor, Tensor]:
     """sum |J|"""
-    return J.abs().sum(dim=(1, 2)), J.sign()
+    return torch.linalg.vector_norm(J, 1, dim=(1, 2)), J.sign_()
 
 
 def scad(J: Tensor) -> tuple[Tensor, Tensor]:
