@@ -288,7 +288,9 @@ def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folde
     histogram = pq.read_table(job.path / "histogram.parquet").to_pandas()
     assert histogram["count_per_token"].sum() + summary["overflow_per_token"] == pytest.approx(24)
     assert list(histogram.columns)[:4] == ["bin_left", "bin_right", "count_per_token", "above_per_token"]
-    assert (job.path / "table.txt").read_text().startswith("There are ")
+    title, *lines = (job.path / "table.txt").read_text().splitlines()
+    assert title.startswith(f"{IN} to {OUT}, 100 tokens: at the true input") and len(lines) == 19
+    assert lines[0].startswith("There are ") and lines[0].endswith(" values above 0.002.")
 
 
 def test_a_jacobian_pair_lies_in_one_artifact(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:

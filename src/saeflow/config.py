@@ -305,7 +305,8 @@ class JacobianConfig:
 
     The Jacobians of the first `stored_tokens` tokens are stored whole. The `top_pairs` pairs by each statistic, and the
     `top_inputs` inputs of the outputs among them, are those active together on `min_count` tokens or more, and each
-    comes with up to `contexts` windows of `window` tokens.
+    comes with up to `contexts` windows of `window` tokens. `linearity_samples` functions of one latent by another are
+    looked at.
     """
 
     n_tokens: int = 16384
@@ -322,11 +323,12 @@ class JacobianConfig:
     min_count: int = 12
     contexts: int = 12
     window: int = 16
+    linearity_samples: int = 1000
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "bins", "bootstrap_samples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):
             _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
-        for name in ("contexts", "window"):
+        for name in ("contexts", "window", "linearity_samples"):
             _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
         _require(self.max_value > 0, "jacobian.max_value", self.max_value, "more than 0")
         for name in ("thresholds", "relative_thresholds"):

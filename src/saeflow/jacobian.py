@@ -12,10 +12,13 @@ import functools
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary, load_dictionary
@@ -30,7 +33,7 @@ from saeflow.jacobian_examples import (
     top_pairs_table,
     wanted_examples,
 )
-from saeflow.jacobian_global import PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
+from saeflow.jacobian_global import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jacobian_maps import JacobianMap, Pair, TranscoderMap
 from saeflow.jacobian_pages import write_pages
 from saeflow.jacobian_pass import Tokens, look_at, passes
@@ -44,6 +47,7 @@ from saeflow.jacobian_statistics import (
     thresholds_table,
 )
 from saeflow.job import Job
+from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.loading import load_model
 from saeflow.mlp import Block, block_of_hooks, read_block
 from saeflow.models import read_geometry
@@ -78,65 +82,107 @@ def jacobian_job(job: Job) -> dict[str, Any]:
 
     model = load_model(folder, model_config(folder, job.config["model"]), job.device)
     map = open_map(model, dictionaries, config)
+    identity = _identity(job, dictionaries, layer, norm, config)
+    grid = Grid(tokens.context_size, config.window)
     with job.writing() as out:
-        summary = _identity(job, dictionaries, layer, norm, config) | _write(out, model, map, tokens, config, folder)
+        found = _measure(out, model, map, tokens, grid, config)
+        summary = identity | _write_statistics(out, found, config)
+        if isinstance(map, Pair):
+            summary |= _write_linearity(out, map, found.samples, config)
+            tables = _examples(model, map, tokens, grid, found, config, _reader(tokens, grid, folder))
+            for name, table in tables.items():
+                pq.write_table(table, out / f"{name}.parquet")
+            write_pages(out, summary, **{name: table.to_pandas() for name, table in tables.items()})
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        if not map.shared:
-            names = ("pairs", "top_inputs", "contexts", "pair_contexts")
-            write_pages(out, summary, *(pq.read_table(out / f"{name}.parquet").to_pandas() for name in names))
+        lines = notebook_lines(found.tally)
+        for line in lines:
+            log.info(line)
+        title = f"{summary['hook_name']} to {summary['hook_name_out']}, {summary['n_tokens']} tokens: "
+        (out / "table.txt").write_text("\n".join([title + summary["convention"], *lines]) + "\n")
     return summary
 
 
-def _write(
-    out: Path, model: "HookedTransformer", map: JacobianMap, tokens: Tokens, config: JacobianConfig, model_folder: Path
-) -> dict[str, Any]:
-    """Fills the folder, and returns what the summary says of the numbers."""
+class _Found(NamedTuple):
+    """What one pass over the tokens gives."""
+
+    tally: Tally
+    pairs: Pairs
+    top_outputs: TopWindows
+    top_inputs: TopWindows
+    samples: Samples
+    """Tokens whose functions are looked at."""
+
+
+def _measure(
+    out: Path, model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: Grid, config: JacobianConfig
+) -> _Found:
+    """The pass itself, which also writes the first tokens' Jacobians."""
     tally, sums = Tally(config, tokens.n_documents), PairSums(map.n_out, map.n_in, map.shared)
-    grid = Grid(tokens.context_size, config.window)
     top_outputs, top_inputs = (TopWindows(grid, config.contexts) for _ in range(2))
     stored = TokenBlocks(out / "tokens.zarr", *_where(tokens, grid, min(config.stored_tokens, tokens.n_tokens)))
+    chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
+    kept: list[list[Tensor]] = []
     for part in passes(model, map, tokens):
-        tally.add(part.blocks.J, tokens.document[part.first : part.first + part.n_tokens], part.blocks.n_entries)
+        here = slice(part.first, part.first + part.n_tokens)
+        tally.add(part.blocks.J, tokens.document[here], part.blocks.n_entries)
         sums.add(part.blocks)
         stored.add(part.first, part.blocks)
         if not map.shared:  # the model's own dimensions are active everywhere, and have no examples
             top_outputs.add(part.first, part.blocks.outputs, part.blocks.values_out)
             top_inputs.add(part.first, part.blocks.inputs, part.blocks.values_in)
+        mine = chosen[(chosen >= here.start) & (chosen < here.stop)] - here.start
+        kept.append([v[mine] for v in part.values])
     stored.close()
-    for name, table in (
-        ("histogram", histogram_table),
-        ("survival", survival_table),
-        ("log_histogram", log_histogram_table),
-        ("thresholds", thresholds_table),
-    ):
-        pq.write_table(table(tally), out / f"{name}.parquet")
-    lines = notebook_lines(tally)
-    for line in lines:
-        log.info(line)
-    (out / "table.txt").write_text("\n".join(lines) + "\n")
+    values = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+    samples = Samples(chosen, tokens.document[chosen], values[0], values[-1])
+    return _Found(tally, sums.pairs(), top_outputs, top_inputs, samples)
 
-    pairs = sums.pairs()
-    write_pairs(out / "global.zarr", pairs)
+
+def _write_statistics(out: Path, found: _Found, config: JacobianConfig) -> dict[str, Any]:
+    """Tables of what was counted and summed; their numbers for the summary."""
+    tally, pairs = found.tally, found.pairs
     outputs = outputs_table(pairs)
-    pq.write_table(exceedance_table(pairs, config), out / "global_exceedance.parquet")
-    pq.write_table(outputs, out / "outputs.parquet")
+    tables = {
+        "histogram": histogram_table(tally),
+        "survival": survival_table(tally),
+        "log_histogram": log_histogram_table(tally),
+        "thresholds": thresholds_table(tally),
+        "global_exceedance": exceedance_table(pairs, config),
+        "outputs": outputs,
+    }
+    for name, table in tables.items():
+        pq.write_table(table, out / f"{name}.parquet")
+    write_pairs(out / "global.zarr", pairs)
     needed = outputs["inputs_for_90_percent"].to_numpy()
-    summary = summarise(tally) | {
+    return summarise(tally) | {
         "pairs_ever_active": len(pairs.count),
-        "pairs_ever_active_fraction": len(pairs.count) / (map.n_out * map.n_in),
+        "pairs_ever_active_fraction": len(pairs.count) / (len(pairs.active_output) * len(pairs.active_input)),
         "outputs_ever_active": len(needed),
         "inputs_for_90_percent_median": float(np.median(needed)) if len(needed) else None,
     }
-    if not map.shared:
-        tables = {"pairs": top_pairs_table(pairs, config), "top_inputs": top_inputs_table(pairs, config)}
-        wanted = wanted_examples(tables.values(), top_outputs, top_inputs)
-        activity = look_at(model, map, tokens, grid, wanted)
-        read = _reader(tokens, grid, model_folder)
-        tables["contexts"] = contexts_table(activity, grid, read)
-        tables["pair_contexts"] = pair_contexts_table(activity, grid, config.contexts, read)
-        for name, found in tables.items():
-            pq.write_table(found, out / f"{name}.parquet")
-    return summary
+
+
+def _write_linearity(out: Path, pair: Pair, samples: Samples, config: JacobianConfig) -> dict[str, Any]:
+    table = linearity_table(pair, samples)
+    pq.write_table(table, out / "linearity.parquet")
+    return summarise_linearity(table, config.bootstrap_samples)
+
+
+def _examples(
+    model: "HookedTransformer",
+    map: JacobianMap,
+    tokens: Tokens,
+    grid: Grid,
+    found: _Found,
+    config: JacobianConfig,
+    read: Read,
+) -> dict[str, pa.Table]:
+    tables = {"pairs": top_pairs_table(found.pairs, config), "top_inputs": top_inputs_table(found.pairs, config)}
+    wanted = wanted_examples(tables.values(), found.top_outputs, found.top_inputs)
+    activity = look_at(model, map, tokens, grid, wanted)
+    tables["contexts"] = contexts_table(activity, grid, read)
+    tables["pair_contexts"] = pair_contexts_table(activity, grid, config.contexts, read)
+    return tables
 
 
 def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

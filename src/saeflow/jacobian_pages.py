@@ -30,17 +30,17 @@ h2 { margin-top: 2em; } h3 { font-size: 1em; margin: .7em 0 .2em; }
 
 
 def write_pages(
-    folder: Path, summary: dict[str, Any], pairs: pd.DataFrame, inputs: pd.DataFrame, contexts: pd.DataFrame,
+    folder: Path, summary: dict[str, Any], pairs: pd.DataFrame, top_inputs: pd.DataFrame, contexts: pd.DataFrame,
     pair_contexts: pd.DataFrame,
 ) -> None:  # fmt: skip
     """Writes `pairs.html` and `pairs.tex`."""
-    (folder / "pairs.html").write_text(page(summary, pairs, inputs, contexts, pair_contexts), encoding="utf-8")
+    (folder / "pairs.html").write_text(page(summary, pairs, top_inputs, contexts, pair_contexts), encoding="utf-8")
     (folder / "pairs.tex").write_text(latex(summary, pairs, pair_contexts), encoding="utf-8")
 
 
 # -------------------------------------------------------------------- HTML
 def page(
-    summary: dict[str, Any], pairs: pd.DataFrame, inputs: pd.DataFrame, contexts: pd.DataFrame,
+    summary: dict[str, Any], pairs: pd.DataFrame, top_inputs: pd.DataFrame, contexts: pd.DataFrame,
     pair_contexts: pd.DataFrame,
 ) -> str:  # fmt: skip
     title = f"Top pairs of latents around the MLP of layer {summary['layer']}"
@@ -64,7 +64,7 @@ def page(
         parts.append("</section>")
     parts.append("<h2>Outputs and their top inputs</h2>")
     by_latent = dict(list(contexts.groupby(["side", "latent"])))
-    for output, rows in inputs.groupby("output", sort=False):
+    for output, rows in top_inputs.groupby("output", sort=False):
         parts.append(f"<section><h3>output latent {output}</h3>")
         parts += _latent_windows(by_latent, "output", int(str(output)))
         for _, row in rows.iterrows():
