@@ -269,9 +269,7 @@ def make_job(tmp_path: Path, folder: Path, tokens: Path, pair: tuple[Dictionary,
         "model": {"weights": "w", **PROCESSING},
     }
     instance = Instance("jacobian", "j", config, {"train": names, "tokens": ["held"]}, {"model": str(folder)})
-    train = {name: Instance("train", name, {"dictionary": {}}, {}, {}) for name in names}
-    stages = {"jacobian": {"j": instance}, "train": train}
-    return Job(instance, Plan("tiny", stages, {}, results=str(tmp_path)), "cpu")
+    return Job(instance, Plan("tiny", {"jacobian": {"j": instance}}, {}, results=str(tmp_path)), "cpu")
 
 
 def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
@@ -300,10 +298,9 @@ def test_a_jacobian_pair_lies_in_one_artifact(tmp_path: Path, neox_folder: Path,
     both = tmp_path / "train" / "both"
     for side, dictionary in zip(("input", "output"), pair, strict=True):
         (both / side).mkdir(parents=True)
-        save_dictionary(dictionary, both / side)
+        spec = replace(dictionary.spec, options={"jacobian_coefficient": 0.25})
+        save_dictionary(build(spec, **dictionary.tensors), both / side)
     job.instance.needs["train"] = ["both"]
-    config = {"dictionary": {"jacobian_coefficient": 0.25}}
-    job.plan.stages["train"]["both"] = Instance("train", "both", config, {}, {})
     found = jacobian_job(job)
     assert (found.pop("jacobian_coefficient"), wanted.pop("jacobian_coefficient")) == (0.25, 0.0)
     for name in ("train_key_in", "train_key_out"):

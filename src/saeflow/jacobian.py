@@ -49,8 +49,8 @@ from saeflow.jacobian_statistics import (
 from saeflow.job import Job
 from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.loading import load_model
-from saeflow.mlp import Block, block_of_hooks, read_block
-from saeflow.models import read_geometry
+from saeflow.mlp import Block, read_block
+from saeflow.models import block_of_hooks, read_geometry
 from saeflow.tokens import open_tokens
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     config = build(JacobianConfig, job.config["jacobian"])
     folder = job.source("model")
     geometry = read_geometry(folder)
-    folders = _dictionary_folders(job.inputs("train"))
+    folders = job.dictionaries()
     dictionaries = [load_dictionary(path, job.device) for path in folders]
     for dictionary, path in zip(dictionaries, folders, strict=True):
         check_fit(dictionary, path, folder, job.config["model"], geometry)
@@ -209,13 +209,6 @@ def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
     return functools.cache(read)
 
 
-def _dictionary_folders(artifacts: list[Path]) -> list[Path]:
-    """Folders of the dictionaries: two artifacts, both parts of a Jacobian pair's artifact, or one transcoder's."""
-    if len(artifacts) == 1 and (artifacts[0] / "input").is_dir():
-        return [artifacts[0] / "input", artifacts[0] / "output"]
-    return artifacts
-
-
 def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], parallel: bool) -> tuple[int, bool, bool]:
     """`block_of_hooks` of the dictionaries. Raises `FitError` where they are around no MLP."""
     kinds = [d.spec.kind for d in dictionaries]
@@ -252,7 +245,6 @@ def _identity(
 ) -> dict[str, Any]:
     """What the study is of, and its convention."""
     first, last = dictionaries[0].spec, dictionaries[-1].spec
-    train = [job.plan.instance("train", key).config for key in job.instance.needs["train"]]
     where = "its reconstruction by the input dictionary" if config.at == "reconstruction" else "the true input"
     if len(dictionaries) == 2:
         entries = "k x k entries of a token's active latents, latents at 0 included"
@@ -276,7 +268,7 @@ def _identity(
         "k_out": last.k,
         "d_sae": first.d_sae,
         "seed": first.seed,
-        "jacobian_coefficient": train[0]["dictionary"].get("jacobian_coefficient") or 0.0,
+        "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0),
         "at": config.at,
         "norm": config.norm if norm else "outside",
         "convention": convention,
