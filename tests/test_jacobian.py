@@ -335,12 +335,6 @@ def test_what_is_no_pair_around_an_mlp_is_refused(
     assert all(hook in str(error.value) for hook in hooks)
 
 
-def test_what_has_no_norm_to_ignore_is_refused(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
-    job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN), topk_sae(OUT)), norm="ignored")
-    with pytest.raises(ConfigError, match="does not begin before the norm"):
-        jacobian_job(job)
-
-
 def test_dictionaries_that_are_no_pair_are_refused(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
     job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN),))
     with pytest.raises(FitError, match=r"needs two TopK or ReLU SAEs around one MLP, or one transcoder, but .*in is a"):

@@ -60,7 +60,11 @@ class TokensConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
-    processing, which changes activations."""
+    processing, which changes activations.
+
+    `randomise` replaces the weight matrices, as a control (`saeflow.randomise`): `reinit` draws them as at the start of
+    training, `permuted` shuffles their rows and columns; by `randomise_seed`.
+    """
 
     name: str
     path: str | None = None
@@ -69,8 +73,11 @@ class ModelConfig:
     fold_ln: bool = False
     center_writing_weights: bool = False
     center_unembed: bool = False
+    randomise: Literal["none", "reinit", "permuted"] = "none"
+    randomise_seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.randomise_seed >= 0, "model.randomise_seed", self.randomise_seed, "0 or more")
         if (self.path is None) == (self.hub is None):
             raise ConfigError("model: set exactly one of model.path (a local folder) and model.hub (a hub name)")
 
@@ -306,7 +313,7 @@ class JacobianConfig:
     The Jacobians of the first `stored_tokens` tokens are stored whole. The `top_pairs` pairs by each statistic, and the
     `top_inputs` inputs of the outputs among them, are those active together on `min_count` tokens or more, and each
     comes with up to `contexts` windows of `window` tokens. `linearity_samples` functions of one latent by another are
-    looked at.
+    looked at. With `transcoders`, the Jacobian of every transcoder's input-output map is studied too.
     """
 
     n_tokens: int = 16384
@@ -324,6 +331,7 @@ class JacobianConfig:
     contexts: int = 12
     window: int = 16
     linearity_samples: int = 1000
+    transcoders: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "bins", "bootstrap_samples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):

@@ -73,11 +73,6 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     for dictionary, path in zip(dictionaries, folders, strict=True):
         check_fit(dictionary, path, folder, job.config["model"], geometry)
     layer, norm, _ = _check_around_mlp(dictionaries, folders, geometry.parallel)
-    if config.norm == "ignored" and not (norm and len(dictionaries) == 2):
-        raise ConfigError(
-            "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm: use it with a pair "
-            "whose input site is the residual stream, or set jacobian.norm=inside"
-        )
     tokens = _open_tokens(job.input("tokens"), config)
 
     model = load_model(folder, model_config(folder, job.config["model"]), job.device)
@@ -268,6 +263,8 @@ def _identity(
         "k_out": last.k,
         "d_sae": first.d_sae,
         "seed": first.seed,
+        "randomise": job.config["model"].get("randomise", "none"),
+        "randomise_seed": job.config["model"].get("randomise_seed"),
         "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0),
         "at": config.at,
         "norm": config.norm if norm else "outside",
