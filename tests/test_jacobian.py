@@ -291,6 +291,16 @@ def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folde
     assert lines[0].startswith("There are ") and lines[0].endswith(" values above 0.002.")
 
 
+def test_ten_tokens_are_enough(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
+    """No pair is frequent enough to be shown, one document gives no interval: the tables are there, and empty."""
+    job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN, seed=1), topk_sae(OUT, seed=2)), n_tokens=10)
+    summary = jacobian_job(job)
+    assert summary["rms"] > 0 and summary["rms_low"] is None
+    for name in ("pairs", "top_inputs", "contexts", "pair_contexts"):
+        assert pq.read_table(job.path / f"{name}.parquet").num_rows == 0
+    assert "longtable" in (job.path / "pairs.tex").read_text()
+
+
 def test_a_jacobian_pair_lies_in_one_artifact(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
     pair = (topk_sae(IN, seed=1), topk_sae(OUT, seed=2))
     job = make_job(tmp_path, neox_folder, tokens_folder, pair)

@@ -148,7 +148,7 @@ def test_each_arm_of_a_model_has_weights_of_its_own(home: Path) -> None:
 
 
 def test_transcoders_are_studied_only_where_asked(home: Path) -> None:
-    two = [*TRANSCODER, "sweep={dictionary.l1_coefficient:[0.1,0.2]}"]
+    two = [*TRANSCODER, "sweep=null", "dictionary.l1_coefficient=[0.1,0.2]"]
     assert not plan_of(home, *two).stages["jacobian"]
     studies = plan_of(home, *two, "jacobian.transcoders=true").stages["jacobian"]
     assert len(studies) == 2 and all(len(s.needs["train"]) == 1 for s in studies.values())

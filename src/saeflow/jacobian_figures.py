@@ -73,7 +73,7 @@ def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.
     wanted = ["train_key", "part", *FAITHFULNESS]
     held = evaluations.reindex(columns=wanted)
     for side, key in (("input", "train_key_in"), ("output", "train_key_out")):
-        mine = held[held["part"].isna() | (held["part"] == side)].drop(columns="part").drop_duplicates("train_key")
+        mine = held[held["part"].fillna("").isin(["", side])].drop(columns="part").drop_duplicates("train_key")
         named = mine.rename(columns={name: f"{name}_{side}" for name in FAITHFULNESS} | {"train_key": key})
         summaries = summaries.merge(named, on=key, how="left")
     return summaries
@@ -340,7 +340,7 @@ def jacobian_linearity(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         for column in columns
     )  # fmt: skip
     says = {"absolute": f"residual < {ABSOLUTE:g} (paper)", "relative": f"residual < {100 * RELATIVE:g} % of the range"}
-    for axis in grid[:, :-1].flat:
+    for axis in grid.flat:
         axis.set_axis_off()
     for place, (panel, _) in enumerate(panels):
         for axis, kind in zip(grid[:, place], ("absolute", "relative"), strict=True):
