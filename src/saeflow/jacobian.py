@@ -183,8 +183,7 @@ def _examples(
 def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Id, row and position of the first `n` tokens of the study."""
     row, position = grid.place(np.arange(n))
-    rows = tokens.rows[0 : int(row.max(initial=0)) + 1]
-    return rows[row, position], row, position
+    return tokens.rows[row, position], row, position
 
 
 def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
@@ -198,7 +197,7 @@ def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
 
     def read(window: int) -> tuple[list[int], list[str]]:
         row, start, end = grid.span(window)
-        ids = tokens.rows[row : row + 1][0, start:end].tolist()
+        ids = tokens.rows[row, start:end].tolist()
         return ids, [text(token) for token in ids]
 
     return functools.cache(read)
@@ -280,5 +279,6 @@ def _open_tokens(folder: Path, config: JacobianConfig) -> Tokens:
             f"jacobian.n_tokens={config.n_tokens}, but {folder} holds {store.n_rows * per_row} tokens that are not at "
             "position 0; lower it, or raise tokens.held_out_tokens"
         )
-    document = store.rows(0, -(-config.n_tokens // per_row)).document[:, 1:].flatten()[: config.n_tokens]
-    return Tokens(store, np.unique(document, return_inverse=True)[1])
+    rows = store.rows(0, -(-config.n_tokens // per_row))
+    document = rows.document[:, 1:].flatten()[: config.n_tokens]
+    return Tokens(rows.tokens, np.unique(document, return_inverse=True)[1])

@@ -442,8 +442,10 @@ def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     measures = {"fraction_above_0.01": "share of |J| > 0.01", "effective_inputs": "effective inputs per output"}
     measures = {name: label for name, label in (measures | {"hoyer": "Hoyer sparsity"}).items() if name in table}
     figure, grid = plt.subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
+    for axis, label in zip(grid[-1], measures.values(), strict=True):
+        axis.set_xlabel(label)
     for (score, name), line in zip(FAITHFULNESS.items(), grid, strict=True):
-        for axis, (measure, label) in zip(line, measures.items(), strict=True):
+        for axis, measure in zip(line, measures, strict=True):
             for n, (panel, rows) in enumerate(_panels(table)):
                 for side, marker in (("input", "o"), ("output", "s")):
                     points = rows.groupby("jacobian_coefficient")[[measure, f"{score}_{side}"]].mean()
@@ -453,7 +455,6 @@ def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
                         x, y, DASHES[n % len(DASHES)], color="0.6", marker=marker, mfc="none", label=text, zorder=1
                     )
                     axis.scatter(x, y, c=[colours[c] for c in points.index], marker=marker, s=22, zorder=2)
-            axis.set_xlabel(label if line is grid[1] else "")
         line[0].set_ylabel(name)
     figure.tight_layout()
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -16,7 +16,6 @@ from saeflow.jacobian_examples import Activity, Grid, Wanted
 from saeflow.jacobian_maps import Blocks, JacobianMap
 from saeflow.job import progress
 from saeflow.splicing import read_hooks
-from saeflow.tokens import TokenStore
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -28,14 +27,14 @@ ROWS = 16  # that go through the model at once
 class Tokens:
     """The tokens of a study: the first `n_tokens` that are not at position 0."""
 
-    rows: TokenStore | np.ndarray
-    """(sequence, position), token ids"""
+    rows: np.ndarray
+    """(sequence, position), token ids; of even a hundred million tokens a small part of what a model takes."""
     document: np.ndarray
     """(n_tokens,): from 0 to `n_documents` - 1"""
 
     @property
     def context_size(self) -> int:
-        return int(self.rows[0:1].shape[1])
+        return int(self.rows.shape[1])
 
     @property
     def n_tokens(self) -> int:
@@ -82,7 +81,7 @@ def look_at(model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: 
     rows = np.unique(numbers // per_row)
     for start in progress(range(0, len(rows), ROWS), "examples"):
         some = rows[start : start + ROWS]
-        values = _read(model, map, np.concatenate([tokens.rows[r : r + 1] for r in some]))
+        values = _read(model, map, tokens.rows[some])
         here = numbers[np.isin(numbers // per_row, some)]
         place, position = np.searchsorted(some, here // per_row), here % per_row + 1
         for blocks in map.blocks([v[place, position] for v in values]):
