@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from saeflow.bootstrap import interval, resampled
+from saeflow.bootstrap import central, resampled_sums
 from saeflow.config import ConfigError, JacobianConfig
 from saeflow.jacobian_statistics import (
     LOG_EDGES,
@@ -21,9 +21,7 @@ from saeflow.jacobian_statistics import (
     thresholds_table,
 )
 
-SMALL = JacobianConfig(
-    n_tokens=1, bins=10, thresholds=(0.05, 0.13), relative_thresholds=(0.5, 2.0), bootstrap_samples=20
-)
+SMALL = JacobianConfig(n_tokens=1, bins=10, thresholds=(0.05, 0.13), relative_thresholds=(0.5, 2.0), resamples=20)
 
 
 def tallied(J: torch.Tensor, config: JacobianConfig = SMALL, document: np.ndarray | None = None) -> Tally:
@@ -166,7 +164,7 @@ def test_padding_counts_for_nothing() -> None:
 def test_interval_of_a_mean_is_that_of_its_standard_error() -> None:
     """One entry a document: the bootstrap of a mean has the standard error of the mean."""
     values = np.random.default_rng(0).gamma(2.0, size=400)
-    tally = tallied(torch.from_numpy(values)[:, None, None], JacobianConfig(bootstrap_samples=2000), np.arange(400))
+    tally = tallied(torch.from_numpy(values)[:, None, None], JacobianConfig(resamples=2000), np.arange(400))
     summary = summarise(tally)
     half = 1.96 * values.std() / np.sqrt(400)
     assert summary["mean_absolute_low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
@@ -191,12 +189,12 @@ def test_one_document_has_no_interval() -> None:
 
 def test_resamples_are_seeded_and_weigh_each_document_by_its_draws() -> None:
     sums = np.arange(6.0).reshape(3, 2)
-    first, again, other = (resampled(sums, 50, seed) for seed in (0, 0, 1))
+    first, again, other = (resampled_sums(sums, 50, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     possible = {tuple(sums[list(draw)].sum(0)) for draw in np.ndindex(3, 3, 3)}
     assert {tuple(row) for row in first} <= possible
-    low, high = interval(np.column_stack([np.linspace(0, 1, 1001), np.full(1001, np.nan)]))
+    low, high = central(np.column_stack([np.linspace(0, 1, 1001), np.full(1001, np.nan)]))
     assert (low[0], high[0]) == pytest.approx((0.025, 0.975)) and np.isnan([low[1], high[1]]).all()
 
 

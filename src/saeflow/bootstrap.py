@@ -1,30 +1,40 @@
-"""Confidence intervals over documents: the tokens of one document are no independent draws, so documents are resampled.
+"""Intervals over documents: the documents of the held-out text are drawn again, with replacement, many times.
 
-Percentile intervals (Efron 1979). Statistics are functions of sums over tokens; those of the sums that belong to one
-document stay together, and a resample is a sum over documents drawn with replacement. The draws depend on the number
-of documents and the seed alone, so that all tables of one study, and all studies of the same tokens, share them.
+Documents are what was drawn from a population; tokens within one are not independent, and an interval over tokens would
+be several times too narrow. A draw is a function of (number of documents, seed) alone, so that all studies of the same
+tokens are resampled alike. Intervals are percentiles of the resampled statistics, which are functions of sums over
+documents (Efron and Tibshirani 1993, chapter 13).
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
-LEVEL = 0.95
-SEED = 0
+BLOCK_ELEMENTS = 1 << 24
+CONFIDENCE = 0.95
 
 
-def resampled(sums: np.ndarray, n_samples: int, seed: int = SEED) -> np.ndarray:
-    """Sums over `n_samples` resamples of the D documents: `sums` (D, ...) gives (n_samples, ...), float64."""
-    D = len(sums)
-    weights = np.random.default_rng(seed).multinomial(D, np.full(D, 1 / D), size=n_samples).astype(np.float64)
-    flat = np.asarray(sums, dtype=np.float64).reshape(D, -1)
-    return (weights @ flat).reshape(n_samples, *sums.shape[1:])
+def draws(n_documents: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Blocks of (resamples, n_documents): how often each document is drawn; `n_resamples` in all."""
+    generator = np.random.default_rng(seed)
+    size = max(1, BLOCK_ELEMENTS // n_documents)
+    for start in range(0, n_resamples, size):
+        shape = min(size, n_resamples - start)
+        yield generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=shape).astype(np.float64)
 
 
-def interval(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper ends (...) of the central 95 % of `replicates` (n_samples, ...). NaN where all of them are."""
-    tail = (1 - LEVEL) / 2
-    values = np.asarray(replicates, dtype=np.float64)
-    undefined = np.isnan(values).all(0)
-    low, high = np.nanquantile(np.where(undefined, 0.0, values), [tail, 1 - tail], axis=0)
+def resampled_sums(sums: np.ndarray, n_resamples: int, seed: int = 0) -> np.ndarray:
+    """Sums over the documents of each draw: `sums` (documents, ...) gives (n_resamples, ...), float64."""
+    flat = np.asarray(sums, dtype=np.float64).reshape(len(sums), -1)
+    found = np.concatenate([counts @ flat for counts in draws(len(sums), n_resamples, seed)])
+    return found.reshape(n_resamples, *sums.shape[1:])
+
+
+def central(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends (...) of the central 95 % of `resampled` (resamples, ...), of those that are not NaN; NaN where all are."""
+    tail = (1 - CONFIDENCE) / 2
+    undefined = np.isnan(resampled).all(0)
+    low, high = np.nanquantile(np.where(undefined, 0.0, resampled), [tail, 1 - tail], axis=0)
     return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)
 
 

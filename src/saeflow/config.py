@@ -308,7 +308,7 @@ class JacobianConfig:
     matters where f begins before the norm: `ignored` leaves it out of f but for its gain and bias (notebook 000's
     `ignore_ln`, whose MLP reads the residual stream as it is).
     `thresholds` are of |J| itself and of J divided by a token's L1 or L2 norm, `relative_thresholds` in units of the
-    RMS of J. Intervals over documents come from `bootstrap_samples` resamples.
+    RMS of J. Intervals over documents come from `resamples` resamples.
 
     The Jacobians of the first `stored_tokens` tokens are stored whole. The `top_pairs` pairs by each statistic, and the
     `top_inputs` inputs of the outputs among them, are those active together on `min_count` tokens or more, and each
@@ -323,7 +323,7 @@ class JacobianConfig:
     max_value: float = 0.5
     thresholds: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02)
     relative_thresholds: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0)
-    bootstrap_samples: int = 1000
+    resamples: int = 1000
     stored_tokens: int = 1024
     top_pairs: int = 32
     top_inputs: int = 16
@@ -334,7 +334,7 @@ class JacobianConfig:
     transcoders: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "bins", "bootstrap_samples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):
+        for name in ("n_tokens", "bins", "resamples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):
             _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
         for name in ("contexts", "window", "linearity_samples"):
             _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")

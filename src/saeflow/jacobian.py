@@ -160,7 +160,7 @@ def _write_statistics(out: Path, found: _Found, config: JacobianConfig) -> dict[
 def _write_linearity(out: Path, pair: Pair, samples: Samples, config: JacobianConfig) -> dict[str, Any]:
     table = linearity_table(pair, samples)
     pq.write_table(table, out / "linearity.parquet")
-    return summarise_linearity(table, config.bootstrap_samples)
+    return summarise_linearity(table, config.resamples)
 
 
 def _examples(

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from saeflow.linearity import ABSOLUTE, RELATIVE
 
@@ -402,37 +401,60 @@ def jacobian_ablation(studies: Studies) -> tuple[Figure, pd.DataFrame]:
 def jacobian_sweep(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     """Sizes and scale-free measures of J by the Jacobian coefficient, with intervals over documents."""
     table = studies.summaries
-    measures = {
-        "mean_absolute": "mean |J|", "fraction_above_0.01": "share of |J| > 0.01", "kurtosis": "kurtosis",
-        "hoyer": "Hoyer sparsity", "gini": "Gini coefficient", "effective_inputs": "effective inputs per output",
-    }  # fmt: skip
-    measures = {name: label for name, label in measures.items() if name in table}
     panels = _panels(table)
+    colours = plt.get_cmap("viridis")(np.linspace(0.15, 0.75, len(panels)))
+    series = [
+        (panel, rows, colour, DASHES[n % len(DASHES)])
+        for n, ((panel, rows), colour) in enumerate(zip(panels, colours, strict=True))
+    ]
+    return _measures(table, "jacobian_coefficient", "Jacobian coefficient λ", series)
+
+
+def jacobian_layers(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """The same by layer, one line a coefficient."""
+    table = studies.summaries
+    rest = table["panel"].str.replace(r"layer \d+(, )?", "", regex=True)
+    series = []
+    for n, panel in enumerate(rest.unique()):
+        for coefficient, rows in _by_coefficient(table[rest == panel]):
+            label = ", ".join(part for part in (_label(coefficient), panel) if part)
+            series.append((label, rows, _coefficients(table)[coefficient], DASHES[n % len(DASHES)]))
+    return _measures(table, "layer", "layer", series)
+
+
+_MEASURES = {
+    "mean_absolute": "mean |J|",
+    "fraction_above_0.01": "share of |J| > 0.01",
+    "kurtosis": "kurtosis",
+    "hoyer": "Hoyer sparsity",
+    "gini": "Gini coefficient",
+    "effective_inputs": "effective inputs per output",
+}
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def _measures(
+    table: pd.DataFrame, by: str, label: str, series: list[tuple[str, pd.DataFrame, Any, str]]
+) -> tuple[Figure, pd.DataFrame]:
+    """A panel a measure, its values at equal steps along `by`; `series`: label, rows, colour and dashes."""
+    measures = {name: text for name, text in _MEASURES.items() if name in table}  # thresholds are configured
+    values = sorted(table[by].unique())
     figure, grid = plt.subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
-    positive = table.loc[table["jacobian_coefficient"] > 0, "jacobian_coefficient"]
-    smallest = positive.min() if len(positive) else 1.0
-    markers = ("o", "s", "^", "D", "v", "P")
-    for axis, (name, label) in zip(grid.flat, measures.items(), strict=False):
-        for n, (panel, rows) in enumerate(panels):
-            curve = _over_seeds(rows, "jacobian_coefficient", name)
+    for axis, (name, text) in zip(grid.flat, measures.items(), strict=False):
+        for n, (title, rows, colour, dashes) in enumerate(series):
+            curve = _over_seeds(rows, by, name)
             errors = np.nan_to_num(np.maximum([curve["value"] - curve["low"], curve["high"] - curve["value"]], 0))
-            axis.errorbar(
-                curve["jacobian_coefficient"], curve["value"], errors, marker=markers[n % len(markers)], capsize=2,
-                linestyle=DASHES[n % len(DASHES)], color=plt.get_cmap("viridis")(0.15 + 0.6 * n / max(1, len(panels))),
-                label=panel or "pair",
-            )  # fmt: skip
-        axis.set(ylabel=label)
-        axis.set_xscale("symlog", linthresh=smallest, linscale=0.6)
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        values = sorted(table["jacobian_coefficient"].unique())
-        axis.set_xticks(values, [f"{v:g}" for v in values])
+            look = {"marker": _MARKERS[n % len(_MARKERS)], "linestyle": dashes, "color": colour, "capsize": 2}
+            axis.errorbar([values.index(v) for v in curve[by]], curve["value"], errors, label=title or "pair", **look)
+        axis.set(ylabel=text)
+        axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
     for axis in grid[1]:
-        axis.set_xlabel("Jacobian coefficient λ")
+        axis.set_xlabel(label)
     figure.tight_layout()
-    if len(panels) > 1:
+    if len(series) > 1:
         _legend(figure, grid[0][0], columns=3)
     ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
-    return figure, table[["jacobian_key", "panel", "jacobian_coefficient", "seed", *ends]]
+    return figure, table[["jacobian_key", "panel", "layer", "jacobian_coefficient", "seed", *ends]]
 
 
 def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
@@ -476,6 +498,7 @@ FIGURES = {
         jacobian_linearity,
         jacobian_ablation,
         jacobian_sweep,
+        jacobian_layers,
         jacobian_pareto,
     )
 }

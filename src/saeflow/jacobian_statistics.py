@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saeflow.bootstrap import interval, ratio, resampled
+from saeflow.bootstrap import central, ratio, resampled_sums
 from saeflow.config import JacobianConfig
 
 NORMS = ("none", "l1", "l2", "rms")
@@ -112,8 +112,8 @@ class Tally:
         value = ratio(numerator.sum(0), denominator.sum())
         if self.n_documents < 2:
             return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-        n = self.config.bootstrap_samples
-        return value, *interval(ratio(resampled(numerator, n), resampled(denominator, n).reshape(shape)))
+        n = self.config.resamples
+        return value, *central(ratio(resampled_sums(numerator, n), resampled_sums(denominator, n).reshape(shape)))
 
 
 def token_statistics(size: Tensor, n: Tensor) -> dict[str, Tensor]:
@@ -234,8 +234,8 @@ def _above_rms(tally: Tally) -> pa.Table:
     value = fraction(parts.sum(0))
     low = high = np.full_like(value, np.nan)
     if tally.n_documents > 1:
-        replicates = resampled(parts, tally.config.bootstrap_samples)
-        low, high = interval(np.array([fraction(row) for row in replicates]))
+        replicates = resampled_sums(parts, tally.config.resamples)
+        low, high = central(np.array([fraction(row) for row in replicates]))
     per_token = value * total.sum() / tally.n_tokens
     columns = {"normalisation": ["rms_all"] * len(wanted), "threshold": wanted, "values_above_per_token": per_token}
     return pa.table(columns | {"fraction": value, "fraction_low": low, "fraction_high": high})

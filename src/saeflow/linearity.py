@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saeflow.bootstrap import interval, ratio, resampled
+from saeflow.bootstrap import central, ratio, resampled_sums
 from saeflow.jacobian_maps import Pair
 
 POINTS = 100
@@ -182,7 +182,7 @@ def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
     value = measures(sums.sum(0))
     low = high = np.full_like(value, np.nan)
     if len(which) > 1:
-        low, high = interval(measures(resampled(sums, n_samples)))
+        low, high = central(measures(resampled_sums(sums, n_samples)))
     out: dict[str, Any] = {"linearity_samples": len(J)}
     for name, *ends in zip([*names, "ablation_slope", "ablation_r2"], value, low, high, strict=True):
         for suffix, number in zip(("", "_low", "_high"), ends, strict=True):
