@@ -287,7 +287,10 @@ def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folde
     assert histogram["count_per_token"].sum() + summary["overflow_per_token"] == pytest.approx(24)
     assert list(histogram.columns)[:4] == ["bin_left", "bin_right", "count_per_token", "above_per_token"]
     title, *lines = (job.path / "table.txt").read_text().splitlines()
-    assert title.startswith(f"{IN} to {OUT}, 100 tokens: at the true input") and len(lines) == 19
+    assert (
+        title.startswith(f"{IN} to {OUT}, k = 6, Jacobian coefficient 0, 100 tokens: at the true input")
+        and len(lines) == 19
+    )
     assert lines[0].startswith("There are ") and lines[0].endswith(" values above 0.002.")
 
 

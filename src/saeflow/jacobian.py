@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("saeflow")
 
 
-# -------------------------------------------------------------------- job
 def jacobian_job(job: Job) -> dict[str, Any]:
     """Studies the pair or the transcoder of a job and writes its folder.
 
@@ -92,9 +91,15 @@ def jacobian_job(job: Job) -> dict[str, Any]:
         lines = notebook_lines(found.tally)
         for line in lines:
             log.info(line)
-        title = f"{summary['hook_name']} to {summary['hook_name_out']}, {summary['n_tokens']} tokens: "
-        (out / "table.txt").write_text("\n".join([title + summary["convention"], *lines]) + "\n")
+        (out / "table.txt").write_text("\n".join([_title(summary), *lines]) + "\n")
     return summary
+
+
+def _title(summary: dict[str, Any]) -> str:
+    of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
+    of = "transcoder" if summary["kind"] == "transcoder" else of
+    where = f"{summary['hook_name']} to {summary['hook_name_out']}"
+    return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
 
 
 class _Found(NamedTuple):

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from saeflow.config import JacobianConfig
 from saeflow.jacobian_maps import Blocks
@@ -75,13 +76,8 @@ class PairSums:
 
     def add(self, blocks: Blocks) -> None:
         self.n_tokens += len(blocks.J)
-        if self.shared:  # the same pairs on each token: they are summed at once
-            J = blocks.J.double()
-            sums = tuple(v.sum(0).flatten().cpu().numpy() for v in (J, J.abs(), J.square()))
-            n_pairs = self.n_out * self.n_in
-            self._push(_Run(np.arange(n_pairs), np.full(n_pairs, len(J)), sums))
-            self.active_output += len(J)
-            self.active_input += len(J)
+        if self.shared:
+            self._add_shared(blocks.J.double())
             return
         on_in, on_out = blocks.values_in > 0, blocks.values_out > 0
         self.active_input += np.bincount(blocks.inputs[on_in].cpu().numpy(), minlength=self.n_in)
@@ -92,6 +88,19 @@ class PairSums:
         self._waiting += len(self._gathered[-1][0])
         if self._waiting >= GATHERED:
             self._sort()
+
+    def _add_shared(self, J: Tensor) -> None:
+        """J (N, n_out, n_in) of the same pairs on each token, as many as the model is wide: they need no sorting."""
+        sums = [v.sum(0).flatten().cpu().numpy() for v in (J, J.abs(), J.square())]
+        before = self._runs.pop() if self._runs else None
+        keys, count = np.arange(self.n_out * self.n_in), np.full(self.n_out * self.n_in, len(J))
+        if before is not None:
+            count += before.count
+            for total, held in zip(sums, before.sums, strict=True):
+                total += held
+        self._runs = [_Run(keys, count, tuple(sums))]
+        self.active_output += len(J)
+        self.active_input += len(J)
 
     def pairs(self) -> Pairs:
         self._sort()

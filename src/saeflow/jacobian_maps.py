@@ -29,7 +29,7 @@ from saeflow.kernels.jacobian import jacobian_chunks, jacobian_of_any, make_prod
 from saeflow.mlp import Block, ModuleBlock
 
 LATENT_ELEMENTS = 1 << 24  # of one (tokens, n) tensor of pre-activations: 64 MiB in float32
-GATHERED_ELEMENTS = 1 << 20  # of one (tokens, k, d) or (tokens, p, d) tensor: 4 MiB in float32
+GATHERED_ELEMENTS = 1 << 22  # of one (tokens, k, d) or (tokens, p, d) tensor: 16 MiB in float32
 TOKENS_THROUGH_MODULES = 64  # at once, whose k decoder rows are pushed through a block without closed form
 
 
