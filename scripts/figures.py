@@ -22,8 +22,9 @@ def figures(jobs: list[Job]) -> str:
     for folder in job.inputs("jacobian"):
         summary = json.loads((folder / "summary.json").read_text())
         sites = f"{readable(summary['hook_name'])} → {readable(summary['hook_name_out'])}"
-        of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}"
-        label = f"{sites}, {'transcoder' if summary['kind'] == 'transcoder' else of}"
+        pair = summary["kind"] == "pair"
+        of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}" if pair else "transcoder"
+        label = f"{sites}, {of}"
         histograms.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, label=label))
     jacobians = pd.concat(histograms) if histograms else pd.DataFrame()
     tables = Tables(evaluations, training, jacobians, read_studies(job.inputs("jacobian"), evaluations))

@@ -96,8 +96,9 @@ def jacobian_job(job: Job) -> dict[str, Any]:
 
 
 def _title(summary: dict[str, Any]) -> str:
-    of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
-    of = "transcoder" if summary["kind"] == "transcoder" else of
+    of = "transcoder"
+    if summary["kind"] == "pair":
+        of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
     where = f"{summary['hook_name']} to {summary['hook_name_out']}"
     return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
 
@@ -269,7 +270,7 @@ def _identity(
         "seed": first.seed,
         "randomise": job.config["model"].get("randomise", "none"),
         "randomise_seed": job.config["model"].get("randomise_seed"),
-        "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0),
+        "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0) if len(dictionaries) == 2 else None,
         "at": config.at,
         "norm": config.norm if norm else "outside",
         "convention": convention,
