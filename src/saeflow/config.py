@@ -60,7 +60,11 @@ class TokensConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
-    processing, which changes activations."""
+    processing, which changes activations.
+
+    `randomise` replaces the weight matrices, as a control (`saeflow.randomise`): `reinit` draws them as at the start of
+    training, `permuted` shuffles their rows and columns; by `randomise_seed`.
+    """
 
     name: str
     path: str | None = None
@@ -69,8 +73,11 @@ class ModelConfig:
     fold_ln: bool = False
     center_writing_weights: bool = False
     center_unembed: bool = False
+    randomise: Literal["none", "reinit", "permuted"] = "none"
+    randomise_seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.randomise_seed >= 0, "model.randomise_seed", self.randomise_seed, "0 or more")
         if (self.path is None) == (self.hub is None):
             raise ConfigError("model: set exactly one of model.path (a local folder) and model.hub (a hub name)")
 
@@ -295,17 +302,46 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class JacobianConfig:
-    """`n_tokens` held-out tokens (position 0 left out); the histogram has `bins` equal bins on [0, `max_value`]."""
+    """`n_tokens` held-out tokens (position 0 left out); the histogram has `bins` equal bins on [0, `max_value`].
+
+    `at`: whether the Jacobian is taken at the true input of f or at its reconstruction by the input dictionary. `norm`
+    matters where f begins before the norm: `ignored` leaves it out of f but for its gain and bias (notebook 000's
+    `ignore_ln`, whose MLP reads the residual stream as it is).
+    `thresholds` are of |J| itself and of J divided by a token's L1 or L2 norm, `relative_thresholds` in units of the
+    RMS of J. Intervals over documents come from `resamples` resamples.
+
+    The Jacobians of the first `stored_tokens` tokens are stored whole. The `top_pairs` pairs by each statistic, and the
+    `top_inputs` inputs of the outputs among them, are those active together on `min_count` tokens or more, and each
+    comes with up to `contexts` windows of `window` tokens. `linearity_samples` functions of one latent by another are
+    looked at. With `transcoders`, the Jacobian of every transcoder's input-output map is studied too.
+    """
 
     n_tokens: int = 16384
+    at: Literal["input", "reconstruction"] = "input"
+    norm: Literal["inside", "ignored"] = "inside"
     bins: int = 200
     max_value: float = 0.5
     thresholds: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02)
+    relative_thresholds: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0)
+    resamples: int = 1000
+    stored_tokens: int = 1024
+    top_pairs: int = 32
+    top_inputs: int = 16
+    min_count: int = 12
+    contexts: int = 12
+    window: int = 16
+    linearity_samples: int = 1000
+    transcoders: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "bins"):
+        for name in ("n_tokens", "bins", "resamples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):
+            _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
+        for name in ("contexts", "window", "linearity_samples"):
             _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
         _require(self.max_value > 0, "jacobian.max_value", self.max_value, "more than 0")
+        for name in ("thresholds", "relative_thresholds"):
+            legal = all(value > 0 for value in getattr(self, name))
+            _require(legal, f"jacobian.{name}", list(getattr(self, name)), "a list of numbers above 0")
 
 
 @dataclass(frozen=True)

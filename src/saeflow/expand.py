@@ -58,7 +58,12 @@ class _Expander:
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
         sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
-        tree["model"] = {"weights": weights, **processing}
+        arm, of_arm = "", {}
+        if point.model.randomise != "none":  # other weights: what was made for the trained ones does not fit
+            of_arm = {k: tree["model"][k] for k in ("randomise", "randomise_seed")}
+            weights = short_hash([weights, of_arm], 32)
+            arm = f"-{point.model.randomise}{point.model.randomise_seed}"
+        tree["model"] = {"weights": weights, **processing, **of_arm}
 
         def instance(stage: str, label: str, needs: dict[str, list[str]], **extra: Any) -> str:
             config = _project(tree, STAGES[stage].reads) | extra
@@ -74,7 +79,7 @@ class _Expander:
         # One store a (model, processing, packing, dtype); neither the hooks nor the number of rows are in its key, so
         # that both can grow in place.
         stored = _project(tree, STAGES["activations"].reads)
-        store = f"{point.model.name}-{point.activations.dtype}-" + short_hash(
+        store = f"{point.model.name}{arm}-{point.activations.dtype}-" + short_hash(
             [STAGES["activations"].version, stored, packing]
         )
 
@@ -111,6 +116,9 @@ class _Expander:
         if d.kind in ("pair", "jacobian"):
             keys = list(dict.fromkeys(key for key, _, _ in dictionaries))
             instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
+        elif d.kind == "transcoder" and point.jacobian.transcoders:
+            needs = {"train": [dictionaries[0][0]], "tokens": [tokens["held_out"]]}
+            instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
         for key, part, writes in dictionaries:
             needs = {"train": [key], "tokens": [tokens["held_out"]], "activations": [column(writes)]}
             instance("evaluate", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
@@ -118,7 +126,7 @@ class _Expander:
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""
         needs = {s: sorted(self.plan.stages[s]) for s in ("train", "jacobian", "evaluate") if self.plan.stages[s]}
-        wanted = [f for f in figures if f != "jacobian_histogram" or self.plan.stages["jacobian"]]
+        wanted = [f for f in figures if not f.startswith("jacobian") or self.plan.stages["jacobian"]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
     def _instance(
@@ -167,10 +175,16 @@ class _Expander:
                 raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {hook}")
         rows = point.tokens.held_out_tokens // point.tokens.context_size
         usable = rows * (point.tokens.context_size - 1)
-        if point.dictionary.kind not in ("pair", "jacobian"):
+        pair = point.dictionary.kind in ("pair", "jacobian")
+        if not pair and not (point.dictionary.kind == "transcoder" and point.jacobian.transcoders):
             return
         assert point.site.hook_name_out is not None
-        models.block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel)
+        _, norm, _ = models.block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel)
+        if point.jacobian.norm == "ignored" and not (norm and pair):
+            raise ConfigError(
+                "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
+                "with a pair and site=mlp_before_norm, or set jacobian.norm=inside"
+            )
         if point.jacobian.n_tokens > usable:
             raise ConfigError(
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "

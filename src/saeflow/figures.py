@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from saeflow import jacobian_figures
+from saeflow.jacobian_figures import Studies
 
 # Okabe and Ito's colours, safe for colour-blind readers; every series has a marker of its own too, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -49,7 +53,9 @@ class Tables(NamedTuple):
     training: pd.DataFrame
     """One row a logged step of each dictionary: `metrics.parquet` with the columns of `identity`."""
     jacobians: pd.DataFrame
-    """One row a histogram bin of each pair; empty where no pair was studied."""
+    """One row a histogram bin of each study, named by its `label`; empty where there is none."""
+    studies: Studies | None = None
+    """Those of pairs, with all their tables."""
 
 
 def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -83,7 +89,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         ):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=readable(hook))
         axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -106,7 +112,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
         name = str(series).replace("SAELens ", "SAELens\n")  # side by side, long names would touch
-        axes[0][column].set_title(f"{name}\n{_readable(str(hook))}")
+        axes[0][column].set_title(f"{name}\n{readable(str(hook))}")
         axes[1][column].set_xlabel("tokens (thousands)")
         handles, labels = axes[0][column].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -126,8 +132,7 @@ def jacobian_histogram(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     table = tables.jacobians
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 2.8))
     for i, (_, rows) in enumerate(table.groupby("jacobian_key", sort=True)):
-        first = rows.iloc[0]
-        label = f"{_readable(first['hook_name'])} → {_readable(first['hook_name_out'])}, k = {first['k']}"
+        label = rows["label"].iloc[0]
         edges = np.append(rows["bin_left"], rows["bin_right"].iloc[-1])
         colour = COLOURS[i % len(COLOURS)]
         left.stairs(rows["count_per_token"], edges, color=colour, label=label)
@@ -146,6 +151,7 @@ FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "training_curves": training_curves,
     "jacobian_histogram": jacobian_histogram,
 }
+FIGURES |= {name: partial(lambda f, tables: f(tables.studies), f) for name, f in jacobian_figures.FIGURES.items()}
 
 
 def draw(name: str, tables: Tables, folder: Path) -> None:
@@ -176,7 +182,7 @@ def _series(saelens: object, skip: bool, kind: str, activation: str) -> str:
     return ("skip " if skip else "") + KINDS[kind, activation.replace("batchtopk", "jumprelu")]
 
 
-def _readable(hook_name: str) -> str:
+def readable(hook_name: str) -> str:
     """`blocks.2.hook_mlp_out` as `layer 2, mlp_out`."""
     parts = hook_name.split(".")
     name = ".".join(parts[2:]).replace("hook_", "")
