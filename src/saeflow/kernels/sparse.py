@@ -51,8 +51,10 @@ class Pattern:
             by_latent = ByLatent(torch.empty_like(latents), torch.empty_like(latents), latents.new_empty(n + 1))
             loops.transpose(latents.numpy(), self.starts.numpy(), *(t.numpy() for t in by_latent))
             return by_latent
-        order = torch.sort(latents, stable=True).indices
-        starts = torch.searchsorted(latents[order], torch.arange(n + 1, device=order.device))
+        short = latents.to(torch.int16 if n <= 1 << 15 else torch.int32)  # sorting goes by bytes
+        found, order = torch.sort(short, stable=True)
+        starts = self.starts.new_zeros(n + 1)
+        torch.searchsorted(found, torch.arange(n, dtype=short.dtype, device=order.device), right=True, out=starts[1:])
         tokens = torch.repeat_interleave(self.starts.diff(), output_size=len(order))
         return ByLatent(tokens[order], order, starts)
 

@@ -312,6 +312,9 @@ class _Sparse:
         """Adds f W_dec to error (N, p); returns its rows' squared norms (N,). Keeps the gradient of
         sum_t w_t |error_t|^2 + penalty . f_t towards the pre-activations."""
         values, (latents, starts) = self.values, (self.pattern.latents, self.pattern.starts)
+        if (gpu := loops.on_gpu(error)) is not None:
+            squares, self.g_values = gpu.reconstruct(values, latents, starts, W_dec, 2 * w, penalty, error)
+            return squares
         if not loops.serve(error):
             error += sum_rows(W_dec, latents, starts, values)
             self.g_values = inner_products(error * (2 * w)[:, None], W_dec, latents, starts).add_(penalty[latents])
@@ -329,6 +332,8 @@ class _Sparse:
         if loops.serve(error):
             return self._gradients_in_loops(error, w, W_dec)
         tokens, order, starts = self.pattern.by_latent
+        if (gpu := loops.on_gpu(error)) is not None:
+            return gpu.gradients(values, g_values, error, 2 * w, self.x, *self.pattern.by_latent)
         values, g_values = values[order], g_values[order]
         encoder = sum_rows(self.x, tokens, starts, g_values)
         decoder = sum_rows(error * (2 * w)[:, None], tokens, starts, values)
