@@ -2,8 +2,9 @@
 
 Shapes as in the library: N tokens, d inputs, p outputs (p = d for an SAE), n latents. SAELens's loss, against which the
 others' are described, is the squared error summed over p and averaged over N, plus, with L1,
-l1 × mean_t Σ_i f_ti ‖W_dec,i‖. All peers: float32, on the device of the problem's weights, Adam with betas 0.9 and 0.999, constant learning rate, no
-warm-up of any kind, no normalisation of activations, no logging. The batch is never changed.
+l1 × mean_t Σ_i f_ti ‖W_dec,i‖. All peers: float32, on the device of the problem's weights, Adam with betas 0.9 and
+0.999, constant learning rate, no warm-up of any kind, no normalisation of activations, no logging. The batch is never
+changed.
 
 SAELens is in .venv. The other two are installed by `install` when they are first asked for.
 """

@@ -76,7 +76,7 @@ class Ours:
 
 
 def problem_of(kind: str, d: int, n: int, active: int, device: str = "cpu") -> Problem:
-    """Random unit rows, on `device`. TopK keeps `active` latents; with L1 biases make about so many of a token active."""
+    """Random unit rows. TopK keeps `active` latents; with L1 biases make about so many of a token active."""
     generator = torch.Generator().manual_seed(0)
     W_dec, W_enc = (torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1) for _ in range(2))
     bias = 0.0 if kind == "topk" else torch.special.ndtri(torch.tensor(active / n)).item()

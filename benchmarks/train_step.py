@@ -6,10 +6,10 @@ at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk
 
 Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
 step: ours is `Trainer.take`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in every
-round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps. `peak_bytes_over_saelens`: by
-how much the memory of a process grows from before the weights are made to its peak over three steps, ours over theirs;
-a step of a tiny problem comes first, which loads code. On a GPU (`--device cuda`) it is the memory allocated there,
-and a time is that of ten steps that nothing waits for but the last.
+round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps.
+`peak_bytes_over_saelens`: by how much the memory of a process grows from before the weights are made to its peak over
+ten steps, ours over theirs; a step of a tiny problem comes first, which loads code. On a GPU (`--device cuda`) memory
+is that allocated there, and a time is a tenth of that of ten steps one after the other.
 sparsify trains no L1 dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
 """
 
@@ -151,7 +151,7 @@ def peak_bytes(name: str, kind: str, size: str) -> int:
         torch.cuda.reset_peak_memory_stats()
     before = peak()
     contender = make(problem_of(kind, d, n, ACTIVE[kind], args.device))
-    for _ in range(3):
+    for _ in range(10):
         contender.step(*data[0])
     return peak() - before
 

@@ -784,7 +784,7 @@ def test_training_on_a_gpu_goes_on_with_identical_bytes(name, route):
 def test_a_step_never_waits_for_the_gpu(name, route):
     if route not in GPU:
         pytest.skip("a CPU is not waited for")
-    trainer = trained(trainer_of(name, "cuda", log_every=1000), last=2)  # the first step writes a row of metrics
+    trainer = trained(trainer_of(name, "cuda", log_every=1000), last=5)  # then its steps are recorded
     x = torch.randn(256, 16)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -792,3 +792,21 @@ def test_a_step_never_waits_for_the_gpu(name, route):
             trainer.take((x, x))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_recorded_relu_step_has_room_for_more_and_for_fewer_pairs(route):
+    if route != "triton":
+        pytest.skip("not recorded")
+    mine, theirs = (trainer_of("relu", "cuda", log_every=1000) for _ in range(2))
+    theirs.alike = -1000  # never recorded
+    rooms = set()
+    for step, shift in enumerate([0.0] * 10 + [0.5, -1.0, -1.0, 0.5, -10.0, -10.0, 0.0]):
+        x = drawing(step, dtype=torch.float32)(256, 16)
+        for trainer in (mine, theirs):
+            trainer.sparse = True
+            trainer.weights.b_enc.add_(shift)
+            trainer.take((x,))
+        rooms.add(mine.recorded.room if mine.recorded else 0)
+    assert len(rooms) > 3
+    assert all(torch.equal(a, b) for a, b in zip(mine.weights.parameters(), theirs.weights.parameters(), strict=True))

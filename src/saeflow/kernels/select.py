@@ -46,7 +46,7 @@ def top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | Non
     x (N, d), encoder (n, d), b_enc (n,). `scale` (n,), positive: latents compete by value times scale.
     """
     starts = torch.arange(0, len(x) * k + 1, k, device=x.device)
-    if (sieve := _sieve_on_gpu(x, encoder)) is not None:
+    if (sieve := sieve_on_gpu(x, encoder)) is not None:
         values, latents = sieve.top_k(x, encoder, b_enc, k, scale)
         return Active(values.view(-1), latents.view(-1), starts)
     parts = [part.top_k(k) for part in _products(x, encoder, b_enc, scale, bf16)]
@@ -56,8 +56,10 @@ def top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | Non
 
 def positive(x: Tensor, encoder: Tensor, b_enc: Tensor, bf16: bool = False) -> Active:
     """All pairs with x encoder^T + b_enc above 0 (on a GPU some with value 0)."""
-    if (sieve := _sieve_on_gpu(x, encoder)) is not None:
-        return Active(*sieve.positive(x, encoder, b_enc))
+    if (sieve := sieve_on_gpu(x, encoder)) is not None:
+        listed, starts = sieve.maybe_positive(x, encoder, b_enc)
+        values, latents = sieve.positive(listed, starts, x, encoder, b_enc, int(starts[-1]))
+        return Active(values, latents, starts)
     found = _joined([part.above(0.0) for part in _products(x, encoder, b_enc, None, bf16)])
     return _valued(found, x, encoder, b_enc, None, bf16)
 
@@ -171,7 +173,7 @@ def _products(
             yield _InLoops(torch.addmm(b_enc, x[rows], encoder.T, out=out))
 
 
-def _sieve_on_gpu(x: Tensor, encoder: Tensor) -> ModuleType | None:
+def sieve_on_gpu(x: Tensor, encoder: Tensor) -> ModuleType | None:
     """The loops that select by the bfloat16 product, where x and encoder are for them."""
     gpu = loops.on_gpu(x)
     return gpu if gpu is not None and x.dtype == torch.float32 and len(encoder) <= gpu.MOST_LATENTS else None

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_LATENTS = 1 << 16  # of which a row is sieved in registers, and whose numbers fit into 16 bits
-ROWS, WIDTH = 16, 128  # of the tile that a program gathers at a time
-WARPS = 4
-LATENTS_A_WARP = 1024  # in the sieve
+MOST_LATENTS = 1 << 16  # whose numbers fit into 16 bits
+ROWS, WIDTH = 4, 128  # of the tile that a program gathers at a time
+WARPS = 1
+LONG = 256  # pairs of a latent, from which on it is summed by larger programs
+LONG_ROWS, LONG_WIDTH, LONG_WARPS = 64, 32, 4
+SIEVED = 2048  # numbers of the product that a program looks at at a time
 
 
 # ------------------------------------------------------------------------------------------------ sums and products
@@ -61,8 +63,9 @@ def gradients(
     n, d, p = len(starts) - 1, x.shape[1], error.shape[1]
     found = x.new_empty(n, d), x.new_empty(n), x.new_empty(n, p), x.new_empty(n)
     tensors = values, g_values, error, double_w, x.contiguous(), tokens, order, starts, *found
-    grid = n, triton.cdiv(max(d, p), WIDTH)
-    _gradients[grid](*tensors, d, p, ROWS, WIDTH, num_warps=WARPS)
+    _gradients[n, triton.cdiv(max(d, p), WIDTH)](*tensors, d, p, LONG, ROWS, WIDTH, num_warps=WARPS)
+    grid = triton.cdiv(n, 64), triton.cdiv(max(d, p), LONG_WIDTH)
+    _long_gradients[grid](*tensors, n, d, p, LONG, LONG_ROWS, LONG_WIDTH, num_warps=LONG_WARPS)
     return found
 
 
@@ -160,10 +163,52 @@ def _gradients(
     activity,
     d,
     p,
+    LONG: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
     latent = tl.program_id(0).to(tl.int64)
+    given = values, g_values, error, double_w, x, tokens, order, starts, encoder, b_enc, W_dec, activity
+    if tl.load(starts + latent + 1) - tl.load(starts + latent) <= LONG:
+        _gradients_of(latent, given, d, p, R, W)
+
+
+@triton.jit
+def _long_gradients(
+    values,
+    g_values,
+    error,
+    double_w,
+    x,
+    tokens,
+    order,
+    starts,
+    encoder,
+    b_enc,
+    W_dec,
+    activity,
+    n,
+    d,
+    p,
+    LONG: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Those that `_gradients` leaves out, among 64 latents."""
+    first = tl.program_id(0).to(tl.int64) * 64
+    latents = first + tl.arange(0, 64)
+    there = latents < n
+    counts = tl.load(starts + latents + 1, mask=there, other=0) - tl.load(starts + latents, mask=there, other=0)
+    given = values, g_values, error, double_w, x, tokens, order, starts, encoder, b_enc, W_dec, activity
+    if tl.max(counts, axis=0) > LONG:
+        for latent in range(first, tl.minimum(first + 64, n)):
+            if tl.load(starts + latent + 1) - tl.load(starts + latent) > LONG:
+                _gradients_of(latent, given, d, p, R, W)
+
+
+@triton.jit
+def _gradients_of(latent, given, d, p, R: tl.constexpr, W: tl.constexpr):
+    values, g_values, error, double_w, x, tokens, order, starts, encoder, b_enc, W_dec, activity = given
     columns = tl.program_id(1) * W + tl.arange(0, W)
     last = tl.load(starts + latent + 1)
     read, written = tl.zeros((R, W), x.dtype.element_ty), tl.zeros((R, W), x.dtype.element_ty)
@@ -188,7 +233,7 @@ def _gradients(
 
 # --------------------------------------------------------------------------------------------------------- selection
 def top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values (N, k) before scaling and latents (N, k), ascending, of `select.top_k`, in float32; n <= MOST_LATENTS."""
+    """Values (N, k) before scaling and latents (N, k) of `select.top_k`, in float32; n <= MOST_LATENTS."""
     x, encoder = x.contiguous(), encoder.contiguous()
     N, d = x.shape
     listed, counts = _sieved(x, encoder, b_enc, scale, k)
@@ -200,34 +245,43 @@ def top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | Non
     return values, latents
 
 
-def positive(x: Tensor, encoder: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (P,), latents (P,) and starts (N + 1,) of all pairs above 0, and of some at 0; n <= MOST_LATENTS."""
-    x, encoder = x.contiguous(), encoder.contiguous()
-    N, d = x.shape
-    listed, counts = _sieved(x, encoder, b_enc, None, 0)
-    starts = torch.zeros(N + 1, dtype=torch.int64, device=x.device)
+def maybe_positive(x: Tensor, encoder: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token the latents that can be above 0, ascending, the first of a row (N, n) int16, which holds unsigned
+    numbers; and starts (N + 1,) of the pairs that these are. n <= MOST_LATENTS."""
+    listed, counts = _sieved(x.contiguous(), encoder.contiguous(), b_enc, None, 0)
+    starts = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(counts, 0, out=starts[1:])
-    pairs = int(starts[-1])  # waits
-    values, latents = x.new_empty(pairs), starts.new_empty(pairs)
+    return listed, starts
+
+
+def positive(
+    listed: Tensor, starts: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, room: int
+) -> tuple[Tensor, Tensor]:
+    """After `maybe_positive`: values and latents of its pairs. `room`: how many there are or more; what is too much
+    follows as pairs of latent n and of no token."""
+    x, encoder = x.contiguous(), encoder.contiguous()
+    values, latents = x.new_zeros(room), starts.new_full((room,), len(b_enc))
     tensors = listed, starts, x, encoder, b_enc, values, latents
-    _collect[(N,)](*tensors, len(b_enc), d, ROWS, WIDTH, num_warps=WARPS)
-    return values, latents, starts
+    _collect[(len(x),)](*tensors, len(b_enc), x.shape[1], ROWS, WIDTH, num_warps=WARPS)
+    return values, latents
 
 
 def _sieved(x: Tensor, encoder: Tensor, b_enc: Tensor, scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Of each token the latents that can be among the k largest (k > 0), or above 0: ascending, the first of a row
-    (N, n) int16, which holds unsigned numbers; and how many they are (N,) int32."""
+    (N, n) int16, which holds unsigned numbers; and how many they are (N,) int32, with k > 0 fewer than k only where all
+    others are at most 0."""
     x16, *x_norms = _rounded(x, None)
     encoder16, *norms = _rounded(encoder, scale)
     with _summing_in_float32():
         products = x16 @ encoder16.T
-    counts = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    n = len(b_enc)
-    block = triton.next_power_of_2(n)
-    tensors = products, products.view(torch.int16), *x_norms, *norms, b_enc, scale, counts
-    warps = min(max(block // LATENTS_A_WARP, 1), 32)
-    _sieve[(len(x),)](*tensors, n, x.shape[1], k, block, num_warps=warps)
-    return products.view(torch.int16), counts
+    N, n = products.shape
+    counts = torch.empty(N, dtype=torch.int32, device=x.device)
+    groups = min(max(triton.next_power_of_2(8 * k), 128), 8192)
+    tokens = max(SIEVED // groups, 1)
+    listed = products.view(torch.int16)
+    tensors = products, listed, *x_norms, *norms, b_enc, scale, counts
+    _sieve[(triton.cdiv(N, tokens),)](*tensors, N, n, x.shape[1], k, tokens, groups, num_warps=4)
+    return listed, counts
 
 
 @contextmanager
@@ -270,51 +324,82 @@ def _round_rows(rows, scale, rounded, norms, rests, d, W: tl.constexpr):
 
 
 @triton.jit
-def _bisected(row, k, slack):
-    """Numbers low < high, and how many of the row exceed low: k to k + slack of them if possible, else adjacent
-    numbers with fewer than k above high; or 0, the largest, and fewer than k."""
-    finite = tl.where(row == row, tl.minimum(row, 3.4e38), 0.0)
-    low, high = tl.max(finite, axis=0) * 0.0, tl.maximum(tl.max(finite, axis=0), 0.0)
-    exceed = tl.sum((~(row <= low)).to(tl.int32), axis=0)
+def _bisected(rows, k, slack):
+    """Of each row (T, m) of numbers no larger than 3.4e38: numbers low < high, and how many of the row exceed low: k to
+    k + slack of them if possible, else low and high are adjacent and fewer than k exceed high; or 0, the largest, and
+    fewer than k."""
+    high = tl.maximum(tl.max(rows, axis=1), 0.0)
+    low = high * 0.0
+    exceed = tl.sum((rows > low[:, None]).to(tl.int32), axis=1)
     middle = 0.5 * high
-    while (exceed > k + slack) & (low < middle) & (middle < high):
-        count = tl.sum((~(row <= middle)).to(tl.int32), axis=0)
-        low, high = tl.where(count >= k, middle, low), tl.where(count >= k, high, middle)
-        exceed = tl.where(count >= k, count, exceed)
+    going = (exceed > k + slack) & (low < middle) & (middle < high)
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        count = tl.sum((rows > middle[:, None]).to(tl.int32), axis=1)
+        low, high = tl.where(going & (count >= k), middle, low), tl.where(going & (count < k), middle, high)
+        exceed = tl.where(going & (count >= k), count, exceed)
         middle = 0.5 * low + 0.5 * high
+        going = (exceed > k + slack) & (low < middle) & (middle < high)
     return low, high, exceed
 
 
 @triton.jit
-def _sieve(products, listed, x_norms, x_rests, norms, rests, b_enc, scale, counts, n, d, k, BLOCK: tl.constexpr):
-    """`listed` is the same memory as `products`. See `loops._bounds` for what rules a latent out."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+def _bounds(products, norm, rest, norms, rests, b_enc, scale, token, columns, there, n, d):
+    """Of a tile (T, G): the middles of what `loops._bounds` gives, and how far off they may be."""
     inside = columns < n
-    product = tl.load(products + token * n + columns, mask=inside, other=0).to(tl.float32)
+    place = token[:, None] * n + columns[None, :]
+    product = tl.load(products + place, mask=there[:, None] & inside[None, :], other=0).to(tl.float32)
     bias = tl.load(b_enc + columns, mask=inside, other=0)
     if scale is not None:
         bias *= tl.load(scale + columns, mask=inside, other=0)
-    norm = tl.load(x_norms + token)
-    rounding = (2.0 * d + 32.0) * 5.9604645e-8
-    a = 1.001 * tl.load(x_rests + token) + 2.0 * rounding * norm
-    error = a * tl.load(norms + columns, mask=inside, other=0)
-    error += 1.005 * norm * tl.load(rests + columns, mask=inside, other=0)
-    error += 0.00393 * tl.abs(product) + 5e-7 * tl.abs(bias)
-    middle = product + bias
-    bound = 0.0
+    a = 1.001 * rest + (2.0 * d + 32.0) * 1.1920929e-7 * norm
+    error = a[:, None] * tl.load(norms + columns, mask=inside, other=0)[None, :]
+    error += (1.005 * norm)[:, None] * tl.load(rests + columns, mask=inside, other=0)[None, :]
+    error += 0.00393 * tl.abs(product) + 5e-7 * tl.abs(bias)[None, :]
+    return product + bias[None, :], error
+
+
+@triton.jit
+def _sieve(
+    products,
+    listed,
+    x_norms,
+    x_rests,
+    norms,
+    rests,
+    b_enc,
+    scale,
+    counts,
+    N,
+    n,
+    d,
+    k,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """`listed` is the same memory as `products`. The k-th largest of the largest of groups of latents is at most the
+    k-th largest of all, and where groups are many it is little less."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    there = token < N
+    norm, rest = tl.load(x_norms + token, mask=there, other=0), tl.load(x_rests + token, mask=there, other=0)
+    bound = norm * 0.0
     if k > 0:
-        bound, _, _ = _bisected(tl.where(inside, middle - error, -1.0), k, k // 4 + 2)
-    found = inside & ~(middle + error <= bound)
-    count = tl.sum(found.to(tl.int32), axis=0)
-    if count < k:  # the first of the others are kept with value 0
-        others = inside & ~found
-        found = found | (others & (tl.cumsum(others.to(tl.int32), axis=0) <= k - count))
-        count = k
-    place = tl.cumsum(found.to(tl.int32), axis=0) - 1
-    tl.debug_barrier()  # all have read
-    tl.store(listed + token * n + place, columns.to(tl.int16), mask=found)
-    tl.store(counts + token, count)
+        largest = tl.zeros((TOKENS, GROUPS), tl.float32)
+        for c in range(0, n, GROUPS):
+            columns = c + tl.arange(0, GROUPS)
+            middle, error = _bounds(products, norm, rest, norms, rests, b_enc, scale, token, columns, there, n, d)
+            lower = tl.where(columns[None, :] < n, middle - error, 0.0)
+            largest = tl.maximum(largest, tl.where(lower == lower, tl.minimum(lower, 3.4e38), 3.4e38))
+        bound, _, _ = _bisected(largest, k, k // 8)
+    count = tl.zeros((TOKENS,), tl.int32)
+    for c in range(0, n, GROUPS):
+        columns = c + tl.arange(0, GROUPS)
+        middle, error = _bounds(products, norm, rest, norms, rests, b_enc, scale, token, columns, there, n, d)
+        found = (columns < n)[None, :] & ~(middle + error <= bound[:, None]) & there[:, None]
+        place = count[:, None] + tl.cumsum(found.to(tl.int32), axis=1) - 1
+        tl.debug_barrier()  # all have read what is written over now
+        tl.store(listed + token[:, None] * n + place, columns.to(tl.int16)[None, :], mask=found)
+        count += tl.sum(found.to(tl.int32), axis=1)
+    tl.store(counts + token, count, mask=there)
 
 
 @triton.jit
@@ -335,11 +420,18 @@ def _keep_largest(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """The k largest of the listed, of which there are k or more. Where they are many, the best so far (in `values` and
-    `latents`) compete with the next of them, SIZE at a time."""
+    """The k largest of the listed. Where they are many, the best so far (in `values` and `latents`) compete with the
+    next of them, SIZE at a time. Where they are fewer than k, the first latents of all others follow, with value 0."""
     token = tl.program_id(0).to(tl.int64)
     listed, values, latents, spare = listed + token * n, values + token * k, latents + token * k, spare + token * SIZE
     count = tl.load(counts + token)
+    if count < k:
+        slots = tl.arange(0, SIZE)
+        other = slots - count
+        for i in range(0, count):  # before listed latent number i there are i listed ones, and so many others
+            other += ((tl.load(listed + i).to(tl.int32) & 0xFFFF) - i <= slots - count).to(tl.int32)
+        tl.store(latents + slots, other.to(tl.int64), mask=(slots >= count) & (slots < k))
+        tl.store(values + slots, tl.zeros((SIZE,), tl.float32), mask=(slots >= count) & (slots < k))
     done, held = count * 0, count * 0
     while done < count:
         end = tl.minimum(held + count - done, SIZE)
@@ -360,7 +452,8 @@ def _keep_largest(
         if scale is not None:
             rank *= tl.load(scale + index)
         rank = tl.where(slots < end, tl.where(rank == rank, tl.minimum(rank, 3.4e38), 3.4e38), -1.0)
-        low, high, exceed = _bisected(rank, k, 0)
+        low, high, exceed = _bisected(rank[None, :], k, 0)
+        low, high, exceed = tl.max(low, axis=0), tl.max(high, axis=0), tl.max(exceed, axis=0)  # of one row
         bound = tl.where(exceed == k, low, tl.where(exceed > k, high, 0.0))
         ties = rank == bound
         missing = k - tl.sum((rank > bound).to(tl.int32), axis=0)
