@@ -695,7 +695,7 @@ def test_adam_refuses_a_gradient_in_another_order_of_memory():
 @pytest.mark.parametrize("by_norm", [False, True])
 def test_a_float32_step_matches_autograd_in_float64(activation, sparse, by_norm):
     """With tokens of several tiles, and latents that are active for none, few and all of them."""
-    N, d, p, n = 200, 150, 130, 700
+    N, d, p, n = 300, 150, 130, 700
     problem = random_problem(0, N, d, p, n, skip=True, dtype=torch.float32)
     weights, x, y = problem
     weights.b_enc[:20] -= 1000.0

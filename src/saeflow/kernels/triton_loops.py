@@ -16,7 +16,7 @@ MOST_LATENTS = 1 << 16  # whose numbers fit into 16 bits
 ROWS, WIDTH = 4, 128  # of the tile that a program gathers at a time
 WARPS = 1
 LONG = 256  # pairs of a latent, from which on it is summed by larger programs
-LONG_ROWS, LONG_WIDTH, LONG_WARPS = 64, 32, 4
+LONG_ROWS, LONG_WIDTH, LONG_WARPS = 128, 32, 4
 SIEVED = 2048  # numbers of the product that a program looks at at a time
 
 
@@ -241,7 +241,7 @@ def top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | Non
     size = max(triton.next_power_of_2(3 * k), 16)
     spare = x.new_empty(N, size)
     tensors = listed, counts, x, encoder, b_enc, scale, spare, values, latents
-    _keep_largest[(N,)](*tensors, len(b_enc), d, k, size, ROWS, WIDTH, num_warps=WARPS)
+    _keep_largest[(N,)](*tensors, len(b_enc), d, k, size, ROWS, WIDTH, num_warps=min(max(size // 256, WARPS), 16))
     return values, latents
 
 
@@ -280,7 +280,7 @@ def _sieved(x: Tensor, encoder: Tensor, b_enc: Tensor, scale: Tensor | None, k: 
     tokens = max(SIEVED // groups, 1)
     listed = products.view(torch.int16)
     tensors = products, listed, *x_norms, *norms, b_enc, scale, counts
-    _sieve[(triton.cdiv(N, tokens),)](*tensors, N, n, x.shape[1], k, tokens, groups, num_warps=4)
+    _sieve[(triton.cdiv(N, tokens),)](*tensors, N, n, x.shape[1], k, tokens, groups, num_warps=max(groups // 512, 4))
     return listed, counts
 
 
