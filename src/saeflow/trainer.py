@@ -177,8 +177,8 @@ class Trainer:
         self.alike += steady
         if steady and self.alike > WARM_UP:
             if self.recorded is None:
-                self.recorded = RecordedStep(self.objective, self.weights, self._update)
-            found = self.recorded(x, y, lr, l1)
+                self.recorded = RecordedStep(self.objective, self.weights)
+            found = self.recorded(self._update, x, y, lr, l1)
             found = replace(found, loss=found.loss.clone())  # the metrics read it after later steps
         else:
             found = self._update(x, y, lr, l1, extra)
