@@ -1,4 +1,5 @@
-"""Loops along a sparse pattern for CPUs, compiled by numba: what torch has no fast operation for.
+"""Loops along a sparse pattern for CPUs, compiled by numba: what torch has no fast operation for. `on_gpu` finds their
+twins for GPUs.
 
 They take NumPy arrays, fill arrays that the caller made, and release the GIL, so `in_threads` runs slices of one call
 at once; a result does not depend on how it was sliced. NaN is treated as larger than any number, so that it is kept and
@@ -8,7 +9,9 @@ shows in the loss. Compiled code is cached beside this file, or in the user's ca
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
+from types import ModuleType
 
 import numba
 import numpy as np
@@ -23,8 +26,24 @@ FEWEST = 1 << 18  # numbers worth a thread
 
 
 def serve(tensor: Tensor) -> bool:
-    """Whether these loops work on such a tensor; torch's operations do elsewhere."""
+    """Whether these loops work on such a tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64, torch.int64)
+
+
+def on_gpu(tensor: Tensor) -> ModuleType | None:
+    """`triton_loops`, where they work on such a tensor; where neither they nor these do, torch's operations do."""
+    if tensor.device.type != "cuda" or tensor.dtype not in (torch.float32, torch.float64):
+        return None
+    return _triton_loops() if tensor.device.index == torch.cuda.current_device() else None
+
+
+@cache
+def _triton_loops() -> ModuleType | None:
+    if find_spec("triton") is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    from saeflow.kernels import triton_loops
+
+    return triton_loops
 
 
 def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts: np.ndarray | None = None) -> None:
