@@ -22,6 +22,7 @@ from saeflow.jacobian_figures import (
     jacobian_pareto,
     jacobian_sweep,
     jacobian_thresholds,
+    read_histograms,
     read_studies,
 )
 
@@ -128,6 +129,15 @@ def test_pareto_takes_each_sides_evaluation(folders: list[Path]) -> None:
     _, table = jacobian_pareto(read_studies(folders, pd.DataFrame(rows)))
     assert table["explained_variance_input"].tolist() == [0.5, 0.5]
     assert table["loss_recovered_zero_output"].tolist() == [0.35, 0.35]
+
+
+def test_histograms_are_labelled(folders: list[Path]) -> None:
+    table = read_histograms(folders)
+    assert table.groupby("jacobian_key").size().tolist() == [200, 200]
+    assert table.set_index("jacobian_key")["label"]["sparse"].unique().tolist() == [
+        "layer 1, ln2.normalized → mlp_out, k = 6, λ = 0.25, trained model"
+    ]
+    assert read_histograms([]).empty
 
 
 def test_arms_are_named() -> None:

@@ -62,6 +62,20 @@ def read_studies(folders: Iterable[Path], evaluations: pd.DataFrame) -> Studies:
     return Studies(_with_evaluations(_with_panels(pd.DataFrame(summaries)), evaluations), joined)
 
 
+def read_histograms(folders: Iterable[Path]) -> pd.DataFrame:
+    """`histogram.parquet` of every study, those of transcoders too, with `jacobian_key` and `label`."""
+    tables = []
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        of = "transcoder"
+        if summary["kind"] == "pair":
+            of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}, {arm(summary)}"
+        sites = " → ".join(summary[c].split(".", 2)[-1].replace("hook_", "") for c in ("hook_name", "hook_name_out"))
+        label = f"layer {summary['layer']}, {sites}, {of}"
+        tables.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, label=label))
+    return pd.concat(tables) if tables else pd.DataFrame()
+
+
 FAITHFULNESS = {"explained_variance": "explained variance", "loss_recovered_zero": "CE loss recovered (zero ablation)"}
 
 
