@@ -112,7 +112,7 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
     studies = read_studies(copies, pd.DataFrame({"train_key": []}))
     assert list(dict.fromkeys(studies.summaries["panel"])) == [
         "layer 1, trained model",
-        "layer 1, re-initialised model, seed 0",
+        "layer 1, re-initialised model",
         "layer 2, trained model",
     ]
     figure, _ = jacobian_thresholds(studies)
@@ -142,4 +142,4 @@ def test_histograms_are_labelled(folders: list[Path]) -> None:
 
 def test_arms_are_named() -> None:
     assert arm({}) == "trained model"
-    assert arm({"randomise": "permuted", "randomise_seed": 4}) == "model of permuted weights, seed 4"
+    assert arm({"randomise": "permuted", "randomise_seed": 4}) == "permuted model"
