@@ -89,7 +89,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         ):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
         axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -112,7 +112,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
         name = str(series).replace("SAELens ", "SAELens\n")  # side by side, long names would touch
-        axes[0][column].set_title(f"{name}\n{readable(str(hook))}")
+        axes[0][column].set_title(f"{name}\n{_readable(str(hook))}")
         axes[1][column].set_xlabel("tokens (thousands)")
         handles, labels = axes[0][column].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -182,7 +182,7 @@ def _series(saelens: object, skip: bool, kind: str, activation: str) -> str:
     return ("skip " if skip else "") + KINDS[kind, activation.replace("batchtopk", "jumprelu")]
 
 
-def readable(hook_name: str) -> str:
+def _readable(hook_name: str) -> str:
     """`blocks.2.hook_mlp_out` as `layer 2, mlp_out`."""
     parts = hook_name.split(".")
     name = ".".join(parts[2:]).replace("hook_", "")
