@@ -24,7 +24,7 @@ DASHES = ("-", "--", ":", "-.")
 EXAMPLE_TOKENS = 3
 NORMS = {"none": "|J|", "l1": "|J| / L1 norm", "l2": "|J| / L2 norm", "rms": "|J| / RMS of its token"}
 CLASSES = {"linear": "linear", "jumprelu": "JumpReLU", "other": "other", "flat": "flat"}
-_IDENTITY = ["layer", "k", "d_sae", "arm", "at", "norm", "hook_name", "hook_name_out"]
+_IDENTITY = ["layer", "k", "d_sae", "arm", "jacobian_penalty", "at", "norm", "hook_name", "hook_name_out"]
 
 
 class Studies(NamedTuple):
@@ -112,6 +112,7 @@ def _with_panels(summaries: pd.DataFrame) -> pd.DataFrame:
         "k": "k = {}",
         "d_sae": "{} latents",
         "arm": "{}",
+        "jacobian_penalty": "penalty {}",
         "at": "at the {}",
         "norm": "norm {}",
     }

@@ -38,7 +38,7 @@ STAGES = {
     "tokens": Stage(reads=("corpus", "tokenizer", *_PACKING)),
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
-    "jacobian": Stage(reads=("jacobian", "model"), version=2),
+    "jacobian": Stage(reads=("jacobian", "model"), version=3),
     "evaluate": Stage(reads=("evaluation", "model"), version=2, batched=True),
     "figures": Stage(reads=()),
 }
