@@ -244,7 +244,7 @@ class TrainingConfig:
     The order of the batches comes from `shuffle_seed`; `seed` of a point decides only its first weights, so that points
     of many seeds read the same batches. `precision=bfloat16`: the encoder's product, which decides what is active, is
     taken in bfloat16; everything else is float32. `clip_grad_norm` bounds the norm of all gradients together.
-    `initial=saelens`: SAELens's first weights.
+    `initial=saelens`: SAELens's first weights; `jsae`: the JSAE paper's.
 
     `revive` is what is done for latents that have not fired for `dead_after_tokens`. `auxk`: the d_in / 2 most active
     of them reconstruct the error of the others, weighted by `auxk_coefficient` (Gao et al. 2024, as in SAELens).
@@ -271,7 +271,7 @@ class TrainingConfig:
     l1_warm_up_steps: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     clip_grad_norm: float | None = None
-    initial: Literal["saeflow", "saelens"] = "saeflow"
+    initial: Literal["saeflow", "saelens", "jsae"] = "saeflow"
     revive: Literal["none", "auxk", "ghost", "resample"] = "none"
     dead_after_tokens: int = 100_000
     auxk_coefficient: float = 1.0

@@ -16,7 +16,7 @@ The norms of the rows decide how many latents ever live, and what is best differ
 import torch
 from torch import Tensor
 
-from saeflow.dictionaries.spec import Spec
+from saeflow.dictionaries.spec import DictionaryError, Spec
 from saeflow.kernels.step import Weights, normalise_rows_
 
 NORMS = {("sae", "relu"): (0.1, 0.1), ("transcoder", "relu"): (0.1, 0.1)}
@@ -26,9 +26,16 @@ NORMS |= {("sae", "topk"): (0.5, 0.5), ("transcoder", "topk"): (1.0, 0.1)}  # of
 def initial_weights(spec: Spec, target_mean: Tensor, seed: int, initial: str = "saeflow") -> Weights:
     """`target_mean` (p,), in the units that training sees. On the CPU, so that the draw is the same on any device.
 
-    `initial=saelens`: what SAELens's training classes start from: every norm 0.1, and `b_dec` 0. A skip starts at 0.
+    `initial=saelens`: what SAELens's training classes start from: every norm 0.1, and `b_dec` 0. `initial=jsae`: what
+    the JSAE paper's code starts from (arXiv 2502.18147): a decoder of entries uniform within sqrt(6 / p), whose
+    transpose is the encoder before its rows get norm 1, and `b_dec` 0. A skip starts at 0.
     """
     generator = torch.Generator().manual_seed(seed)
+    if initial == "jsae":
+        if spec.kind != "sae":
+            raise DictionaryError("training.initial=jsae is for SAEs: a transcoder's encoder is no transposed decoder")
+        rows = (6 / spec.d_out) ** 0.5 * (2 * torch.rand(spec.d_sae, spec.d_out, generator=generator) - 1)
+        return Weights(rows, torch.zeros(spec.d_sae), normalise_rows_(rows.clone()), torch.zeros(spec.d_out))
 
     def directions(width: int) -> Tensor:
         return normalise_rows_(torch.randn(spec.d_sae, width, generator=generator))

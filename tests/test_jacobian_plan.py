@@ -1,0 +1,104 @@
+"""Jacobian pairs in the plan: what a coefficient adds, and the paper's settings as presets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
+
+from saeflow.config import ConfigError
+from saeflow.dictionaries import Spec
+from saeflow.dictionaries.initial import initial_weights
+from saeflow.dictionaries.spec import DictionaryError
+from saeflow.expand import compose
+from saeflow.explain import explain, sentence
+from saeflow.plan import Plan
+
+PAIRS = ["dictionary=jacobian", "site=mlp"]
+
+
+def plan_of(home: Path, *overrides: str) -> Plan:  # noqa: F811
+    return compose(home / "conf", list(overrides), results=str(home / "results"), digests=home / "digests.json")
+
+
+def test_one_more_coefficient_is_one_training_one_study_and_two_evaluations(home: Path) -> None:  # noqa: F811
+    before = plan_of(home, *PAIRS, "dictionary.jacobian_coefficient=[0,1]")
+    after = plan_of(home, *PAIRS, "dictionary.jacobian_coefficient=[0,1,2]")
+    assert {name: changed(before, after)[name] for name in ("train", "jacobian", "evaluate", "figures")} == {
+        "train": 1, "jacobian": 1, "evaluate": 2, "figures": 1,
+    }  # fmt: skip
+    parts = [e.config["part"] for e in after.stages["evaluate"].values()]
+    assert sorted(parts) == ["input"] * 3 + ["output"] * 3
+
+
+def test_what_concerns_pairs_alone_is_in_no_other_key(home: Path) -> None:  # noqa: F811
+    options = ["dictionary=topk"]
+    before = plan_of(home, *options)
+    after = plan_of(home, *options, "training.jacobian_fraction=0.5", "training.jacobian_warm_up_steps=7")
+    assert changed(before, after) == {}
+    pairs = plan_of(home, *PAIRS)
+    assert changed(pairs, plan_of(home, *PAIRS, "training.jacobian_fraction=0.5"))["train"] == 1
+
+
+def test_a_site_that_is_no_mlp_is_refused(home: Path) -> None:  # noqa: F811
+    hooks = ["site.hook_name=blocks.1.hook_resid_pre", "site.hook_name_out=blocks.1.hook_resid_post"]
+    with pytest.raises(ConfigError, match="a Jacobian is that of one MLP"):
+        plan_of(home, *PAIRS, *hooks)
+
+
+# -------------------------------------------------------------------- the paper's settings
+SIZES = {  # d_model, layers, heads, layer studied, latents, coefficients (0.5 k^2 / d_model)
+    "pythia-70m": (512, 6, 8, 3, 32_768, [0, 1]),
+    "pythia-160m-deduped": (768, 12, 12, 7, 49_152, [0, 0.667]),
+    "pythia-410m-deduped": (1024, 24, 16, 15, 65_536, [0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
+    d, layers, heads, layer, d_sae, coefficients = SIZES[name]
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": d,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * d,
+        "max_position_embeddings": 2048,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    settings = [f"model={name}", "experiment=jsae_paper", f"site.layer={layer}"]
+    settings += [f"dictionary.jacobian_coefficient={coefficients}".replace(" ", "")]
+    settings += [f"+model.path={tmp_path}", "~model.hub", "~model.revision"]
+    plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
+    trained = [instance.config for instance in plan.stages["train"].values()]
+    assert [c["dictionary"]["jacobian_coefficient"] for c in trained] == coefficients
+    rule = 0.5 * 32**2 / d
+    assert coefficients[1] == pytest.approx(rule, rel=1e-3)
+    for config in trained:
+        dictionary, training = config["dictionary"], config["training"]
+        assert (dictionary["k"], d * dictionary["expansion"]) == (32, d_sae)
+        assert (dictionary["squared_error"], dictionary["jacobian_at"]) == ("mean", "input")
+        steps = training["n_tokens"] // training["batch_size"]
+        assert (training["batch_size"], steps, training["lr"]) == (4096, 73_242, 5e-4)
+        assert training["lr_warm_up_steps"] == steps // 100 and training["jacobian_warm_up_steps"] == steps // 20
+        assert training["lr_decay_steps"] == steps // 5 and training["clip_grad_norm"] == 1.0
+        assert config["hook_name"] == f"blocks.{layer}.ln2.hook_normalized"
+    bytes_each = 300_000_000 // 2048 * 2048 * d * 2
+    assert explain(plan).bytes_to_cache == pytest.approx(2 * bytes_each, rel=1e-3)
+    assert "2 trainings, 2 Jacobian studies, 4 evaluations" in sentence(explain(plan))
+
+
+def test_the_papers_first_weights() -> None:
+    spec = Spec("sae", "topk", 64, 64, 4096, "h", "h", k=4, sparsity="unit_norm")
+    weights = initial_weights(spec, torch.ones(64), 0, "jsae")
+    bound = (6 / 64) ** 0.5
+    assert weights.encoder.abs().max() <= bound and weights.encoder.abs().max() > 0.999 * bound
+    assert weights.encoder.norm(dim=1).mean().item() == pytest.approx(2**0.5, rel=1e-2)
+    torch.testing.assert_close(weights.W_dec, weights.encoder / weights.encoder.norm(dim=1, keepdim=True))
+    assert not weights.b_dec.any() and not weights.b_enc.any()
+    transcoder = Spec("transcoder", "topk", 64, 64, 128, "h", "g", k=4)
+    with pytest.raises(DictionaryError, match=r"training\.initial=jsae is for SAEs"):
+        initial_weights(transcoder, torch.ones(64), 0, "jsae")
