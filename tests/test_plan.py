@@ -52,6 +52,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "activations": 1,
         "train": 2,
         "jacobian": 0,
+        "baseline": 1,
         "evaluate": 2,
         "figures": 1,
     }
@@ -70,15 +71,16 @@ def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: 
         ("device.threads.train=7", set()),
         ("training.loggers=[wandb]", set()),
         ("dictionary.l1_coefficient=[1e-3,3.0e-3]", set()),
-        ("evaluation.batch_rows=8", {"evaluate", "figures"}),
+        ("evaluation.resamples=100", {"evaluate", "figures"}),
+        ("evaluation.batch_rows=8", {"baseline", "evaluate", "figures"}),
         ("seed=1", {"train", "evaluate", "figures"}),
         ("training.lr=0.01", {"train", "evaluate", "figures"}),
-        ("activations.dtype=float16", {"activations", "train", "evaluate", "figures"}),
-        ("model.fold_ln=true", {"activations", "train", "evaluate", "figures"}),
-        ("tokens.context_size=128", {"tokens", "activations", "train", "evaluate", "figures"}),
-        ("tokens.prepend_bos=false", {"tokens", "activations", "train", "evaluate", "figures"}),
-        ("tokens.train_tokens=100_000", {"tokens", "activations", "train", "evaluate", "figures"}),
-        ("tokens.held_out_tokens=10_000", {"tokens", "evaluate", "figures"}),
+        ("activations.dtype=float16", {"activations", "train", "baseline", "evaluate", "figures"}),
+        ("model.fold_ln=true", {"activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.context_size=128", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.prepend_bos=false", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.train_tokens=100_000", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.held_out_tokens=10_000", {"tokens", "baseline", "evaluate", "figures"}),
         ("jacobian.bins=10", set()),
     ],
 )
@@ -100,7 +102,7 @@ def test_one_bit_of_the_weights_renews_everything_that_reads_them(home: Path) ->
     held = bytearray(weights.read_bytes())
     held[500] ^= 1
     weights.write_bytes(held)
-    assert changed(before, plan_of(home)).keys() == {"activations", "train", "evaluate", "figures"}
+    assert changed(before, plan_of(home)).keys() == {"activations", "train", "baseline", "evaluate", "figures"}
 
 
 def test_the_place_of_model_and_corpus_is_not_read(home: Path) -> None:

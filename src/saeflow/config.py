@@ -287,12 +287,18 @@ class JacobianConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """All rows of the held-out tokens are used, `batch_rows` at a time."""
+    """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals hold `confidence` of `resamples`
+    draws of the documents."""
 
     batch_rows: int = 16
+    resamples: int = 1000
+    confidence: float = 0.95
+    bootstrap_seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.batch_rows > 0, "evaluation.batch_rows", self.batch_rows, "1 or more")
+        for name in ("batch_rows", "resamples"):
+            _require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "1 or more")
+        _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
 
 
 @dataclass(frozen=True)

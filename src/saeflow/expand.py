@@ -102,8 +102,10 @@ class _Expander:
         else:
             dictionaries = [trained(hook, hook_out)]
         for key, means in dictionaries:
-            needs = {"train": [key], "tokens": [tokens["held_out"]], "activations": [means]}
-            instance("evaluate", key.rsplit("-", 1)[0], needs)
+            held_out = {"tokens": [tokens["held_out"]]}
+            name = means.split("/")[1].rsplit("-", 2)[0]
+            baseline = instance("baseline", name, held_out | {"activations": [means]}, head=None)
+            instance("evaluate", key.rsplit("-", 1)[0], {"train": [key], "baseline": [baseline]} | held_out)
 
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""

@@ -13,6 +13,7 @@ NOUNS = {
     "activations": ("activation column", "activation columns"),
     "train": ("training", "trainings"),
     "jacobian": ("Jacobian study", "Jacobian studies"),
+    "baseline": ("baseline", "baselines"),
     "evaluate": ("evaluation", "evaluations"),
     "figures": ("set of figures", "sets of figures"),
 }

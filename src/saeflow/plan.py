@@ -39,7 +39,8 @@ STAGES = {
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
     "jacobian": Stage(reads=("jacobian", "model")),
-    "evaluate": Stage(reads=("evaluation", "model"), version=2, batched=True),
+    "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
+    "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
     "figures": Stage(reads=()),
 }
 

@@ -46,6 +46,8 @@ class Spec:
     """Where it reads."""
     hook_name_out: str
     """Where its output belongs; for an SAE the same hook."""
+    hook_head_index: int | None = None
+    """Of a hook with heads: the one that it reads and writes. None: all of them, flattened."""
     k: int | None = None
     """Latents that TopK keeps for a token, or BatchTopK kept on average; else None."""
     skip: bool = False
