@@ -22,7 +22,12 @@ def figures(jobs: list[Job]) -> str:
         summary = json.loads((folder / "summary.json").read_text())
         names = {n: summary[n] for n in ("k", "hook_name", "hook_name_out")}
         pairs.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, **names))
-    tables = Tables(evaluations, training, pd.concat(pairs) if pairs else pd.DataFrame())
+    resamples = [
+        pd.read_parquet(f / "resamples.parquet").assign(train_key=key)
+        for f, key in zip(job.inputs("evaluate"), evaluations["train_key"], strict=True)
+    ]
+    jacobians = pd.concat(pairs) if pairs else pd.DataFrame()
+    tables = Tables(evaluations, training, jacobians, pd.concat(resamples), evaluations["confidence"].max())
     with job.writing() as folder:
         for name in job.config["figures"]:
             draw(name, tables, folder)

@@ -129,7 +129,8 @@ def _evaluation(baseline: Baseline, adder: Adder, fired: np.ndarray, config: Eva
     # Legacy explained variance compares with its batch's mean, BOS included: it has no meaning for a part of a batch.
     for table, part in zip((everything, resamples), _metrics(documents, centred, config, rest), strict=True):
         table |= {_without_bos(k): v for k, v in part.items() if not k.startswith("explained_variance_legacy")}
-    return Evaluation(batches, documents, fired, resamples, everything | firing(fired.sum(0), everything["n_tokens"]))
+    latents = firing(fired.sum(0), everything["n_tokens"])
+    return Evaluation(batches, documents, fired, resamples, everything | latents | {"confidence": config.confidence})
 
 
 def _without_bos(name: str) -> str:
@@ -241,4 +242,5 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     name, amount = spec.amount
     held = {name: getattr(spec, name) for name in names}
     keys = {"train_key": job.input("train").name, "tokens_key": job.input("tokens").name}
+    keys["model_name"] = spec.origin.model_name or ""
     return keys | {"amount_name": name, "amount": amount} | held
