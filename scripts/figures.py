@@ -12,11 +12,10 @@ def figures(jobs: list[Job]) -> str:
 
     (job,) = jobs
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]
-    training = pd.concat(
-        [pd.read_parquet(f / "metrics.parquet").assign(train_key=f.name) for f in job.inputs("train")]
-    ).merge(evaluations[identity], on="train_key")
+    curves = [pd.read_parquet(f / "metrics.parquet").assign(train_key=f.name) for f in job.inputs("train")]
+    training = pd.concat(curves).merge(evaluations[identity], on="train_key") if curves else pd.DataFrame()
     pairs = []
     for folder in job.inputs("jacobian"):
         summary = json.loads((folder / "summary.json").read_text())

@@ -39,7 +39,7 @@ def tables() -> Tables:
                     "ce_mean": 4.2,
                 }
             )
-    evaluations = pd.DataFrame(rows).assign(tokens_key="held", model_name="", confidence=0.9)
+    evaluations = pd.DataFrame(rows).assign(tokens_key="held", model_name="", source="", confidence=0.9)
     evaluations["l1_coefficient"] = evaluations["amount"].where(evaluations["activation"] == "relu")
     evaluations["ce_increase"] = evaluations["ce_replaced"] - 3.5
     metrics = ["kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine", "dead_fraction"]
@@ -51,7 +51,7 @@ def tables() -> Tables:
             **{f"{name}_low": evaluations[name] - 0.01, f"{name}_high": evaluations[name] + 0.01}
         )
     steps = pd.DataFrame({"tokens": [1000, 2000, 3000], "fvu": [0.9, 0.5, 0.3], "l0": [300.0, 100.0, 50.0]})
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]
     training = evaluations[identity].merge(steps, how="cross")
     edges = np.linspace(0, 0.5, 51)

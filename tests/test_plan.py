@@ -51,6 +51,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "tokens": 2,
         "activations": 1,
         "train": 2,
+        "foreign": 0,
         "jacobian": 0,
         "baseline": 1,
         "evaluate": 2,
@@ -197,7 +198,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
         (
             ["dictionary=top"],
-            "no config 'dictionary/top'; dictionary can be: batchtopk, pair, relu, skip_transcoder, topk",
+            "no config 'dictionary/top'; dictionary can be: batchtopk, foreign, pair, relu, skip_transcoder, topk",
         ),
         (["experiment=none_such"], "experiment can be: "),
         (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),

@@ -93,11 +93,13 @@ class ActivationsConfig:
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`."""
+    """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`. `head`: of a hook with
+    heads, the one that a foreign dictionary is of."""
 
     hook_name: str
     hook_name_out: str | None = None
     layer: int | None = None
+    head: int | None = None
 
 
 _TOPK_OPTIONS = ("aux_loss_coefficient", "rescale_acts_by_decoder_norm", "use_sparse_activations")
@@ -141,10 +143,14 @@ class DictionaryConfig:
 
     With `activation=saelens` it is SAELens's training class of the name `saelens`, on our trainer; `options` are that
     class's own. It brings its first weights and its loss, so `squared_error` and `sparsity` say nothing there.
+
+    `kind=foreign` is a dictionary that another library made, at `path` (of `format`, or known by its files), or
+    `sae_id` of a `release` that SAELens knows; the site says whether it is an SAE or a transcoder. `label` names it in
+    figures. Nothing else applies to it.
     """
 
-    kind: Literal["sae", "transcoder", "pair"]
-    activation: Literal["topk", "batchtopk", "relu", "saelens"]
+    kind: Literal["sae", "transcoder", "pair", "foreign"]
+    activation: Literal["topk", "batchtopk", "relu", "saelens", "foreign"]
     k: int | None = None
     l1_coefficient: float | None = None
     expansion: int | None = 8
@@ -155,8 +161,15 @@ class DictionaryConfig:
     skip: bool = False
     saelens: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify"] | None = None
+    release: str | None = None
+    sae_id: str | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
+        if "foreign" in (self.kind, self.activation) or self.path is not None or self.release is not None:
+            return self._check_foreign()
         if (self.expansion is None) == (self.d_sae is None):
             raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
         width = self.expansion or self.d_sae or 0
@@ -180,6 +193,14 @@ class DictionaryConfig:
             _require(self.activation == "topk", "dictionary.activation", self.activation, "topk with kind=pair")
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
+
+    def _check_foreign(self) -> None:
+        legal = (self.kind, self.activation) == ("foreign", "foreign")
+        _require(legal, "dictionary.kind", self.kind, "foreign, with activation=foreign: use dictionary=foreign")
+        if (self.path is None) == (self.release is None):
+            raise ConfigError("dictionary=foreign: set exactly one of dictionary.path and dictionary.release")
+        legal = (self.release is None) == (self.sae_id is None)
+        _require(legal, "dictionary.sae_id", self.sae_id, "given with dictionary.release, and only then")
 
     def _check_saelens(self) -> None:
         legal = self.activation == "saelens" and self.saelens in SAELENS
@@ -323,7 +344,13 @@ class PointConfig:
                 f"dictionary.kind=sae reads one hook, but this site has two ({self.site.hook_name} and "
                 f"{self.site.hook_name_out}); use site=mlp_in, site=mlp_out or another with one"
             )
-        if self.dictionary.kind != "sae" and self.site.hook_name_out is None:
+        _require(
+            self.site.head is None or self.dictionary.kind == "foreign",
+            "site.head",
+            self.site.head,
+            "null, but for a foreign dictionary",
+        )
+        if self.dictionary.kind not in ("sae", "foreign") and self.site.hook_name_out is None:
             raise ConfigError(
                 f"dictionary.kind={self.dictionary.kind} needs a site with hook_name and hook_name_out: use site=mlp"
             )

@@ -108,14 +108,14 @@ def _evaluate_batch(
         x = flattened(clean.values[dictionary.spec.hook_name], head)
         made = reconstruct(dictionary, x, targets[hook, head], is_bos)
         finals.append(predicting(run_spliced(model, clean, hook, made.output, head)))
-        reconstructions.append(made)
+        reconstructions.append((made.per_token, made.fired))  # not what it made: that is as large as the final value
     B, P = tokens.shape
     _, losses = unembedded(model, tokens, predicting(clean.final), finals)
     measured = []
-    for made, loss in zip(reconstructions, losses, strict=True):
+    for (per_token, fired), loss in zip(reconstructions, losses, strict=True):
         replaced = {"ce_replaced": at_positions(loss.ce, B), "kl": at_positions(loss.kl, B)}
-        own = {name: v.view(B, P) for name, v in made.per_token.items()}
-        measured.append(_Measured(replaced | own, made.fired))
+        own = {name: v.view(B, P) for name, v in per_token.items()}
+        measured.append(_Measured(replaced | own, fired))
     return measured
 
 
@@ -177,15 +177,16 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     baselines: dict[Path, Baseline] = {}
     studies = []
     for job in jobs:
-        dictionary = load_dictionary(job.input("train"), first.device)
-        check_fit(dictionary, job.input("train"), folder, config["model"], geometry)
+        made = dictionary_folder(job)
+        dictionary = load_dictionary(made, first.device)
+        check_fit(dictionary, made, folder, config["model"], geometry)
         measured = job.input("baseline")
         if measured not in baselines:
             baselines[measured] = read_baseline(measured)
         hook, head, _ = baselines[measured]
         if (hook, head) != (dictionary.spec.hook_name_out, dictionary.spec.hook_head_index):
             raise FitError(
-                f"dictionary {job.input('train')} writes at {_place(*_writes(dictionary))}, but is compared with the "
+                f"dictionary {made} writes at {_place(*_writes(dictionary))}, but is compared with the "
                 f"baseline of {_place(hook, head)} ({measured}); evaluate it at its own site"
             )
         studies.append(Study(dictionary, baselines[measured]))
@@ -203,6 +204,12 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         with job.writing() as out:
             write_evaluation(evaluation, summaries[-1], out)
     return summaries
+
+
+def dictionary_folder(job: Job) -> Path:
+    """The dictionary that a job needs: trained here, or read from elsewhere."""
+    (folder,) = job.inputs("train") + job.inputs("foreign")
+    return folder
 
 
 def write_evaluation(evaluation: Evaluation, summary: dict[str, Any], folder: Path) -> None:
@@ -241,6 +248,6 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     )
     name, amount = spec.amount
     held = {name: getattr(spec, name) for name in names}
-    keys = {"train_key": job.input("train").name, "tokens_key": job.input("tokens").name}
-    keys["model_name"] = spec.origin.model_name or ""
+    keys = {"train_key": dictionary_folder(job).name, "tokens_key": job.input("tokens").name}
+    keys |= {"model_name": spec.origin.model_name or "", "source": spec.origin.source or ""}
     return keys | {"amount_name": name, "amount": amount} | held

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from saeflow import models
 from saeflow.config import ConfigError, PointConfig, build
 from saeflow.corpus import corpus_files
 from saeflow.digest import DigestCache, canonical, short_hash
+from saeflow.layouts import foreign_files, foreign_format
 from saeflow.plan import STAGES, Instance, Plan
 from saeflow.sweep import Sweep
 
+OF_FOREIGN = ("path", "format", "release", "sae_id", "label")  # of `dictionary`; nothing to a training
 HOW_TRAINING_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
 
 
@@ -52,6 +55,8 @@ class _Expander:
         tree = json.loads(canonical(dataclasses.asdict(point)))  # tuples become lists, as they will be when read back
         tree["corpus"] = self._corpus(point)
         tree["tokenizer"] = tokenizer
+        for name in OF_FOREIGN:
+            del tree["dictionary"][name]
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
         sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
@@ -94,6 +99,10 @@ class _Expander:
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
             return instance("train", name, {"activations": columns}, **extra), columns[-1]
 
+        if d.kind == "foreign":
+            key = self._foreign(point, {"model": tree["model"]}, sources)
+            means = column(hook_out or hook)
+            return _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head)
         if d.kind == "pair":
             assert hook_out is not None
             dictionaries = [trained(hook, None), trained(hook_out, None)]
@@ -102,15 +111,34 @@ class _Expander:
         else:
             dictionaries = [trained(hook, hook_out)]
         for key, means in dictionaries:
-            held_out = {"tokens": [tokens["held_out"]]}
-            name = means.split("/")[1].rsplit("-", 2)[0]
-            baseline = instance("baseline", name, held_out | {"activations": [means]}, head=None)
-            instance("evaluate", key.rsplit("-", 1)[0], {"train": [key], "baseline": [baseline]} | held_out)
+            _evaluated(instance, {"train": [key]}, means, tokens["held_out"], None)
+
+    def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
+        """A dictionary that is read instead of trained. It enters by content, or by the names of its release."""
+        d, site = point.dictionary, point.site
+        held: dict[str, Any] = {"release": d.release, "sae_id": d.sae_id, "format": None, "content": None}
+        label = d.label or f"{d.release} {d.sae_id}"
+        if d.path is not None:
+            path = Path(d.path)
+            if not path.exists():
+                raise ConfigError(f"dictionary.path={path}: no such file or folder")
+            form = d.format or foreign_format(path)
+            content = self.cache.files(path.parent if path.is_file() else path, foreign_files(path, form))
+            held |= {"format": form, "content": content}
+            label = d.label or path.stem
+            sources = sources | {"foreign": str(path)}
+        name = re.sub(r"[^\w.]+", "_", label)
+        places = {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
+        config = model | held | places | {"label": label}
+        return self._instance("foreign", f"{name}-{_short(site.hook_name)}", config, {}, sources)
 
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""
-        needs = {s: sorted(self.plan.stages[s]) for s in ("train", "jacobian", "evaluate") if self.plan.stages[s]}
-        wanted = [f for f in figures if f != "jacobian_histogram" or self.plan.stages["jacobian"]]
+        needs = {
+            s: sorted(self.plan.stages[s]) for s in ("train", "foreign", "jacobian", "evaluate") if self.plan.stages[s]
+        }
+        made_from = {"jacobian_histogram": "jacobian", "training_curves": "train"}
+        wanted = [f for f in figures if f not in made_from or self.plan.stages[made_from[f]]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
     def _instance(
@@ -164,6 +192,15 @@ class _Expander:
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
                 "at position 0; lower it, or raise tokens.held_out_tokens"
             )
+
+
+def _evaluated(instance: Any, made: dict[str, list[str]], means: str, held_out: str, head: int | None) -> None:
+    """The evaluation of the dictionary `made`, against the baseline whose mean ablation takes the column `means`."""
+    tokens = {"tokens": [held_out]}
+    name = means.split("/")[1].rsplit("-", 2)[0] + (f".{head}" if head is not None else "")
+    baseline = instance("baseline", name, tokens | {"activations": [means]}, head=head)
+    ((key,),) = made.values()
+    instance("evaluate", key.rsplit("-", 1)[0], made | {"baseline": [baseline]} | tokens)
 
 
 def _project(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ NOUNS = {
     "tokens": ("token store", "token stores"),
     "activations": ("activation column", "activation columns"),
     "train": ("training", "trainings"),
+    "foreign": ("foreign dictionary", "foreign dictionaries"),
     "jacobian": ("Jacobian study", "Jacobian studies"),
     "baseline": ("baseline", "baselines"),
     "evaluate": ("evaluation", "evaluations"),

@@ -165,7 +165,10 @@ def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             text = f"{values[i, j]:.0f}" if abs(values[i, j]) >= 9.5 else f"{values[i, j]:.1f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
     names = ("hook_name", "series", "amount_name", "amount")
-    labels = [f"{_readable(h)}: {s}, {n} = {a:g}" for h, s, n, a in zip(*(shown[c] for c in names), strict=True)]
+    labels = [
+        f"{_readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
+        for h, s, n, a in zip(*(shown[c] for c in names), strict=True)
+    ]
     axis.set_yticks(range(n), labels, fontsize=6)
     axis.set_xticks(range(n), labels, fontsize=6, rotation=90)
     axis.spines[:].set_visible(False)
@@ -299,17 +302,20 @@ def draw(name: str, tables: Tables, folder: Path) -> None:
 def _with_series(table: pd.DataFrame) -> pd.DataFrame:
     """Adds the name of the dictionary kind; says L1 for the coefficient's name."""
     table = table.copy()
-    columns = (table[c] for c in ("saelens", "skip", "kind", "activation"))
+    columns = (table[c] for c in ("saelens", "skip", "kind", "activation", "source"))
     table["series"] = [_series(*row) for row in zip(*columns, strict=True)]
     table["amount_name"] = table["amount_name"].replace({"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"})
     table["amount_name"] = table["amount_name"].str.replace("_", " ")
     return table
 
 
-def _series(saelens: object, skip: bool, kind: str, activation: str) -> str:
+def _series(saelens: object, skip: bool, kind: str, activation: str, source: str) -> str:
     if isinstance(saelens, str):  # pandas says NaN for None beside names
         return f"SAELens {saelens.replace('_', ' ')}"
-    return ("skip " if skip else "") + KINDS[kind, activation.replace("batchtopk", "jumprelu")]
+    name = KINDS.get((kind, activation.replace("batchtopk", "jumprelu")), "SAELens SAE")
+    if source:  # made elsewhere, where what is a JumpReLU here may not have been a BatchTopK
+        return f"{source} ({name.replace('BatchTopK', 'JumpReLU')})"
+    return ("skip " if skip else "") + name
 
 
 def _readable(hook_name: str) -> str:

@@ -240,6 +240,8 @@ def make_spec(
 ) -> Spec:
     if config.kind == "pair":
         raise DictionaryError("a pair is trained as two SAEs, one a hook")
+    if config.kind == "foreign" or config.activation == "foreign":
+        raise DictionaryError("a foreign dictionary is read, not trained")
     return Spec(
         kind=config.kind,
         activation=config.activation,

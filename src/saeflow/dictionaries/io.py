@@ -124,7 +124,10 @@ def _config(spec: Spec) -> dict[str, Any]:
 def ours(spec: Spec) -> dict[str, Any]:
     """What `metadata.saeflow` says: all that SAELens has no field for."""
     held = {name: getattr(spec, name) for name in ("kind", "d_out", "k", "options", *_TRAINING)}
-    return held | {"origin": dataclasses.asdict(spec.origin)}
+    origin = dataclasses.asdict(spec.origin)
+    if origin["source"] is None:
+        del origin["source"]
+    return held | {"origin": origin}
 
 
 def _needs_saelens(config: dict[str, Any]) -> bool:

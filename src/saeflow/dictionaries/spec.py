@@ -27,6 +27,8 @@ class Origin:
     center_unembed: bool | None = None
     context_size: int | None = None
     prepend_bos: bool | None = None
+    source: str | None = None
+    """Name of what another library made."""
 
 
 @dataclass(frozen=True)
