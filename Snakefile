@@ -17,6 +17,7 @@ include: "workflow/rules/foreign.smk"
 include: "workflow/rules/jacobian.smk"
 include: "workflow/rules/baseline.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/stack.smk"
 include: "workflow/rules/figures.smk"
 
 

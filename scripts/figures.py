@@ -25,8 +25,9 @@ def figures(jobs: list[Job]) -> str:
         pd.read_parquet(f / "resamples.parquet").assign(train_key=key)
         for f, key in zip(job.inputs("evaluate"), evaluations["train_key"], strict=True)
     ]
+    stacks = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")])
     jacobians = pd.concat(pairs) if pairs else pd.DataFrame()
-    tables = Tables(evaluations, training, jacobians, pd.concat(resamples), evaluations["confidence"].max())
+    tables = Tables(evaluations, training, jacobians, pd.concat(resamples), evaluations["confidence"].max(), stacks)
     with job.writing() as folder:
         for name in job.config["figures"]:
             draw(name, tables, folder)

@@ -71,7 +71,10 @@ def tables() -> Tables:
     noise = pd.DataFrame({"noise": np.random.default_rng(0).normal(scale=0.005, size=20)})
     resamples = evaluations[["train_key", *PAIRED]].merge(noise, how="cross")
     resamples["ce_replaced"] += resamples["noise"] * evaluations["amount"].mean()
-    return Tables(evaluations, training, jacobians, resamples.drop(columns="noise"), 0.9)
+    stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
+    stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
+    stacks = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]
+    return Tables(evaluations, training, jacobians, resamples.drop(columns="noise"), 0.9, pd.DataFrame(stacks))
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -84,7 +87,7 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     lines = {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}
-    lines |= {"matched_l0": len(table), "paired_differences": 28 * len(PAIRED), "notebook_004": 3}
+    lines |= {"matched_l0": len(table), "paired_differences": 28 * len(PAIRED), "notebook_004": 3, "stacks": 2}
     assert len(table) == lines[name] > 0
 
 

@@ -55,6 +55,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "jacobian": 0,
         "baseline": 1,
         "evaluate": 2,
+        "stack": 0,
         "figures": 1,
     }
 
@@ -87,6 +88,29 @@ def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: 
 )
 def test_an_edit_renews_exactly_its_descendants(home: Path, override: str, stages: set[str]) -> None:
     assert changed(plan_of(home), plan_of(home, override)).keys() == stages
+
+
+def test_stacks_are_of_dictionaries_that_differ_in_the_layer_alone(home: Path) -> None:
+    def of(stacks: str) -> Plan:
+        overrides = [sweep, f"stacks={stacks}"]
+        return compose(home / "conf", overrides, results=str(home / "results"), digests=home / "digests.json")
+
+    sweep = "sweep={dictionary:transcoder,site:mlp,site.layer:[0,1,3],dictionary.l1_coefficient:[1,2]}"
+    plan = of("[all,all_but_first,inner,[0,3]]")
+    wanted = {(layers, l1) for layers in ("[0, 1, 3]", "[1, 3]", "[1]", "[0, 3]") for l1 in (1.0, 2.0)}
+    found = set()
+    for instance in plan.stages["stack"].values():
+        trained = [plan.stages["train"][key].config for key in instance.needs["train"]]
+        (l1,) = {c["dictionary"]["l1_coefficient"] for c in trained}
+        assert [c["hook_name_out"] for c in trained] == [f"blocks.{n}.hook_mlp_out" for n in instance.config["layers"]]
+        found.add((str(instance.config["layers"]), l1))
+    assert found == wanted and len(plan.stages["stack"]) == 8
+    alone = of("[]")
+    assert alone.stages["evaluate"] == plan.stages["evaluate"]
+    with pytest.raises(ConfigError, match=r"stacks: .2. needs layers .2.; dictionaries are of layers .0, 1, 3."):
+        of("[[2]]")
+    with pytest.raises(ConfigError, match="stacks: 'most' is none of all, all_but_first"):
+        of("[most]")
 
 
 def test_cosmetic_edits_of_the_configuration_change_nothing(home: Path) -> None:

@@ -10,12 +10,12 @@ Dead and dense fractions have none: a draw leaves out a third of the documents, 
 that the draws are biased.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from saeflow.metrics import ratios
+from saeflow.metrics import Ratio, ratios
 
 BLOCK_ELEMENTS = 1 << 24
 
@@ -29,16 +29,23 @@ def draws(n_documents: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]
         yield generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=shape).astype(np.float64)
 
 
-def resample(sums: Mapping[str, np.ndarray], centred: np.ndarray, n_resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Resampled metrics, (n_resamples,) each, NaN where one has no meaning.
+def resample(
+    sums: Mapping[str, np.ndarray],
+    centred: np.ndarray | None,
+    n_resamples: int,
+    seed: int,
+    metrics: Callable[[dict[str, Any]], dict[str, Ratio]] = ratios,
+) -> dict[str, np.ndarray]:
+    """Resampled `metrics`, (n_resamples,) each, NaN where one has no meaning.
 
     `sums`: (documents,) each; `centred` (documents, p): sums of the centred target.
     """
     found: list[dict[str, np.ndarray]] = []
-    for counts in draws(len(centred), n_resamples, seed):
+    for counts in draws(len(sums["n_tokens"]), n_resamples, seed):
         drawn: dict[str, Any] = {name: counts @ values for name, values in sums.items()}
-        drawn["centred"] = np.square(counts @ centred).sum(1)
-        found.append({name: ratio.value() for name, ratio in ratios(drawn).items()})
+        if centred is not None:
+            drawn["centred"] = np.square(counts @ centred).sum(1)
+        found.append({name: ratio.value() for name, ratio in metrics(drawn).items()})
     return {name: np.concatenate([block[name] for block in found]) for name in found[0]}
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeflow import models
 from saeflow.config import ConfigError, PointConfig, build
@@ -36,6 +36,7 @@ def compose(
     expander = _Expander(plan, cache)
     for tree in sweep.points():
         expander.add(build(PointConfig, tree))
+    expander.add_stacks(sweep.stacks)
     expander.add_figures(sweep.figures)
     cache.save()
     return plan
@@ -48,6 +49,7 @@ class _Expander:
         self.plan, self.cache = plan, cache
         self._folders: dict[Any, tuple[Path, models.Geometry, str, str]] = {}
         self._corpora: dict[Any, dict[str, Any]] = {}
+        self._stacks: dict[str, dict[int, _Placed]] = {}
 
     def add(self, point: PointConfig) -> None:
         folder, geometry, weights, tokenizer = self._model(point)
@@ -102,7 +104,9 @@ class _Expander:
         if d.kind == "foreign":
             key = self._foreign(point, {"model": tree["model"]}, sources)
             means = column(hook_out or hook)
-            return _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head)
+            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head)
+            self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
+            return
         if d.kind == "pair":
             assert hook_out is not None
             dictionaries = [trained(hook, None), trained(hook_out, None)]
@@ -112,6 +116,8 @@ class _Expander:
             dictionaries = [trained(hook, hook_out)]
         for key, means in dictionaries:
             _evaluated(instance, {"train": [key]}, means, tokens["held_out"], None)
+            if d.kind != "pair":
+                self._note(point, tree, _Placed("train", key, means, tokens["held_out"], sources))
 
     def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
         """A dictionary that is read instead of trained. It enters by content, or by the names of its release."""
@@ -132,12 +138,53 @@ class _Expander:
         config = model | held | places | {"label": label}
         return self._instance("foreign", f"{name}-{_short(site.hook_name)}", config, {}, sources)
 
+    def _note(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
+        """Keeps a dictionary for the stacks: those of one stack differ in the layer alone."""
+        layer = point.site.layer
+        if layer is None:
+            return
+        rest = {name: tree[name] for name in tree if name not in ("site", "jacobian")}
+        hooks = [
+            hook and hook.replace(f"blocks.{layer}.", "") for hook in (point.site.hook_name, point.site.hook_name_out)
+        ]
+        group = canonical([rest, hooks, point.site.head])
+        at_layer = self._stacks.setdefault(group, {})
+        if at_layer.setdefault(layer, placed).key != placed.key:
+            at_layer[layer] = placed._replace(key="")  # several, such as foreign ones: which belongs to the stack?
+
+    def add_stacks(self, wanted: list[Any]) -> None:
+        """For every group of dictionaries that differ in the layer alone, the sets of layers `wanted`."""
+        for group, at_layer in self._stacks.items() if wanted else ():
+            rest = json.loads(group)[0]
+            for stack in wanted:
+                layers = _layers(stack, sorted(at_layer))
+                placed = [at_layer[layer] for layer in layers]
+                if any(not one.key for one in placed):
+                    raise ConfigError(
+                        f"stacks: {stack} has several dictionaries of a layer that differ in nothing else"
+                    )
+                first = placed[0]
+                named = "_".join(map(str, layers)) if isinstance(stack, list) else stack
+                label = re.sub(r"-L\d+\.", "-", first.key.rsplit("-", 1)[0])
+                config = {"model": rest["model"], "evaluation": rest["evaluation"], "group": label}
+                config |= {"stack": named, "layers": layers}
+                needs = {
+                    first.stage: [one.key for one in placed],
+                    "activations": [one.means for one in placed],
+                    "tokens": [first.held_out],
+                }
+                self._instance("stack", f"{label}-{named}", config, needs, first.sources)
+        if wanted and not self.plan.stages["stack"]:
+            raise ConfigError("stacks: no dictionary of this experiment is of a layer; sweep site.layer")
+
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""
         needs = {
-            s: sorted(self.plan.stages[s]) for s in ("train", "foreign", "jacobian", "evaluate") if self.plan.stages[s]
+            s: sorted(self.plan.stages[s])
+            for s in ("train", "foreign", "jacobian", "evaluate", "stack")
+            if self.plan.stages[s]
         }
-        made_from = {"jacobian_histogram": "jacobian", "training_curves": "train"}
+        made_from = {"jacobian_histogram": "jacobian", "training_curves": "train", "stacks": "stack"}
         wanted = [f for f in figures if f not in made_from or self.plan.stages[made_from[f]]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
@@ -192,6 +239,28 @@ class _Expander:
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
                 "at position 0; lower it, or raise tokens.held_out_tokens"
             )
+
+
+class _Placed(NamedTuple):
+    """A dictionary of one layer that is evaluated."""
+
+    stage: str
+    key: str
+    means: str
+    held_out: str
+    sources: dict[str, str]
+
+
+def _layers(stack: Any, there: list[int]) -> list[int]:
+    """The layers of a set, by its name or as a list."""
+    named = {"all": there, "all_but_first": there[1:], "all_but_last": there[:-1], "inner": there[1:-1]}
+    layers = sorted(stack) if isinstance(stack, list) else named.get(stack)
+    if layers is None:
+        raise ConfigError(f"stacks: {stack!r} is none of {', '.join(named)}, and no list of layers")
+    missing = [layer for layer in layers if layer not in there]
+    if missing or not layers:
+        raise ConfigError(f"stacks: {stack} needs layers {missing or '1 or more'}; dictionaries are of layers {there}")
+    return layers
 
 
 def _evaluated(instance: Any, made: dict[str, list[str]], means: str, held_out: str, head: int | None) -> None:

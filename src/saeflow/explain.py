@@ -16,6 +16,7 @@ NOUNS = {
     "jacobian": ("Jacobian study", "Jacobian studies"),
     "baseline": ("baseline", "baselines"),
     "evaluate": ("evaluation", "evaluations"),
+    "stack": ("stack of dictionaries", "stacks of dictionaries"),
     "figures": ("set of figures", "sets of figures"),
 }
 MAX_REASONS = 6

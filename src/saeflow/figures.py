@@ -57,6 +57,8 @@ class Tables(NamedTuple):
     """One row a draw of the documents and dictionary: `resamples.parquet` with `train_key`."""
     confidence: float = 0.95
     """Of the intervals."""
+    stacks: pd.DataFrame | None = None
+    """One row a set of layers: `summary.json` of its stack."""
 
 
 def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -277,11 +279,34 @@ def jacobian_histogram(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """CE loss with the dictionaries of several layers in place at once, beside the clean model and the same ablated."""
+    assert tables.stacks is not None
+    table = tables.stacks.sort_values(["group", "stack"]).drop(columns=["train_keys"])
+    figure, axis = plt.subplots(figsize=(4.6, 0.9 + 0.3 * len(table)))
+    lines = np.arange(len(table))[::-1]
+    bounds = [(table[f"ce_increase_{end}"] - table["ce_increase"]).abs().fillna(0) for end in ("low", "high")]
+    axis.errorbar(table["ce_replaced"], lines, xerr=bounds, fmt="o", color=COLOURS[0], label="dictionaries")
+    for column, marker, label in (
+        ("clean", "|", "clean model"),
+        ("mean", "s", "mean ablation"),
+        ("zero", "x", "zero ablation"),
+    ):
+        axis.plot(table[f"ce_{column}"], lines, marker, color="0.35", label=label)
+    several = table["group"].nunique() > 1
+    names = [f"layers {', '.join(map(str, layers))}" for layers in table["layers"]]
+    axis.set_yticks(lines, [f"{g}: {n}" if several else n for g, n in zip(table["group"], names, strict=True)])
+    axis.set(xlabel="CE loss (nats per token)", ylim=(-0.6, len(table) - 0.4))
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure, table
+
+
 FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "sparsity_faithfulness": sparsity_faithfulness,
     "matched_l0": matched_l0,
     "paired_differences": paired_differences,
     "notebook_004": notebook_004,
+    "stacks": stacks,
     "training_curves": training_curves,
     "jacobian_histogram": jacobian_histogram,
 }

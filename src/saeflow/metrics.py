@@ -111,10 +111,10 @@ class Ratio(NamedTuple):
         return np.where((np.asarray(self.denominator) > self.smallest) & np.isfinite(found), found, np.nan)
 
 
-def ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
-    """Every metric, from sums over tokens; `centred` is |sum of the centred target|^2."""
-    n_tokens, n_predictions = sums["n_tokens"], sums["n_predictions"]
-    found = {"l0": Ratio(sums["l0"], n_tokens)}
+def loss_ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
+    """The metrics that compare what the model predicts."""
+    n_predictions = sums["n_predictions"]
+    found = {}
     for name in ("ce_clean", "ce_replaced", "ce_zero", "ce_mean", "kl", "kl_zero", "kl_mean"):
         found[name] = Ratio(sums[name], n_predictions)
     found["ce_increase"] = Ratio(sums["ce_replaced"] - sums["ce_clean"], n_predictions)
@@ -122,16 +122,26 @@ def ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
         recovered = sums[f"ce_{ablation}"] - sums["ce_replaced"]
         lost = sums[f"ce_{ablation}"] - sums["ce_clean"]
         found[f"loss_recovered_{ablation}"] = Ratio(recovered, lost, SMALLEST_RISE * n_predictions)
+    return found
+
+
+def ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
+    """Every metric, from sums over tokens; `centred` is |sum of the centred target|^2."""
+    n_tokens = sums["n_tokens"]
     variance = sums["squared_centred"] - sums["centred"] / np.maximum(n_tokens, 1)
     error = sums["squared_error"]
-    return found | {
-        "fvu": Ratio(error, variance),
-        "explained_variance": Ratio(variance - error, variance),
-        "explained_variance_legacy": Ratio(sums["explained_legacy"], n_tokens),
-        "relative_error": Ratio(error, sums["squared_norm"]),
-        "relative_reconstruction_bias": Ratio(sums["squared_output"], sums["dot"]),
-        "cosine": Ratio(sums["cosine"], n_tokens),
-    }
+    return (
+        {"l0": Ratio(sums["l0"], n_tokens)}
+        | loss_ratios(sums)
+        | {
+            "fvu": Ratio(error, variance),
+            "explained_variance": Ratio(variance - error, variance),
+            "explained_variance_legacy": Ratio(sums["explained_legacy"], n_tokens),
+            "relative_error": Ratio(error, sums["squared_norm"]),
+            "relative_reconstruction_bias": Ratio(sums["squared_output"], sums["dot"]),
+            "cosine": Ratio(sums["cosine"], n_tokens),
+        }
+    )
 
 
 def summarise(sums: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ STAGES = {
     "jacobian": Stage(reads=("jacobian", "model")),
     "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
     "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
+    "stack": Stage(reads=("evaluation", "model")),
     "figures": Stage(reads=()),
 }
 

@@ -84,6 +84,20 @@ def run_spliced(
         return _normalize(model, model(residual, start_at_layer=resume.layer, stop_at_layer=model.cfg.n_layers))
 
 
+@torch.no_grad()
+def run_hooked(
+    model: "HookedTransformer", tokens: Tensor, hooks: list[tuple[str, Any]], residual: Tensor | None, layer: int
+) -> Tensor:
+    """The final value (B, P, D) of a pass with `hooks`, from `residual` (B, P, D) before block `layer` on.
+
+    Without a residual the pass starts at `tokens` (B, P). Functions at one hook are called in the order of the list.
+    """
+    with model.hooks(fwd_hooks=hooks):
+        if residual is None:
+            return _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
+        return _normalize(model, model(residual, start_at_layer=layer, stop_at_layer=model.cfg.n_layers))
+
+
 def flattened(value: Tensor, head: int | None = None) -> Tensor:
     """(B, P, d) or (B, P, head, d_head) to (N, d), or with `head` to (N, d_head)."""
     return (value if head is None else value[:, :, head]).flatten(2).flatten(0, 1)
