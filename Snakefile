@@ -18,6 +18,7 @@ include: "workflow/rules/jacobian.smk"
 include: "workflow/rules/baseline.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/stack.smk"
+include: "workflow/rules/blind.smk"
 include: "workflow/rules/figures.smk"
 
 
@@ -25,4 +26,5 @@ rule all:
     default_target: True
     input:
         PLAN.outputs("figures", PLAN.stages["figures"]),
+        PLAN.outputs("blind", PLAN.stages["blind"]),
     localrule: True

@@ -323,6 +323,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class BlindConfig:
+    """A blind set of `n_features` of each dictionary that are active on `min_active` tokens or more and on more than
+    `min_frequency` of all; `n_examples` texts each, of `window` tokens to either side."""
+
+    n_features: int = 50
+    n_examples: int = 25
+    window: int = 8
+    min_active: int = 4
+    min_frequency: float = 1e-4
+    batch_rows: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_features", "n_examples", "window", "min_active", "batch_rows"):
+            _require(getattr(self, name) > 0, f"blind.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
 class PointConfig:
     """One point of a sweep: everything that decides a number."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow import models
-from saeflow.config import ConfigError, PointConfig, build
+from saeflow.config import BlindConfig, ConfigError, PointConfig, build
 from saeflow.corpus import corpus_files
 from saeflow.digest import DigestCache, canonical, short_hash
 from saeflow.layouts import foreign_files, foreign_format
@@ -37,6 +37,8 @@ def compose(
     for tree in sweep.points():
         expander.add(build(PointConfig, tree))
     expander.add_stacks(sweep.stacks)
+    if sweep.blind is not None:
+        expander.add_blind(build(BlindConfig, sweep.blind, "blind."))
     expander.add_figures(sweep.figures)
     cache.save()
     return plan
@@ -176,6 +178,23 @@ class _Expander:
                 self._instance("stack", f"{label}-{named}", config, needs, first.sources)
         if wanted and not self.plan.stages["stack"]:
             raise ConfigError("stacks: no dictionary of this experiment is of a layer; sweep site.layer")
+
+    def add_blind(self, blind: BlindConfig) -> None:
+        """One set of all dictionaries of one model and one set of held-out tokens, each with its evaluation."""
+        evaluations = self.plan.stages["evaluate"].values()
+        shared = {canonical([e.config["model"], e.needs["tokens"]]) for e in evaluations}
+        if len(shared) != 1 or len(evaluations) < 2:
+            raise ConfigError("blind: it takes two dictionaries or more of one model, on the same held-out tokens")
+        first = next(iter(evaluations))
+        needs: dict[str, list[str]] = {stage: [] for stage in ("train", "foreign")}
+        by_stage = sorted(evaluations, key=lambda e: ("foreign" in e.needs, e.key))  # as the job joins them
+        for evaluation in by_stage:
+            for stage in needs:
+                needs[stage] += evaluation.needs.get(stage, [])
+        needs = {stage: keys for stage, keys in needs.items() if keys}
+        needs |= {"evaluate": [e.key for e in by_stage], "tokens": first.needs["tokens"]}
+        config = {"model": first.config["model"], "blind": dataclasses.asdict(blind)}
+        self._instance("blind", self.plan.experiment, config, needs, first.sources)
 
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""

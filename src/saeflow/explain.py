@@ -17,6 +17,7 @@ NOUNS = {
     "baseline": ("baseline", "baselines"),
     "evaluate": ("evaluation", "evaluations"),
     "stack": ("stack of dictionaries", "stacks of dictionaries"),
+    "blind": ("blind set of features", "blind sets of features"),
     "figures": ("set of figures", "sets of figures"),
 }
 MAX_REASONS = 6

@@ -292,7 +292,7 @@ def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         ("mean", "s", "mean ablation"),
         ("zero", "x", "zero ablation"),
     ):
-        axis.plot(table[f"ce_{column}"], lines, marker, color="0.35", label=label)
+        axis.plot(table[f"ce_{column}"], lines, marker, color="0.35", markerfacecolor="none", label=label)
     several = table["group"].nunique() > 1
     names = [f"layers {', '.join(map(str, layers))}" for layers in table["layers"]]
     axis.set_yticks(lines, [f"{g}: {n}" if several else n for g, n in zip(table["group"], names, strict=True)])

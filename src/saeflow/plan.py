@@ -43,6 +43,7 @@ STAGES = {
     "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
     "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
     "stack": Stage(reads=("evaluation", "model")),
+    "blind": Stage(reads=("model",)),
     "figures": Stage(reads=()),
 }
 

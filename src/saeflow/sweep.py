@@ -38,6 +38,7 @@ class Sweep:
         self.device = _plain(base["device"])
         self.figures = _plain(base["figures"])
         self.stacks = _plain(base.get("stacks") or [])
+        self.blind = _plain(base.get("blind"))
         self.blocks = self._blocks(_plain(base.get("sweep") or {}))
 
     def _parse(self, overrides: list[str]) -> None:
@@ -59,7 +60,7 @@ class Sweep:
                 self.chosen[key] = [str(v) for v in _as_list(value)]
             elif top in self.fields and override.is_add() is False and override.is_delete() is False:
                 self.values[key] = _axis(key, value)
-            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures", "stacks"):
+            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures", "stacks", "blind"):
                 self.rest.append(text)
             else:
                 legal = sorted({*self.fields, *self.groups})
