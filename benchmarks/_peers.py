@@ -2,8 +2,9 @@
 
 Shapes as in the library: N tokens, d inputs, p outputs (p = d for an SAE), n latents. SAELens's loss, against which the
 others' are described, is the squared error summed over p and averaged over N, plus, with L1,
-l1 × mean_t Σ_i f_ti ‖W_dec,i‖. All peers: float32, CPU, Adam with betas 0.9 and 0.999, constant learning rate, no
-warm-up of any kind, no normalisation of activations, no logging. The batch is never changed.
+l1 × mean_t Σ_i f_ti ‖W_dec,i‖. All peers: float32, on the device of the problem's weights, Adam with betas 0.9 and
+0.999, constant learning rate, no warm-up of any kind, no normalisation of activations, no logging. The batch is never
+changed.
 
 SAELens is in .venv. The other two are installed by `install` when they are first asked for.
 """
@@ -68,7 +69,7 @@ class _SAELens:
     name = "saelens"
 
     def __init__(self, problem: Problem) -> None:
-        size = {"d_in": problem.d_in, "d_sae": problem.d_sae}
+        size = {"d_in": problem.d_in, "d_sae": problem.d_sae, "device": problem.device}
         if problem.kind == "topk":
             self.sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=problem.k))
         elif problem.kind == "l1":
@@ -84,6 +85,7 @@ class _SAELens:
             train_batch_size_samples=4096,  # only a count that is reported depends on it
             lr=problem.lr,
             lr_end=problem.lr,
+            device=problem.device,
         )
         self.trainer = SAETrainer(training, self.sae, iter(()))  # `step` is given its batch
 
@@ -110,8 +112,8 @@ class _Transcoder(StandardTrainingSAE):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.W_dec = torch.nn.Parameter(torch.zeros(self.cfg.d_sae, self.cfg.d_out))
-        self.b_dec = torch.nn.Parameter(torch.zeros(self.cfg.d_out))
+        self.W_dec = torch.nn.Parameter(torch.zeros(self.cfg.d_sae, self.cfg.d_out, device=self.device))
+        self.b_dec = torch.nn.Parameter(torch.zeros(self.cfg.d_out, device=self.device))
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """As in SAELens's Transcoder: the base class would subtract 0 × b_dec, of another shape than the input."""
@@ -152,18 +154,19 @@ class _Sparsify:
 
     def __init__(self, problem: Problem, k: int) -> None:
         install()
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where Triton is installed, it would be given tensors of the CPU
+        if problem.device == "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where Triton is installed, it would be given these tensors
         with redirect_stdout(sys.stderr):  # it prints that Triton is off; the last line of stdout is the benchmark's
             from sparsify import SparseCoder, SparseCoderConfig
 
         config = SparseCoderConfig(num_latents=problem.d_sae, k=k, transcode=problem.kind == "transcoder")
-        self.coder: Any = SparseCoder(problem.d_in, config)
+        self.coder: Any = SparseCoder(problem.d_in, config, device=problem.device)
         encoder = self.coder.encoder
         fill(problem, W_enc=encoder.weight.T, b_enc=encoder.bias, W_dec=self.coder.W_dec, b_dec=self.coder.b_dec)
         self.unit_norm = config.normalize_decoder and not config.transcode
         self.optimiser = torch.optim.Adam(self.coder.parameters(), lr=problem.lr, fused=True)
-        self.did_fire = torch.zeros(problem.d_sae, dtype=torch.bool)
-        self.tokens_since_fired = torch.zeros(problem.d_sae, dtype=torch.long)
+        self.did_fire = torch.zeros(problem.d_sae, dtype=torch.bool, device=problem.device)
+        self.tokens_since_fired = torch.zeros(problem.d_sae, dtype=torch.long, device=problem.device)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """After `Trainer.fit`, its `hook` and what follows, with one micro-batch and auxk_alpha = 0."""
@@ -225,7 +228,7 @@ class _DictionaryLearning:
             "lm_name": "",
             "lr": problem.lr,
             "warmup_steps": 0,
-            "device": "cpu",
+            "device": problem.device,
         }
         if problem.kind == "topk":
             self.trainer: Any = TopKTrainer(**common, k=problem.k)

@@ -34,6 +34,11 @@ class Problem:
     b_dec: Tensor
     """(p,)."""
 
+    @property
+    def device(self) -> str:
+        """Where the weights are."""
+        return self.W_enc.device.type
+
     def __post_init__(self) -> None:
         if self.kind == "topk" and self.k is None:
             raise ValueError("a TopK problem needs k")
@@ -58,7 +63,7 @@ class Ours:
         hooks = ("in", "out" if kind == "transcoder" else "in")
         spec = make_spec(config, problem.d_in, problem.d_out, *hooks, 0, Origin())
         sides = [Side(torch.zeros(d), d**0.5) for d in (problem.d_in, problem.d_out)]
-        self.trainer = Trainer(spec, training, *sides)
+        self.trainer = Trainer(spec, training, *sides, device=problem.device)
         given = Weights(problem.W_enc.T, problem.b_enc, problem.W_dec, problem.b_dec)
         for mine, start in zip(self.trainer.weights.parameters(), given.parameters(), strict=True):
             mine.copy_(start)
@@ -70,18 +75,19 @@ class Ours:
         return metrics.losses[-1] if metrics.losses else metrics.rows[-1]["loss"]
 
 
-def problem_of(kind: str, d: int, n: int, active: int) -> Problem:
+def problem_of(kind: str, d: int, n: int, active: int, device: str = "cpu") -> Problem:
     """Random unit rows. TopK keeps `active` latents; with L1 biases make about so many of a token active."""
     generator = torch.Generator().manual_seed(0)
     W_dec, W_enc = (torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1) for _ in range(2))
     bias = 0.0 if kind == "topk" else torch.special.ndtri(torch.tensor(active / n)).item()
     W_enc = (W_enc if kind == "transcoder" else W_dec).T.contiguous()
     l1 = None if kind == "topk" else 0.3
-    return Problem(kind, d, d, n, active, l1, 1e-7, W_enc, torch.full((n,), bias), W_dec, torch.zeros(d))
+    given = (t.to(device) for t in (W_enc, torch.full((n,), bias), W_dec, torch.zeros(d)))
+    return Problem(kind, d, d, n, active, l1, 1e-7, *given)
 
 
-def batches(N: int, d: int, count: int) -> list[tuple[Tensor, Tensor]]:
+def batches(N: int, d: int, count: int, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
     """Inputs, and as targets those of the next batch."""
     generator = torch.Generator().manual_seed(1)
-    x = [torch.randn(N, d, generator=generator) for _ in range(count)]
+    x = [torch.randn(N, d, generator=generator).to(device) for _ in range(count)]
     return list(zip(x, x[1:] + x[:1], strict=True))

@@ -6,9 +6,10 @@ at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk
 
 Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
 step: ours is `Trainer.take`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in every
-round. `max_relative_loss_difference` compares our losses with SAELens's, over all steps. `peak_bytes_over_saelens`: by
-how much the memory of a process grows from before the weights are made to its peak over three steps, ours over theirs;
-a step of a tiny problem comes first, which loads code.
+round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps.
+`peak_bytes_over_saelens`: by how much the memory of a process grows from before the weights are made to its peak over
+ten steps, ours over theirs; a step of a tiny problem comes first, which loads code. On a GPU (`--device cuda`) memory
+is that allocated there, and a time is a tenth of that of ten steps one after the other.
 sparsify trains no L1 dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
 """
 
@@ -20,19 +21,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-SIZES = {"8192": (4096, 512, 8192), "32768": (4096, 512, 32768), "1024": (1024, 128, 1024)}  # tokens, d_in, d_sae
+SIZES = {  # tokens, d_in, d_sae
+    "8192": (4096, 512, 8192),
+    "32768": (4096, 512, 32768),
+    "1024": (1024, 128, 1024),
+    "8192@768": (4096, 768, 8192),
+    "32768@768": (4096, 768, 32768),
+}
 KINDS = ("topk", "l1", "transcoder")
 ACTIVE = {"topk": 32, "l1": 50, "transcoder": 50}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES)[:3], choices=list(SIZES))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--rounds", type=int, default=7, help="the largest size has half as many, the smallest thrice")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--without", nargs="*", default=[], help="peers to leave out: those that need the network")
     parser.add_argument(
         "--peak", choices=["saeflow", "saelens"], help="only the peak memory of one, one kind, one size"
@@ -64,8 +74,10 @@ def main() -> None:
             for peer in ("saelens", "sparsify", "dictionary_learning"):
                 if peer in times:
                     found[f"{kind}.{size}.{peer}_over_step"] = times[peer] / ours
-            peaks = [peak_of_process(name, kind, size) for name in ("saeflow", "saelens")]
-            found[f"{kind}.{size}.peak_bytes_over_saelens"] = peaks[0] / peaks[1]
+            names = [name for name in ("saeflow", "saelens") if name in times]
+            peaks = {name: peak_of_process(name, kind, size) for name in names}
+            if "saelens" in peaks:
+                found[f"{kind}.{size}.peak_bytes_over_saelens"] = peaks["saeflow"] / peaks["saelens"]
             print(f"{kind}, d_sae {size}: {times}, peak {peaks}", file=sys.stderr)
     found["max_relative_loss_difference"] = max(differences)
     print(json.dumps({name: float(f"{value:.3g}") for name, value in found.items()}))
@@ -76,33 +88,48 @@ def measure(kind: str, size: str) -> tuple[dict[str, float], float]:
     import _peers
 
     N, d, n = SIZES[size]
-    problem = problem_of(kind, d, n, ACTIVE[kind])
+    problem = problem_of(kind, d, n, ACTIVE[kind], args.device)
     makers: list[Callable] = [Ours, _peers.saelens, _peers.sparsify, _peers.dictionary_learning]
     makers = [make for make in makers if make.__name__ not in args.without]
     contenders = [made for made in (make(problem) for make in makers) if made is not None]
     rounds = {"32768": max(args.rounds // 2, 3), "1024": 3 * args.rounds}.get(size, args.rounds)
-    data = batches(N, d, 3)
+    data = batches(N, d, 3, args.device)
     times: dict[str, list[float]] = {}
     difference = 0.0
     for round_ in range(rounds + 2):  # two to warm up: after the first the road is chosen
         x, y = data[round_ % len(data)]
-        started = time.perf_counter()
-        torch.addmm(problem.b_enc, x, problem.W_enc)
-        times.setdefault("product", []).append(time.perf_counter() - started)
+        taken, _ = timed(partial(torch.addmm, problem.b_enc, x, problem.W_enc))
+        times.setdefault("product", []).append(taken)
         losses = {}
         for contender in contenders:
-            started = time.perf_counter()
-            losses[contender.name] = contender.step(x, y)
-            times.setdefault(contender.name, []).append(time.perf_counter() - started)
+            taken, losses[contender.name] = timed(partial(contender.step, x, y))
+            times.setdefault(contender.name, []).append(taken)
         losses = {name: float(loss) for name, loss in losses.items()}
-        difference = max(difference, abs(losses["saeflow"] / losses["saelens"] - 1))
+        if "saelens" in losses:
+            difference = max(difference, abs(losses["saeflow"] / losses["saelens"] - 1))
     if difference > 1e-4:
         sys.exit(f"{kind}, {size}: our losses and SAELens's differ by {difference:g}")
     return {name: statistics.median(values[2:]) for name, values in times.items()}, difference
 
 
+def timed(work: Callable) -> tuple[float, Any]:
+    """Seconds that it takes, and what it returns."""
+    repeats = 10 if args.device == "cuda" else 1
+    synchronise()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        found = work()
+    synchronise()
+    return (time.perf_counter() - started) / repeats, found
+
+
+def synchronise() -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak_of_process(name: str, kind: str, size: str) -> int:
-    options = f"--peak {name} --kinds {kind} --sizes {size} --threads {args.threads}"
+    options = f"--peak {name} --kinds {kind} --sizes {size} --threads {args.threads} --device {args.device}"
     command = [sys.executable, __file__, *options.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -115,18 +142,25 @@ def peak_bytes(name: str, kind: str, size: str) -> int:
 
     make = Ours if name == "saeflow" else _peers.saelens
     N, d, n = SIZES[size]
-    data = batches(N, d, 1)
-    make(problem_of(kind, 8, 16, 4)).step(*batches(4, 8, 1)[0])  # loads what both load once: code, not data
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
+    data = batches(N, d, 1, args.device)
+    small = batches(4, 8, 1, args.device)[0]
+    make(problem_of(kind, 8, 16, 4, args.device)).step(*small)  # loads what both load once: code, not data
+    if args.device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
+    else:
+        torch.cuda.reset_peak_memory_stats()
     before = peak()
-    contender = make(problem_of(kind, d, n, ACTIVE[kind]))
-    for _ in range(3):
+    contender = make(problem_of(kind, d, n, ACTIVE[kind], args.device))
+    for _ in range(10):
         contender.step(*data[0])
     return peak() - before
 
 
 def peak() -> int:
-    """Largest resident memory so far, in bytes; getrusage would count that of the parent before it started this."""
+    """Most memory so far, in bytes: allocated on the GPU, or resident, where getrusage would count that of the parent
+    before it started this."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

@@ -8,26 +8,42 @@ def figures(jobs: list[Job]) -> str:
 
     import pandas as pd
 
-    from saeflow.figures import Tables, draw
+    from saeflow.figures import Tables, draw, readable
+    from saeflow.jacobian_figures import read_studies
 
     (job,) = jobs
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
-    identity += ["hook_name", "hook_name_out"]
-    curves = [pd.read_parquet(f / "metrics.parquet").assign(train_key=f.name) for f in job.inputs("train")]
-    training = pd.concat(curves).merge(evaluations[identity], on="train_key") if curves else pd.DataFrame()
-    pairs = []
+    evaluations["part"] = evaluations["part"].fillna("")  # input or output, of what was trained as a pair
+    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
+    identity += ["hook_name", "hook_name_out", "jacobian_coefficient"]
+    curves = []
+    for folder in job.dictionaries():
+        if not (folder / "metrics.parquet").is_file():  # read from elsewhere
+            continue
+        key, part = (folder.parent.name, folder.name) if folder.parent.name != "train" else (folder.name, "")
+        curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
+    training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
+    histograms = []
     for folder in job.inputs("jacobian"):
         summary = json.loads((folder / "summary.json").read_text())
-        names = {n: summary[n] for n in ("k", "hook_name", "hook_name_out")}
-        pairs.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, **names))
+        sites = f"{readable(summary['hook_name'])} → {readable(summary['hook_name_out'])}"
+        pair = summary["kind"] == "pair"
+        of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}" if pair else "transcoder"
+        label = f"{sites}, {of}"
+        histograms.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, label=label))
     resamples = [
-        pd.read_parquet(f / "resamples.parquet").assign(train_key=key)
-        for f, key in zip(job.inputs("evaluate"), evaluations["train_key"], strict=True)
+        pd.read_parquet(f / "resamples.parquet").assign(dictionary_key=key)
+        for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
     ]
-    stacks = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")])
-    jacobians = pd.concat(pairs) if pairs else pd.DataFrame()
-    tables = Tables(evaluations, training, jacobians, pd.concat(resamples), evaluations["confidence"].max(), stacks)
+    tables = Tables(
+        evaluations,
+        training,
+        pd.concat(histograms) if histograms else pd.DataFrame(),
+        read_studies(job.inputs("jacobian"), evaluations),
+        pd.concat(resamples),
+        evaluations["confidence"].max(),
+        pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
+    )
     with job.writing() as folder:
         for name in job.config["figures"]:
             draw(name, tables, folder)

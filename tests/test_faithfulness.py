@@ -9,7 +9,7 @@ from saeflow.faithfulness import NOTEBOOK_004, front_at, matched_l0, notebook_00
 
 def front(kind: str) -> pd.DataFrame:
     rows = [(f"{kind}{l1}", *values) for (k, l1), values in NOTEBOOK_004.items() if k == kind]
-    return pd.DataFrame(rows, columns=["train_key", "l0", "ce_replaced"])
+    return pd.DataFrame(rows, columns=["dictionary_key", "l0", "ce_replaced"])
 
 
 def test_matched_differences_are_those_of_the_reference() -> None:
@@ -27,7 +27,7 @@ def draws(fronts: list[pd.DataFrame], noise: np.ndarray) -> pd.DataFrame:
     for i, rows in enumerate(fronts):
         for row in rows.itertuples():
             ce = row.ce_replaced + noise * (1.1 if i == len(fronts) - 1 else 1.0)
-            out.append(pd.DataFrame({"train_key": row.train_key, "l0": row.l0, "ce_replaced": ce}))
+            out.append(pd.DataFrame({"dictionary_key": row.dictionary_key, "l0": row.l0, "ce_replaced": ce}))
     return pd.concat(out)
 
 
@@ -50,12 +50,12 @@ def test_fronts_that_share_no_l0_are_not_compared() -> None:
 def test_pairs_are_of_the_same_tokens() -> None:
     from saeflow.faithfulness import PAIRED
 
-    rows = pd.DataFrame({"train_key": ["a", "b", "c"], "tokens_key": ["t", "t", "u"]})
+    rows = pd.DataFrame({"dictionary_key": ["a", "b", "c"], "tokens_key": ["t", "t", "u"]})
     rows = rows.assign(**{name: [1.0, 1.5, 9.0] for name in PAIRED})
     rows.loc[1, "loss_recovered_zero"] = None
     shared = np.random.default_rng(1).normal(size=100)
     resamples = pd.concat(
-        [pd.DataFrame(dict.fromkeys(PAIRED, shared + v)).assign(train_key=k) for k, v in (("a", 1.0), ("b", 1.5))]
+        [pd.DataFrame(dict.fromkeys(PAIRED, shared + v)).assign(dictionary_key=k) for k, v in (("a", 1.0), ("b", 1.5))]
     )
     table = paired_differences(rows, resamples, 0.95)
     assert set(zip(table["one"], table["other"], strict=True)) == {("a", "b")}

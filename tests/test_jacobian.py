@@ -1,7 +1,7 @@
-"""Jacobians of TopK pairs: the closed form against autograd in float64, and the tables against counting by hand."""
+"""Jacobians of pairs and transcoders: the closed form against autograd in float64, the study against the notebook."""
 
 import json
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +9,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from stores import contents
 from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.fitting import FitError
-from saeflow.jacobian import (
-    Tally,
-    histogram_table,
-    jacobian_job,
-    make_pair,
-    pair_jacobians,
-    study,
-    summarise,
-    survival_table,
-)
+from saeflow.jacobian import jacobian_job, open_map
+from saeflow.jacobian_maps import Pair, TranscoderMap
+from saeflow.jacobian_pass import Tokens, passes
+from saeflow.jacobian_statistics import Tally, histogram_table, notebook_lines, survival_table
 from saeflow.job import Job
-from saeflow.kernels import jacobian as kernel
 from saeflow.loading import load_model
-from saeflow.mlp import ACTIVATIONS, MLP, read_mlp
-from saeflow.plan import Instance, Plan
+from saeflow.mlp import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
+from saeflow.plan import RECEIPT, Instance, Plan
 from saeflow.splicing import read_hooks
 
 LAYER = 1
@@ -54,36 +46,6 @@ def rows_of_tokens(n: int = 8) -> np.ndarray:
     return rows
 
 
-# -------------------------------------------------------------------- kernel
-@given(
-    tokens=st.integers(1, 9),
-    m=st.integers(1, 12),
-    n=st.integers(1, 20),
-    k_in=st.integers(1, 5),
-    k_out=st.integers(1, 5),
-    branches=st.integers(1, 2),
-    chunk=st.integers(1, 200),
-    seed=st.integers(0, 2**31),
-)
-@settings(deadline=None, max_examples=60)
-def test_blocks_equal_the_definition(
-    tokens: int, m: int, n: int, k_in: int, k_out: int, branches: int, chunk: int, seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    WDs = [torch.randn(n, m, generator=g, dtype=torch.float64) for _ in range(branches)]
-    slopes = [torch.randn(tokens, m, generator=g, dtype=torch.float64) for _ in range(branches)]
-    WE = torch.randn(n, m, generator=g, dtype=torch.float64)
-    A, B = (torch.randint(0, n, (tokens, k), generator=g) for k in (k_in, k_out))
-    before = [t.clone() for t in (*WDs, *slopes, WE)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "CHUNK_ELEMENTS", chunk)
-        J = torch.cat([part for _, part in kernel.jacobian_chunks(WDs, slopes, WE, A, B)])
-    wanted = kernel.jacobian_blocks_slow(WDs, slopes, WE, A, B)
-    assert J.shape == (tokens, k_out, k_in)
-    torch.testing.assert_close(J, wanted, rtol=1e-12, atol=1e-12)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*WDs, *slopes, WE), strict=True))
-
-
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_slope_is_the_derivative_of_the_models_activation(name: str) -> None:
     from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
@@ -104,26 +66,43 @@ def test_unknown_activation_is_refused_by_name() -> None:
 
 # -------------------------------------------------------------------- against autograd through the model's own modules
 @pytest.mark.parametrize("fold_ln", [False, True])
-def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool) -> None:
+@pytest.mark.parametrize("site", ["after the norm", "before the norm", "with the residual stream"])
+def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool, site: str) -> None:
     model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder), fold_ln=fold_ln), "cpu")
     model.to(torch.float64)
     block = model.blocks[LAYER]
     block.mlp.b_in.normal_(generator=torch.Generator().manual_seed(0))  # Llama itself has none
-    x, y = (v[:, 1:4].flatten(0, 1) for v in read_hooks(model, torch.from_numpy(rows_of_tokens(2)).long(), [IN, OUT]))
+    before = f"blocks.{LAYER}.hook_resid_{'pre' if model.cfg.parallel_attn_mlp else 'mid'}"
+    hook_in = IN if site == "after the norm" else before
+    hook_out = f"blocks.{LAYER}.hook_resid_post" if site == "with the residual stream" else OUT
+    if model.cfg.parallel_attn_mlp and hook_out != OUT:
+        with pytest.raises(
+            ConfigError, match=r"a Jacobian is that of one MLP: from .*hook_resid_pre to .*hook_mlp_out"
+        ):
+            read_block(model, hook_in, hook_out)
+        return
+    tokens = torch.from_numpy(rows_of_tokens(2)).long()
+    x, y = (v[:, 1:4].flatten(0, 1) for v in read_hooks(model, tokens, [hook_in, hook_out]))
     assert x.dtype == torch.float64
-    input, output = topk_sae(IN, seed=1, dtype=torch.float64), topk_sae(OUT, seed=2, dtype=torch.float64)
+    input, output = topk_sae(hook_in, seed=1, dtype=torch.float64), topk_sae(hook_out, seed=2, dtype=torch.float64)
 
     def f(value: Tensor) -> Tensor:
-        """The model's own modules from the hook to the MLP's output: the norm's forward with `value` put in."""
+        """The model's own modules from hook to hook: their forward with `value` put in."""
         value = value[None, None]
+        if site != "after the norm":
+            out = block.apply_mlp(block.ln2(value))
+            return (out + value if hook_out != OUT else out)[0, 0]
         with model.hooks(fwd_hooks=[(IN, lambda _, hook: value)]):
             return block.apply_mlp(block.ln2(torch.zeros_like(value)))[0, 0]
 
-    mlp = read_mlp(model, LAYER)
+    closed = read_block(model, hook_in, hook_out)
+    by_modules = ModuleBlock(model, LAYER, site != "after the norm", hook_out != OUT)
     torch.testing.assert_close(torch.stack([f(v) for v in x]), y, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(mlp(x), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(closed(x), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by_modules(x), y, rtol=1e-12, atol=1e-12)
 
-    J = torch.cat(list(pair_jacobians(make_pair(mlp, input, output), x, y)))
+    J, other = (torch.cat([blocks.J for blocks in Pair(f, input, output).blocks([x, y])]) for f in (closed, by_modules))
+    torch.testing.assert_close(other, J, rtol=1e-9, atol=1e-9)
     for t in range(len(x)):
         values_in, A = input.top_latents(x[t : t + 1])
         values_out, B = output.top_latents(y[t : t + 1])
@@ -139,6 +118,13 @@ def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool)
         torch.testing.assert_close(J[t], wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_a_block_without_closed_form_is_run_by_its_modules(llama_folder: Path) -> None:
+    model = load_model(llama_folder, ModelConfig("tiny", path=str(llama_folder)), "cpu")
+    assert isinstance(read_block(model, IN, OUT), Block)
+    model.cfg.act_fn = "xielu"
+    assert isinstance(read_block(model, IN, OUT), ModuleBlock)
+
+
 def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(model_folder: Path) -> None:
     tokens = torch.from_numpy(rows_of_tokens(2)).long()
     input, output = topk_sae(IN, seed=1), topk_sae(OUT, seed=2)
@@ -147,104 +133,132 @@ def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(mode
     for fold_ln in (False, True):
         model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder), fold_ln=fold_ln), "cpu")
         x, y = (v.flatten(0, 1) for v in read_hooks(model, tokens, [IN, OUT]))
-        pair = make_pair(read_mlp(model, LAYER), input, output)
-        found.append(sum(J.abs().sum().item() for J in pair_jacobians(pair, x, y)))
+        pair = Pair(read_block(model, IN, OUT), input, output)
+        found.append(sum(blocks.J.abs().sum().item() for blocks in pair.blocks([x, y])))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_latents_that_the_relu_silenced_have_no_jacobian() -> None:
-    J = torch.ones(1, 3, 2)
-    kernel.mask_inactive(J, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0, 2.0]]))
-    assert J.tolist() == [[[1, 0], [0, 0], [1, 0]]]
+# -------------------------------------------------------------------- study
+def counted(model: Any, pair: Pair, rows: np.ndarray, config: JacobianConfig) -> Tally:
+    tokens = Tokens(rows, np.arange(config.n_tokens) // 31)
+    tally = Tally(config, tokens.n_documents)
+    for part in passes(model, pair, tokens):
+        tally.add(part.blocks.J, tokens.document[part.first : part.first + part.n_tokens], part.blocks.n_entries)
+    return tally
 
 
-# -------------------------------------------------------------------- tables
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 6), k=st.integers(1, 5), split=st.integers(0, 6))
-@settings(deadline=None, max_examples=40)
-def test_tables_equal_counting_by_hand(seed: int, n: int, k: int, split: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    J = torch.randn(n, k, k, generator=g) * 0.3
-    J[J.abs() < 0.03] = 0
-    config = JacobianConfig(n_tokens=n, bins=10, max_value=0.5, thresholds=(0.05, 0.13))
-    tally = Tally(np.unique(np.array([*np.linspace(0, 0.5, 11), 0.05, 0.13], dtype=np.float32)))
-    for part in (J[:split], J[split:]):
-        if len(part):
-            tally.add(part)
-
-    size = J.abs().double().numpy()
-    histogram = histogram_table(tally, config).to_pydict()
-    edges = np.float32(np.linspace(0, 0.5, 11)).astype(float)
-    wanted = [((size > a) & (size <= b)).sum() / n for a, b in pairwise(edges)]
-    wanted[0] += (size == 0).sum() / n
-    np.testing.assert_allclose(histogram["count_per_token"], wanted, atol=1e-12)
-    np.testing.assert_allclose(histogram["above_per_token"], [(size > a).sum() / n for a in edges[:-1]], atol=1e-12)
-
-    survival = survival_table(tally, config).to_pydict()
-    assert survival["threshold"] == pytest.approx([0.05, 0.1, 0.13, *np.arange(0.15, 0.51, 0.05)])
-    above = [(size > np.float32(t)).sum() / n for t in survival["threshold"]]
-    np.testing.assert_allclose(survival["values_above_per_token"], above, atol=1e-12)
-    np.testing.assert_allclose(survival["fraction"], np.array(above) / k**2, atol=1e-12)
-
-    summary = summarise(tally, config)
-    assert summary["rms"] == pytest.approx(np.sqrt((size**2).mean()))
-    assert summary["fraction_above_0.13"] == pytest.approx((size > 0.13).mean())
-    assert summary["overflow_per_token"] == pytest.approx((size > 0.5).sum() / n)
-    assert sum(histogram["count_per_token"]) + summary["overflow_per_token"] == pytest.approx(k * k)
-    tokens = [t for t in size if t.any()]
-    if not tokens:
-        assert summary["l1_over_l2"] is None
-        return
-    assert summary["l1_over_l2"] == pytest.approx(np.mean([t.sum() / np.sqrt((t**2).sum()) for t in tokens]))
-    assert summary["kurtosis"] == pytest.approx(np.mean([(t**4).mean() / (t**2).mean() ** 2 for t in tokens]))
-    outputs = [row for t in tokens for row in t if row.any()]
-    assert summary["effective_inputs"] == pytest.approx(np.mean([r.sum() ** 2 / (r**2).sum() for r in outputs]))
-
-
-def test_scaling_j_changes_no_scale_free_measure() -> None:
-    J = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(0))
-    config = JacobianConfig(n_tokens=4)
-    summaries = []
-    for scale in (1.0, 0.01):
-        tally = Tally(np.unique(np.array([*np.linspace(0, 0.5, 201), *config.thresholds], dtype=np.float32)))
-        tally.add(J * scale)
-        summaries.append(summarise(tally, config))
-    for name in ("l1_over_l2", "kurtosis", "effective_inputs"):
-        assert summaries[0][name] == pytest.approx(summaries[1][name], rel=1e-5)
-    assert summaries[0]["rms"] == pytest.approx(100 * summaries[1]["rms"], rel=1e-5)
-
-
-def test_study_counts_as_the_notebook_does(neox_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notebook 000's loop: autograd of the sandwich (here at x), slice, `torch.histc`, sums of the tail."""
-    model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
-    input, output, mlp = topk_sae(IN, seed=1), topk_sae(OUT, seed=2), read_mlp(model, LAYER)
-    monkeypatch.setattr("saeflow.jacobian.ROWS", 4)
-    rows = rows_of_tokens(8)  # two batches, the second not used up
-    config = JacobianConfig(n_tokens=31 * 6 + 7, bins=200, max_value=0.5)
-    tally = study(model, make_pair(mlp, input, output), rows, config)
+@pytest.mark.parametrize(
+    ("hook", "at", "norm"),
+    [
+        (IN, "input", "inside"),
+        (IN, "reconstruction", "inside"),
+        ("blocks.1.hook_resid_pre", "reconstruction", "inside"),  # ignore_ln = False
+        ("blocks.1.hook_resid_pre", "reconstruction", "ignored"),  # ignore_ln = True
+    ],
+)
+def test_study_counts_as_the_notebook_does(
+    neox_folder: Path, monkeypatch: pytest.MonkeyPatch, hook: str, at: str, norm: str
+) -> None:
+    """Notebook 000's loop: the Jacobian of the sandwich of decoder, MLP and encoder by autograd, all n x n of it, its
+    slice of active latents, `torch.histc`, sums of the tail; the model with its norms folded, as that loads it."""
+    model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder), fold_ln=True), "cpu")
+    block = model.blocks[LAYER]
+    input, output = topk_sae(hook, seed=1), topk_sae(OUT, seed=2)
+    monkeypatch.setattr("saeflow.jacobian_pass.ROWS", 1)
+    rows = rows_of_tokens(3)  # the third is not used up
+    config = JacobianConfig(n_tokens=31 * 2 + 7, bins=200, max_value=0.5, at=at, norm=norm)
+    tally = counted(model, open_map(model, [input, output], config), rows, config)
     assert tally.n_tokens == config.n_tokens
 
-    x, y = read_hooks(model, torch.from_numpy(rows).long(), [IN, OUT])
-    x, y = (v[:, 1:].flatten(0, 1)[: config.n_tokens] for v in (x, y))
-    entries = []
-    for t in range(len(x)):
-        values_in, A = input.top_latents(x[t : t + 1])
-        values_out, B = output.top_latents(y[t : t + 1])
-        J_f = torch.autograd.functional.jacobian(lambda v: mlp(v[None])[0], x[t])  # (d, d)
-        J = output.W_enc.T[B[0]] @ J_f @ input.W_dec[A[0]].T
-        entries.append((J * (values_out[0] > 0)[:, None] * (values_in[0] > 0)).flatten().abs())
-    counts = torch.histc(torch.stack(entries).flatten(), bins=200, min=0, max=0.5) / len(entries)
-    histogram = histogram_table(tally, config).to_pandas()
-    assert histogram["count_per_token"].sum() > 10
-    moved = np.abs(histogram["count_per_token"] - counts.numpy()).sum() * config.n_tokens / 2
-    assert moved < 3.5  # of 6,948 entries: float32 rounds some across an edge
-    survival = survival_table(tally, config).to_pandas().set_index("threshold")["values_above_per_token"]
-    printed = survival.iloc[:19] - tally.above()[-1] / tally.n_tokens  # the notebook drops what exceeds the last edge
-    np.testing.assert_allclose(printed, [counts[i:].sum() for i in range(1, 20)], atol=0.02)
+    (x,) = read_hooks(model, torch.from_numpy(rows).long(), [hook])
+    sliced = []
+    for x_t in x[:, 1:].flatten(0, 1)[: config.n_tokens]:
+        feature_acts_pre = input.pre_activations(x_t[None])[0]
+        keep = feature_acts_pre.topk(6).indices
+
+        def sandwich(pre: Tensor, keep: Tensor = keep, x_t: Tensor = x_t) -> Tensor:
+            feature_acts = torch.zeros(80).index_put((keep,), pre[keep].relu())
+            value = feature_acts @ input.W_dec + input.b_dec
+            if at == "input":  # the values of x, the derivative of its reconstruction
+                value = value + (x_t - value).detach()
+            inside = hook != IN and norm == "inside"
+            mlp_out = block.mlp(block.ln2(value[None, None]) if inside else value[None, None])[0]
+            pre_out = output.pre_activations(mlp_out)[0]
+            return torch.zeros(80).index_put((pre_out.topk(6).indices,), pre_out.topk(6).values.relu())
+
+        in_indices, out_indices = keep[feature_acts_pre[keep] > 0], sandwich(feature_acts_pre).nonzero().flatten()
+        jacobian = torch.autograd.functional.jacobian(sandwich, feature_acts_pre)
+        sliced.append(jacobian[out_indices][:, in_indices].flatten().abs())
+    counts = torch.histc(torch.cat(sliced), bins=200, min=0, max=0.5) / len(sliced)
+
+    histogram = histogram_table(tally).to_pandas()["count_per_token"].to_numpy(copy=True)
+    histogram[0] -= 36 - sum(map(len, sliced)) / len(sliced)  # latents at 0 are not active in the notebook
+    assert histogram[1:].sum() > 5
+    assert np.abs(histogram - counts.numpy()).sum() * config.n_tokens / 2 < 2.5  # float32 rounds some across an edge
+    survival = survival_table(tally).to_pandas().set_index("threshold")["values_above_per_token"]
+    beyond = survival.iloc[-1]  # the notebook drops what exceeds the last edge
+    np.testing.assert_allclose(survival.iloc[:19] - beyond, [counts[i:].sum() for i in range(1, 20)], atol=0.03)
+    edges = torch.linspace(0, 0.5, 201)
+    printed = [f"There are {counts[i:].sum() + beyond:.1f} values above {edges[i]:.3f}." for i in range(1, 20)]
+    ours = notebook_lines(tally)
+    assert [line.split("values")[1] for line in ours] == [line.split("values")[1] for line in printed]
+    assert sum(a != b for a, b in zip(ours, printed, strict=True)) <= 3  # one value may round to another tenth
+
+
+def relu_sae(hook: str, seed: int = 0) -> Dictionary:
+    made = topk_sae(hook, seed=seed)
+    return build(replace(made.spec, activation="relu", k=None), **made.tensors)
+
+
+def test_a_varying_number_of_active_latents_is_padded_with_zeros_that_count_for_nothing(neox_folder: Path) -> None:
+    model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
+    x, y = (v.flatten(0, 1) for v in read_hooks(model, torch.from_numpy(rows_of_tokens(2)).long(), [IN, OUT]))
+    input, output, mlp = relu_sae(IN, seed=1), relu_sae(OUT, seed=2), read_mlp(model, LAYER)
+    seen = 0
+    for blocks in Pair(Block(mlp), input, output).blocks([x, y]):
+        for t, J, A, B, n in zip(
+            range(blocks.some.start, blocks.some.stop),
+            blocks.J, blocks.inputs, blocks.outputs, blocks.n_entries, strict=True,
+        ):  # fmt: skip
+            active_in = input.encode(x[t : t + 1])[0] > 0
+            active_out = output.encode(y[t : t + 1])[0] > 0
+            J_f = torch.autograd.functional.jacobian(lambda v: mlp(v[None])[0], x[t])
+            wanted = (output.W_enc.T @ J_f @ input.W_dec.T) * active_out[:, None] * active_in
+            dense = torch.zeros(80, 80).index_put((B[:, None], A[None]), J, accumulate=True)
+            torch.testing.assert_close(dense, wanted, rtol=1e-4, atol=1e-5)
+            assert n == active_in.sum() * active_out.sum()
+            seen += 1
+    assert seen == len(x)
+
+
+@pytest.mark.parametrize(("activation", "skip"), [("relu", False), ("topk", True), ("jumprelu", False)])
+def test_transcoder_jacobian_matches_autograd_float64(activation: Any, skip: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    d, p, n = 7, 5, 20
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    spec = Spec("transcoder", activation, d, p, n, IN, OUT, k=4 if activation == "topk" else None, skip=skip)
+    threshold = draw(n).abs() if activation == "jumprelu" else None
+    transcoder = build(spec, draw(d, n), draw(n), draw(n, p), draw(p), draw(p, d) if skip else None, threshold)
+    x = draw(9, d)
+    seen = 0
+    for blocks in TranscoderMap(transcoder).blocks([x]):
+        for t, J in zip(range(blocks.some.start, blocks.some.stop), blocks.J, strict=True):
+            wanted = torch.autograd.functional.jacobian(
+                lambda v: transcoder.decode(transcoder.encode(v[None]), v[None])[0], x[t]
+            )
+            torch.testing.assert_close(J, wanted, rtol=1e-12, atol=1e-12)
+            seen += 1
+        assert (blocks.n_entries == d * p).all()
+    assert seen == 9
 
 
 # -------------------------------------------------------------------- job
-def make_job(tmp_path: Path, folder: Path, tokens: Path, pair: tuple[Dictionary, Dictionary], **jacobian: Any) -> Job:
-    for name, dictionary in zip(("in", "out"), pair, strict=True):
+def make_job(tmp_path: Path, folder: Path, tokens: Path, pair: tuple[Dictionary, ...], **jacobian: Any) -> Job:
+    names = ["in", "out"][: len(pair)]
+    for name, dictionary in zip(names, pair, strict=True):
         (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
         save_dictionary(dictionary, tmp_path / "train" / name)
     (tmp_path / "tokens").mkdir(exist_ok=True)
@@ -254,7 +268,7 @@ def make_job(tmp_path: Path, folder: Path, tokens: Path, pair: tuple[Dictionary,
         "jacobian": {"n_tokens": 100, "bins": 200, "max_value": 0.5, "thresholds": [0.005, 0.02]} | jacobian,
         "model": {"weights": "w", **PROCESSING},
     }
-    instance = Instance("jacobian", "j", config, {"train": ["in", "out"], "tokens": ["held"]}, {"model": str(folder)})
+    instance = Instance("jacobian", "j", config, {"train": names, "tokens": ["held"]}, {"model": str(folder)})
     return Job(instance, Plan("tiny", {"jacobian": {"j": instance}}, {}, results=str(tmp_path)), "cpu")
 
 
@@ -263,15 +277,57 @@ def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folde
     for _ in range(2):
         job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN, seed=1), topk_sae(OUT, seed=2, k=4)))
         jacobian_job(job)
-        names = ("histogram.parquet", "survival.parquet", "summary.json")
-        written.append([(job.path / name).read_bytes() for name in names])
+        written.append({name: held for name, held in contents(job.path).items() if name != RECEIPT})
     assert written[0] == written[1]
+    assert {"histogram.parquet", "survival.parquet", "log_histogram.parquet", "thresholds.parquet"} <= written[0].keys()
     summary = json.loads((job.path / "summary.json").read_text())
     assert (summary["n_tokens"], summary["k"], summary["k_out"]) == (100, 6, 4)
     assert (summary["hook_name"], summary["hook_name_out"]) == (IN, OUT)
     histogram = pq.read_table(job.path / "histogram.parquet").to_pandas()
     assert histogram["count_per_token"].sum() + summary["overflow_per_token"] == pytest.approx(24)
-    assert list(histogram.columns) == ["bin_left", "bin_right", "count_per_token", "above_per_token"]
+    assert list(histogram.columns)[:4] == ["bin_left", "bin_right", "count_per_token", "above_per_token"]
+    title, *lines = (job.path / "table.txt").read_text().splitlines()
+    assert (
+        title.startswith(f"{IN} to {OUT}, k = 6, Jacobian coefficient 0, 100 tokens: at the true input")
+        and len(lines) == 19
+    )
+    assert lines[0].startswith("There are ") and lines[0].endswith(" values above 0.002.")
+
+
+def test_ten_tokens_are_enough(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
+    """No pair is frequent enough to be shown, one document gives no interval: the tables are there, and empty."""
+    job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN, seed=1), topk_sae(OUT, seed=2)), n_tokens=10)
+    summary = jacobian_job(job)
+    assert summary["rms"] > 0 and summary["rms_low"] is None
+    for name in ("pairs", "top_inputs", "contexts", "pair_contexts"):
+        assert pq.read_table(job.path / f"{name}.parquet").num_rows == 0
+    assert "longtable" in (job.path / "pairs.tex").read_text()
+
+
+def test_a_jacobian_pair_lies_in_one_artifact(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
+    pair = (topk_sae(IN, seed=1), topk_sae(OUT, seed=2))
+    job = make_job(tmp_path, neox_folder, tokens_folder, pair)
+    wanted = jacobian_job(job)
+    both = tmp_path / "train" / "both"
+    for side, dictionary in zip(("input", "output"), pair, strict=True):
+        (both / side).mkdir(parents=True)
+        spec = replace(dictionary.spec, options={"jacobian_coefficient": 0.25})
+        save_dictionary(build(spec, **dictionary.tensors), both / side)
+    job.instance.needs["train"] = ["both"]
+    found = jacobian_job(job)
+    assert (found.pop("jacobian_coefficient"), wanted.pop("jacobian_coefficient")) == (0.25, 0.0)
+    for name in ("train_key_in", "train_key_out"):
+        assert found.pop(name) == "both" != wanted.pop(name)
+    assert found == wanted
+
+
+def test_a_transcoder_is_studied_in_the_basis_of_the_model(
+    tmp_path: Path, neox_folder: Path, tokens_folder: Path
+) -> None:
+    sae = relu_sae(IN)
+    spec = replace(sae.spec, kind="transcoder", hook_name_out=OUT)
+    summary = jacobian_job(make_job(tmp_path, neox_folder, tokens_folder, (build(spec, **sae.tensors),)))
+    assert (summary["kind"], summary["entries_per_token"]) == ("transcoder", 32 * 32)
 
 
 def test_too_few_tokens_are_refused(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
@@ -287,6 +343,12 @@ def test_what_is_no_pair_around_an_mlp_is_refused(
     hooks: tuple[str, str], tmp_path: Path, neox_folder: Path, tokens_folder: Path
 ) -> None:
     job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(hooks[0]), topk_sae(hooks[1])))
-    with pytest.raises(FitError, match="needs two TopK SAEs around one MLP") as error:
+    with pytest.raises(FitError, match="a Jacobian is that of one MLP") as error:
         jacobian_job(job)
     assert all(hook in str(error.value) for hook in hooks)
+
+
+def test_dictionaries_that_are_no_pair_are_refused(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
+    job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN),))
+    with pytest.raises(FitError, match=r"needs two TopK or ReLU SAEs around one MLP, or one transcoder, but .*in is a"):
+        jacobian_job(job)

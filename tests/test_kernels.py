@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.dictionaries import Origin
 from saeflow.kernels import loops, select, sparse
 from saeflow.kernels import rows as rows_module
 from saeflow.kernels.adam import Adam
@@ -25,6 +27,8 @@ from saeflow.kernels.step import (
     take_steps,
     token_weights,
 )
+from saeflow.trainer import Side, Trainer
+from saeflow.training import make_spec
 
 ERRORS = ("sum", "mean", "target_norm")
 ROADS = (("topk", True), ("batchtopk", True), ("relu", True), ("relu", False))  # activation, and `sparse`
@@ -33,14 +37,28 @@ sizes = st.integers(1, 9)
 exactly = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture(scope="module", params=["device", "product", "sieve"], autouse=True)
+GPU = ["gpu", "triton"] if torch.cuda.is_available() else []
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+@pytest.fixture(scope="module", params=["device", "product", "sieve", *GPU], autouse=True)
 def route(request):
-    """Every test runs by the operations of torch, as on a GPU, and by the loops of a CPU without and with bfloat16."""
+    """Every test runs by the operations of torch and by the loops of a CPU without and with bfloat16; and where there
+    is a GPU, on it, by the operations of torch and by Triton's loops."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
             patch.setattr(loops, "serve", lambda tensor: False)
+        if request.param == "gpu":
+            patch.setattr(loops, "on_gpu", lambda tensor: None)
         patch.setattr(select, "multiplies_bfloat16", lambda: request.param == "sieve")
+        torch.set_default_device("cuda" if request.param in GPU else "cpu")
         yield request.param
+        torch.set_default_device(None)
+
+
+def on_cpu(route):
+    """Whether this is a CPU's route."""
+    return route in ("product", "sieve")
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +87,19 @@ class Operations(TorchDispatchMode):
         return found
 
 
+def placed(tensor):
+    """On the device of this route."""
+    return tensor.to(torch.get_default_device())
+
+
 def drawing(seed, whole=False, dtype=torch.float64):
     """A function shape -> numbers. `whole`: small whole ones, so that pre-activations tie, and products are exact."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         if whole:
-            return torch.randint(-2, 3, shape, generator=g).to(dtype)
-        return torch.randn(*shape, generator=g, dtype=dtype)
+            return placed(torch.randint(-2, 3, shape, generator=g, device="cpu").to(dtype))
+        return placed(torch.randn(*shape, generator=g, dtype=dtype, device="cpu"))
 
     return draw
 
@@ -142,7 +165,7 @@ def test_step_matches_autograd_where_latents_tie(seed, N, d, n, k, road, route):
     objective = Objective(activation, min(k, n), centred=True)
     _, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x, y, 0.3), weights)
     step = take_step(objective, weights, x, y, 0.3, sparse)
-    if activation == "batchtopk" or (activation, route) == ("topk", "device"):
+    if activation == "batchtopk" or (activation == "topk" and not on_cpu(route)):
         # of equal values any may be kept; how much is active is the same
         f = torch.relu((x - weights.b_dec) @ weights.encoder.T + weights.b_enc)
         kept = torch.topk(
@@ -263,8 +286,8 @@ def test_gradients_lie_in_memory_as_the_weights_do(activation, sparse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("by_norm", [False, True])
 def test_a_topk_step_never_waits_for_the_device(dtype, by_norm, route):
-    if route != "device":
-        pytest.skip("a CPU is not waited for")
+    if on_cpu(route) or route == "triton":
+        pytest.skip("these are not torch's operations")
     weights, x, y = random_problem(0, 7, 4, 4, 10, skip=True, dtype=dtype)
     adam = Adam(weights.parameters(), 0.9, 0.999)
     objective = Objective("topk", 3, by_norm, centred=True, squared_error="target_norm")
@@ -281,7 +304,7 @@ def test_a_topk_step_never_waits_for_the_device(dtype, by_norm, route):
 
 
 def test_a_topk_step_allocates_nothing_of_all_tokens_and_latents(monkeypatch, route):
-    if route == "device":
+    if not on_cpu(route):
         pytest.skip("on a GPU the product is there as a whole")
     N, n = 64, 4096
     monkeypatch.setattr(select, "WORKSPACE", 8 * n)
@@ -370,7 +393,8 @@ def test_sum_by_latent_is_a_sum_over_tokens(pattern):
 )
 def test_the_transposed_pattern_has_the_same_pairs_by_latent(seed, n, counts):
     starts = torch.tensor([0, *counts]).cumsum(0)
-    latents = torch.randint(0, n, (int(starts[-1]),), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    latents = placed(torch.randint(0, n, (int(starts[-1]),), generator=generator, device="cpu"))
     if len(latents):
         latents[0] = n - 1
     found = Pattern(latents, starts, n).by_latent
@@ -437,7 +461,7 @@ def selection_problem(seed, N, n, whole, scaled, shift=0.0):
     """x, encoder, b_enc, a scale or None, and relu(x encoder^T + b_enc); exact if whole."""
     draw = drawing(seed, whole, torch.float32)
     x, encoder, b_enc = draw(N, 3), draw(n, 3), draw(n) + shift
-    scale = 2.0 ** torch.randint(-2, 3, (n,), generator=torch.Generator().manual_seed(seed)) if scaled else None
+    scale = 2.0 ** drawing(seed, True, torch.float32)(n) if scaled else None
     return x, encoder, b_enc, scale, torch.relu(x @ encoder.T + b_enc)
 
 
@@ -503,21 +527,22 @@ def test_batch_top_k_keeps_the_largest_of_the_batch(seed, shape, whole, scaled, 
     wanted = torch.topk((f * scale).view(-1), N * k).values
     kept = (found.values * scale[found.latents])[found.values > 0]
     assert_same_numbers(kept, wanted[wanted > 0], whole)
-    assert len(found.values) == (N * k if route == "device" else len(kept))
+    assert len(found.values) == (len(kept) if on_cpu(route) else N * k)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     seed=seeds, shape=selections(), whole=st.booleans(), tokens=st.integers(1, 9), shift=st.sampled_from((0, -2, -100))
 )
-def test_positive_keeps_all_above_zero(seed, shape, whole, tokens, shift):
+def test_positive_keeps_all_above_zero(seed, shape, whole, tokens, shift, route):
     N, n, _ = shape
     x, encoder, b_enc, _, f = selection_problem(seed, N, n, whole, False, shift)
     with pytest.MonkeyPatch.context() as patch:
         parts_of(patch, tokens, n)
         found = positive(x, encoder, b_enc)
     assert_pairs_of(found, f)
-    assert_same_numbers(found.values, f[f > 0], whole)
+    assert_same_numbers(found.values[found.values > 0], f[f > 0], whole)
+    assert route == "triton" or (found.values > 0).all()  # the sieve on a GPU keeps what it was not sure of
 
 
 @pytest.mark.parametrize("n", [1000, 1009, 1024])
@@ -643,13 +668,13 @@ def test_clip_norm_is_torchs(largest):
 
 
 def test_adam_is_torchs_adam():
-    g = torch.Generator().manual_seed(0)
-    mine = [torch.randn(7, 3, generator=g), torch.randn(5, generator=g)]
+    draw = drawing(0, dtype=torch.float32)
+    mine = [draw(7, 3), draw(5)]
     theirs = [p.clone().requires_grad_() for p in mine]
     adam = Adam(mine, 0.8, 0.99)
     reference = torch.optim.Adam(theirs, betas=(0.8, 0.99), fused=True)
     for step in range(20):
-        gradients = [torch.randn(p.shape, generator=g) for p in mine]
+        gradients = [draw(*p.shape) for p in mine]
         lr = 1e-2 * (step + 1)
         adam.step(gradients, lr)
         for parameter, gradient in zip(theirs, gradients, strict=True):
@@ -663,3 +688,125 @@ def test_adam_refuses_a_gradient_in_another_order_of_memory():
     parameter = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="strides"):
         Adam([parameter], 0.9, 0.999).step([torch.zeros(4, 3).T], 1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- on any device
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize("by_norm", [False, True])
+def test_a_float32_step_matches_autograd_in_float64(activation, sparse, by_norm):
+    """With tokens of several tiles, and latents that are active for none, few and all of them."""
+    N, d, p, n = 300, 150, 130, 700
+    problem = random_problem(0, N, d, p, n, skip=True, dtype=torch.float32)
+    weights, x, y = problem
+    weights.b_enc[:20] -= 1000.0
+    weights.b_enc[20:25] += 100.0
+    weights.b_enc[25:] -= 10.0
+    objective = Objective(activation, 40, by_norm, squared_error="target_norm")
+    double = Weights(*(t.double() for t in weights))
+    loss, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x.double(), y.double(), 0.3), double)
+    step = take_step(objective, weights, x, y, 0.3, sparse)
+    torch.testing.assert_close(step.loss.double(), loss, rtol=1e-5, atol=0.0)
+    for mine, theirs in zip(step.gradients.parameters(), gradients, strict=True):
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+    again = take_step(objective, weights, x, y, 0.3, sparse)
+    assert all(torch.equal(a, b) for a, b in zip(step.gradients, again.gradients, strict=True))
+
+
+@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize("of", ["x", "encoder", "b_enc"])
+def test_what_is_no_number_shows_in_the_loss(activation, sparse, of):
+    weights, x, y = random_problem(0, 20, 4, 4, 300, dtype=torch.float32)
+    {"x": x, "encoder": weights.encoder, "b_enc": weights.b_enc}[of][3] = torch.nan
+    assert take_step(Objective(activation, 2), weights, x, y, 0.3, sparse).loss.isnan()
+
+
+TRAININGS = {
+    "topk": (DictionaryConfig("sae", "topk", k=4, expansion=8), {"clip_grad_norm": 1.0}),
+    "topk of unit norm": (DictionaryConfig("sae", "topk", k=4, expansion=8, sparsity="unit_norm"), {}),
+    "topk with auxk": (DictionaryConfig("sae", "topk", k=2, expansion=8), {"revive": "auxk"}),
+    "batchtopk": (DictionaryConfig("sae", "batchtopk", k=4, expansion=8), {}),
+    "relu": (DictionaryConfig("sae", "relu", l1_coefficient=0.3, expansion=8), {"clip_grad_norm": 1.0}),
+    "relu with ghosts": (DictionaryConfig("sae", "relu", l1_coefficient=2.0, expansion=8), {"revive": "ghost"}),
+    "skip transcoder": (DictionaryConfig("transcoder", "topk", k=4, expansion=8, skip=True), {}),
+}
+
+
+def trainer_of(name, device, **fields):
+    config, more = TRAININGS[name]
+    options = TrainingConfig(256 * 60, 256, lr=3e-3, dead_after_tokens=256 * 10, **{"log_every": 20} | more | fields)
+    hooks = ("in", "in" if config.kind == "sae" else "out")
+    side = Side(torch.zeros(16, device="cpu"), 1.5)
+    with torch.device("cpu"):
+        return Trainer(make_spec(config, 16, 16, *hooks, 0, Origin()), options, side, side, device)
+
+
+def trained(trainer, first=0, last=60):
+    """After steps on batches of sparse sums of atoms."""
+    draw = drawing(1, dtype=torch.float32)
+    atoms = draw(24, 16)
+    for step in range(last):
+        f = torch.relu(draw(256, 24) - 1.2)
+        if step >= first:
+            trainer.take((f @ atoms, f @ atoms.roll(1, 0)))
+    return trainer
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_on_a_gpu_follows_training_on_a_cpu(name, route):
+    if route not in GPU:
+        pytest.skip("compares with the CPU anyway")
+    mine = trained(trainer_of(name, "cuda"))
+    with torch.device("cpu"):
+        theirs = trained(trainer_of(name, "cpu"))
+    assert len(mine.metrics.rows) == 4
+    for a, b in zip(mine.metrics.rows, theirs.metrics.rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+        assert a["l0"] == pytest.approx(b["l0"], rel=1e-2)
+    assert mine.metrics.rows[0]["loss"] == pytest.approx(theirs.metrics.rows[0]["loss"], rel=1e-5)
+    assert mine.metrics.rows[-1]["loss"] < 0.7 * mine.metrics.rows[0]["loss"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_on_a_gpu_goes_on_with_identical_bytes(name, route):
+    if route not in GPU:
+        pytest.skip("test_resume does so on a CPU")
+    whole = trained(trainer_of(name, "cuda"))
+    resumed = trainer_of(name, "cuda")
+    resumed.restore(trained(trainer_of(name, "cuda"), last=33).state())
+    trained(resumed, first=33)
+    assert all(torch.equal(held, whole.state()[key]) for key, held in resumed.state().items())
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["topk", "topk of unit norm", "batchtopk", "skip transcoder"])
+def test_a_step_never_waits_for_the_gpu(name, route):
+    if route not in GPU:
+        pytest.skip("a CPU is not waited for")
+    trainer = trained(trainer_of(name, "cuda", log_every=1000), last=5)  # then its steps are recorded
+    x = torch.randn(256, 16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.take((x, x))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_recorded_relu_step_has_room_for_more_and_for_fewer_pairs(route):
+    if route != "triton":
+        pytest.skip("not recorded")
+    mine, theirs = (trainer_of("relu", "cuda", log_every=1000) for _ in range(2))
+    theirs.alike = -1000  # never recorded
+    rooms = set()
+    for step, shift in enumerate([0.0] * 10 + [0.5, -1.0, -1.0, 0.5, -10.0, -10.0, 0.0]):
+        x = drawing(step, dtype=torch.float32)(256, 16)
+        for trainer in (mine, theirs):
+            trainer.sparse = True
+            trainer.weights.b_enc.add_(shift)
+            trainer.take((x,))
+        rooms.add(mine.recorded.room if mine.recorded else 0)
+    assert len(rooms) > 3
+    assert all(torch.equal(a, b) for a, b in zip(mine.weights.parameters(), theirs.weights.parameters(), strict=True))

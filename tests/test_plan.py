@@ -80,6 +80,8 @@ def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: 
         ("training.lr=0.01", {"train", "evaluate", "figures"}),
         ("activations.dtype=float16", {"activations", "train", "baseline", "evaluate", "figures"}),
         ("model.fold_ln=true", {"activations", "train", "baseline", "evaluate", "figures"}),
+        ("model.randomise=reinit", {"activations", "train", "baseline", "evaluate", "figures"}),
+        ("model.randomise_seed=1", set()),  # of nothing
         ("tokens.context_size=128", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
         ("tokens.prepend_bos=false", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
         ("tokens.train_tokens=100_000", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
@@ -165,6 +167,21 @@ def test_pair_shares_its_dictionaries_with_a_sweep(home: Path) -> None:
     assert len(pair.needs["train"]) == 2
 
 
+def test_each_arm_of_a_model_has_weights_of_its_own(home: Path) -> None:
+    plan = plan_of(home, "model.randomise=[none,reinit,permuted]", "model.randomise_seed=[0,1]")
+    assert len(plan.stages["activations"]) == 5 and len(plan.stages["tokens"]) == 2
+    models = [i.config["model"] for i in plan.stages["activations"].values()]
+    assert len({m["weights"] for m in models}) == 5
+    assert sorted(m.get("randomise", "none") for m in models) == ["none", "permuted", "permuted", "reinit", "reinit"]
+
+
+def test_transcoders_are_studied_only_where_asked(home: Path) -> None:
+    two = [*TRANSCODER, "sweep=null", "dictionary.l1_coefficient=[0.1,0.2]"]
+    assert not plan_of(home, *two).stages["jacobian"]
+    studies = plan_of(home, *two, "jacobian.transcoders=true").stages["jacobian"]
+    assert len(studies) == 2 and all(len(s.needs["train"]) == 1 for s in studies.values())
+
+
 def test_lists_span_the_product_of_every_kind_of_axis(home: Path) -> None:
     plan = plan_of(
         home, "sweep=null", "dictionary=topk,relu", "site=mlp_out,resid_post", "site.layer=[0,3]", "seed=[0,1]"
@@ -223,7 +240,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
         (
             ["dictionary=top"],
-            "no config 'dictionary/top'; dictionary can be: batchtopk, foreign, pair, relu, skip_transcoder, topk",
+            "no config 'dictionary/top'; dictionary can be: batchtopk, foreign, jacobian, pair, relu, skip_transcoder",
         ),
         (["experiment=none_such"], "experiment can be: "),
         (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),
@@ -242,6 +259,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
             ["sweep=null", "dictionary=pair", "site=mlp", "jacobian.n_tokens=1_000_000"],
             "more than the 65280 held-out",
         ),
+        (["sweep=null", "dictionary=pair", "site=mlp", "jacobian.norm=ignored"], "does not begin before the norm here"),
         (["site=mlp"], "dictionary.kind=sae reads one hook, but this site has two"),
         (["model.path=/no/such/folder"], "model.path=/no/such/folder: no such folder"),
         (["model=local"], "model.path has to be given: add model.path="),

@@ -75,7 +75,7 @@ def columns_of(given, tokens=(1000, 1000)):
 
 def test_the_spec_records_where_the_activations_came_from(tmp_path):
     hooks = [HOOK, HOOK_OUT]
-    spec = training.spec_of_job(job_of(plan_of(tmp_path, hooks, TRANSCODER)), columns_of(hooks))
+    (spec,) = training.specs_of_job(job_of(plan_of(tmp_path, hooks, TRANSCODER)), columns_of(hooks))
     assert (spec.hook_name, spec.hook_name_out, spec.seed) == (HOOK, HOOK_OUT, 5)
     assert spec.origin == Origin("tiny-gpt2", "abc", True, False, False, 64, False)
 
@@ -92,13 +92,13 @@ def test_the_spec_records_where_the_activations_came_from(tmp_path):
 def test_columns_of_other_hooks_are_refused(tmp_path, dictionary, hooks, given):
     job = job_of(plan_of(tmp_path, hooks, dictionary))
     with pytest.raises(ConfigError, match=rf"kind {dictionary['kind']} at .* was given the activations of"):
-        training.spec_of_job(job, columns_of(given))
+        training.specs_of_job(job, columns_of(given))
 
 
 def test_columns_of_different_lengths_are_refused(tmp_path):
     hooks = [HOOK, HOOK_OUT]
     with pytest.raises(ConfigError, match=r"hold \[1000, 900\] tokens"):
-        training.spec_of_job(job_of(plan_of(tmp_path, hooks, TRANSCODER)), columns_of(hooks, (1000, 900)))
+        training.specs_of_job(job_of(plan_of(tmp_path, hooks, TRANSCODER)), columns_of(hooks, (1000, 900)))
 
 
 # -------------------------------------------------------------------- loggers

@@ -125,11 +125,19 @@ def test_how_it_runs_and_how_it_is_written_rerun_nothing(home: Path) -> None:
             {"tokens": 2, "activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1},
         ),
         ("activations.dtype=float16", {"activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1}),
+        ("model.randomise=permuted", {"activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1}),
         ("jacobian.bins=50", {"jacobian": 1}),
     ],
 )
 def test_an_edit_runs_exactly_its_descendants(home: Path, hydra: str, jobs: dict[str, int]) -> None:
     assert Workflow(home).would_run(hydra=hydra) == jobs | {"figures": 1}
+
+
+def test_one_target_prints_the_table_of_every_study(home: Path) -> None:
+    done = Workflow(home).call("jacobian_tables")
+    (folder,) = (home / "results" / "jacobian").iterdir()
+    assert (folder / "table.txt").read_text() in done.stdout
+    assert len(re.findall(r"^There are [0-9.]+ values above 0\.[0-9]{3}\.$", done.stdout, re.MULTILINE)) == 19
 
 
 def test_one_bit_of_the_weights_runs_everything_that_reads_them(home: Path) -> None:

@@ -159,7 +159,10 @@ def blind_job(job: Job) -> int:
     model = load_model(folder, model_config(folder, config["model"]), job.device)
     tokenizer = load_tokenizer(folder).tokenizer
     shown, key = [], []
-    for path, evaluated in zip(job.inputs("train") + job.inputs("foreign"), job.inputs("evaluate"), strict=True):
+    folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
+    for evaluated in job.inputs("evaluate"):
+        name = json.loads((evaluated / "summary.json").read_text())["dictionary_key"]
+        path = folders[name]
         dictionary = load_dictionary(path, job.device)
         check_fit(dictionary, path, folder, config["model"], geometry)
         fired = pd.read_parquet(evaluated / "latents.parquet")["fired_without_bos"].to_numpy()
@@ -167,7 +170,7 @@ def blind_job(job: Job) -> int:
         found = find_activations(model, dictionary, features, rows, rows.attributes["prepend_bos"], settings.batch_rows)
         for feature, active in zip(features, found, strict=True):
             shown.append(_bands(active, rows, tokenizer, settings))
-            key.append({"dictionary": path.name, "kind": dictionary.spec.kind, "feature": int(feature)})
+            key.append({"dictionary": name, "kind": dictionary.spec.kind, "feature": int(feature)})
     order = list(range(len(shown)))
     random.Random(settings.seed).shuffle(order)
     called = names(len(order), settings.seed)

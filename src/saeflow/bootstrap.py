@@ -18,6 +18,7 @@ import numpy as np
 from saeflow.metrics import Ratio, ratios
 
 BLOCK_ELEMENTS = 1 << 24
+CONFIDENCE = 0.95
 
 
 def draws(n_documents: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -55,3 +56,24 @@ def interval(resampled: np.ndarray, confidence: float) -> tuple[float, float] | 
         return None
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def resampled_sums(sums: np.ndarray, n_resamples: int, seed: int = 0) -> np.ndarray:
+    """Sums over the documents of each draw: `sums` (documents, ...) gives (n_resamples, ...), float64."""
+    flat = np.asarray(sums, dtype=np.float64).reshape(len(sums), -1)
+    found = np.concatenate([counts @ flat for counts in draws(len(sums), n_resamples, seed)])
+    return found.reshape(n_resamples, *sums.shape[1:])
+
+
+def central(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends (...) of the central 95 % of `resampled` (resamples, ...), of those that are not NaN; NaN where all are."""
+    tail = (1 - CONFIDENCE) / 2
+    undefined = np.isnan(resampled).all(0)
+    low, high = np.nanquantile(np.where(undefined, 0.0, resampled), [tail, 1 - tail], axis=0)
+    return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Their quotient, NaN where the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(denominator == 0, np.nan, numerator / denominator)

@@ -60,7 +60,11 @@ class TokensConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
-    processing, which changes activations."""
+    processing, which changes activations.
+
+    `randomise` replaces the weight matrices, as a control (`saeflow.randomise`): `reinit` draws them as at the start of
+    training, `permuted` shuffles their rows and columns; by `randomise_seed`.
+    """
 
     name: str
     path: str | None = None
@@ -69,8 +73,11 @@ class ModelConfig:
     fold_ln: bool = False
     center_writing_weights: bool = False
     center_unembed: bool = False
+    randomise: Literal["none", "reinit", "permuted"] = "none"
+    randomise_seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.randomise_seed >= 0, "model.randomise_seed", self.randomise_seed, "0 or more")
         if (self.path is None) == (self.hub is None):
             raise ConfigError("model: set exactly one of model.path (a local folder) and model.hub (a hub name)")
 
@@ -130,7 +137,8 @@ def amount_of(k: int | None, l1_coefficient: float | None, options: dict[str, An
 
 @dataclass(frozen=True)
 class DictionaryConfig:
-    """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or a pair of SAEs, one at each, for Jacobians.
+    """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or two TopK SAEs, one at each: a `pair` of
+    ordinary ones, or a `jacobian` pair, trained as one so that the Jacobian between their latents is sparse.
 
     `squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
     used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
@@ -147,9 +155,14 @@ class DictionaryConfig:
     `kind=foreign` is a dictionary that another library made, at `path` (of `format`, or known by its files), or
     `sae_id` of a `release` that SAELens knows; the site says whether it is an SAE or a transcoder. `label` names it in
     figures. Nothing else applies to it.
+
+    A `jacobian` pair adds to the losses of its SAEs `jacobian_coefficient` / k^2 times the mean over tokens of what the
+    k x k Jacobian of the active latents costs by `jacobian_penalty` (see `saeflow.kernels.penalties`), taken at the
+    input (as the paper, arXiv 2502.18147) or at the input SAE's reconstruction of it. With coefficient 0 they are the
+    SAEs that they would be alone.
     """
 
-    kind: Literal["sae", "transcoder", "pair", "foreign"]
+    kind: Literal["sae", "transcoder", "pair", "jacobian", "foreign"]
     activation: Literal["topk", "batchtopk", "relu", "saelens", "foreign"]
     k: int | None = None
     l1_coefficient: float | None = None
@@ -161,6 +174,9 @@ class DictionaryConfig:
     skip: bool = False
     saelens: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    jacobian_coefficient: float | None = None
+    jacobian_penalty: Literal["l1", "scad", "l1_over_l2", "lp"] = "l1"
+    jacobian_at: Literal["input", "reconstruction"] = "input"
     path: str | None = None
     format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify"] | None = None
     release: str | None = None
@@ -174,6 +190,10 @@ class DictionaryConfig:
             raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
         width = self.expansion or self.d_sae or 0
         _require(width > 0, "dictionary.expansion or d_sae", width, "1 or more")
+        given, needed = self.jacobian_coefficient, self.kind == "jacobian"
+        legal = (given is not None and given >= 0) if needed else given is None
+        wanted = "0 or more" if needed else "null"
+        _require(legal, "dictionary.jacobian_coefficient", given, f"{wanted} with kind={self.kind}")
         if self.activation == "saelens" or self.saelens is not None or self.options:
             return self._check_saelens()
         if self.activation != "relu":
@@ -189,8 +209,11 @@ class DictionaryConfig:
             legal = self.l1_coefficient is not None and self.l1_coefficient >= 0
             _require(legal, "dictionary.l1_coefficient", self.l1_coefficient, "0 or more with activation=relu")
             _require(self.k is None, "dictionary.k", self.k, "null with activation=relu")
-        if self.kind == "pair":
-            _require(self.activation == "topk", "dictionary.activation", self.activation, "topk with kind=pair")
+        if self.kind in ("pair", "jacobian"):
+            _require(self.activation == "topk", "dictionary.activation", self.activation, f"topk with kind={self.kind}")
+        if self.kind == "jacobian":  # or a latent could shrink its Jacobian by growing
+            wanted = "unit_norm with kind=jacobian"
+            _require(self.sparsity == "unit_norm", "dictionary.sparsity", self.sparsity, wanted)
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
 
@@ -250,6 +273,9 @@ class TrainingConfig:
     `resample_steps` they are set to what is reconstructed badly, judged on `resample_batches` batches, and the learning
     rate rises again over `resample_warm_up_steps` (Bricken et al. 2023, as Kissane et al.).
 
+    The penalty of a Jacobian pair rises over `jacobian_warm_up_steps`. With `jacobian_fraction` below 1 it is taken on
+    that share of each batch's tokens, drawn anew at every step: the same on average, at a fraction of the cost.
+
     The last four say how to run and never enter a hash: up to `together` dictionaries of one site train in one job that
     reads each batch once; a checkpoint is written about every `checkpoint_seconds`, and the newest `keep_checkpoints`
     stay until training is done.
@@ -273,6 +299,8 @@ class TrainingConfig:
     resample_steps: tuple[int, ...] = ()
     resample_batches: int = 100
     resample_warm_up_steps: int = 1000
+    jacobian_warm_up_steps: int = 0
+    jacobian_fraction: float = 1.0
     log_every: int = 10
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     together: int = 4
@@ -287,23 +315,54 @@ class TrainingConfig:
         _require(self.lr > 0, "training.lr", self.lr, "more than 0")
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
         _require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
+        fraction = self.jacobian_fraction
+        _require(0 < fraction <= 1, "training.jacobian_fraction", fraction, "above 0 and at most 1")
         legal = (self.revive == "resample") == bool(self.resample_steps)
         _require(legal, "training.resample_steps", self.resample_steps, "a list of steps with revive=resample, else []")
 
 
 @dataclass(frozen=True)
 class JacobianConfig:
-    """`n_tokens` held-out tokens (position 0 left out); the histogram has `bins` equal bins on [0, `max_value`]."""
+    """`n_tokens` held-out tokens (position 0 left out); the histogram has `bins` equal bins on [0, `max_value`].
+
+    `at`: whether the Jacobian is taken at the true input of f or at its reconstruction by the input dictionary. `norm`
+    matters where f begins before the norm: `ignored` leaves it out of f but for its gain and bias (notebook 000's
+    `ignore_ln`, whose MLP reads the residual stream as it is).
+    `thresholds` are of |J| itself and of J divided by a token's L1 or L2 norm, `relative_thresholds` in units of the
+    RMS of J. Intervals over documents come from `resamples` resamples.
+
+    The Jacobians of the first `stored_tokens` tokens are stored whole. The `top_pairs` pairs by each statistic, and the
+    `top_inputs` inputs of the outputs among them, are those active together on `min_count` tokens or more, and each
+    comes with up to `contexts` windows of `window` tokens. `linearity_samples` functions of one latent by another are
+    looked at. With `transcoders`, the Jacobian of every transcoder's input-output map is studied too.
+    """
 
     n_tokens: int = 16384
+    at: Literal["input", "reconstruction"] = "input"
+    norm: Literal["inside", "ignored"] = "inside"
     bins: int = 200
     max_value: float = 0.5
     thresholds: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02)
+    relative_thresholds: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0)
+    resamples: int = 1000
+    stored_tokens: int = 1024
+    top_pairs: int = 32
+    top_inputs: int = 16
+    min_count: int = 12
+    contexts: int = 12
+    window: int = 16
+    linearity_samples: int = 1000
+    transcoders: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "bins"):
+        for name in ("n_tokens", "bins", "resamples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):
+            _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
+        for name in ("contexts", "window", "linearity_samples"):
             _require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
         _require(self.max_value > 0, "jacobian.max_value", self.max_value, "more than 0")
+        for name in ("thresholds", "relative_thresholds"):
+            legal = all(value > 0 for value in getattr(self, name))
+            _require(legal, f"jacobian.{name}", list(getattr(self, name)), "a list of numbers above 0")
 
 
 @dataclass(frozen=True)

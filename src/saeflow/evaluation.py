@@ -170,14 +170,14 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     """
     first = jobs[0]
     for job in jobs[1:]:
-        if (job.config, job.input("tokens")) != (first.config, first.input("tokens")):
+        if (_shared(job), job.input("tokens")) != (_shared(first), first.input("tokens")):
             raise ValueError(f"{job.path} and {first.path} have other models or tokens, so they need jobs of their own")
     folder, config = first.source("model"), first.config
     geometry = read_geometry(folder)
     baselines: dict[Path, Baseline] = {}
     studies = []
     for job in jobs:
-        made = dictionary_folder(job)
+        (made,) = job.dictionaries()
         dictionary = load_dictionary(made, first.device)
         check_fit(dictionary, made, folder, config["model"], geometry)
         measured = job.input("baseline")
@@ -206,10 +206,9 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     return summaries
 
 
-def dictionary_folder(job: Job) -> Path:
-    """The dictionary that a job needs: trained here, or read from elsewhere."""
-    (folder,) = job.inputs("train") + job.inputs("foreign")
-    return folder
+def _shared(job: Job) -> dict[str, Any]:
+    """What jobs must have in common: all but which part of a pair is meant."""
+    return {name: value for name, value in job.config.items() if name != "part"}
 
 
 def write_evaluation(evaluation: Evaluation, summary: dict[str, Any], folder: Path) -> None:
@@ -248,6 +247,8 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     )
     name, amount = spec.amount
     held = {name: getattr(spec, name) for name in names}
-    keys = {"train_key": dictionary_folder(job).name, "tokens_key": job.input("tokens").name}
-    keys |= {"model_name": spec.origin.model_name or "", "source": spec.origin.source or ""}
-    return keys | {"amount_name": name, "amount": amount} | held
+    keys = {"train_key": (job.inputs("train") + job.inputs("foreign"))[0].name, "part": job.config.get("part")}
+    keys["dictionary_key"] = "/".join(key for key in keys.values() if key)
+    keys |= {"tokens_key": job.input("tokens").name, "model_name": spec.origin.model_name or ""}
+    pair = {"source": spec.origin.source or "", "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
+    return keys | pair | {"amount_name": name, "amount": amount} | held

@@ -61,10 +61,18 @@ class _Expander:
         tree["tokenizer"] = tokenizer
         for name in OF_FOREIGN:
             del tree["dictionary"][name]
+        if point.dictionary.kind != "jacobian":  # what does not concern a dictionary is not in its key
+            for group in ("dictionary", "training"):
+                tree[group] = {name: v for name, v in tree[group].items() if not name.startswith("jacobian_")}
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
         sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
-        tree["model"] = {"weights": weights, **processing}
+        arm, of_arm = "", {}
+        if point.model.randomise != "none":  # other weights: what was made for the trained ones does not fit
+            of_arm = {k: tree["model"][k] for k in ("randomise", "randomise_seed")}
+            weights = short_hash([weights, of_arm], 32)
+            arm = f"-{point.model.randomise}{point.model.randomise_seed}"
+        tree["model"] = {"weights": weights, **processing, **of_arm}
 
         def instance(stage: str, label: str, needs: dict[str, list[str]], **extra: Any) -> str:
             config = _project(tree, STAGES[stage].reads) | extra
@@ -80,7 +88,7 @@ class _Expander:
         # One store a (model, processing, packing, dtype); neither the hooks nor the number of rows are in its key, so
         # that both can grow in place.
         stored = _project(tree, STAGES["activations"].reads)
-        store = f"{point.model.name}-{point.activations.dtype}-" + short_hash(
+        store = f"{point.model.name}{arm}-{point.activations.dtype}-" + short_hash(
             [STAGES["activations"].version, stored, packing]
         )
 
@@ -96,30 +104,40 @@ class _Expander:
         amount = f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
         dictionary = tree["dictionary"] | {"kind": "sae" if d.kind == "pair" else d.kind}
 
-        def trained(hook: str, hook_out: str | None) -> tuple[str, str]:
-            """Key of the dictionary, and of the column that its evaluation takes means from."""
-            columns = [column(h) for h in (hook, hook_out) if h]
+        def trained(hook: str, hook_out: str | None) -> str:
             name = f"{d.saelens or dictionary['kind']}-{_short(hook)}-{amount}-seed{point.seed}"
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
-            return instance("train", name, {"activations": columns}, **extra), columns[-1]
+            return instance("train", name, {"activations": [column(h) for h in (hook, hook_out) if h]}, **extra)
 
         if d.kind == "foreign":
             key = self._foreign(point, {"model": tree["model"]}, sources)
             means = column(hook_out or hook)
-            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head)
+            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head, {})
             self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
             return
+        dictionaries: list[
+            tuple[str, dict[str, str], str]
+        ]  # each to evaluate: its key, its part of that, where it writes
         if d.kind == "pair":
             assert hook_out is not None
-            dictionaries = [trained(hook, None), trained(hook_out, None)]
-            keys = [key for key, _ in dictionaries]
-            instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
+            dictionaries = [(trained(h, None), {}, h) for h in (hook, hook_out)]
+        elif d.kind == "jacobian":
+            assert hook_out is not None
+            amount += f"-lambda{d.jacobian_coefficient:g}"
+            key = trained(hook, hook_out)
+            dictionaries = [(key, {"part": "input"}, hook), (key, {"part": "output"}, hook_out)]
         else:
-            dictionaries = [trained(hook, hook_out)]
-        for key, means in dictionaries:
-            _evaluated(instance, {"train": [key]}, means, tokens["held_out"], None)
-            if d.kind != "pair":
-                self._note(point, tree, _Placed("train", key, means, tokens["held_out"], sources))
+            dictionaries = [(trained(hook, hook_out), {}, hook_out or hook)]
+        if d.kind in ("pair", "jacobian"):
+            keys = list(dict.fromkeys(key for key, _, _ in dictionaries))
+            instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
+        elif d.kind == "transcoder" and point.jacobian.transcoders:
+            needs = {"train": [dictionaries[0][0]], "tokens": [tokens["held_out"]]}
+            instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
+        for key, part, writes in dictionaries:
+            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], None, part)
+            if d.kind not in ("pair", "jacobian"):
+                self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
 
     def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
         """A dictionary that is read instead of trained. It enters by content, or by the names of its release."""
@@ -187,11 +205,11 @@ class _Expander:
             raise ConfigError("blind: it takes two dictionaries or more of one model, on the same held-out tokens")
         first = next(iter(evaluations))
         needs: dict[str, list[str]] = {stage: [] for stage in ("train", "foreign")}
-        by_stage = sorted(evaluations, key=lambda e: ("foreign" in e.needs, e.key))  # as the job joins them
+        by_stage = sorted(evaluations, key=lambda e: e.key)
         for evaluation in by_stage:
             for stage in needs:
                 needs[stage] += evaluation.needs.get(stage, [])
-        needs = {stage: keys for stage, keys in needs.items() if keys}
+        needs = {stage: list(dict.fromkeys(keys)) for stage, keys in needs.items() if keys}
         needs |= {"evaluate": [e.key for e in by_stage], "tokens": first.needs["tokens"]}
         config = {"model": first.config["model"], "blind": dataclasses.asdict(blind)}
         self._instance("blind", self.plan.experiment, config, needs, first.sources)
@@ -203,7 +221,8 @@ class _Expander:
             for s in ("train", "foreign", "jacobian", "evaluate", "stack")
             if self.plan.stages[s]
         }
-        made_from = {"jacobian_histogram": "jacobian", "training_curves": "train", "stacks": "stack"}
+        made_from = {"training_curves": "train", "stacks": "stack"}
+        made_from |= {f: "jacobian" for f in figures if f.startswith("jacobian")}
         wanted = [f for f in figures if f not in made_from or self.plan.stages[made_from[f]]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
@@ -253,7 +272,17 @@ class _Expander:
                 raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {hook}")
         rows = point.tokens.held_out_tokens // point.tokens.context_size
         usable = rows * (point.tokens.context_size - 1)
-        if point.dictionary.kind == "pair" and point.jacobian.n_tokens > usable:
+        pair = point.dictionary.kind in ("pair", "jacobian")
+        if not pair and not (point.dictionary.kind == "transcoder" and point.jacobian.transcoders):
+            return
+        assert point.site.hook_name_out is not None
+        _, norm, _ = models.block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel)
+        if point.jacobian.norm == "ignored" and not (norm and pair):
+            raise ConfigError(
+                "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
+                "with a pair and site=mlp_before_norm, or set jacobian.norm=inside"
+            )
+        if point.jacobian.n_tokens > usable:
             raise ConfigError(
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
                 "at position 0; lower it, or raise tokens.held_out_tokens"
@@ -282,13 +311,17 @@ def _layers(stack: Any, there: list[int]) -> list[int]:
     return layers
 
 
-def _evaluated(instance: Any, made: dict[str, list[str]], means: str, held_out: str, head: int | None) -> None:
-    """The evaluation of the dictionary `made`, against the baseline whose mean ablation takes the column `means`."""
+def _evaluated(
+    instance: Any, made: dict[str, list[str]], means: str, held_out: str, head: int | None, part: dict[str, str]
+) -> None:
+    """The evaluation of the dictionary `made`, or of that `part` of it, against the baseline whose mean ablation takes
+    the column `means`."""
     tokens = {"tokens": [held_out]}
     name = means.split("/")[1].rsplit("-", 2)[0] + (f".{head}" if head is not None else "")
     baseline = instance("baseline", name, tokens | {"activations": [means]}, head=head)
     ((key,),) = made.values()
-    instance("evaluate", key.rsplit("-", 1)[0], made | {"baseline": [baseline]} | tokens)
+    label = "-".join([key.rsplit("-", 1)[0], *part.values()])
+    instance("evaluate", label, made | {"baseline": [baseline]} | tokens, **part)
 
 
 def _project(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:

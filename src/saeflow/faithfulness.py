@@ -40,9 +40,9 @@ def matched_l0(
 ) -> pd.DataFrame:
     """CE of the front `other` minus that of `one` at equal L0, over the range of L0 that both cover.
 
-    `one`, `other`: rows of evaluations (`train_key`, `l0`, `ce_replaced`); `resamples`: those columns, one row a draw
-    and dictionary. At the L0 of every point of either, and `n_points` between. A draw moves L0 and CE of all points;
-    where it ends a front a little short, the front's last segment is continued.
+    `one`, `other`: rows of evaluations (`dictionary_key`, `l0`, `ce_replaced`); `resamples`: those columns, one row a
+    draw and dictionary. At the L0 of every point of either, and `n_points` between. A draw moves L0 and CE of all
+    points; where it ends a front a little short, the front's last segment is continued.
     """
     low, high = max(one["l0"].min(), other["l0"].min()), min(one["l0"].max(), other["l0"].max())
     if not low < high:
@@ -55,7 +55,10 @@ def matched_l0(
 
     def drawn(rows: pd.DataFrame) -> np.ndarray:
         """(draws, at)"""
-        tables = {n: resamples.pivot(columns="train_key", values=n)[rows["train_key"]] for n in ("l0", "ce_replaced")}
+        tables = {
+            n: resamples.pivot(columns="dictionary_key", values=n)[rows["dictionary_key"]]
+            for n in ("l0", "ce_replaced")
+        }
         both = zip(tables["l0"].to_numpy(), tables["ce_replaced"].to_numpy(), strict=True)
         return np.stack([_extended(l0, ce, at) for l0, ce in both])
 
@@ -80,16 +83,18 @@ def _extended(l0: np.ndarray, ce: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Metric of `other` minus that of `one`, for every pair evaluated on the same tokens; one row a pair and metric."""
-    by_key = {str(key): rows for key, rows in resamples.groupby("train_key")}
+    by_key = {str(key): rows for key, rows in resamples.groupby("dictionary_key")}
     out = []
     for _, group in evaluations.groupby("tokens_key", sort=True):
         for (_, one), (_, other) in itertools.combinations(group.iterrows(), 2):
             for name in PAIRED:
                 if pd.isna(one[name]) or pd.isna(other[name]):
                     continue
-                drawn = by_key[other["train_key"]][name].to_numpy() - by_key[one["train_key"]][name].to_numpy()
+                drawn = (
+                    by_key[other["dictionary_key"]][name].to_numpy() - by_key[one["dictionary_key"]][name].to_numpy()
+                )
                 low, high = interval(drawn, confidence) or (np.nan, np.nan)
-                names = {"one": one["train_key"], "other": other["train_key"], "metric": name}
+                names = {"one": one["dictionary_key"], "other": other["dictionary_key"], "metric": name}
                 out.append(names | {"difference": other[name] - one[name], "low": low, "high": high})
     return pd.DataFrame(out, columns=["one", "other", "metric", "difference", "low", "high"])
 

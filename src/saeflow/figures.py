@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from saeflow import faithfulness
+from saeflow import faithfulness, jacobian_figures
+from saeflow.jacobian_figures import Studies
 
 # Okabe and Ito's colours, safe for colour-blind readers; every series has a marker of its own too, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -44,6 +46,9 @@ KINDS = {
 }
 
 
+NONE = pd.DataFrame()
+
+
 class Tables(NamedTuple):
     """Everything that an experiment measured."""
 
@@ -52,12 +57,14 @@ class Tables(NamedTuple):
     training: pd.DataFrame
     """One row a logged step of each dictionary: `metrics.parquet` with the columns of `identity`."""
     jacobians: pd.DataFrame
-    """One row a histogram bin of each pair; empty where no pair was studied."""
-    resamples: pd.DataFrame
-    """One row a draw of the documents and dictionary: `resamples.parquet` with `train_key`."""
+    """One row a histogram bin of each study, named by its `label`; empty where there is none."""
+    studies: Studies | None = None
+    """Those of pairs, with all their tables."""
+    resamples: pd.DataFrame = NONE
+    """One row a draw of the documents and dictionary: `resamples.parquet` with `dictionary_key`."""
     confidence: float = 0.95
     """Of the intervals."""
-    stacks: pd.DataFrame | None = None
+    stacks: pd.DataFrame = NONE
     """One row a set of layers: `summary.json` of its stack."""
 
 
@@ -96,7 +103,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         ):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=readable(hook))
         axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -132,7 +139,7 @@ def matched_l0(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             axis.plot(points["l0"], points["difference"], marker, color=colour)
         axis.axhline(0, color="0.35", linewidth=1)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=readable(hook))
     grid[0][0].set_ylabel("difference in CE loss\n(nats per token)")
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -150,7 +157,7 @@ def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     rows = _with_series(tables.evaluations).sort_values(["hook_name_out", "series", "amount"])
     table = faithfulness.paired_differences(rows, tables.resamples, tables.confidence)
     shown = rows.head(MOST_PAIRED)
-    keys, n = list(shown["train_key"]), len(shown)
+    keys, n = list(shown["dictionary_key"]), len(shown)
     values, clear = np.full((n, n), np.nan), np.zeros((n, n), dtype=bool)
     for pair in table[table["metric"] == "ce_replaced"].to_dict("records"):
         if pair["one"] in keys and pair["other"] in keys:
@@ -168,7 +175,7 @@ def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             axis.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
     names = ("hook_name", "series", "amount_name", "amount")
     labels = [
-        f"{_readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
+        f"{readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
         for h, s, n, a in zip(*(shown[c] for c in names), strict=True)
     ]
     axis.set_yticks(range(n), labels, fontsize=6)
@@ -215,7 +222,7 @@ def notebook_004(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         for (line, _), cell in grid.get_celld().items():
             cell.visible_edges = "B" if line == 0 else ""
             cell.set_height(cell.get_height() * (1.7 if line == 0 else 1))
-        axis.set_title(f"{heads[str(kind)]}, {_readable(str(hook))}", loc="left")
+        axis.set_title(f"{heads[str(kind)]}, {readable(str(hook))}", loc="left")
     figure.tight_layout()
     return figure, table
 
@@ -244,7 +251,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
         name = str(series).replace("SAELens ", "SAELens\n")  # side by side, long names would touch
-        axes[0][column].set_title(f"{name}\n{_readable(str(hook))}")
+        axes[0][column].set_title(f"{name}\n{readable(str(hook))}")
         axes[1][column].set_xlabel("tokens (thousands)")
         handles, labels = axes[0][column].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -264,8 +271,7 @@ def jacobian_histogram(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     table = tables.jacobians
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 2.8))
     for i, (_, rows) in enumerate(table.groupby("jacobian_key", sort=True)):
-        first = rows.iloc[0]
-        label = f"{_readable(first['hook_name'])} → {_readable(first['hook_name_out'])}, k = {first['k']}"
+        label = rows["label"].iloc[0]
         edges = np.append(rows["bin_left"], rows["bin_right"].iloc[-1])
         colour = COLOURS[i % len(COLOURS)]
         left.stairs(rows["count_per_token"], edges, color=colour, label=label)
@@ -281,7 +287,6 @@ def jacobian_histogram(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """CE loss with the dictionaries of several layers in place at once, beside the clean model and the same ablated."""
-    assert tables.stacks is not None
     table = tables.stacks.sort_values(["group", "stack"]).drop(columns=["train_keys"])
     figure, axis = plt.subplots(figsize=(4.6, 0.9 + 0.3 * len(table)))
     lines = np.arange(len(table))[::-1]
@@ -310,6 +315,7 @@ FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "training_curves": training_curves,
     "jacobian_histogram": jacobian_histogram,
 }
+FIGURES |= {name: partial(lambda f, tables: f(tables.studies), f) for name, f in jacobian_figures.FIGURES.items()}
 
 
 def draw(name: str, tables: Tables, folder: Path) -> None:
@@ -343,7 +349,7 @@ def _series(saelens: object, skip: bool, kind: str, activation: str, source: str
     return ("skip " if skip else "") + name
 
 
-def _readable(hook_name: str) -> str:
+def readable(hook_name: str) -> str:
     """`blocks.2.hook_mlp_out` as `layer 2, mlp_out`."""
     parts = hook_name.split(".")
     name = ".".join(parts[2:]).replace("hook_", "")

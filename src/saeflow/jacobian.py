@@ -1,19 +1,16 @@
-"""The study of one TopK pair around an MLP: how large are the entries of its Jacobians on held-out tokens?
+"""The Jacobian stage: of a pair of dictionaries around an MLP, or of a transcoder, on held-out tokens.
 
-The table of notebook 000, for any model: over the k x k block of a token's active latents, the histogram of |J| and
-how many entries exceed each threshold, as means over tokens. Position 0 is left out, as in the paper's analysis.
-
-Convention: the Jacobian is taken at the true input x (the paper, arXiv 2502.18147), and the output SAE's active latents
-are those of y = f(x); notebook 000 takes both at the input SAE's reconstruction. f begins at `ln2.hook_normalized`,
-before the norm's gain and bias (see `saeflow.mlp`). Latents that TopK kept at 0 have derivative 0; they count among the
-k x k.
+`saeflow.jacobian_maps` says which map and which entries, `jacobian_pass` runs it over tokens, `jacobian_statistics`
+counts, `jacobian_global` sums over tokens, `jacobian_examples` and `jacobian_pages` show the largest pairs, `linearity`
+asks what an entry of J tells. The convention of a study is in its summary: the Jacobian is taken at the true input x
+(the paper, arXiv 2502.18147) or at the input dictionary's reconstruction (notebook 000), by `jacobian.at`; f begins at
+the input dictionary's hook, after the norm's division or before the norm, which `jacobian.norm=ignored` leaves out of f
+as that notebook's `ignore_ln` does.
 """
 
+import functools
 import json
 import logging
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,233 +20,271 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.attention import fused_attention
-from saeflow.config import ConfigError, JacobianConfig
+from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
-from saeflow.job import Job, progress
-from saeflow.kernels.jacobian import decoder_rows, encoder_rows, jacobian_chunks, mask_inactive
+from saeflow.jacobian_examples import (
+    Grid,
+    Read,
+    TopWindows,
+    contexts_table,
+    pair_contexts_table,
+    top_inputs_table,
+    top_pairs_table,
+    wanted_examples,
+)
+from saeflow.jacobian_global import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
+from saeflow.jacobian_maps import JacobianMap, Pair, TranscoderMap
+from saeflow.jacobian_pages import write_pages
+from saeflow.jacobian_pass import Tokens, look_at, passes
+from saeflow.jacobian_statistics import (
+    Tally,
+    histogram_table,
+    log_histogram_table,
+    notebook_lines,
+    summarise,
+    survival_table,
+    thresholds_table,
+)
+from saeflow.job import Job
+from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.loading import load_model
-from saeflow.mlp import MLP, read_mlp
-from saeflow.models import read_geometry
-from saeflow.splicing import read_hooks
-from saeflow.tokens import TokenStore, open_tokens
+from saeflow.mlp import Block, read_block
+from saeflow.models import block_of_hooks, read_geometry
+from saeflow.tokens import open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 log = logging.getLogger("saeflow")
-ROWS = 16  # that go through the model at once
 
 
-class Pair(NamedTuple):
-    """Two TopK SAEs around an MLP, with the products of their weights, which are the same for every token."""
-
-    input: Dictionary
-    output: Dictionary
-    mlp: MLP
-    WDs: list[Tensor]
-    """(n, m), one a branch of the MLP."""
-    WE: Tensor
-    """(n, m)"""
-
-
-@torch.no_grad()
-def make_pair(mlp: MLP, input: Dictionary, output: Dictionary) -> Pair:
-    WDs = [decoder_rows(input.W_dec, W) for W in mlp.input_weights()]
-    return Pair(input, output, mlp, WDs, encoder_rows(output.W_enc, mlp.W_out))
-
-
-@torch.no_grad()
-def pair_jacobians(pair: Pair, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Yields the blocks J (tokens, k_out, k_in) of `x` (N, d) with y = f(x) (N, d), a few tokens at a time."""
-    values_in, A = pair.input.top_latents(x)
-    values_out, B = pair.output.top_latents(y)
-    for some, J in jacobian_chunks(pair.WDs, pair.mlp.slopes(x), pair.WE, A, B):
-        yield mask_inactive(J, values_in[some], values_out[some])
-
-
-@dataclass
-class Tally:
-    """Running counts and sums of |J| over tokens."""
-
-    points: np.ndarray
-    """(T,), ascending: the thresholds at which entries are counted."""
-    n_tokens: int = 0
-    n_entries: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    between: np.ndarray = field(init=False)
-    """(T + 1,): entries in (points[i - 1], points[i]]."""
-
-    def __post_init__(self) -> None:
-        self.between = np.zeros(len(self.points) + 1, dtype=np.int64)
-
-    def add(self, J: Tensor) -> None:
-        """J (N, k_out, k_in)."""
-        size = J.abs()
-        points = torch.from_numpy(self.points).to(J)
-        places = torch.bucketize(size.flatten(), points)
-        self.between += torch.bincount(places, minlength=len(points) + 1).cpu().numpy()
-        self.n_tokens += len(J)
-        self.n_entries += J.numel()
-        for name, value in _token_sums(size.double()).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.sum().item()
-
-    def above(self) -> np.ndarray:
-        """(T,): entries strictly above each point."""
-        return self.between[::-1].cumsum()[::-1][1:]
-
-
-def _token_sums(size: Tensor) -> dict[str, Tensor]:
-    """Of |J| (N, k_out, k_in), float64: quantities (N,) or (N, k_out) that are summed over tokens."""
-    row_sum, row_squares = size.sum(2), size.square().sum(2)
-    squares = row_squares.sum(1)
-    nonzero = squares > 0
-    safe = squares.where(nonzero, torch.ones_like(squares))
-    live = row_squares > 0
-    return {
-        "absolute": row_sum.sum(1),
-        "squares": squares,
-        "tokens": nonzero.double(),  # of which the scale-free measures are means
-        "l1_over_l2": (row_sum.sum(1) / safe.sqrt()).where(nonzero, 0.0),
-        "kurtosis": (size.pow(4).sum((1, 2)) * size[0].numel() / safe.square()).where(nonzero, 0.0),
-        "outputs": live.double(),
-        "effective_inputs": (row_sum.square() / row_squares.where(live, torch.ones_like(row_squares))).where(live, 0.0),
-    }
-
-
-def study(model: "HookedTransformer", pair: Pair, rows: TokenStore | np.ndarray, config: JacobianConfig) -> Tally:
-    """Counts |J| over the first `config.n_tokens` tokens of `rows` (sequence, position) that are not at position 0."""
-    tally = Tally(_points(config))
-    hooks = [pair.input.spec.hook_name, pair.output.spec.hook_name]
-    for start in progress(range(0, len(rows), ROWS), "Jacobians"):
-        tokens = torch.from_numpy(rows[start : start + ROWS].astype(np.int64)).to(model.cfg.device)
-        with fused_attention(model):
-            x, y = (value[:, 1:].flatten(0, 1) for value in read_hooks(model, tokens, hooks))
-        left = config.n_tokens - tally.n_tokens
-        for J in pair_jacobians(pair, x[:left], y[:left]):
-            tally.add(J)
-        if tally.n_tokens == config.n_tokens:
-            break
-    return tally
-
-
-# -------------------------------------------------------------------- tables
-def _edges(config: JacobianConfig) -> np.ndarray:
-    return np.linspace(0, config.max_value, config.bins + 1)
-
-
-def _points(config: JacobianConfig) -> np.ndarray:
-    """Bin edges and thresholds, each once, as float32: the precision that |J| has."""
-    return np.unique(np.concatenate([_edges(config), config.thresholds]).astype(np.float32))
-
-
-def _above_per_token(tally: Tally, values: np.ndarray) -> np.ndarray:
-    """Mean number of entries of a token's block strictly above each of `values`, all among the tally's points."""
-    return tally.above()[np.searchsorted(tally.points, values.astype(np.float32))] / tally.n_tokens
-
-
-def histogram_table(tally: Tally, config: JacobianConfig) -> pa.Table:
-    """`count_per_token` in each bin (left, right], zeros in the first; the summary has what is beyond the last."""
-    edges = _edges(config)
-    above = _above_per_token(tally, edges)
-    counts = above[:-1] - above[1:]
-    counts[0] = tally.n_entries / tally.n_tokens - above[1]
-    return pa.table(
-        {"bin_left": edges[:-1], "bin_right": edges[1:], "count_per_token": counts, "above_per_token": above[:-1]}
-    )
-
-
-def survival_table(tally: Tally, config: JacobianConfig) -> pa.Table:
-    """`values_above_per_token` and their `fraction` of all entries at every bin edge above 0 and every threshold."""
-    values = {
-        np.float32(v): v for v in [*_edges(config)[1:], *config.thresholds]
-    }  # a threshold wins over an equal edge
-    thresholds = np.array([values[point] for point in sorted(values)])
-    above = _above_per_token(tally, thresholds)
-    fraction = above * tally.n_tokens / tally.n_entries
-    return pa.table({"threshold": thresholds, "values_above_per_token": above, "fraction": fraction})
-
-
-def summarise(tally: Tally, config: JacobianConfig) -> dict[str, Any]:
-    """Sizes, and measures of sparsity that do not change when J is scaled: means over tokens whose block is not 0."""
-    sums, n = tally.sums, tally.n_entries
-    out: dict[str, Any] = {
-        "n_tokens": tally.n_tokens,
-        "mean_absolute": sums["absolute"] / n,
-        "rms": (sums["squares"] / n) ** 0.5,
-        "nonzero_fraction": float(tally.n_entries - tally.between[0]) / n,
-        "l1_over_l2": sums["l1_over_l2"] / sums["tokens"] if sums["tokens"] else None,
-        "kurtosis": sums["kurtosis"] / sums["tokens"] if sums["tokens"] else None,
-        "effective_inputs": sums["effective_inputs"] / sums["outputs"] if sums["outputs"] else None,
-        "overflow_per_token": float(_above_per_token(tally, _edges(config)[-1:])[0]),
-    }
-    thresholds = np.array(config.thresholds)
-    above = _above_per_token(tally, thresholds) * tally.n_tokens / n
-    return out | {f"fraction_above_{t:g}": float(a) for t, a in zip(thresholds, above, strict=True)}
-
-
-# -------------------------------------------------------------------- job
 def jacobian_job(job: Job) -> dict[str, Any]:
-    """Studies the pair of a job and writes its folder.
+    """Studies the pair or the transcoder of a job and writes its folder.
 
-    Raises `FitError` where the two dictionaries are no TopK pair around one MLP of the model, and `ConfigError` where
-    there are fewer held-out tokens than wanted.
+    Raises `FitError` where there is neither, and `ConfigError` where there are fewer held-out tokens than wanted.
     """
-    config = JacobianConfig(**job.config["jacobian"] | {"thresholds": tuple(job.config["jacobian"]["thresholds"])})
+    config = build(JacobianConfig, job.config["jacobian"])
     folder = job.source("model")
     geometry = read_geometry(folder)
-    folders = job.inputs("train")
-    input, output = (load_dictionary(path, job.device) for path in folders)
-    for dictionary, path in zip((input, output), folders, strict=True):
+    folders = job.dictionaries()
+    dictionaries = [load_dictionary(path, job.device) for path in folders]
+    for dictionary, path in zip(dictionaries, folders, strict=True):
         check_fit(dictionary, path, folder, job.config["model"], geometry)
-    layer = _mlp_layer(input, output, folders)
-    rows = _open_rows(job.input("tokens"), config)
+    layer, norm, _ = _check_around_mlp(dictionaries, folders, geometry.parallel)
+    tokens = _open_tokens(job.input("tokens"), config)
 
     model = load_model(folder, model_config(folder, job.config["model"]), job.device)
-    pair = make_pair(read_mlp(model, layer), input, output)
-    tally = study(model, pair, rows, config)
-    summary = {
-        "train_key_in": folders[0].name,
-        "train_key_out": folders[1].name,
-        "hook_name": input.spec.hook_name,
-        "hook_name_out": output.spec.hook_name,
-        "k": input.spec.k,
-        "k_out": output.spec.k,
-        "d_sae": input.d_sae,
-        "seed": input.spec.seed,
-        "convention": "at x, without position 0; f from ln2.hook_normalized, gain and bias inside f",
-    } | summarise(tally, config)
-    survival = survival_table(tally, config)
-    for row in survival.slice(0, 19).to_pylist():
-        log.info("There are %.1f values above %.3f.", row["values_above_per_token"], np.float32(row["threshold"]))
+    map = open_map(model, dictionaries, config)
+    identity = _identity(job, dictionaries, layer, norm, config)
+    grid = Grid(tokens.context_size, config.window)
     with job.writing() as out:
-        pq.write_table(histogram_table(tally, config), out / "histogram.parquet")
-        pq.write_table(survival, out / "survival.parquet")
+        found = _measure(out, model, map, tokens, grid, config)
+        summary = identity | _write_statistics(out, found, config)
+        if isinstance(map, Pair):
+            summary |= _write_linearity(out, map, found.samples, config)
+            tables = _examples(model, map, tokens, grid, found, config, _reader(tokens, grid, folder))
+            for name, table in tables.items():
+                pq.write_table(table, out / f"{name}.parquet")
+            write_pages(out, summary, **{name: table.to_pandas() for name, table in tables.items()})
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        lines = notebook_lines(found.tally)
+        for line in lines:
+            log.info(line)
+        (out / "table.txt").write_text("\n".join([_title(summary), *lines]) + "\n")
     return summary
 
 
-def _mlp_layer(input: Dictionary, output: Dictionary, folders: list[Path]) -> int:
-    found_in = re.fullmatch(r"blocks\.(\d+)\.ln2\.hook_normalized", input.spec.hook_name)
-    found_out = re.fullmatch(r"blocks\.(\d+)\.hook_mlp_out", output.spec.hook_name)
-    topk = all(d.spec.kind == "sae" and d.spec.activation == "topk" for d in (input, output))
-    if not (topk and found_in and found_out and found_in[1] == found_out[1]):
+def _title(summary: dict[str, Any]) -> str:
+    of = "transcoder"
+    if summary["kind"] == "pair":
+        of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
+    where = f"{summary['hook_name']} to {summary['hook_name_out']}"
+    return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
+
+
+class _Found(NamedTuple):
+    """What one pass over the tokens gives."""
+
+    tally: Tally
+    pairs: Pairs
+    top_outputs: TopWindows
+    top_inputs: TopWindows
+    samples: Samples
+    """Tokens whose functions are looked at."""
+
+
+def _measure(
+    out: Path, model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: Grid, config: JacobianConfig
+) -> _Found:
+    """The pass itself, which also writes the first tokens' Jacobians."""
+    tally, sums = Tally(config, tokens.n_documents), PairSums(map.n_out, map.n_in, map.shared)
+    top_outputs, top_inputs = (TopWindows(grid, config.contexts) for _ in range(2))
+    stored = TokenBlocks(out / "tokens.zarr", *_where(tokens, grid, min(config.stored_tokens, tokens.n_tokens)))
+    chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
+    kept: list[list[Tensor]] = []
+    for part in passes(model, map, tokens):
+        here = slice(part.first, part.first + part.n_tokens)
+        tally.add(part.blocks.J, tokens.document[here], part.blocks.n_entries)
+        sums.add(part.blocks)
+        stored.add(part.first, part.blocks)
+        if not map.shared:  # the model's own dimensions are active everywhere, and have no examples
+            top_outputs.add(part.first, part.blocks.outputs, part.blocks.values_out)
+            top_inputs.add(part.first, part.blocks.inputs, part.blocks.values_in)
+        mine = chosen[(chosen >= here.start) & (chosen < here.stop)] - here.start
+        kept.append([v[mine] for v in part.values])
+    stored.close()
+    values = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+    samples = Samples(chosen, tokens.document[chosen], values[0], values[-1])
+    return _Found(tally, sums.pairs(), top_outputs, top_inputs, samples)
+
+
+def _write_statistics(out: Path, found: _Found, config: JacobianConfig) -> dict[str, Any]:
+    """Tables of what was counted and summed; their numbers for the summary."""
+    tally, pairs = found.tally, found.pairs
+    outputs = outputs_table(pairs)
+    tables = {
+        "histogram": histogram_table(tally),
+        "survival": survival_table(tally),
+        "log_histogram": log_histogram_table(tally),
+        "thresholds": thresholds_table(tally),
+        "global_exceedance": exceedance_table(pairs, config),
+        "outputs": outputs,
+    }
+    for name, table in tables.items():
+        pq.write_table(table, out / f"{name}.parquet")
+    write_pairs(out / "global.zarr", pairs)
+    needed = outputs["inputs_for_90_percent"].to_numpy()
+    return summarise(tally) | {
+        "pairs_ever_active": len(pairs.count),
+        "pairs_ever_active_fraction": len(pairs.count) / (len(pairs.active_output) * len(pairs.active_input)),
+        "outputs_ever_active": len(needed),
+        "inputs_for_90_percent_median": float(np.median(needed)) if len(needed) else None,
+    }
+
+
+def _write_linearity(out: Path, pair: Pair, samples: Samples, config: JacobianConfig) -> dict[str, Any]:
+    table = linearity_table(pair, samples)
+    pq.write_table(table, out / "linearity.parquet")
+    return summarise_linearity(table, config.resamples)
+
+
+def _examples(
+    model: "HookedTransformer",
+    map: JacobianMap,
+    tokens: Tokens,
+    grid: Grid,
+    found: _Found,
+    config: JacobianConfig,
+    read: Read,
+) -> dict[str, pa.Table]:
+    tables = {"pairs": top_pairs_table(found.pairs, config), "top_inputs": top_inputs_table(found.pairs, config)}
+    wanted = wanted_examples(tables.values(), found.top_outputs, found.top_inputs)
+    activity = look_at(model, map, tokens, grid, wanted)
+    tables["contexts"] = contexts_table(activity, grid, read)
+    tables["pair_contexts"] = pair_contexts_table(activity, grid, config.contexts, read)
+    return tables
+
+
+def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Id, row and position of the first `n` tokens of the study."""
+    row, position = grid.place(np.arange(n))
+    return tokens.rows[row, position], row, position
+
+
+def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
+    from saeflow.packing import load_tokenizer
+
+    tokenizer = load_tokenizer(model_folder).tokenizer
+
+    @functools.cache
+    def text(token: int) -> str:
+        return str(tokenizer.decode([token], skip_special_tokens=False))
+
+    def read(window: int) -> tuple[list[int], list[str]]:
+        row, start, end = grid.span(window)
+        ids = tokens.rows[row, start:end].tolist()
+        return ids, [text(token) for token in ids]
+
+    return functools.cache(read)
+
+
+def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], parallel: bool) -> tuple[int, bool, bool]:
+    """`block_of_hooks` of the dictionaries. Raises `FitError` where they are around no MLP."""
+    kinds = [d.spec.kind for d in dictionaries]
+    if kinds not in (["sae", "sae"], ["transcoder"]) or any(d.spec.activation == "saelens" for d in dictionaries):
+        held = " and ".join(
+            f"{path} is a {d.spec.activation} {d.spec.kind} at {d.spec.hook_name}"
+            for d, path in zip(dictionaries, folders, strict=True)
+        )
         raise FitError(
-            "a Jacobian needs two TopK SAEs around one MLP, at blocks.L.ln2.hook_normalized and blocks.L.hook_mlp_out, "
-            f"but {folders[0]} is a {input.spec.activation} {input.spec.kind} at {input.spec.hook_name} and "
-            f"{folders[1]} a {output.spec.activation} {output.spec.kind} at {output.spec.hook_name}; use "
-            "dictionary=pair with site=mlp"
+            f"a Jacobian needs two TopK or ReLU SAEs around one MLP, or one transcoder, but {held}; use "
+            "dictionary=pair or dictionary=transcoder with site=mlp"
         )
-    return int(found_in[1])
+    try:
+        return block_of_hooks(dictionaries[0].spec.hook_name, dictionaries[-1].spec.hook_name_out, parallel)
+    except ConfigError as error:
+        raise FitError(f"{' and '.join(map(str, folders))}: {error}") from error
 
 
-def _open_rows(folder: Path, config: JacobianConfig) -> TokenStore:
-    tokens = open_tokens(folder)
-    usable = tokens.n_rows * (tokens.context_size - 1)
-    if usable < config.n_tokens:
+def open_map(model: "HookedTransformer", dictionaries: list[Dictionary], config: JacobianConfig) -> JacobianMap:
+    """The map of a pair of SAEs, or of a transcoder, on a model."""
+    if len(dictionaries) == 1:
+        return TranscoderMap(dictionaries[0])
+    input, output = dictionaries
+    block = read_block(model, input.spec.hook_name, output.spec.hook_name)
+    if config.norm == "ignored":
+        if not isinstance(block, Block):
+            raise ConfigError("jacobian.norm=ignored needs an MLP with a closed form; set jacobian.norm=inside")
+        block = Block(block.mlp, skip=block.skip)
+    return Pair(block, input, output, config.at == "reconstruction", own_output=config.norm == "ignored")
+
+
+def _identity(
+    job: Job, dictionaries: list[Dictionary], layer: int, norm: bool, config: JacobianConfig
+) -> dict[str, Any]:
+    """What the study is of, and its convention."""
+    first, last = dictionaries[0].spec, dictionaries[-1].spec
+    where = "its reconstruction by the input dictionary" if config.at == "reconstruction" else "the true input"
+    if len(dictionaries) == 2:
+        entries = "k x k entries of a token's active latents, latents at 0 included"
+        if first.activation != "topk" or last.activation != "topk":
+            entries = "entries of a token's active latents"
+        begins = "before the norm, which is inside f" if norm else "after the norm's division, gain and bias inside f"
+        if config.norm == "ignored":
+            begins = "before the norm, which is left out of f but for its gain and bias"
+        convention = f"at {where}, without position 0; {entries}; f begins {begins}"
+    else:
+        convention = "of the transcoder's output by its input, without position 0; all d_out x d_in entries"
+    return {
+        "train_key_in": job.inputs("train")[0].name,
+        "train_key_out": job.inputs("train")[-1].name,
+        "kind": "pair" if len(dictionaries) == 2 else "transcoder",
+        "activation": first.activation,
+        "hook_name": first.hook_name,
+        "hook_name_out": last.hook_name_out,
+        "layer": layer,
+        "k": first.k,
+        "k_out": last.k,
+        "d_sae": first.d_sae,
+        "seed": first.seed,
+        "randomise": job.config["model"].get("randomise", "none"),
+        "randomise_seed": job.config["model"].get("randomise_seed"),
+        "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0) if len(dictionaries) == 2 else None,
+        "at": config.at,
+        "norm": config.norm if norm else "outside",
+        "convention": convention,
+    }
+
+
+def _open_tokens(folder: Path, config: JacobianConfig) -> Tokens:
+    store = open_tokens(folder)
+    per_row = store.context_size - 1
+    if store.n_rows * per_row < config.n_tokens:
         raise ConfigError(
-            f"jacobian.n_tokens={config.n_tokens}, but {folder} holds {usable} tokens that are not at position 0; "
-            "lower it, or raise tokens.held_out_tokens"
+            f"jacobian.n_tokens={config.n_tokens}, but {folder} holds {store.n_rows * per_row} tokens that are not at "
+            "position 0; lower it, or raise tokens.held_out_tokens"
         )
-    return tokens
+    rows = store.rows(0, -(-config.n_tokens // per_row))
+    document = rows.document[:, 1:].flatten()[: config.n_tokens]
+    return Tokens(rows.tokens, np.unique(document, return_inverse=True)[1])

@@ -14,12 +14,10 @@ if TYPE_CHECKING:
 def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
     """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
 
+    With `model.randomise` its weights are then replaced (`saeflow.randomise`), and processed as the trained ones are.
     Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
     something else than transformers does. Imports both, which takes several seconds.
     """
-    import torch
-    from transformer_lens import HookedTransformer, loading_from_pretrained
-
     geometry = read_geometry(folder)
     if geometry.architecture in RMS_NORM and model.center_writing_weights:
         raise ModelError(
@@ -27,25 +25,42 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
             "root mean square, which sees the mean; set model.center_writing_weights=false"
         )
     original = _load_original(folder)
-    config = _hooked_config(folder, geometry, model.fold_ln)
+
     try:
-        state = loading_from_pretrained.get_pretrained_state_dict(
-            str(folder), config, hf_model=original, dtype=torch.float32
-        )
-        hooked = HookedTransformer(config, move_to_device=False)
-        hooked.load_and_process_state_dict(
-            state,
-            fold_ln=model.fold_ln,
-            center_writing_weights=model.center_writing_weights,
-            center_unembed=model.center_unembed,
-            fold_value_biases=False,
-            refactor_factored_attn_matrices=False,
-        )
+        hooked = _convert(folder, geometry, original, model, randomised=False)
+        _check_conversion(folder, original, hooked)
+        if model.randomise != "none":
+            hooked = _convert(folder, geometry, original, model, randomised=True)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
-    hooked.eval().requires_grad_(False)
-    _check_conversion(folder, original, hooked)
     return hooked.to(device, print_details=False)
+
+
+def _convert(
+    folder: Path, geometry: Geometry, original: Any, model: ModelConfig, randomised: bool
+) -> "HookedTransformer":
+    """TransformerLens's model of the weights, processed; `randomised`: of others in their place."""
+    import torch
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    from saeflow.randomise import randomise
+
+    config = _hooked_config(folder, geometry, model.fold_ln)
+    state = loading_from_pretrained.get_pretrained_state_dict(
+        str(folder), config, hf_model=original, dtype=torch.float32
+    )
+    if randomised and model.randomise != "none":
+        state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)
+    hooked = HookedTransformer(config, move_to_device=False)
+    hooked.load_and_process_state_dict(
+        state,
+        fold_ln=model.fold_ln,
+        center_writing_weights=model.center_writing_weights,
+        center_unembed=model.center_unembed,
+        fold_value_biases=False,
+        refactor_factored_attn_matrices=False,
+    )
+    return hooked.eval().requires_grad_(False)
 
 
 def _load_original(folder: Path) -> Any:

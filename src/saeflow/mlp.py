@@ -1,6 +1,6 @@
-"""The MLP of one block as a function f of the normalised input, with its derivative in closed form.
+"""The MLP of one block as a function f, with its derivative in closed form.
 
-f maps `blocks.L.ln2.hook_normalized` to `blocks.L.hook_mlp_out`. TransformerLens 3 puts that hook *before* the norm's
+`MLP` maps `blocks.L.ln2.hook_normalized` to `blocks.L.hook_mlp_out`. TransformerLens 3 puts the first before the norm's
 gain and bias (version 2 put it after them), so with unfolded weights they are the first step of f, and they are folded
 into its weights here. With `fold_ln` TransformerLens has done the same, so f has the same values. Its derivative is the
 same only along directions of mean 0: after a LayerNorm nothing has another mean, so `fold_ln` also takes out of the
@@ -8,9 +8,12 @@ weights what reads the mean.
 
     plain:  f(x) = phi(x W_in + b_in) W_out + b_out
     gated:  f(x) = (phi(x W_gate + b_gate) * (x W_in + b_in) + b_mid) W_out + b_out
+
+`Block` may begin before the norm, and may add its input, the residual stream, to what the MLP gives. A norm divides
+x (less its mean, in a LayerNorm) by a scale s that depends on x: y = x / s. Along a direction D the derivative of y is
+(D - y (y . D) / d) / s, with D too less its mean; that mean is taken out of the weights instead, once.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,20 +23,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saeflow.config import ConfigError
+from saeflow.kernels.jacobian import Around, BlockWeights
+from saeflow.models import block_of_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
-def _gelu_slope(z: Tensor) -> Tensor:
-    """Phi(z) + z pdf(z)."""
-    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def _gelu_tanh_slope(z: Tensor) -> Tensor:
-    c = math.sqrt(2 / math.pi)
-    T = torch.tanh(c * (z + 0.044715 * z**3))
-    return 0.5 * (1 + T) + 0.5 * z * (1 - T * T) * c * (1 + 3 * 0.044715 * z * z)
+def _gelu_slope(z: Tensor, approximate: str = "none") -> Tensor:
+    """Phi(z) + z pdf(z), by torch's own derivative: one pass, and differentiable once more."""
+    slope: Tensor = torch.ops.aten.gelu_backward(z.new_ones(()).expand_as(z), z, approximate=approximate)
+    return slope
 
 
 def _silu_slope(z: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _silu_slope(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-_GELU_TANH = (lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_slope)
+_GELU_TANH = (lambda z: F.gelu(z, approximate="tanh"), lambda z: _gelu_slope(z, "tanh"))
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "gelu": (F.gelu, _gelu_slope),
     "gelu_new": _GELU_TANH,
@@ -98,6 +98,83 @@ class MLP:
             return [dphi(linear)]
         gate = torch.addmm(self.b_gate, x, self.W_gate)
         return [dphi(gate) * linear, phi(gate)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """f between the two hooks of a pair."""
+
+    mlp: MLP
+    eps: float | None = None
+    """Of the norm that the block begins with; None without one."""
+    centred: bool = False
+    """Whether that is a LayerNorm; otherwise an RMSNorm."""
+    skip: bool = False
+    """Whether the block's output includes its input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x): (N, d) to (N, d)."""
+        y = self.mlp(self._normalised(x)[0])
+        return x + y if self.skip else y
+
+    def weights(self) -> BlockWeights:
+        """For the kernels."""
+        W_in = _together(self.mlp.input_weights())
+        if self.centred:
+            W_in = W_in - W_in.mean(dim=1, keepdim=True)  # directions lose their mean
+        return BlockWeights(W_in, self.mlp.W_out, self.skip)
+
+    def around(self, x: Tensor) -> Around:
+        """What the block does around x (N, d); differentiable."""
+        y, scale = self._normalised(x)
+        slopes = _together(self.mlp.slopes(y))
+        if scale is None:
+            return Around(slopes)
+        drifts = torch.stack([y @ W for W in self.weights().W_in])
+        return Around(slopes / scale, drifts, y / x.shape[1])
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP's input and the norm's scale (N, 1)."""
+        if self.eps is None:
+            return x, None
+        if self.centred:
+            x = x - x.mean(dim=1, keepdim=True)
+        scale = (x.square().mean(dim=1, keepdim=True) + self.eps).sqrt()
+        return x / scale, scale
+
+
+def _together(branches: list[Tensor]) -> Tensor:
+    """As one tensor, without a copy of a single branch."""
+    return branches[0][None] if len(branches) == 1 else torch.stack(branches)
+
+
+class ModuleBlock:
+    """f by the model's own modules, for MLPs and norms that have no closed form here; the kernels differentiate it."""
+
+    def __init__(self, model: "HookedTransformer", layer: int, norm: bool, skip: bool) -> None:
+        self.model, self.layer, self.norm, self.skip = model, layer, norm, skip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x): (N, d) to (N, d)."""
+        block, x = self.model.blocks[self.layer], x[None]
+        if self.norm:
+            y = block.apply_mlp(block.ln2(x))
+        else:  # the hook is between the norm's division and its gain
+            name = f"blocks.{self.layer}.ln2.hook_normalized"
+            with self.model.hooks(fwd_hooks=[(name, lambda _, hook: x)]):
+                y = block.apply_mlp(block.ln2(torch.zeros_like(x)))
+        return (x + y if self.skip else y)[0]
+
+
+def read_block(model: "HookedTransformer", hook_name: str, hook_name_out: str) -> Block | ModuleBlock:
+    """The block between two hooks (see `models.block_of_hooks`), in closed form where there is one."""
+    layer, norm, skip = block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp))
+    kind = str(model.cfg.normalization_type)
+    known = kind in ("LN", "LNPre", "RMS", "RMSPre") and not model.cfg.use_normalization_before_and_after
+    if not known or model.cfg.act_fn not in ACTIVATIONS or not hasattr(model.blocks[layer].mlp, "W_in"):
+        return ModuleBlock(model, layer, norm, skip)
+    mlp = read_mlp(model, layer)
+    return Block(mlp, float(model.cfg.eps), kind.startswith("LN"), skip) if norm else Block(mlp)
 
 
 def read_mlp(model: "HookedTransformer", layer: int) -> MLP:

@@ -106,6 +106,28 @@ def hook_layer(hook_name: str, n_layers: int) -> int:
     return n_layers if hook_name.startswith("ln_final") else 0
 
 
+def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> tuple[int, bool, bool]:
+    """(layer, whether the norm is part of f, whether the residual stream is) of the block between two hooks.
+
+    `parallel`: attention and MLP both read the residual stream before the block (Pythia). Raises `ConfigError` where no
+    MLP alone leads from one hook to the other.
+    """
+    before = "hook_resid_pre" if parallel else "hook_resid_mid"
+    starts = {"ln2.hook_normalized": False, before: True}
+    found, out = (re.fullmatch(r"blocks\.(\d+)\.(.+)", name) for name in (hook_name, hook_name_out))
+    if found and out and found[1] == out[1] and found[2] in starts:
+        norm = starts[found[2]]
+        if out[2] == "hook_mlp_out":
+            return int(found[1]), norm, False
+        if out[2] == "hook_resid_post" and norm and not parallel:
+            return int(found[1]), True, True
+    ends = "hook_mlp_out" if parallel else f"hook_mlp_out, or from {before} to blocks.L.hook_resid_post"
+    raise ConfigError(
+        f"a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized or blocks.L.{before} to blocks.L.{ends}, "
+        f"not from {hook_name} to {hook_name_out}; use site=mlp"
+    )
+
+
 def resolve_folder(model: ModelConfig) -> Path:
     """The local folder of a model's files. Never touches the network.
 

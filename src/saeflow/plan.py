@@ -39,7 +39,7 @@ STAGES = {
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
     "foreign": Stage(reads=("model",)),
-    "jacobian": Stage(reads=("jacobian", "model")),
+    "jacobian": Stage(reads=("jacobian", "model"), version=2),
     "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
     "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
     "stack": Stage(reads=("evaluation", "model")),
@@ -197,6 +197,8 @@ class Plan:
 
 def _cost(instance: Instance) -> float:
     """About how long it takes beside others of its stage: ReLU begins dense, and stays denser where it reconstructs."""
+    if instance.stage == "train" and instance.config["dictionary"]["kind"] == "jacobian":
+        return 8.0
     if instance.stage != "train" or instance.config["dictionary"]["activation"] != "relu":
         return 1.0
     return 2.6 if instance.config["dictionary"]["kind"] == "sae" else 2.0

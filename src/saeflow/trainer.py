@@ -13,7 +13,7 @@ and gives raw activations.
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +25,8 @@ from saeflow.dictionaries.sae import Dictionary, Scale
 from saeflow.dictionaries.sae import build as build_dictionary
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
+from saeflow.kernels.recorded import RecordedStep
+from saeflow.kernels.select import Active
 from saeflow.kernels.step import (
     Objective,
     Situation,
@@ -41,6 +43,7 @@ from saeflow.training_metrics import TrainingError, TrainingMetrics
 
 SPARSE_BELOW, DENSE_ABOVE = 0.20, 0.25  # density at which a ReLU step changes its road
 DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
+WARM_UP = 3  # steps on a GPU before they are recorded: by then all is compiled
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAELens
 
 
@@ -103,6 +106,9 @@ class Trainer:
         self.metrics = TrainingMetrics(spec.d_sae, training, device)
         self.step = 0
         """Steps done."""
+        self.alike = 0
+        """Those on a GPU that could have been recorded."""
+        self.recorded: RecordedStep | None = None
         self.n_steps = training.n_tokens // training.batch_size
         self.sparse = spec.activation != "relu"
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
@@ -133,10 +139,25 @@ class Trainer:
         Raises `TrainingError`, at the next row of metrics, when the loss stops being finite.
         """
         x, y = self._scaled(batch)
+        if self.device.startswith("cuda"):
+            self._take_on_gpu(x, y)
+        else:
+            self.apply(self.find(x, y), y)
+
+    def find(self, x: Tensor, y: Tensor) -> Step:
+        """Loss and gradients of this step, at a batch in training's units."""
         self._look_ahead(x, y)
-        lr, l1 = self._rates()
         extra = self._extra() if self.step else None
-        found = take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra)
+        _, l1 = self._rates()
+        return take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra)
+
+    def apply(self, found: Step, y: Tensor) -> None:
+        """Changes the weights by what was found, which nothing may use after that."""
+        lr, l1 = self._rates()
+        self._change(found, lr)
+        self._record(found, y, lr, l1)
+
+    def _change(self, found: Step, lr: float | Tensor) -> None:
         gradients = found.gradients.parameters()
         if self.spec.sparsity == "unit_norm":
             remove_parallel_(found.gradients.W_dec, self.weights.W_dec)
@@ -145,7 +166,41 @@ class Trainer:
         self.optimiser.step(gradients, lr)
         if self.spec.sparsity == "unit_norm":
             normalise_rows_(self.weights.W_dec)
-        self._record(found, y, lr, l1)
+
+    def _take_on_gpu(self, x: Tensor, y: Tensor) -> None:
+        """`find` and `apply`, recorded where only batch and rates change from step to step."""
+        self._look_ahead(x, y)
+        extra = self._extra() if self.step else None
+        rates = self._rates()
+        lr, l1 = (torch.full((), rate, device=self.device) for rate in rates)
+        steady = extra is None and self.sparse
+        self.alike += steady
+        if steady and self.alike > WARM_UP:
+            if self.recorded is None:
+                self.recorded = RecordedStep(self.objective, self.weights)
+            found = self.recorded(self._update, x, y, lr, l1)
+            found = replace(found, loss=found.loss.clone())  # the metrics read it after later steps
+        else:
+            found = self._update(x, y, lr, l1, extra)
+        self._record(found, y, *rates)
+
+    def _update(
+        self,
+        x: Tensor,
+        y: Tensor,
+        lr: Tensor,
+        l1: Tensor,
+        extra: Callable[[Situation], Tensor] | None = None,
+        active: Active | None = None,
+    ) -> Step:
+        found = take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra, active)
+        self._change(found, lr)
+        return found
+
+    @property
+    def parts(self) -> dict[str, "Trainer"]:
+        """What is saved, by the name of its folder in the artifact."""
+        return {"": self}
 
     def _rates(self) -> tuple[float, float]:
         """Learning rate and L1 coefficient of this step."""

@@ -6,6 +6,7 @@ from its checkpoints, and ends with the same bytes. `fit` is the loop without jo
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -21,8 +22,12 @@ from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
+from saeflow.fitting import model_config
+from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.job import Job, Preempted, progress
 from saeflow.loggers import open_loggers
+from saeflow.mlp import Block, ModuleBlock, read_block
+from saeflow.plan import Instance
 from saeflow.store import Column
 from saeflow.trainer import Batches, Side, Trainer
 from saeflow.training_metrics import TrainingError, write_metrics
@@ -36,7 +41,7 @@ class Member:
     """One dictionary of a job."""
 
     job: Job
-    trainer: Trainer
+    trainer: Trainer | JacobianTrainer
     checkpoints: Checkpoints
     reads: list[int]
     """Which of the job's columns."""
@@ -155,7 +160,6 @@ def _member(
 ) -> Member:
     """The member that a job stands for, at the step that its newest checkpoint has."""
     mine = job.inputs("activations")
-    spec = spec_of_job(job, [columns[folder] for folder in mine])
     results = Path(job.plan.results)
     loggers = open_loggers(options.loggers, job.instance.key, job.config, results)
     for logger in loggers:
@@ -165,7 +169,16 @@ def _member(
         for logger in loggers:
             logger.log(row)
 
-    trainer = make_trainer(spec, options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
+    specs = specs_of_job(job, [columns[folder] for folder in mine])
+    trainer: Trainer | JacobianTrainer
+    if len(specs) == 1:
+        trainer = make_trainer(specs[0], options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
+    else:
+        config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
+        block = _block(job)
+        trainer = JacobianTrainer(
+            (specs[0], specs[1]), config, options, (sides[mine[0]], sides[mine[1]]), block, job.device, log_row
+        )
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
     state = checkpoints.newest()
     if state is not None:
@@ -176,15 +189,34 @@ def _member(
 
 def _write(member: Member) -> str:
     job, trainer = member.job, member.trainer
-    dictionary = trainer.finished()
+    finished = {name: part.finished() for name, part in trainer.parts.items()}
     with job.writing() as folder:
-        save_dictionary(dictionary, folder)
-        write_metrics(trainer.metrics.rows, folder / "metrics.parquet")
-    last = trainer.metrics.rows[-1]
-    return (
-        f"{job.instance.key}: {last['tokens']:,} tokens, L0 {last['l0']:.1f}, explained variance "
-        f"{last['explained_variance']:.3f}, {last['dead']} of {trainer.spec.d_sae} latents dead: {job.path}"
-    )
+        for name, part in trainer.parts.items():
+            (folder / name).mkdir(exist_ok=True)
+            save_dictionary(finished[name], folder / name)
+            write_metrics(part.metrics.rows, folder / name / "metrics.parquet")
+        if isinstance(trainer, JacobianTrainer):
+            write_metrics(trainer.rows, folder / "jacobian.parquet")
+    said = []
+    for name, part in trainer.parts.items():
+        last = part.metrics.rows[-1]
+        said.append(
+            f"{name and name + ': '}L0 {last['l0']:.1f}, explained variance {last['explained_variance']:.3f}, "
+            f"{last['dead']} of {part.spec.d_sae} latents dead"
+        )
+    if isinstance(trainer, JacobianTrainer):
+        said.append(f"mean |J| {trainer.rows[-1]['jacobian_l1']:.2g}")
+    return f"{job.instance.key}: {last['tokens']:,} tokens, {'; '.join(said)}: {job.path}"
+
+
+def _block(job: Job) -> Block | ModuleBlock:
+    """The block of the language model that a Jacobian pair is trained around."""
+    from saeflow.loading import load_model  # ten seconds, and only pairs need it
+
+    folder = job.source("model")
+    config = _origin_of(job).config["model"]
+    model = load_model(folder, model_config(folder, config), job.device)
+    return read_block(model, job.config["hook_name"], job.config["hook_name_out"])
 
 
 def _how(job: Job) -> dict[str, Any]:
@@ -203,43 +235,48 @@ def _side(column: Column) -> Side:
     return Side(mean, float(statistics.mean_norm), heads)
 
 
-def spec_of_job(job: Job, columns: list[Any]) -> Spec:
-    """What the job is to train, checked against the columns that it got."""
+def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
+    """What the job is to train, one dictionary or the two of a pair, checked against the columns that it got."""
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
     wanted = [h for h in (job.config["hook_name"], job.config["hook_name_out"]) if h]
     given = [c.hook_name for c in columns]
-    if wanted != given or len(wanted) != (2 if config.kind == "transcoder" else 1):
+    if wanted != given or len(wanted) != (1 if config.kind == "sae" else 2):
         raise ConfigError(f"a dictionary of kind {config.kind} at {wanted} was given the activations of {given}")
     if len({c.n_tokens for c in columns}) > 1:
         raise ConfigError(f"the columns of {given} hold {[c.n_tokens for c in columns]} tokens; they must be the same")
     store = job.instance.needs["activations"][0]
-    activations = job.plan.instance("activations", store)
+    activations = _origin_of(job)
     tokens = job.plan.instance("tokens", activations.needs["tokens"][0])
     model = activations.config["model"]
-    return make_spec(
-        config,
-        columns[0].d,
-        columns[-1].d,
-        wanted[0],
-        wanted[-1],
-        job.config["seed"],
-        Origin(
-            model_name=store.split("/")[0].rsplit("-", 2)[0],  # a store is called <model>-<dtype>-<hash>
-            model_weights=model["weights"],
-            fold_ln=model["fold_ln"],
-            center_writing_weights=model["center_writing_weights"],
-            center_unembed=model["center_unembed"],
-            context_size=activations.config["tokens"]["context_size"],
-            prepend_bos=tokens.config["tokens"]["prepend_bos"],
-        ),
+    origin = Origin(
+        model_name=store.split("/")[0].rsplit("-", 2)[0],  # a store is called <model>-<dtype>-<hash>
+        model_weights=model["weights"],
+        fold_ln=model["fold_ln"],
+        center_writing_weights=model["center_writing_weights"],
+        center_unembed=model["center_unembed"],
+        context_size=activations.config["tokens"]["context_size"],
+        prepend_bos=tokens.config["tokens"]["prepend_bos"],
     )
+    d, p, seed = columns[0].d, columns[-1].d, job.config["seed"]
+    if config.kind != "jacobian":
+        return [make_spec(config, d, p, wanted[0], wanted[-1], seed, origin)]
+    alone = dataclasses.replace(config, kind="sae", jacobian_coefficient=None, options={})
+    return [
+        dataclasses.replace(make_spec(alone, width, width, hook, hook, seed, origin), options=pair_options(config))
+        for width, hook in zip((d, p), wanted, strict=True)
+    ]
+
+
+def _origin_of(job: Job) -> Instance:
+    """The column of activations that the job reads first."""
+    return job.plan.instance("activations", job.instance.needs["activations"][0])
 
 
 def make_spec(
     config: DictionaryConfig, d_in: int, d_out: int, hook_name: str, hook_name_out: str, seed: int, origin: Origin
 ) -> Spec:
-    if config.kind == "pair":
-        raise DictionaryError("a pair is trained as two SAEs, one a hook")
+    if config.kind == "pair" or config.kind == "jacobian":
+        raise DictionaryError(f"a {config.kind} is two SAEs, one a hook")
     if config.kind == "foreign" or config.activation == "foreign":
         raise DictionaryError("a foreign dictionary is read, not trained")
     return Spec(

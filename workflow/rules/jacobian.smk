@@ -15,3 +15,18 @@ rule jacobian:
         config=lambda wildcards: PLAN.param("jacobian", wildcards.key),
     shell:
         job("jacobian")
+
+
+# snakemake jacobian_tables: the table of notebook 000 of every study of the plan, on the terminal.
+rule jacobian_tables:
+    input:
+        PLAN.outputs("jacobian", PLAN.stages["jacobian"]),
+    log:
+        "logs/jacobian_tables.log",
+    conda:
+        "../../environment.yml"
+    localrule: True
+    params:
+        tables=lambda wildcards, input: [shlex.quote(f"{os.path.dirname(r)}/table.txt") for r in input],
+    shell:
+        "cat {params.tables} /dev/null | tee {log:q}"

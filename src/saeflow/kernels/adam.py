@@ -21,8 +21,11 @@ class Adam:
         self.steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """One update. A gradient must lie in memory as its parameter does: the kernel runs over both as flat arrays."""
+    def step(self, gradients: Sequence[Tensor], lr: float | Tensor) -> None:
+        """One update; `lr` may be a tensor () on the same device.
+
+        A gradient must lie in memory as its parameter does: the kernel runs over both as flat arrays.
+        """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if parameter.stride() != gradient.stride():
                 raise ValueError(f"gradient strides {gradient.stride()} are not the parameter's {parameter.stride()}")

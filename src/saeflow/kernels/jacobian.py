@@ -1,57 +1,122 @@
-"""The Jacobian of a TopK pair of SAEs around an MLP, in closed form, for the active latents of each token.
+"""The Jacobian of a TopK pair of SAEs around a block, in closed form, for each token's active latents; its penalty.
 
-After Farnik, Lawson, Houghton, Aitchison (2025), "Jacobian Sparse Autoencoders". With D the input SAE's decoder, E the
-output SAE's encoder and f the MLP between them, the map from the input SAE's latents to the output SAE's
-pre-activations has, for the active input latents A_t and output latents B_t of token t, the block
+After Farnik, Lawson, Houghton, Aitchison (2025), "Jacobian Sparse Autoencoders" (arXiv 2502.18147). D is the input
+SAE's decoder, E the output SAE's encoder, f the block between them. The map from the input SAE's latents to the output
+SAE's pre-activations has, for the active input latents A_t and output latents B_t of token t, the block
 
-    J_t[i, j] = sum_r (W_out E)[r, B_i] phi'(z_t)[r] (D W_in)[A_j, r]
+    J_t[i, j] = E[B_i] . f'(x_t) D[A_j]
 
-A gated MLP adds a second branch of the same form, so an MLP is here a list of branches: a product WD (n, m) of decoder
-and input weights, and the slope (N, m) by which a token scales it (`saeflow.mlp` has both). Both products keep
-latents as rows, so that the rows of a token's latents are contiguous; the slope is multiplied into one side only, and
-one batched matrix product of a few tokens at a time stays in cache.
+For an MLP, f'(x) D_j = (M_j) W_out with M_j = (D_j W_in) * slope. A gated MLP adds a second branch of this form. A norm
+before the MLP takes from D_j what it has along the normalised input y_t, times what that does to the hidden units, and
+divides by the norm's scale; the latter is part of the slope. The residual stream beside the MLP adds D_j itself:
+
+    M_j = sum_b slope_b * (D_j W_b - (D_j . direction) drift_b),   J_t[i, j] = (E[B_i] W_out^T) . M_j (+ E[B_i] . D_j)
+
+with direction y_t / d and drift_b = y_t W_b (`saeflow.mlp`). Both products, D W_b and E W_out^T, keep latents as rows,
+so that the rows of a token's latents are contiguous.
+
+`add_penalty` is the term of the training loss, sum_t score(J_t), with its gradients, in passes over tokens that keep
+nothing of size N k m: J itself is kept, N k k. Gradients are sums in a fixed order.
 
 Shapes: N tokens, d model width, m = d_mlp, n latents, k active ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 20  # of one gathered (tokens, k, m) operand: 4 MiB in float32
+from saeflow.kernels import jacobian_loops, loops
+from saeflow.kernels.rows import inner_products, sum_rows
+from saeflow.kernels.sparse import Pattern
+
+CHUNK_ELEMENTS = 1 << 20  # of J on a CPU: 4 MiB in float32
+CHUNK_ELEMENTS_ON_GPU = 1 << 26  # of one gathered (tokens, k, m) operand
+TOKENS_THROUGH_ANY = 512  # whose passes through a block without closed form are kept for the way back
+COLUMNS = 512  # hidden units whose gradients are added up at a time
+WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
+
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""J (N, k_out, k_in) -> what each token's costs (N,), and its derivative, of J's shape, perhaps in J's memory; see
+`kernels.penalties`."""
 
 
-def encoder_rows(W_enc: Tensor, W_out: Tensor) -> Tensor:
-    """WE (n, m): how the hidden units move each output latent. `W_enc` (d, n) of the output SAE, `W_out` (m, d)."""
-    return W_enc.T @ W_out.T
+class Around(NamedTuple):
+    """What a block does around N inputs: its derivative there, but for its weights."""
+
+    slopes: Tensor
+    """(branches, N, m)"""
+    drifts: Tensor | None = None
+    """(branches, N, m), where a norm is part of the block."""
+    direction: Tensor | None = None
+    """(N, d), likewise."""
 
 
-def decoder_rows(W_dec: Tensor, W_in: Tensor) -> Tensor:
-    """WD (n, m): how each input latent moves the hidden units. `W_dec` (n, d) of the input SAE, `W_in` (d, m)."""
-    return W_dec @ W_in
+class BlockWeights(NamedTuple):
+    """Constants of a block."""
+
+    W_in: Tensor
+    """(branches, d, m)"""
+    W_out: Tensor
+    """(m, d)"""
+    skip: bool = False
+    """Whether the block's output includes its input."""
 
 
-def jacobian_blocks(WDs: Sequence[Tensor], slopes: Sequence[Tensor], WE: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """J (N, k_out, k_in) of all tokens at once.
+class Products(NamedTuple):
+    """Of one pair, for any tokens."""
 
-    `WDs` (n, m) and `slopes` (N, m), one a branch; `WE` (n, m); `A` (N, k_in) and `B` (N, k_out), indices of the active
-    input and output latents. Memory is a few times N k m: for many tokens use `jacobian_chunks`.
+    D: Tensor
+    """(n, d): decoder rows of the input SAE."""
+    E: Tensor
+    """(n, d): encoder rows of the output SAE, which is W_enc transposed."""
+    WD: Tensor
+    """(branches, n, m): how each input latent moves the hidden units."""
+    WE: Tensor
+    """(n, m): how the hidden units move each output latent."""
+    skip: bool
+
+
+@torch.no_grad()
+def make_products(D: Tensor, E: Tensor, block: BlockWeights) -> Products:
+    branches, _, m = block.W_in.shape
+    WD, WE = _empty(D, branches, len(D), m), _empty(E, len(E), m)
+    for out, W in zip(WD, block.W_in, strict=True):
+        torch.mm(D, W, out=out)
+    return Products(D, E, WD, torch.mm(E, block.W_out.T, out=WE), block.skip)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """NumPy asks the system for large pages, which torch does not: rows all over a large matrix are found faster."""
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, dtype=like.numpy().dtype))
+
+
+@torch.no_grad()
+def jacobian_blocks(products: Products, around: Around, A: Tensor, B: Tensor) -> Tensor:
+    """J (N, k_out, k_in) of all tokens at once; `A` (N, k_in) and `B` (N, k_out) are the active latents.
+
+    On a GPU it takes memory for a few times N k m numbers: for many tokens use `jacobian_chunks`.
     """
-    M = WDs[0][A].mul_(slopes[0][:, None])
-    for WD, slope in zip(WDs[1:], slopes[1:], strict=True):
-        M.addcmul_(WD[A], slope[:, None])
-    return WE[B] @ M.transpose(1, 2)
+    along = _along(products, around, A)
+    if loops.serve(products.WE):
+        J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
+        arrays = _arrays(products.WD, products.WE, around.slopes, _drifts(around), along, A, B, J)
+        work = partial(jacobian_loops.blocks, *arrays)
+        loops.in_threads(work, len(A), A.numel() * products.WE.shape[1])
+    else:
+        J = products.WE[B] @ _moved(products, around, along, A).transpose(1, 2)
+    return J.baddbmm_(products.E[B], products.D[A].transpose(1, 2)) if products.skip else J
 
 
-def jacobian_chunks(
-    WDs: Sequence[Tensor], slopes: Sequence[Tensor], WE: Tensor, A: Tensor, B: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (tokens, J of these tokens) over all N tokens, as many tokens at a time as fit in cache."""
-    size = max(1, CHUNK_ELEMENTS // (max(A.shape[1], B.shape[1]) * WE.shape[1]))
-    for start in range(0, len(A), size):
-        some = slice(start, start + size)
-        yield some, jacobian_blocks(WDs, [slope[some] for slope in slopes], WE, A[some], B[some])
+def jacobian_chunks(products: Products, around: Around, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (tokens, J of these tokens) over all N tokens, a few at a time."""
+    for some in _chunks(A, B, products.WE):
+        yield some, jacobian_blocks(products, _at(around, some), A[some], B[some])
 
 
 def mask_inactive(J: Tensor, values_in: Tensor, values_out: Tensor) -> Tensor:
@@ -62,7 +127,277 @@ def mask_inactive(J: Tensor, values_in: Tensor, values_out: Tensor) -> Tensor:
     return J.mul_((values_out > 0)[:, :, None]).mul_((values_in > 0)[:, None, :])
 
 
-def jacobian_blocks_slow(WDs: Sequence[Tensor], slopes: Sequence[Tensor], WE: Tensor, A: Tensor, B: Tensor) -> Tensor:
+class Kept(NamedTuple):
+    """Latents that TopK kept."""
+
+    values: Tensor
+    """(N, k), after the ReLU."""
+    latents: Tensor
+    """(N, k)"""
+
+
+@torch.no_grad()
+def add_penalty(
+    block: BlockWeights,
+    around: Around,
+    D: Tensor,
+    E: Tensor,
+    input: Kept,
+    output: Kept,
+    score: Score,
+    g_D: Tensor,
+    g_E: Tensor,
+    around_too: bool = False,
+) -> tuple[Tensor, Around | None]:
+    """The sum () of what the tokens' Jacobians cost; adds its gradients to `g_D`, `g_E` (n, d).
+
+    Where a latent is silent J is 0. With `around_too` also the gradients towards `around`, for a Jacobian that is taken
+    where parameters decide. Which latents are active, and the block's own weights, are constants.
+    """
+    rows_in, A, D_rows = _only_active(D, input.latents)
+    rows_out, B, E_rows = _only_active(E, output.latents)
+    products = make_products(D_rows, E_rows, block)
+    J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
+    for some, part in jacobian_chunks(products, around, A, B):
+        J[some] = part
+    costs, G = score(mask_inactive(J, input.values, output.values))
+    del J  # G takes as much memory
+    mask_inactive(G, input.values, output.values)
+    found_in = _Gradient(g_D, rows_in, D_rows)
+    found_out = _Gradient(g_E, rows_out, E_rows)
+    route = _in_loops if loops.serve(D) and not around_too else _on_device  # the loops have no gradient of `around`
+    g_around = route(block, products, around, A, B, G, found_in.rows, found_out.rows, around_too)
+    found_in.add()
+    found_out.add()
+    return costs.sum(), g_around
+
+
+def _only_active(rows: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Which rows (n, d) the latents (N, k) need, the latents' places among them, and those rows; None: all.
+
+    Only where few tokens make it likely that many are left out: to know waits for a GPU.
+    """
+    if latents.numel() > 2 * len(rows):
+        return None, latents, rows
+    needed, places = torch.unique(latents, return_inverse=True)
+    if len(needed) > WORTH_LEAVING_OUT * len(rows):
+        return None, latents, rows
+    return needed, places, rows[needed]
+
+
+class _Gradient:
+    """The gradient of rows, or of those of them that are active."""
+
+    def __init__(self, whole: Tensor, needed: Tensor | None, rows: Tensor) -> None:
+        self.whole, self.needed = whole, needed
+        self.rows = whole if needed is None else torch.zeros_like(rows)
+
+    def add(self) -> None:
+        """Adds what was found to the whole, where that is not the same."""
+        if self.needed is not None:
+            self.whole.index_put_((self.needed,), self.rows, accumulate=True)  # each row once
+
+
+def _in_loops(
+    block: BlockWeights,
+    products: Products,
+    around: Around,
+    A: Tensor,
+    B: Tensor,
+    G: Tensor,
+    g_D: Tensor,
+    g_E: Tensor,
+    around_too: bool,
+) -> None:
+    """Some columns at a time, whose sums may stay in the processor's last cache."""
+    along, drifts, m = _along(products, around, A), _drifts(around), products.WE.shape[1]
+    if around.direction is not None:
+        starts = torch.arange(0, A.numel() + 1, A.shape[1])
+        tokens, order, starts = Pattern(A.flatten(), starts, len(products.D)).by_latent
+        g_along = _gradient_along(products, around, B, G).flatten()
+        g_D += sum_rows(around.direction, tokens, starts, g_along[order])
+    G = _padded(G)
+    by_input, by_output = G.numpy(), G.transpose(1, 2).numpy()
+    width = min(COLUMNS, m)
+    space = [_empty(g, len(g) * width) for g in (*[g_D] * len(products.WD), g_E)]
+    for start in range(0, m, width):
+        columns = slice(start, min(start + width, m))
+        size = columns.stop - start
+        *g_WD, g_WE = (part[: len(part) // width * size].view(-1, size).zero_() for part in space)
+        tasks = [
+            partial(jacobian_loops.toward_decoder, *_arrays(products.WE, slope, A, B), by_input, start, out.numpy())
+            for slope, out in zip(around.slopes, g_WD, strict=True)
+        ]
+        arrays = _arrays(products.WD, around.slopes, drifts, along, A, B)
+        tasks.append(partial(jacobian_loops.toward_encoder, *arrays, by_output, start, g_WE.numpy()))
+        loops.all_in_threads(tasks, size)
+        for g, W in zip(g_WD, block.W_in, strict=True):
+            g_D.addmm_(g, W[:, columns].T)
+        g_E.addmm_(g_WE, block.W_out[columns])
+    if products.skip:
+        D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1).contiguous()
+        to_D = partial(jacobian_loops.toward_decoder, *_arrays(E, ones, A, B), by_input, 0, g_D.numpy())
+        arrays = _arrays(D[None], ones[None], drifts[:, :0, :0], along, A, B)
+        to_E = partial(jacobian_loops.toward_encoder, *arrays, by_output, 0, g_E.numpy())
+        loops.all_in_threads([to_D, to_E], D.shape[1])
+
+
+def _on_device(
+    block: BlockWeights,
+    products: Products,
+    around: Around,
+    A: Tensor,
+    B: Tensor,
+    G: Tensor,
+    g_D: Tensor,
+    g_E: Tensor,
+    around_too: bool,
+) -> Around | None:
+    """The same by torch's operations, some tokens at a time."""
+    g_WD, g_WE = torch.zeros_like(products.WD), torch.zeros_like(products.WE)
+    parts = []
+    for some in _chunks(A, B, products.WE):
+        here, a, b, g = _at(around, some), A[some], B[some], G[some]
+        along = _along(products, here, a)
+        _scatter(g_WE, b, g @ _moved(products, here, along, a))
+        g_moved = g.transpose(1, 2) @ products.WE[b]
+        for out, slope in zip(g_WD, here.slopes, strict=True):
+            _scatter(out, a, g_moved * slope[:, None])
+        g_direction = None
+        if here.direction is not None:
+            g_along = _gradient_along(products, here, b, g)
+            _scatter(g_D, a, g_along[..., None] * here.direction[:, None])
+            g_direction = (g_along[..., None] * products.D[a]).sum(dim=1)
+        if products.skip:
+            _scatter(g_D, a, g.transpose(1, 2) @ products.E[b])
+            _scatter(g_E, b, g @ products.D[a])
+        if around_too:
+            parts.append((*_gradients_around(products, here, along, a, g_moved), g_direction))
+    for g_branch, W in zip(g_WD, block.W_in, strict=True):
+        g_D.addmm_(g_branch, W.T)
+    g_E.addmm_(g_WE, block.W_out)
+    if not around_too:
+        return None
+    slopes, drifts, direction = zip(*parts, strict=True)
+    if around.direction is None:
+        return Around(torch.cat(slopes, dim=1))
+    return Around(torch.cat(slopes, dim=1), torch.cat(drifts, dim=1), torch.cat(direction))
+
+
+def _gradients_around(
+    products: Products, around: Around, along: Tensor, A: Tensor, g_moved: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients towards slopes and drifts, from those towards M (N, k_in, m)."""
+    drifts = [None] * len(around.slopes) if around.drifts is None else list(around.drifts)
+    g_slopes, g_drifts = [], []
+    for WD, slope, drift in zip(products.WD, around.slopes, drifts, strict=True):
+        moved = WD[A] if drift is None else WD[A] - along[..., None] * drift[:, None]
+        g_slopes.append((g_moved * moved).sum(dim=1))
+        g_drifts.append(-slope * (g_moved * along[..., None]).sum(dim=1))
+    return torch.stack(g_slopes), None if around.drifts is None else torch.stack(g_drifts)
+
+
+def _moved(products: Products, around: Around, along: Tensor, A: Tensor) -> Tensor:
+    """M (N, k_in, m): how active input latents move the hidden units' activations."""
+    total = None
+    for b, (WD, slope) in enumerate(zip(products.WD, around.slopes, strict=True)):
+        rows = WD[A]
+        if around.drifts is not None:
+            rows.addcmul_(along[..., None], around.drifts[b][:, None], value=-1)
+        total = rows.mul_(slope[:, None]) if total is None else total.addcmul_(rows, slope[:, None])
+    assert total is not None
+    return total
+
+
+def _along(products: Products, around: Around, A: Tensor) -> Tensor:
+    """What active decoder rows have along the normalised input, over d: (N, k_in); 0 without a norm."""
+    if around.direction is None:
+        return products.D.new_zeros(A.shape)
+    starts = torch.arange(0, A.numel() + 1, A.shape[1], device=A.device)
+    return inner_products(around.direction, products.D, A.flatten(), starts).view(A.shape)
+
+
+def _gradient_along(products: Products, around: Around, B: Tensor, G: Tensor) -> Tensor:
+    """Of the same (N, k_in)."""
+    assert around.drifts is not None
+    starts = torch.arange(0, B.numel() + 1, B.shape[1], device=B.device)
+    pulls = inner_products((around.slopes * around.drifts).sum(dim=0), products.WE, B.flatten(), starts)
+    return -torch.einsum("tij,ti->tj", G, pulls.view(B.shape))
+
+
+def _scatter(out: Tensor, latents: Tensor, rows: Tensor) -> None:
+    """out[latents[t, j]] += rows[t, j]; deterministic, on a GPU by sorting."""
+    out.index_put_((latents.flatten(),), rows.flatten(0, 1), accumulate=True)
+
+
+def _drifts(around: Around) -> Tensor:
+    """For the loops, which take an empty tensor for none."""
+    return around.slopes[:, :0, :0].contiguous() if around.drifts is None else around.drifts
+
+
+def _at(around: Around, some: slice) -> Around:
+    drifts = None if around.drifts is None else around.drifts[:, some]
+    direction = None if around.direction is None else around.direction[some]
+    return Around(around.slopes[:, some], drifts, direction)
+
+
+def _chunks(A: Tensor, B: Tensor, WE: Tensor) -> Iterator[slice]:
+    """Runs of tokens: in the loops only J takes memory."""
+    each = A.shape[1] * B.shape[1] if loops.serve(WE) else max(A.shape[1], B.shape[1]) * WE.shape[1]
+    size = max(1, (CHUNK_ELEMENTS if WE.device.type == "cpu" else CHUNK_ELEMENTS_ON_GPU) // each)
+    for start in range(0, len(A), size):
+        yield slice(start, start + size)
+
+
+def _padded(G: Tensor) -> Tensor:
+    """(N, i, j), with zeros added until both are multiples of what the loops take at once."""
+    more = [-size % jacobian_loops.TILE for size in G.shape[1:]]
+    return torch.nn.functional.pad(G, (0, more[1], 0, more[0])) if any(more) else G.contiguous()
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [t.contiguous().numpy() for t in tensors]
+
+
+# ---------------------------------------------------------------- any block
+Map = Callable[[Tensor], Tensor]
+"""f: (N, d) to (N, d), each token by itself, of operations that torch differentiates forwards."""
+
+
+def jacobian_of_any(f: Map, x: Tensor, D_rows: Tensor, E_rows: Tensor) -> Tensor:
+    """J (N, k_out, k_in) of any block around x (N, d), by forward-mode differentiation: k_in passes through f.
+
+    D_rows (N, k_in, d), E_rows (N, k_out, d): the rows of each token's active latents.
+    """
+    moved = [torch.func.jvp(f, (x,), (D_rows[:, j].contiguous(),))[1] for j in range(D_rows.shape[1])]
+    return E_rows @ torch.stack(moved, dim=2)
+
+
+def add_penalty_of_any(
+    f: Map, x: Tensor, D: Tensor, E: Tensor, input: Kept, output: Kept, score: Score, g_D: Tensor, g_E: Tensor
+) -> Tensor:
+    """`add_penalty` of any block, at x (N, d)."""
+    total = x.new_zeros(())
+    for start in range(0, len(x), TOKENS_THROUGH_ANY):
+        some = slice(start, start + TOKENS_THROUGH_ANY)
+        A, B = input.latents[some], output.latents[some]
+        with torch.enable_grad():
+            D_rows, E_rows = D.detach()[A].requires_grad_(), E.detach()[B].requires_grad_()
+            J = mask_inactive(jacobian_of_any(f, x[some], D_rows, E_rows), input.values[some], output.values[some])
+        costs, G = score(J.detach())
+        for g, latents, rows in zip((g_D, g_E), (A, B), torch.autograd.grad(J, (D_rows, E_rows), G), strict=True):
+            _scatter(g, latents, rows)
+        total += costs.sum()
+    return total
+
+
+def jacobian_blocks_slow(products: Products, around: Around, A: Tensor, B: Tensor) -> Tensor:
     """The definition of `jacobian_blocks`, for tests."""
-    terms = [torch.einsum("tir,tr,tjr->tij", WE[B], slope, WD[A]) for WD, slope in zip(WDs, slopes, strict=True)]
-    return torch.stack(terms).sum(0)
+    D, (N, k_in) = products.D[A], A.shape
+    J = products.E.new_zeros(N, B.shape[1], k_in)
+    for b in range(len(products.WD)):
+        moved = products.WD[b][A]
+        if around.drifts is not None and around.direction is not None:
+            moved = moved - torch.einsum("tjd,td,tm->tjm", D, around.direction, around.drifts[b])
+        J = J + torch.einsum("tim,tm,tjm->tij", products.WE[B], around.slopes[b], moved)
+    return J + torch.einsum("tid,tjd->tij", products.E[B], D) if products.skip else J

@@ -1,13 +1,17 @@
-"""Loops along a sparse pattern for CPUs, compiled by numba: what torch has no fast operation for.
+"""Loops along a sparse pattern for CPUs, compiled by numba: what torch has no fast operation for. `on_gpu` finds their
+twins for GPUs.
 
 They take NumPy arrays, fill arrays that the caller made, and release the GIL, so `in_threads` runs slices of one call
 at once; a result does not depend on how it was sliced. NaN is treated as larger than any number, so that it is kept and
 shows in the loss. Compiled code is cached beside this file, or in the user's cache where that is not writable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from importlib.util import find_spec
+from itertools import pairwise
+from types import ModuleType
 
 import numba
 import numpy as np
@@ -22,8 +26,24 @@ FEWEST = 1 << 18  # numbers worth a thread
 
 
 def serve(tensor: Tensor) -> bool:
-    """Whether these loops work on such a tensor; torch's operations do elsewhere."""
+    """Whether these loops work on such a tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64, torch.int64)
+
+
+def on_gpu(tensor: Tensor) -> ModuleType | None:
+    """`triton_loops`, where they work on such a tensor; where neither they nor these do, torch's operations do."""
+    if tensor.device.type != "cuda" or tensor.dtype not in (torch.float32, torch.float64):
+        return None
+    return _triton_loops() if tensor.device.index == torch.cuda.current_device() else None
+
+
+@cache
+def _triton_loops() -> ModuleType | None:
+    if find_spec("triton") is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    from saeflow.kernels import triton_loops
+
+    return triton_loops
 
 
 def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts: np.ndarray | None = None) -> None:
@@ -40,6 +60,22 @@ def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts:
     slices = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
     others = [_pool(threads - 1).submit(work, *some) for some in slices[1:]]
     work(*slices[0])
+    for other in others:
+        other.result()
+
+
+def all_in_threads(works: Sequence[Callable[[int, int], None]], n_columns: int) -> None:
+    """`work(first, last)` of each of `works`, which add to different numbers, on all columns 0 to `n_columns`.
+
+    Where there are fewer than threads, each is cut into runs of columns.
+    """
+    threads = torch.get_num_threads()
+    runs = max(1, min(threads // len(works), n_columns // 64))
+    cuts = np.linspace(0, n_columns, runs + 1).astype(np.int64).tolist()
+    calls = [partial(work, *run) for work in works for run in pairwise(cuts)]
+    others = [_pool(threads - 1).submit(call) for call in calls[1:]] if threads > 1 else []
+    for call in calls[: len(calls) - len(others)]:
+        call()
     for other in others:
         other.result()
 

@@ -1,7 +1,8 @@
 """Sums of rows, and inner products with rows, along a sparse pattern: the three products of a step that are not dense.
 
 A bag is a run of pairs that share a token (or, in the transposed pattern, a latent). Nothing here is differentiable. On
-CPUs these are compiled loops (`loops`), elsewhere operations of torch.
+CPUs these are compiled loops (`loops`), on GPUs too where Triton is installed (`triton_loops`), elsewhere operations of
+torch.
 """
 
 from functools import partial
@@ -17,6 +18,8 @@ def sum_rows(rows: Tensor, indices: Tensor, starts: Tensor, values: Tensor) -> T
 
     rows (m, width), indices and values (P,), starts (bags + 1,).
     """
+    if (gpu := loops.on_gpu(rows)) is not None:
+        return gpu.sum_rows(rows, indices, starts, values)
     if not loops.serve(rows):
         return torch.nn.functional.embedding_bag(
             indices, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
@@ -29,6 +32,8 @@ def sum_rows(rows: Tensor, indices: Tensor, starts: Tensor, values: Tensor) -> T
 
 def inner_products(g: Tensor, rows: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
     """For each pair j of bag b: g[b] . rows[indices[j]], (P,). g (bags, width), rows (m, width), starts (bags + 1,)."""
+    if (gpu := loops.on_gpu(rows)) is not None:
+        return gpu.inner_products(g, rows, indices, starts)
     if not loops.serve(rows):
         bags = torch.repeat_interleave(starts.diff(), output_size=len(indices))
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(g, rows, indices, starts[:-1], bags, 0)

@@ -7,13 +7,15 @@ nothing waits for the device, but for `positive`, whose number of pairs only the
 A processor that multiplies bfloat16 does so much faster than float32. There the float32 product is never taken: its
 bfloat16 twin rules out, by a bound on their difference (`loops._bounds`), nearly all pairs that cannot be among the
 kept, and the inner products of the others are taken in float32. The result is that of the float32 product, but for the
-order in which an inner product's terms are added. On a GPU `bf16=True` lets the bfloat16 product alone decide which
-pairs are kept; their values are then computed anew in the weights' precision.
+order in which an inner product's terms are added. A GPU does so too where Triton is installed, but not for
+`batch_top_k`. Where it does not, `bf16=True` lets the bfloat16 product alone decide which pairs are kept; their values
+are then computed anew in the weights' precision.
 """
 
 import platform
 from collections.abc import Iterator
 from functools import cache, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,14 +45,21 @@ def top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | Non
 
     x (N, d), encoder (n, d), b_enc (n,). `scale` (n,), positive: latents compete by value times scale.
     """
+    starts = torch.arange(0, len(x) * k + 1, k, device=x.device)
+    if (sieve := sieve_on_gpu(x, encoder)) is not None:
+        values, latents = sieve.top_k(x, encoder, b_enc, k, scale)
+        return Active(values.view(-1), latents.view(-1), starts)
     parts = [part.top_k(k) for part in _products(x, encoder, b_enc, scale, bf16)]
     values, latents = (_cat([part[i] for part in parts]).view(-1) for i in (0, 1))
-    starts = torch.arange(0, len(x) * k + 1, k, device=x.device)
     return _valued(Active(values, latents, starts), x, encoder, b_enc, scale, bf16)
 
 
 def positive(x: Tensor, encoder: Tensor, b_enc: Tensor, bf16: bool = False) -> Active:
-    """All pairs with x encoder^T + b_enc above 0."""
+    """All pairs with x encoder^T + b_enc above 0 (on a GPU some with value 0)."""
+    if (sieve := sieve_on_gpu(x, encoder)) is not None:
+        listed, starts = sieve.maybe_positive(x, encoder, b_enc)
+        values, latents = sieve.positive(listed, starts, x, encoder, b_enc, int(starts[-1]))
+        return Active(values, latents, starts)
     found = _joined([part.above(0.0) for part in _products(x, encoder, b_enc, None, bf16)])
     return _valued(found, x, encoder, b_enc, None, bf16)
 
@@ -162,6 +171,12 @@ def _products(
             yield _InLoops(out, (*tokens, encoder.numpy(), *encoder_norms, b_enc.numpy()))
         else:
             yield _InLoops(torch.addmm(b_enc, x[rows], encoder.T, out=out))
+
+
+def sieve_on_gpu(x: Tensor, encoder: Tensor) -> ModuleType | None:
+    """The loops that select by the bfloat16 product, where x and encoder are for them."""
+    gpu = loops.on_gpu(x)
+    return gpu if gpu is not None and x.dtype == torch.float32 and len(encoder) <= gpu.MOST_LATENTS else None
 
 
 @cache

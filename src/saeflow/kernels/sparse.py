@@ -51,10 +51,12 @@ class Pattern:
             by_latent = ByLatent(torch.empty_like(latents), torch.empty_like(latents), latents.new_empty(n + 1))
             loops.transpose(latents.numpy(), self.starts.numpy(), *(t.numpy() for t in by_latent))
             return by_latent
-        order = torch.sort(latents, stable=True).indices
-        starts = torch.searchsorted(latents[order], torch.arange(n + 1, device=order.device))
-        tokens = torch.repeat_interleave(self.starts.diff(), output_size=len(order))
-        return ByLatent(tokens[order], order, starts)
+        short = latents.to(torch.int16 if n < 1 << 15 else torch.int32)  # sorting goes by bytes
+        found, order = torch.sort(short, stable=True)
+        starts = self.starts.new_zeros(n + 1)
+        torch.searchsorted(found, torch.arange(n, dtype=short.dtype, device=order.device), right=True, out=starts[1:])
+        tokens = torch.searchsorted(self.starts, order, right=True).sub_(1)
+        return ByLatent(tokens, order, starts)
 
     def dense(self, values: Tensor) -> Tensor:
         """Values (P,) as a matrix (N, n): for tests, and for what is not worth a kernel."""

@@ -99,6 +99,8 @@ class Step(Found):
     smallest: Tensor | None
     """(): with batchtopk the smallest kept value (times norm with `by_norm`), infinite where nothing was active."""
     gradients: Weights
+    kept: Active | None = None
+    """The active pairs, on the sparse road."""
 
 
 @torch.no_grad()
@@ -107,22 +109,24 @@ def take_step(
     weights: Weights,
     x: Tensor,
     y: Tensor,
-    l1: float = 0.0,
+    l1: float | Tensor = 0.0,
     sparse: bool = True,
     count: bool = True,
     extra: Callable[[Situation], Tensor] | None = None,
+    active: Active | None = None,
 ) -> Step:
     """Loss and gradients at inputs x (N, d) and targets y (N, p).
 
     `sparse`: the road to take with relu; the result is the same up to rounding, which is bfloat16's on the dense road
     with `objective.bf16`. `count`: count the active pairs even where that costs a pass. `extra`: one more term of the
-    loss, whose gradients autograd takes. N is 1 or more, and k at most n.
+    loss, whose gradients autograd takes. `active`: what is active, where the caller knows. N is 1 or more, and k at
+    most n.
     """
     N = len(x)
     relu = objective.activation == "relu"
     norms = _norms(objective, weights)
     penalty = norms * (l1 / N if relu else 0.0)  # the price of one unit of each latent
-    f = _activations(objective, weights, x, norms, sparse)
+    f = _activations(objective, weights, x, norms, sparse, active)
     error = _unexplained(weights, x, y)
     w = token_weights(y, objective.squared_error)
     squared_norms = f.reconstruct_(error, weights.W_dec, w, penalty)
@@ -139,13 +143,14 @@ def take_step(
     loss = squared_error + l1 * sparsity if relu else squared_error
     if extra is not None:
         loss = loss + _add_term(extra, weights, x, error, w, objective.centred, gradients)
-    active = smallest = None
+    n_active = smallest = kept = None
     if isinstance(f, _Sparse):
-        active = torch.count_nonzero(f.values)
-        smallest = _smallest(objective, Active(f.values, f.pattern.latents, f.pattern.starts), norms)
+        n_active = torch.count_nonzero(f.values)
+        kept = Active(f.values, f.pattern.latents, f.pattern.starts)
+        smallest = _smallest(objective, kept, norms)
     elif count:
-        active = torch.count_nonzero(f.f)
-    return Step(loss, squared_error, sparsity, squared_norms, activity, active, smallest, gradients)
+        n_active = torch.count_nonzero(f.f)
+    return Step(loss, squared_error, sparsity, squared_norms, activity, n_active, smallest, gradients, kept)
 
 
 @torch.no_grad()
@@ -294,7 +299,7 @@ def clip_norm_(gradients: list[Tensor], largest: float) -> None:
 
     The factor stays on the device.
     """
-    norm = torch.stack([g.norm() for g in gradients]).norm()
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
     torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_(max=1.0))
 
 
@@ -309,6 +314,9 @@ class _Sparse:
         """Adds f W_dec to error (N, p); returns its rows' squared norms (N,). Keeps the gradient of
         sum_t w_t |error_t|^2 + penalty . f_t towards the pre-activations."""
         values, (latents, starts) = self.values, (self.pattern.latents, self.pattern.starts)
+        if (gpu := loops.on_gpu(error)) is not None:
+            squares, self.g_values = gpu.reconstruct(values, latents, starts, W_dec, 2 * w, penalty, error)
+            return squares
         if not loops.serve(error):
             error += sum_rows(W_dec, latents, starts, values)
             self.g_values = inner_products(error * (2 * w)[:, None], W_dec, latents, starts).add_(penalty[latents])
@@ -326,6 +334,8 @@ class _Sparse:
         if loops.serve(error):
             return self._gradients_in_loops(error, w, W_dec)
         tokens, order, starts = self.pattern.by_latent
+        if (gpu := loops.on_gpu(error)) is not None:
+            return gpu.gradients(values, g_values, error, 2 * w, self.x, *self.pattern.by_latent)
         values, g_values = values[order], g_values[order]
         encoder = sum_rows(self.x, tokens, starts, g_values)
         decoder = sum_rows(error * (2 * w)[:, None], tokens, starts, values)
@@ -360,13 +370,17 @@ class _Dense:
         return g_pre.T @ self.x, g_pre.sum(dim=0), self.f.T @ g, self.f.sum(dim=0)
 
 
-def _activations(objective: Objective, weights: Weights, x: Tensor, norms: Tensor, sparse: bool) -> _Sparse | _Dense:
+def _activations(
+    objective: Objective, weights: Weights, x: Tensor, norms: Tensor, sparse: bool, active: Active | None = None
+) -> _Sparse | _Dense:
     encoder, b_enc, bf16 = weights.encoder, weights.b_enc, objective.bf16
     x = x - weights.b_dec if objective.centred else x
     if objective.activation == "relu" and not sparse:
         pre = x.bfloat16() @ encoder.bfloat16().T + b_enc if bf16 else torch.addmm(b_enc, x, encoder.T)
         return _Dense(x, pre.relu_())
-    return _Sparse(x, _select(objective, x, encoder, b_enc, norms), len(b_enc))
+    if active is None:
+        active = _select(objective, x, encoder, b_enc, norms)
+    return _Sparse(x, active, len(b_enc))
 
 
 def _select(objective: Objective, x: Tensor, encoder: Tensor, b_enc: Tensor, norms: Tensor) -> Active:

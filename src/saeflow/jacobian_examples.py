@@ -1,0 +1,255 @@
+"""Which pairs of latents compute most, and the text on which they do.
+
+After the appendix of the paper (arXiv 2502.18147): pairs ranked by their mean J, mean |J| and count over the tokens on
+which both latents are active; for the outputs that come first, the inputs of highest mean J; for every latent so named
+the windows of text with its largest activations, and for every pair the windows with its largest |J|. Windows are
+aligned within a row of tokens, so that no two overlap, and a latent's windows are ranked by their largest activation.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from saeflow.config import JacobianConfig
+from saeflow.jacobian_global import Pairs
+from saeflow.jacobian_maps import Blocks
+
+GATHERED = 1 << 20  # activations that are gathered before they are sorted
+STATISTICS = ("mean", "mean_absolute", "count")
+
+
+# -------------------------------------------------------------------- pairs
+def top_pairs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
+    """The first `config.top_pairs` pairs by each of `STATISTICS`, of those active together on `min_count` tokens or
+    more. Means and standard deviations are over these tokens."""
+    tables = []
+    for statistic in STATISTICS:
+        places = _ranked(pairs, statistic, np.arange(len(pairs.count)), config)[: config.top_pairs]
+        columns = {"statistic": [statistic] * len(places), "rank": np.arange(1, len(places) + 1)}
+        tables.append(pa.table(columns | _describe(pairs, places)))
+    return pa.concat_tables(tables)
+
+
+def top_inputs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
+    """Of the outputs that `top_pairs_table` names by mean J, each once: the `config.top_inputs` inputs of highest mean
+    J. `output_rank` is the order of the outputs."""
+    ranked = _ranked(pairs, "mean", np.arange(len(pairs.count)), config)[: config.top_pairs]
+    outputs = list(dict.fromkeys(pairs.output[ranked].tolist()))
+    tables = []
+    for order, output in enumerate(outputs, start=1):
+        start, end = np.searchsorted(pairs.output, [output, output + 1])
+        places = _ranked(pairs, "mean", np.arange(start, end), config)[: config.top_inputs]
+        columns = {"output_rank": [order] * len(places), "rank": np.arange(1, len(places) + 1)}
+        tables.append(pa.table(columns | _describe(pairs, places)))
+    empty = np.zeros(0, np.int64)
+    return pa.concat_tables(tables or [pa.table({"output_rank": empty, "rank": empty} | _describe(pairs, empty))])
+
+
+def _ranked(pairs: Pairs, statistic: str, places: np.ndarray, config: JacobianConfig) -> np.ndarray:
+    """`places` of pairs that are frequent enough, best first; ties by output, then input latent."""
+    places = places[pairs.count[places] >= config.min_count]
+    count = pairs.count[places]
+    value = {"count": pairs.count, "mean": pairs.sum, "mean_absolute": pairs.sum_absolute}[statistic][places]
+    return places[np.argsort(-(value if statistic == "count" else value / count), kind="stable")]
+
+
+def _describe(pairs: Pairs, places: np.ndarray) -> dict[str, np.ndarray]:
+    count = pairs.count[places]
+    mean, mean_absolute = pairs.sum[places] / count, pairs.sum_absolute[places] / count
+    squares = pairs.sum_squares[places] / count
+    columns = {"output": pairs.output[places], "input": pairs.input[places], "count": count}
+    columns |= {"mean": mean, "std": np.sqrt(np.maximum(squares - mean**2, 0))}
+    return columns | {
+        "mean_absolute": mean_absolute,
+        "std_absolute": np.sqrt(np.maximum(squares - mean_absolute**2, 0)),
+        "active_output": pairs.active_output[pairs.output[places]],
+        "active_input": pairs.active_input[pairs.input[places]],
+    }
+
+
+# -------------------------------------------------------------------- windows
+class Grid(NamedTuple):
+    """How the study's tokens, numbered in order without those at position 0, lie in rows and windows."""
+
+    context_size: int
+    window: int
+
+    @property
+    def per_row(self) -> int:
+        """Windows of a row; the last may be shorter."""
+        return -(-self.context_size // self.window)
+
+    def place(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row and position of a token number."""
+        row, rest = divmod(token, self.context_size - 1)
+        return row, rest + 1
+
+    def windows(self, token: np.ndarray) -> np.ndarray:
+        """Number of the window that a token is in."""
+        row, position = self.place(token)
+        return row * self.per_row + position // self.window
+
+    def span(self, window: int) -> tuple[int, int, int]:
+        """Row, first position and end of a window."""
+        row, place = divmod(int(window), self.per_row)
+        return row, place * self.window, min((place + 1) * self.window, self.context_size)
+
+
+class TopWindows:
+    """The windows with the largest activations of every latent of one side."""
+
+    def __init__(self, grid: Grid, keep: int) -> None:
+        self.grid, self.keep = grid, keep
+        self._best = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        self._gathered: list[tuple[np.ndarray, ...]] = []
+        self._waiting = 0
+
+    def add(self, first: int, latents: Tensor, values: Tensor) -> None:
+        """`latents` and `values` (N, k) of the tokens from number `first` on."""
+        row, place = (values > 0).nonzero(as_tuple=True)
+        window = self.grid.windows(first + row.cpu().numpy())
+        self._gathered.append((latents[row, place].cpu().numpy(), window, values[row, place].float().cpu().numpy()))
+        self._waiting += len(window)
+        if self._waiting >= GATHERED:
+            self._sort()
+
+    def of(self, latent: int) -> list[int]:
+        """Windows of a latent, the largest activation first; of equal ones the earlier."""
+        self._sort()
+        start, end = np.searchsorted(self._best[0], [latent, latent + 1])
+        return [int(w) for w in self._best[1][start:end]]
+
+    def _sort(self) -> None:
+        if not self._waiting:
+            return
+        columns = [np.concatenate(parts) for parts in zip(self._best, *self._gathered, strict=True)]
+        self._gathered, self._waiting = [], 0
+        latent, window, value = columns
+        order = np.lexsort((-value, window, latent))  # the largest of each latent and window comes first
+        latent, window, value = latent[order], window[order], value[order]
+        new = np.ones(len(latent), bool)
+        new[1:] = (latent[1:] != latent[:-1]) | (window[1:] != window[:-1])
+        latent, window, value = latent[new], window[new], value[new]
+        order = np.lexsort((window, -value, latent))
+        latent, window, value = latent[order], window[order], value[order]
+        rank = np.arange(len(latent)) - np.searchsorted(latent, latent)
+        self._best = (latent[rank < self.keep], window[rank < self.keep], value[rank < self.keep])
+
+
+class Wanted(NamedTuple):
+    """Latents and pairs whose examples are shown, and the windows that they take them from."""
+
+    outputs: dict[int, list[int]]
+    """Windows by latent."""
+    inputs: dict[int, list[int]]
+    pairs: list[tuple[int, int]]
+    """(output, input)"""
+
+    @property
+    def windows(self) -> list[int]:
+        """All of them, each once, in order."""
+        return sorted({w for side in (self.outputs, self.inputs) for found in side.values() for w in found})
+
+
+def wanted_examples(tables: Iterable[pa.Table], outputs: TopWindows, inputs: TopWindows) -> Wanted:
+    """Everything that the tables of pairs name."""
+    named = (zip(t["output"].to_pylist(), t["input"].to_pylist(), strict=True) for t in tables)
+    pairs = list(dict.fromkeys(pair for table in named for pair in table))
+    by_output = {i: outputs.of(i) for i in sorted({i for i, _ in pairs})}
+    return Wanted(by_output, {j: inputs.of(j) for j in sorted({j for _, j in pairs})}, pairs)
+
+
+class Activity:
+    """Activations of the wanted latents, and J of the wanted pairs, on the tokens of the windows."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self.outputs: dict[tuple[int, int], float] = {}
+        """By latent and token number."""
+        self.inputs: dict[tuple[int, int], float] = {}
+        self.jacobians: dict[tuple[int, int, int], float] = {}
+        """By output latent, input latent and token number."""
+        self._outputs, self._inputs = (np.array(sorted(side)) for side in (wanted.outputs, wanted.inputs))
+        self._pairs = np.array([i << 32 | j for i, j in wanted.pairs])
+
+    def add(self, token: np.ndarray, blocks: Blocks) -> None:
+        """`token` (N,): numbers of the blocks' tokens."""
+        sides = (
+            (blocks.outputs, blocks.values_out, self._outputs, self.outputs),
+            (blocks.inputs, blocks.values_in, self._inputs, self.inputs),
+        )
+        for latents, values, chosen, found in sides:
+            held, size = latents.cpu().numpy(), values.cpu().numpy()
+            rows, places = np.nonzero(np.isin(held, chosen) & (size > 0))
+            keys = zip(held[rows, places].tolist(), token[rows].tolist(), strict=True)
+            found.update(zip(keys, size[rows, places].tolist(), strict=True))
+        i, j = blocks.outputs.cpu().numpy()[:, :, None], blocks.inputs.cpu().numpy()[:, None, :]
+        J = blocks.J.cpu().numpy()
+        rows, a, b = np.nonzero(np.isin(i << 32 | j, self._pairs) & (J != 0))
+        triples = zip(i[rows, a, 0].tolist(), j[rows, 0, b].tolist(), token[rows].tolist(), strict=True)
+        self.jacobians.update(zip(triples, J[rows, a, b].tolist(), strict=True))
+
+
+Read = Callable[[int], tuple[list[int], list[str]]]
+"""Ids and texts of the tokens of a window."""
+
+
+def contexts_table(activity: Activity, grid: Grid, read: Read) -> pa.Table:
+    """One row a latent and window: `side` (input or output), `latent`, `rank`, where the window lies, its tokens and
+    the latent's activations on them; 0 at position 0, which is not studied."""
+    rows = []
+    wanted = activity.wanted
+    for side, latents, found in (
+        ("output", wanted.outputs, activity.outputs),
+        ("input", wanted.inputs, activity.inputs),
+    ):
+        for latent, windows in latents.items():
+            for rank, window in enumerate(windows, start=1):
+                values = [found.get((latent, t), 0.0) for t in _numbers(grid, window)]
+                named = {"side": side, "latent": latent, "rank": rank, "max_activation": max(values)}
+                rows.append(named | _where(grid, window, read) | {"activations": values})
+    return pa.Table.from_pylist(rows, schema=_schema({"side": pa.string(), "latent": pa.int64()}, ["activations"]))
+
+
+def pair_contexts_table(activity: Activity, grid: Grid, keep: int, read: Read) -> pa.Table:
+    """One row a pair and window, of the windows of both its latents the `keep` with the largest |J|: `output`, `input`,
+    `rank`, where the window lies, its tokens, J, and both latents' activations."""
+    rows = []
+    wanted = activity.wanted
+    for i, j in wanted.pairs:
+        found = []
+        for window in sorted({*wanted.outputs[i], *wanted.inputs[j]}):
+            J = [activity.jacobians.get((i, j, t), 0.0) for t in _numbers(grid, window)]
+            if any(J):
+                found.append((window, J))
+        found.sort(key=lambda one: -max(map(abs, one[1])))  # stable: of equal ones the earlier
+        for rank, (window, J) in enumerate(found[:keep], start=1):
+            named = {"output": i, "input": j, "rank": rank, "max_activation": max(J, key=abs)}
+            numbers = _numbers(grid, window)
+            values = {"jacobian": J, "output_activations": [activity.outputs.get((i, t), 0.0) for t in numbers]}
+            values |= {"input_activations": [activity.inputs.get((j, t), 0.0) for t in numbers]}
+            rows.append(named | _where(grid, window, read) | values)
+    names = ["jacobian", "output_activations", "input_activations"]
+    table = pa.Table.from_pylist(rows, schema=_schema({"output": pa.int64(), "input": pa.int64()}, names))
+    return table.rename_columns({"max_activation": "largest_jacobian"})
+
+
+def _numbers(grid: Grid, window: int) -> list[int]:
+    """Token numbers of a window; -1 at position 0."""
+    row, start, end = grid.span(window)
+    return [row * (grid.context_size - 1) + p - 1 if p else -1 for p in range(start, end)]
+
+
+def _where(grid: Grid, window: int, read: Read) -> dict[str, object]:
+    row, start, _ = grid.span(window)
+    ids, texts = read(window)
+    return {"sequence": row, "position": start, "token_ids": ids, "tokens": texts}
+
+
+def _schema(first: dict[str, pa.DataType], values: list[str]) -> pa.Schema:
+    types = first | {"rank": pa.int64(), "max_activation": pa.float64(), "sequence": pa.int64(), "position": pa.int64()}
+    types |= {"token_ids": pa.list_(pa.int32()), "tokens": pa.list_(pa.string())}
+    return pa.schema(list((types | {name: pa.list_(pa.float32()) for name in values}).items()))

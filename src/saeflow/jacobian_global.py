@@ -1,0 +1,285 @@
+"""The Jacobians of single tokens, and the n x n matrix of their sums over tokens, both sparse: no n x n buffer.
+
+Of each pair (output latent i, input latent j) that was ever active together: on how many tokens, and the sums of J, |J|
+and J^2 over them. Two means of |J| follow. F-global of the paper (arXiv 2502.18147, version 2) divides sum |J[i, j]| by
+the number of tokens on which output latent i is active, whether or not j is; an earlier notebook of its authors divides
+by the number of all tokens. Both are entries of an n x n matrix that is 0 wherever the two never met.
+
+Entries are gathered for a while, sorted by (i, j) and summed; sorted runs are merged so that each is at least twice as
+long as the next. The order of every sum depends on the tokens alone. Memory grows with the pairs that ever met, some 50
+bytes each.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from saeflow.config import JacobianConfig
+from saeflow.jacobian_maps import Blocks
+
+GATHERED = 1 << 21  # entries that are gathered before they are sorted: some 100 MB with what sorting takes
+CHUNK = 1 << 18  # of a Zarr array
+SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs that were active together, sorted by output, then input latent."""
+
+    output: np.ndarray
+    """(P,) int32"""
+    input: np.ndarray
+    """(P,) int32"""
+    count: np.ndarray
+    """(P,) int64: tokens on which both are active."""
+    sum: np.ndarray
+    """(P,) float64, of J over those tokens; the next two likewise."""
+    sum_absolute: np.ndarray
+    sum_squares: np.ndarray
+    active_output: np.ndarray
+    """(n_out,) int64: tokens on which an output latent is active."""
+    active_input: np.ndarray
+    """(n_in,)"""
+    n_tokens: int
+
+    def mean_absolute(self, convention: str) -> np.ndarray:
+        """(P,): mean |J| over the tokens where the output latent is active (`active`), or over all (`all`)."""
+        if convention == "active":
+            return self.sum_absolute / self.active_output[self.output]
+        return self.sum_absolute / self.n_tokens
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Sums by key, keys ascending."""
+
+    keys: np.ndarray
+    count: np.ndarray
+    sums: tuple[np.ndarray, ...]
+
+
+class PairSums:
+    """Takes the blocks of all tokens one after another, gives their `Pairs`."""
+
+    def __init__(self, n_out: int, n_in: int, shared: bool = False) -> None:
+        self.n_out, self.n_in, self.shared = n_out, n_in, shared
+        self.n_tokens = 0
+        self.active_output, self.active_input = np.zeros(n_out, np.int64), np.zeros(n_in, np.int64)
+        self._gathered: list[tuple[np.ndarray, np.ndarray]] = []
+        self._waiting = 0
+        self._runs: list[_Run] = []
+
+    def add(self, blocks: Blocks) -> None:
+        self.n_tokens += len(blocks.J)
+        if self.shared:
+            self._add_shared(blocks.J.double())
+            return
+        on_in, on_out = blocks.values_in > 0, blocks.values_out > 0
+        self.active_input += np.bincount(blocks.inputs[on_in].cpu().numpy(), minlength=self.n_in)
+        self.active_output += np.bincount(blocks.outputs[on_out].cpu().numpy(), minlength=self.n_out)
+        both = on_out[:, :, None] & on_in[:, None, :]
+        keys = blocks.outputs[:, :, None] * self.n_in + blocks.inputs[:, None, :]
+        self._gathered.append((keys[both].cpu().numpy(), blocks.J[both].double().cpu().numpy()))
+        self._waiting += len(self._gathered[-1][0])
+        if self._waiting >= GATHERED:
+            self._sort()
+
+    def _add_shared(self, J: Tensor) -> None:
+        """J (N, n_out, n_in) of the same pairs on each token, as many as the model is wide: they need no sorting."""
+        sums = [v.sum(0).flatten().cpu().numpy() for v in (J, J.abs(), J.square())]
+        before = self._runs.pop() if self._runs else None
+        keys, count = np.arange(self.n_out * self.n_in), np.full(self.n_out * self.n_in, len(J))
+        if before is not None:
+            count += before.count
+            for total, held in zip(sums, before.sums, strict=True):
+                total += held
+        self._runs = [_Run(keys, count, tuple(sums))]
+        self.active_output += len(J)
+        self.active_input += len(J)
+
+    def pairs(self) -> Pairs:
+        self._sort()
+        while len(self._runs) > 1:
+            last = self._runs.pop()
+            self._runs[-1] = _merged([self._runs[-1], last])
+        empty = np.zeros(0)
+        run = self._runs[0] if self._runs else _Run(np.zeros(0, np.int64), np.zeros(0, np.int64), (empty,) * 3)
+        output, input = (part.astype(np.int32) for part in divmod(run.keys, self.n_in))
+        total, absolute, squares = run.sums
+        active = (self.active_output, self.active_input)
+        return Pairs(output, input, run.count, total, absolute, squares, *active, self.n_tokens)
+
+    def _sort(self) -> None:
+        if self._gathered:
+            keys, J = (np.concatenate(parts) for parts in zip(*self._gathered, strict=True))
+            self._gathered, self._waiting = [], 0
+            self._push(_merged([_Run(keys, np.ones(len(keys), np.int64), (J, np.abs(J), J * J))]))
+
+    def _push(self, run: _Run) -> None:
+        self._runs.append(run)
+        while len(self._runs) > 1 and len(self._runs[-2].keys) < 2 * len(self._runs[-1].keys):
+            last = self._runs.pop()
+            self._runs[-1] = _merged([self._runs[-1], last])
+
+
+def _merged(runs: list[_Run]) -> _Run:
+    """One run of all of them; equal keys are summed in the order in which they stand."""
+    keys = np.concatenate([run.keys for run in runs])
+    if not len(keys):
+        return runs[0]
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+
+    def summed(parts: Iterable[np.ndarray]) -> np.ndarray:
+        return np.add.reduceat(np.concatenate(list(parts))[order], starts)
+
+    columns = tuple(summed(run.sums[i] for run in runs) for i in range(3))
+    return _Run(keys[starts], summed(run.count for run in runs), columns)
+
+
+# -------------------------------------------------------------------- tables
+def exceedance_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
+    """By `convention` of the mean: `count` of the n_out x n_in entries above each `threshold`, and their `fraction`."""
+    thresholds = np.unique([*np.logspace(-5, 1, 49).round(12), *config.thresholds])
+    size = len(pairs.active_output) * len(pairs.active_input)
+    tables = []
+    for convention in ("active", "all"):
+        ordered = np.sort(pairs.mean_absolute(convention))
+        count = len(ordered) - np.searchsorted(ordered, thresholds, side="right")
+        columns = {"convention": [convention] * len(count), "threshold": thresholds, "count": count}
+        tables.append(pa.table(columns | {"fraction": count / size}))
+    return pa.concat_tables(tables)
+
+
+def outputs_table(pairs: Pairs) -> pa.Table:
+    """Each output latent that was ever active: on how many tokens, how many inputs it met, their sum |J|, and how many
+    of them, largest first, make up 90 % of that."""
+    found = np.flatnonzero(pairs.active_output)
+    starts = np.searchsorted(pairs.output, found)
+    ends = np.searchsorted(pairs.output, found, side="right")
+    needed, total = np.zeros(len(found), np.int64), np.zeros(len(found))
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        reached = np.sort(pairs.sum_absolute[start:end])[::-1].cumsum()
+        if end > start and reached[-1] > 0:
+            total[row] = reached[-1]
+            needed[row] = np.searchsorted(reached, SHARE * reached[-1]) + 1
+    columns = {"output": found, "active_tokens": pairs.active_output[found], "n_inputs": ends - starts}
+    return pa.table(columns | {"sum_absolute": total, "inputs_for_90_percent": needed})
+
+
+# -------------------------------------------------------------------- Zarr
+_ABOUT = {
+    "output": "output latent",
+    "input": "input latent",
+    "count": "tokens on which both latents are active",
+    "sum": "of J over these tokens",
+    "sum_absolute": "of |J| over these tokens",
+    "sum_squares": "of J^2 over these tokens",
+    "mean_absolute_active": "sum_absolute / tokens on which the output latent is active",
+    "mean_absolute_all": "sum_absolute / all tokens",
+    "active_output": "tokens on which the latent is active",
+    "active_input": "tokens on which the latent is active",
+}
+
+
+def write_pairs(path: Path, pairs: Pairs) -> None:
+    """`global.zarr`: the sums and both means as sparse n_out x n_in matrices in coordinate form, dims (pair,)."""
+    group = _open_group(
+        path, {"n_tokens": pairs.n_tokens, "shape": [len(pairs.active_output), len(pairs.active_input)]}
+    )
+    columns: dict[str, np.ndarray] = {name: getattr(pairs, name) for name in list(_ABOUT)[:6]}
+    columns |= {f"mean_absolute_{c}": pairs.mean_absolute(c).astype(np.float32) for c in ("active", "all")}
+    for name, values in columns.items():
+        _create(group, name, values.dtype, "pair", len(values), _ABOUT[name])[:] = values
+    for side in ("output", "input"):
+        values = getattr(pairs, f"active_{side}")
+        array = _create(group, f"active_{side}", values.dtype, f"{side}_latent", len(values), _ABOUT[f"active_{side}"])
+        array[:] = values
+    _consolidate(path)
+
+
+class TokenBlocks:
+    """`tokens.zarr`: the Jacobians of the first tokens in coordinate form, dims (entry,), in the order of the tokens.
+
+    Entries are those of active latents, zeros left out. `token` is an index into arrays of dims (token,), which say
+    which token that is. Written a chunk at a time.
+    """
+
+    _COLUMNS: ClassVar[dict[str, Any]] = {
+        "token": np.int32,
+        "output": np.int32,
+        "input": np.int32,
+        "jacobian": np.float32,
+    }
+
+    def __init__(self, path: Path, token_id: np.ndarray, sequence: np.ndarray, position: np.ndarray) -> None:
+        self.path, self.n_tokens = path, len(token_id)
+        group = _open_group(path, {"n_tokens": self.n_tokens})
+        about = {"token_id": token_id, "sequence": sequence, "position": position}
+        for name, values in about.items():
+            array = _create(group, name, np.int32, "token", len(values), "of the token in the held-out split")
+            array[:] = values
+        self._arrays = {n: _create(group, n, t, "entry", 0, "") for n, t in self._COLUMNS.items()}
+        self._held: list[tuple[np.ndarray, ...]] = []
+        self._waiting = 0
+
+    def add(self, first: int, blocks: Blocks) -> None:
+        """`first`: number of the blocks' first token. What is beyond the tokens asked for is left out."""
+        J = blocks.J[: max(0, self.n_tokens - first)]
+        token, i, j = J.nonzero(as_tuple=True)
+        columns = (first + token, blocks.outputs[token, i], blocks.inputs[token, j], J[token, i, j])
+        self._held.append(tuple(column.cpu().numpy() for column in columns))
+        self._waiting += len(token)
+        if self._waiting >= CHUNK:
+            self._write(self._waiting // CHUNK * CHUNK)
+
+    def close(self) -> None:
+        self._write(self._waiting)
+        _consolidate(self.path)
+
+    def _write(self, n: int) -> None:
+        if not self._waiting:
+            return
+        columns = [np.concatenate(parts) for parts in zip(*self._held, strict=True)]
+        for name, values in zip(self._COLUMNS, columns, strict=True):
+            array = self._arrays[name]
+            start = array.shape[0]
+            array.resize((start + n,))
+            array[start:] = values[:n]
+        self._held, self._waiting = [tuple(values[n:] for values in columns)], self._waiting - n
+
+
+def _open_group(path: Path, attributes: dict[str, Any]) -> Any:
+    import zarr
+
+    return zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+
+
+def _create(group: Any, name: str, dtype: Any, dimension: str, length: int, about: str) -> Any:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    return group.create_array(
+        name,
+        shape=(length,),
+        chunks=(CHUNK,),
+        dtype=dtype,
+        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        dimension_names=(dimension,),
+        attributes={"description": about} if about else {},
+    )
+
+
+def _consolidate(path: Path) -> None:
+    import warnings
+
+    import zarr
+
+    with warnings.catch_warnings():  # it is outside the specification of version 3, and xarray warns where it lacks
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(path)

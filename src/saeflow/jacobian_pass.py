@@ -1,0 +1,96 @@
+"""One pass over held-out tokens: the model, then a map's Jacobians, a few tokens at a time.
+
+Position 0 is left out, as in the paper's analysis (arXiv 2502.18147).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.attention import fused_attention
+from saeflow.jacobian_examples import Activity, Grid, Wanted
+from saeflow.jacobian_maps import Blocks, JacobianMap
+from saeflow.job import progress
+from saeflow.splicing import read_hooks
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+ROWS = 16  # that go through the model at once
+
+
+@dataclass
+class Tokens:
+    """The tokens of a study: the first `n_tokens` that are not at position 0."""
+
+    rows: np.ndarray
+    """(sequence, position), token ids; of even a hundred million tokens a small part of what a model takes."""
+    document: np.ndarray
+    """(n_tokens,): from 0 to `n_documents` - 1"""
+
+    @property
+    def context_size(self) -> int:
+        return int(self.rows.shape[1])
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.document)
+
+    @property
+    def n_documents(self) -> int:
+        return int(self.document.max()) + 1
+
+
+class Part(NamedTuple):
+    """Some tokens of the study, in order."""
+
+    first: int
+    """Number of the first of them."""
+    values: list[Tensor]
+    """(N, d): the model's, one a hook of the map."""
+    blocks: Blocks
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.blocks.J)
+
+
+def passes(model: "HookedTransformer", map: JacobianMap, tokens: Tokens) -> Iterator[Part]:
+    """Yields the Jacobians of all tokens, in order; one forward pass, which stops above the hooks."""
+    per_row = tokens.context_size - 1
+    n_rows = -(-tokens.n_tokens // per_row)
+    for start in progress(range(0, n_rows, ROWS), "Jacobians"):
+        first = start * per_row
+        read = _read(model, map, tokens.rows[start : start + ROWS])
+        values = [v[:, 1:].flatten(0, 1)[: tokens.n_tokens - first] for v in read]
+        for blocks in map.blocks(values):
+            yield Part(first + blocks.some.start, [v[blocks.some] for v in values], blocks)
+
+
+def look_at(model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: Grid, wanted: Wanted) -> Activity:
+    """Runs the rows that hold wanted windows once more, for what the wanted latents and pairs do there."""
+    activity = Activity(wanted)
+    per_row = tokens.context_size - 1
+    spans = [grid.span(window) for window in wanted.windows]
+    numbers = np.array([r * per_row + p - 1 for r, start, end in spans for p in range(max(start, 1), end)], np.int64)
+    numbers = numbers[numbers < tokens.n_tokens]
+    rows = np.unique(numbers // per_row)
+    for start in progress(range(0, len(rows), ROWS), "examples"):
+        some = rows[start : start + ROWS]
+        values = _read(model, map, tokens.rows[some])
+        here = numbers[np.isin(numbers // per_row, some)]
+        place, position = np.searchsorted(some, here // per_row), here % per_row + 1
+        for blocks in map.blocks([v[place, position] for v in values]):
+            activity.add(here[blocks.some], blocks)
+    return activity
+
+
+def _read(model: "HookedTransformer", map: JacobianMap, rows: np.ndarray) -> list[Tensor]:
+    """Values (rows, position, d) at the map's hooks."""
+    ids = torch.from_numpy(rows.astype(np.int64)).to(model.cfg.device)
+    with fused_attention(model):
+        return read_hooks(model, ids, map.hooks)

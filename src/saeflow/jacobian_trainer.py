@@ -1,0 +1,257 @@
+"""A Jacobian pair in training: two TopK SAEs around a block, and a penalty on the Jacobian between their latents.
+
+After Farnik, Lawson, Houghton, Aitchison (2025), "Jacobian Sparse Autoencoders" (arXiv 2502.18147). The loss is that of
+both SAEs plus
+
+    coefficient(step) / (k_in k_out) * mean over tokens of penalty(J_t),
+
+where J_t is the Jacobian from the active latents of the input SAE to those of the output SAE, zero for a latent that
+TopK kept at 0. Taken at the input x (the paper) it depends on the input SAE's decoder and the output SAE's encoder
+alone: which latents are active, and f' at x, are given. Taken at the input SAE's reconstruction of x it depends on all
+weights of the input SAE, through f', and the output SAE's active latents are those of f at the reconstruction.
+
+What differs from the paper's code on purpose: the target is the stored f(x); gradients are clipped for each SAE by
+itself and lose their part along decoder rows before the optimiser's step; latents that TopK kept at 0 have no Jacobian.
+With coefficient 0 both SAEs are, bit for bit, what they would be alone.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.dictionaries.spec import Spec
+from saeflow.kernels.jacobian import (
+    Around,
+    Kept,
+    add_penalty,
+    add_penalty_of_any,
+    jacobian_blocks,
+    jacobian_of_any,
+    make_products,
+    mask_inactive,
+)
+from saeflow.kernels.penalties import PENALTIES
+from saeflow.kernels.select import Active, top_k
+from saeflow.kernels.sparse import decode, encode
+from saeflow.kernels.step import Step, Weights
+from saeflow.mlp import Block, ModuleBlock
+from saeflow.trainer import Batches, Side, Trainer
+from saeflow.training_metrics import TrainingError
+
+LOGGED_TOKENS = 128  # on which a row of metrics compares both places where the Jacobian can be taken
+LARGE = 0.01  # |J| above this is counted
+
+
+class JacobianTrainer:
+    """Trains the two SAEs on batches (x, f(x)); does what a `Trainer` does."""
+
+    def __init__(
+        self,
+        specs: tuple[Spec, Spec],
+        dictionary: DictionaryConfig,
+        training: TrainingConfig,
+        sides: tuple[Side, Side],
+        block: Block | ModuleBlock,
+        device: str = "cpu",
+        on_row: Callable[[dict[str, float]], None] = lambda row: None,
+    ) -> None:
+        """`block` is on the device. `on_row` gets the rows of the input SAE, with those of the pair added."""
+        self.training, self.block, self.device, self.on_row = training, block, device, on_row
+        self.coefficient, self.at = dictionary.jacobian_coefficient or 0.0, dictionary.jacobian_at
+        self.score = PENALTIES[dictionary.jacobian_penalty]
+        self.input, self.output = (
+            Trainer(s, training, side, side, device) for s, side in zip(specs, sides, strict=True)
+        )
+        scales = self.input.scale_in, self.output.scale_in
+        assert isinstance(scales[0], float) and isinstance(scales[1], float)  # an MLP's sites have no heads
+        self.scale_in, self.units = scales[0], scales[1] / scales[0]
+        """`units`: a Jacobian for raw activations, over one for those that the SAEs see."""
+        self.rows: list[dict[str, float]] = []
+        """About the Jacobian, one for each row of the SAEs' metrics."""
+
+    @property
+    def parts(self) -> dict[str, Trainer]:
+        return {"input": self.input, "output": self.output}
+
+    @property
+    def step(self) -> int:
+        return self.input.step
+
+    @property
+    def n_steps(self) -> int:
+        return self.input.n_steps
+
+    # ------------------------------------------------------------------------------------------------ one step
+    @torch.no_grad()
+    def take(self, batch: tuple[Tensor, ...]) -> None:
+        """One step on batch number `self.step`: x (N, d) and f(x) (N, d), raw.
+
+        Raises `TrainingError`, at the next row of metrics, when a loss stops being finite.
+        """
+        raw = batch[0].to(self.device, non_blocking=True)
+        (x, _), (y, _) = self.input._scaled((raw,)), self.output._scaled(batch[1:])
+        found_in, found_out = self.input.find(x, x), self.output.find(y, y)
+        coefficient, logged = self._coefficient(), self.input._logged()
+        cost = self._penalise(raw, x, found_in, found_out, coefficient) if coefficient else None
+        if logged:
+            self._add_row(raw, x, found_in, found_out, coefficient, cost)
+        self.input.apply(found_in, x)
+        self.output.apply(found_out, y)
+        if logged:
+            self.on_row(self.input.metrics.rows[-1] | self.rows[-1])
+
+    def _coefficient(self) -> float:
+        """Of this step: it rises linearly from 0."""
+        steps = self.training.jacobian_warm_up_steps
+        return self.coefficient * (min(self.step / steps, 1.0) if steps else 1.0)
+
+    def _penalise(self, raw: Tensor, x: Tensor, found_in: Step, found_out: Step, coefficient: float) -> Tensor:
+        """Adds the penalty's gradients to those found; returns what it adds to the loss."""
+        kept_in, kept_out = _kept(found_in), _kept(found_out)
+        some = self._some_tokens(len(x))
+        if some is not None:
+            raw, x = raw[some], x[some]
+            kept_in, kept_out = (Kept(k.values[some], k.latents[some]) for k in (kept_in, kept_out))
+        price = coefficient / (len(x) * kept_in.values.shape[1] * kept_out.values.shape[1])
+
+        def score(J: Tensor) -> tuple[Tensor, Tensor]:
+            costs, slope = self.score(J.mul_(self.units))
+            return price * costs, slope.mul_(price * self.units)
+
+        weights_in, weights_out = self.input.weights, self.output.weights
+        gradients = found_in.gradients.W_dec, found_out.gradients.encoder
+        if self.at == "input":
+            args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients
+            if isinstance(self.block, ModuleBlock):
+                return add_penalty_of_any(self.block, raw, *args)
+            return add_penalty(self.block.weights(), self.block.around(raw), *args)[0]
+        assert isinstance(self.block, Block)
+        with torch.enable_grad():
+            leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights_in))  # type: ignore[arg-type]
+            at = self._reconstruction(leaves, x, kept_in)
+            around = self.block.around(at)
+        kept_out = self._kept_of_output(self.block(at.detach()))
+        detached = Around(*(None if t is None else t.detach() for t in around))  # type: ignore[arg-type]
+        cost, towards = add_penalty(
+            self.block.weights(), detached, weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients,
+            around_too=True,
+        )  # fmt: skip
+        assert towards is not None
+        pairs = [(t, g) for t, g in zip(around, towards, strict=True) if t is not None]
+        more = torch.autograd.grad([t for t, _ in pairs], leaves.parameters(), [g for _, g in pairs])
+        for gradient, extra in zip(found_in.gradients.parameters(), more, strict=True):
+            gradient += extra
+        return cost
+
+    def _some_tokens(self, N: int) -> Tensor | None:
+        """Those on which this step's penalty is taken, by the seed and the step; None: all."""
+        count = max(1, round(self.training.jacobian_fraction * N))
+        if count == N:
+            return None
+        generator = torch.Generator().manual_seed((self.input.spec.seed or 0) * 1_000_003 + self.step)
+        return torch.randperm(N, generator=generator)[:count].sort().values.to(self.device)
+
+    def _reconstruction(self, weights: Weights, x: Tensor, kept: Kept) -> Tensor:
+        """What the input SAE makes of x, raw; differentiable."""
+        starts = torch.arange(0, kept.values.numel() + 1, kept.values.shape[1], device=x.device)
+        active = Active(kept.values.flatten(), kept.latents.flatten(), starts)
+        centre = weights.b_dec if self.input.objective.centred else None
+        values, pattern = encode(x, weights.encoder, weights.b_enc, lambda *_: active, centre)
+        return (decode(values, pattern, weights.W_dec) + weights.b_dec) / self.scale_in
+
+    def _kept_of_output(self, y: Tensor) -> Kept:
+        """What the output SAE keeps of raw y."""
+        weights, objective = self.output.weights, self.output.objective
+        y = y * self.output.scale_in
+        found = top_k(y - weights.b_dec if objective.centred else y, weights.encoder, weights.b_enc, objective.k)
+        return Kept(found.values.view(len(y), -1), found.latents.view(len(y), -1))
+
+    # ------------------------------------------------------------------------------------------------ metrics
+    def _add_row(
+        self, raw: Tensor, x: Tensor, found_in: Step, found_out: Step, coefficient: float, cost: Tensor | None
+    ) -> None:
+        loss = 0.0 if cost is None else cost.item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the Jacobian's penalty became {loss} at step {self.step + 1}: lower training.lr or "
+                "dictionary.jacobian_coefficient, or lengthen training.jacobian_warm_up_steps"
+            )
+        row = {
+            "step": self.step + 1,
+            "tokens": (self.step + 1) * self.training.batch_size,
+            "jacobian_scheduled": coefficient,
+            "jacobian_loss": loss,
+        }
+        few = slice(0, LOGGED_TOKENS)
+        kept_in, kept_out = (Kept(k.values[few], k.latents[few]) for k in (_kept(found_in), _kept(found_out)))
+        at = self._reconstruction(self.input.weights, x[few], kept_in)
+        places = {"": (raw[few], kept_out), "_at_reconstruction": (at, self._kept_of_output(self.block(at)))}
+        for name, (place, kept) in places.items():
+            size = (self._jacobians(place, kept_in, kept) * self.units).abs()
+            row[f"jacobian_l1{name}"] = size.mean().item()
+            row[f"jacobian_above_{LARGE}{name}"] = (size > LARGE).float().mean().item()
+        self.rows.append(row)
+
+    def _jacobians(self, x: Tensor, kept_in: Kept, kept_out: Kept) -> Tensor:
+        """(N, k_out, k_in) at x (N, d)."""
+        D, E = self.input.weights.W_dec, self.output.weights.encoder
+        if isinstance(self.block, ModuleBlock):
+            J = jacobian_of_any(self.block, x, D[kept_in.latents], E[kept_out.latents])
+        else:
+            rows, A = torch.unique(kept_in.latents, return_inverse=True)
+            others, B = torch.unique(kept_out.latents, return_inverse=True)
+            products = make_products(D[rows], E[others], self.block.weights())
+            J = jacobian_blocks(products, self.block.around(x), A, B)
+        return mask_inactive(J, kept_in.values, kept_out.values)
+
+    # ------------------------------------------------------------------------------------------------ the rest
+    def resamples_next(self) -> bool:
+        """Whether `resample` is to be called before the next step."""
+        return self.input.resamples_next()
+
+    def resample(self, batches: Batches) -> None:
+        """As `Trainer.resample`, of each SAE."""
+        self.input.resample(_Side(batches, 0))
+        self.output.resample(_Side(batches, 1))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the coming steps and the metrics depend on."""
+        text = torch.frombuffer(bytearray(json.dumps(self.rows).encode()), dtype=torch.uint8)
+        parts = {f"{name}.{key}": t for name, part in self.parts.items() for key, t in part.state().items()}
+        return parts | {"rows": text}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from `state`. Raises `TrainingError` for another dictionary's."""
+        if "rows" not in state:
+            raise TrainingError("this is the state of another dictionary: not of a pair")
+        for name, part in self.parts.items():
+            part.restore({key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")})
+        self.rows = json.loads(state["rows"].numpy().tobytes())
+
+
+class _Side:
+    """One column of batches of two."""
+
+    def __init__(self, batches: Batches, column: int) -> None:
+        self.batches, self.column = batches, column
+
+    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self.batches.iterate(start, n_steps):
+            yield (batch[self.column],)
+
+
+def _kept(found: Step) -> Kept:
+    assert found.kept is not None
+    N = len(found.squared_norms)
+    return Kept(found.kept.values.view(N, -1), found.kept.latents.view(N, -1))
+
+
+def pair_options(dictionary: DictionaryConfig) -> dict[str, Any]:
+    """What the specs of both SAEs say about how the pair was trained."""
+    names = ("jacobian_coefficient", "jacobian_penalty", "jacobian_at")
+    return {name: getattr(dictionary, name) for name in names}

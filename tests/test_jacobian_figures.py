@@ -1,0 +1,135 @@
+"""Figures of small studies as the stage writes them: series, panels, tables; two runs give identical bytes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.figure import Figure
+from test_jacobian import IN, OUT, make_job, topk_sae
+
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.sae import build
+from saeflow.figures import Tables, draw
+from saeflow.jacobian import jacobian_job
+from saeflow.jacobian_figures import (
+    FIGURES,
+    Studies,
+    arm,
+    jacobian_pareto,
+    jacobian_sweep,
+    jacobian_thresholds,
+    read_studies,
+)
+
+COEFFICIENTS = {"baseline": 0.0, "sparse": 0.25}
+
+
+def scaled(dictionary: Dictionary, scale: float, coefficient: float) -> Dictionary:
+    """Of the same latents, with decoder rows that many times as long."""
+    spec = replace(dictionary.spec, options={"jacobian_coefficient": coefficient})
+    return build(spec, **dictionary.tensors | {"W_dec": dictionary.W_dec * scale})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, tokens_folder: Path) -> list[Path]:
+    """Two studies: a baseline, and one whose J is a quarter of it."""
+    made = []
+    for name, coefficient in COEFFICIENTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        input = scaled(topk_sae(IN, seed=1), 1.0 if coefficient == 0 else 0.25, coefficient)
+        job = make_job(folder, neox_folder, tokens_folder, (input, topk_sae(OUT, seed=2)), n_tokens=310)
+        jacobian_job(job)
+        made.append(job.path.rename(job.path.with_name(name)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluations() -> pd.DataFrame:
+    scores = {"explained_variance": 0.9, "loss_recovered_zero": 0.8}
+    return pd.DataFrame([{"train_key": "in", "part": None} | scores, {"train_key": "out", "part": None} | scores])
+
+
+@pytest.fixture(scope="module")
+def studies(folders: list[Path], evaluations: pd.DataFrame) -> Studies:
+    return read_studies(folders, evaluations)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_has_its_table_and_is_deterministic(name: str, studies: Studies, tmp_path: Path) -> None:
+    tables = Tables(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), studies)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        draw(name, tables, folder)
+    for kind in ("png", "pdf", "csv"):
+        first, second = ((tmp_path / f / f"{name}.{kind}").read_bytes() for f in "ab")
+        assert len(first) > 200 and first == second
+    table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
+    assert set(table["jacobian_coefficient"]) == {0.0, 0.25}
+
+
+def test_bars_are_the_stages_own_numbers(studies: Studies, folders: list[Path]) -> None:
+    figure, _ = jacobian_thresholds(studies)
+    axis = figure.axes[0]
+    heights = [[bar.get_height() for bar in series] for series in axis.containers if hasattr(series, "patches")]
+    for folder, drawn in zip(folders, heights, strict=True):
+        table = pq.read_table(folder / "thresholds.parquet").to_pandas()
+        np.testing.assert_allclose(drawn, 100 * table[table["normalisation"] == "none"]["fraction"])
+    assert legend(figure) == ["λ = 0 (baseline)", "λ = 0.25"]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_norm_matching_takes_away_what_scaling_did(studies: Studies) -> None:
+    summaries = studies.summaries.set_index("jacobian_coefficient")
+    assert summaries.loc[0.25, "rms"] == pytest.approx(summaries.loc[0.0, "rms"] / 4, rel=1e-5)
+    _, table = jacobian_sweep(studies)
+    assert np.ptp(table["gini"]) < 1e-6 < np.ptp(table["mean_absolute"])
+    thresholds = studies.of("thresholds").set_index(["normalisation", "jacobian_coefficient"])["fraction"]
+    np.testing.assert_allclose(thresholds["rms", 0.0], thresholds["rms", 0.25], atol=1e-4)
+    assert (thresholds["none", 0.0].to_numpy() > thresholds["none", 0.25].to_numpy()).all()
+
+
+def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], tmp_path: Path) -> None:
+    copies = []
+    for folder in folders:
+        for layer, randomise in ((1, "none"), (1, "reinit"), (2, "none")):
+            copy = tmp_path / f"{folder.name}-{layer}-{randomise}"
+            copy.mkdir()
+            for file in folder.iterdir():
+                (copy / file.name).symlink_to(file)
+            summary = json.loads((copy / "summary.json").read_text())
+            (copy / "summary.json").unlink()
+            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0}
+            (copy / "summary.json").write_text(json.dumps(summary))
+            copies.append(copy)
+    studies = read_studies(copies, pd.DataFrame({"train_key": []}))
+    assert list(dict.fromkeys(studies.summaries["panel"])) == [
+        "layer 1, trained model",
+        "layer 1, re-initialised model, seed 0",
+        "layer 2, trained model",
+    ]
+    figure, _ = jacobian_thresholds(studies)
+    assert [axis.get_title() for axis in figure.axes[:3]] == list(dict.fromkeys(studies.summaries["panel"]))
+    for name in FIGURES:
+        FIGURES[name](studies)
+
+
+def test_pareto_takes_each_sides_evaluation(folders: list[Path]) -> None:
+    rows = [
+        {"train_key": key, "part": part, "explained_variance": value, "loss_recovered_zero": value / 2}
+        for key, part, value in (("in", "input", 0.5), ("in", "output", 0.6), ("out", "output", 0.7))
+    ]
+    _, table = jacobian_pareto(read_studies(folders, pd.DataFrame(rows)))
+    assert table["explained_variance_input"].tolist() == [0.5, 0.5]
+    assert table["loss_recovered_zero_output"].tolist() == [0.35, 0.35]
+
+
+def test_arms_are_named() -> None:
+    assert arm({}) == "trained model"
+    assert arm({"randomise": "permuted", "randomise_seed": 4}) == "model of permuted weights, seed 4"

@@ -1,0 +1,269 @@
+"""Training Jacobian pairs: its gradients against autograd of the loss as written, resume, and what lambda = 0 is."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from jacobians import AS_WRITTEN
+from stores import contents, write_store
+from torch import Tensor
+
+from saeflow import training as jobs
+from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
+from saeflow.dictionaries import Origin, load_dictionary
+from saeflow.jacobian_trainer import JacobianTrainer, pair_options
+from saeflow.job import Job, Preempted
+from saeflow.mlp import MLP, Block
+from saeflow.plan import Instance, Plan
+from saeflow.trainer import Side, Trainer
+from saeflow.training import make_spec
+from saeflow.training_metrics import TrainingError
+
+D, N_LATENTS, K, N = 6, 24, 3, 64
+TRAINING = TrainingConfig(64 * 40, batch_size=N, lr=3e-3, log_every=10)
+PAIR = DictionaryConfig("jacobian", "topk", k=K, expansion=4, squared_error="mean", sparsity="unit_norm",
+                        jacobian_coefficient=0.5)  # fmt: skip
+
+
+def block_of(dtype: torch.dtype = torch.float32) -> Block:
+    g = torch.Generator().manual_seed(0)
+    d, m = D, 10
+    shapes = ((d, m), (m,), (m, d), (d,))
+    return Block(MLP("gelu", *(torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)))
+
+
+def batch_of(step: int, block: Block) -> tuple[Tensor, Tensor]:
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(step))
+    return x, block(x)
+
+
+def trainer_of(config: DictionaryConfig = PAIR, training: TrainingConfig = TRAINING, seed: int = 0) -> JacobianTrainer:
+    alone = replace(config, kind="sae", jacobian_coefficient=None)
+    specs = [make_spec(alone, D, D, hook, hook, seed, Origin()) for hook in ("in", "out")]
+    sides = [Side(torch.zeros(D), 2.0), Side(torch.ones(D), 5.0)]
+    return JacobianTrainer(specs, config, training, sides, block_of())
+
+
+def weights_of(trainer: JacobianTrainer) -> list[Tensor]:
+    return [t for part in trainer.parts.values() for t in part.weights.parameters()]
+
+
+# -------------------------------------------------------------------- lambda = 0
+@pytest.mark.parametrize("revive", ["none", "auxk"])
+def test_without_penalty_the_pair_is_two_saes_trained_alone(revive: str) -> None:
+    config = replace(PAIR, jacobian_coefficient=0.0)
+    training = replace(TRAINING, revive=revive, dead_after_tokens=200, clip_grad_norm=1.0)
+    pair, other = trainer_of(config, training), trainer_of(config, training)
+    for step in range(40):
+        x, y = batch_of(step, pair.block)
+        pair.take((x, y))
+        other.input.take((x,))
+        other.output.take((y,))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(pair), weights_of(other), strict=True))
+    assert pair.input.metrics.rows == other.input.metrics.rows
+    assert type(other.input) is Trainer
+
+
+def test_the_penalty_makes_the_jacobian_smaller() -> None:
+    found = {}
+    for coefficient in (0.0, 0.5):
+        trainer = trainer_of(replace(PAIR, jacobian_coefficient=coefficient))
+        for step in range(40):
+            trainer.take(batch_of(step, trainer.block))
+        found[coefficient] = trainer.rows[-1]
+    assert found[0.5]["jacobian_l1"] < 0.8 * found[0.0]["jacobian_l1"]
+    assert found[0.5]["jacobian_loss"] > 0 == found[0.0]["jacobian_loss"]
+
+
+# -------------------------------------------------------------------- one step
+@pytest.mark.parametrize("at", ["input", "reconstruction"])
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("penalty", ["l1", "scad", "l1_over_l2"])
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, penalty: str, fraction: float) -> None:
+    """The loss of the paper (reference 1.2), from raw activations by plain operations, differentiated by autograd."""
+    config = replace(PAIR, jacobian_at=at, normalize_activations=normalize, jacobian_penalty=penalty)
+    trainer = trainer_of(config, replace(TRAINING, jacobian_fraction=fraction))
+    for part in trainer.parts.values():  # so that pre-activations are well apart, and float64 picks the same latents
+        part.weights = type(part.weights)(*(None if t is None else t.double() for t in part.weights))
+    trainer.block = block_of(torch.float64)
+    x, y = (t.double() for t in batch_of(0, block_of()))
+    y = trainer.block(x)
+    seen: dict[str, Any] = {}
+    for name, part in trainer.parts.items():
+        part.apply = lambda found, y, name=name: seen.update({name: found})  # type: ignore[method-assign]
+        part.metrics.row = lambda *_: {}  # type: ignore[method-assign]
+    leaves = {
+        name: [t.detach().clone().requires_grad_() for t in part.weights.parameters()]
+        for name, part in trainer.parts.items()
+    }
+    some = trainer._some_tokens(N)
+    trainer.training = replace(trainer.training, log_every=10**9)
+    for part in trainer.parts.values():
+        part._logged = lambda: False  # type: ignore[method-assign]
+    trainer.take((x, y))
+
+    scales = [part.scale_in for part in trainer.parts.values()]
+    loss = torch.zeros((), dtype=torch.float64)
+    latents, decoded = [], []
+    for value, scale, (encoder, b_enc, W_dec, b_dec) in zip((x, y), scales, leaves.values(), strict=True):
+        pre = (value * scale - b_dec) @ encoder.T + b_enc
+        f = torch.relu(torch.where(pre >= pre.topk(K, dim=1).values[:, -1:], pre, 0.0))
+        error = f @ W_dec + b_dec - value * scale
+        loss = loss + error.square().mean()
+        latents.append(f)
+        decoded.append((f @ W_dec + b_dec) / scale)
+    place = decoded[0] if at == "reconstruction" else x
+    (_, _, W_dec_in, _), (encoder_out, b_enc_out, _, b_dec_out) = leaves.values()
+    pre_out = (trainer.block(place) * scales[1] - b_dec_out) @ encoder_out.T + b_enc_out
+    on_out = (pre_out > 0) & (pre_out >= pre_out.topk(K, dim=1).values[:, -1:])
+    whole = torch.func.vmap(torch.func.jacrev(lambda v: trainer.block(v[None])[0]))(place)
+    J = torch.einsum("nd,tde,me->tnm", encoder_out * scales[1], whole, W_dec_in / scales[0])
+    J = J * on_out.detach()[:, :, None] * (latents[0] > 0).detach()[:, None]
+    if some is not None:
+        J = J[some]
+    assert len(J) == round(fraction * N)
+    loss = loss + 0.5 / K**2 / len(J) * AS_WRITTEN[penalty](J)
+    loss.backward()
+    for name, tensors in leaves.items():
+        for found, wanted in zip(seen[name].gradients.parameters(), tensors, strict=True):
+            torch.testing.assert_close(found, wanted.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_the_subset_is_unbiased_and_another_one_at_each_step() -> None:
+    trainer = trainer_of(training=replace(TRAINING, jacobian_fraction=0.25))
+    drawn = []
+    for step in range(400):
+        trainer.input.step = step
+        some = trainer._some_tokens(N)
+        assert some is not None and len(some.unique()) == N // 4
+        drawn.append(some)
+    counts = torch.bincount(torch.cat(drawn), minlength=N)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (counts - 100).abs().max() < 5 * (400 * 0.25 * 0.75) ** 0.5  # five standard deviations
+
+
+def test_the_coefficient_rises() -> None:
+    trainer = trainer_of(training=replace(TRAINING, jacobian_warm_up_steps=4))
+    seen = []
+    for step in range(6):
+        seen.append(trainer._coefficient())
+        trainer.take(batch_of(step, trainer.block))
+    assert seen == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    trainer = trainer_of(training=replace(TRAINING, lr=1e30))
+    with pytest.raises(TrainingError, match=r"Jacobian's penalty became nan at step 10: lower training\.lr"):
+        for step in range(40):
+            trainer.take(batch_of(step, trainer.block))
+
+
+# -------------------------------------------------------------------- state
+@pytest.mark.parametrize("training", [{}, {"revive": "auxk", "dead_after_tokens": 200}, {"jacobian_fraction": 0.1}])
+def test_training_goes_on_from_a_state_as_if_it_had_not_stopped(training: dict[str, Any]) -> None:
+    options = replace(TRAINING, **training)
+    straight = trainer_of(training=options)
+    for step in range(30):
+        straight.take(batch_of(step, straight.block))
+        if step == 14:
+            state = {name: t.clone() for name, t in straight.state().items()}
+    resumed = trainer_of(training=options, seed=0)
+    resumed.restore(state)
+    for step in range(15, 30):
+        resumed.take(batch_of(step, resumed.block))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(straight), weights_of(resumed), strict=True))
+    assert straight.rows == resumed.rows
+    with pytest.raises(TrainingError, match="another dictionary"):
+        resumed.restore(straight.input.state())
+
+
+# -------------------------------------------------------------------- the job
+HOOKS = ["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"]
+CONFIG = {"kind": "jacobian", "activation": "topk", "k": 4, "expansion": 2, "squared_error": "mean",
+          "sparsity": "unit_norm", "jacobian_coefficient": 0.3}  # fmt: skip
+
+
+def job_of(results: Path, model: Path, coefficient: float = 0.3, key: str = "pair") -> Job:
+    store = "tiny-neox-float32-01234567"
+    if not (results / "activations").exists():
+        x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+        write_store(results / "activations" / store, dict(zip(HOOKS, (x, x.relu()), strict=True)), chunk_tokens=64,
+                    shard_tokens=256)  # fmt: skip
+    columns = [f"{store}/{hook}-1000" for hook in HOOKS]
+    tokens = Instance("tokens", "text-train", {"tokens": {"prepend_bos": False}}, {}, {})
+    processing = {"weights": "abc", "fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+    activations = {
+        c: Instance(
+            "activations", c, {"model": processing, "tokens": {"context_size": 64}}, {"tokens": [tokens.key]}, {}
+        )
+        for c in columns
+    }
+    config = {
+        "dictionary": CONFIG | {"jacobian_coefficient": coefficient},
+        "training": {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2},
+        "seed": 5, "hook_name": HOOKS[0], "hook_name_out": HOOKS[1],
+    }  # fmt: skip
+    instance = Instance("train", key, config, {"activations": columns}, {"training": "{}", "model": str(model)})
+    stages = {"tokens": {tokens.key: tokens}, "activations": activations, "train": {key: instance}}
+    return Job(instance, Plan("tiny", stages, {}, results=str(results)), "cpu")
+
+
+def test_a_job_writes_both_saes_and_again_the_same_bytes(
+    tmp_path: Path, neox_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path, neox_folder)
+    said = jobs.train([job])
+    first = contents(job.path)
+    parts = ("cfg.json", "sae_weights.safetensors", "metrics.parquet")
+    wanted = {
+        "config.yaml",
+        "provenance.json",
+        "jacobian.parquet",
+        *(f"{s}/{p}" for s in ("input", "output") for p in parts),
+    }
+    assert set(first) == wanted
+    assert "input: L0 4.0" in said and "output: L0 4.0" in said and "mean |J|" in said
+    specs = [load_dictionary(job.path / part).spec for part in ("input", "output")]
+    assert [s.hook_name for s in specs] == HOOKS
+    assert all(s.options == pair_options(jobs.build(DictionaryConfig, CONFIG)) and s.kind == "sae" for s in specs)
+    table = pd.read_parquet(job.path / "jacobian.parquet")
+    assert list(table["jacobian_scheduled"].unique()) == [0.3]
+    assert table["jacobian_l1"].iloc[-1] < table["jacobian_l1"].iloc[0]
+
+    take = JacobianTrainer.take
+
+    def asked(trainer: JacobianTrainer, batch: tuple[Tensor, ...]) -> None:
+        if trainer.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take(trainer, batch)
+
+    monkeypatch.setattr(JacobianTrainer, "take", asked)
+    with pytest.raises(Preempted):
+        jobs.train([job_of(tmp_path, neox_folder)])
+    monkeypatch.setattr(JacobianTrainer, "take", take)
+    jobs.train([job_of(tmp_path, neox_folder)])
+    again = contents(job.path)
+    assert {name for name in first if first[name] != again[name]} <= {"provenance.json"}
+    assert json.loads(again["input/cfg.json"])["architecture"] == "topk"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"activation": "relu", "k": None, "l1_coefficient": 1.0}, "topk with kind=jacobian"),
+        ({"sparsity": "decoder_norm"}, "unit_norm with kind=jacobian"),
+        ({"jacobian_coefficient": None}, "0 or more with kind=jacobian"),
+        ({"jacobian_coefficient": -1.0}, "0 or more with kind=jacobian"),
+        ({"kind": "sae"}, "null with kind=sae"),
+    ],
+)
+def test_what_is_no_jacobian_pair_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DictionaryConfig(**CONFIG | wrong)
