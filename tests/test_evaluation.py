@@ -445,6 +445,24 @@ def test_a_dictionary_of_another_model_is_refused(changes: dict[str, Any], messa
         check_fit(mutated(dictionary(), **changes), Path("D"), neox_folder, model, geometry)
 
 
+def test_a_skip_transcoder_is_spliced_with_its_skip(model: Any, rows: np.ndarray) -> None:
+    g = torch.Generator().manual_seed(4)
+    spec = Spec("transcoder", "topk", D, D, N_LATENTS, IN, OUT, k=5, skip=True, origin=ORIGIN)
+    shapes = ((D, N_LATENTS), (N_LATENTS,), (N_LATENTS, D), (D,), (D, D))
+    made = build(spec, *(0.2 * torch.randn(shape, generator=g) for shape in shapes))
+    seen: list[Tensor] = []
+
+    def write(_: Tensor, hook: Any) -> Tensor:
+        x = seen.pop()
+        pre = torch.relu(x @ made.W_enc + made.b_enc)
+        f = pre * (pre >= pre.sort(-1).values[..., -5, None])
+        return f @ made.W_dec + made.b_dec + x @ made.W_skip.T  # type: ignore[union-attr]
+
+    hooks = [(IN, lambda x, hook: seen.append(x)), (OUT, write)]
+    loss = model.run_with_hooks(torch.from_numpy(rows).long(), return_type="loss", fwd_hooks=hooks)
+    assert run(model, rows, made)[0].summary["ce_replaced"] == pytest.approx(loss.item(), rel=1e-6)
+
+
 # -------------------------------------------------------------------- heads
 def test_one_head_is_replaced_and_ablated_alone(model: Any, rows: np.ndarray) -> None:
     hook, head, d_head = "blocks.0.attn.hook_z", 2, 8

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeflow.config import ConfigError
-from saeflow.dictionaries import Dictionary, DictionaryError, load_dictionary, save_dictionary
+from saeflow.dictionaries import Dictionary, DictionaryError, Spec, load_dictionary, save_dictionary
+from saeflow.dictionaries.sae import build
 from saeflow.expand import compose
 from saeflow.foreign import Place, read_foreign, read_release
 from saeflow.job import Job
@@ -277,6 +278,35 @@ def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file
     learned(tmp_path / "one", "AutoEncoder", scaled, lm_name="tiny")
     again = compose(ROOT / "conf", [sweep, figures, *chosen], results=str(tmp_path / "results"))
     assert len(again.stages["foreign"].keys() - plan.stages["foreign"].keys()) == 1
+
+
+def test_a_foreign_dictionary_of_one_head(neox_folder: Path, corpus_file: Path, tmp_path: Path) -> None:
+    """Its baseline ablates that head alone: less than all of them do."""
+    from test_architectures import run_all
+
+    hook, d_head = "blocks.1.attn.hook_z", 8
+    paths = []
+    for size, head in ((d_head, 2), (D, None)):
+        spec = Spec("sae", "relu", size, size, N_LATENTS, hook, hook, hook_head_index=head)
+        made = build(spec, W_ENC[:size], B_ENC, W_DEC[:, :size].contiguous(), B_IN[:size])
+        paths.append(tmp_path / f"of_{head}")
+        paths[-1].mkdir()
+        save_dictionary(made, paths[-1])
+    assert read_foreign(paths[0], Place(hook, hook, 2)).spec.hook_head_index == 2
+    with pytest.raises(DictionaryError, match=r"is of head 2, but the site's is 1; set site.head"):
+        read_foreign(paths[0], Place(hook, hook, 1))
+    chosen = ["model=local", f"model.path={neox_folder}", "corpus=local", f"corpus.path={corpus_file}", *TINY]
+    sites = ",".join(
+        f"{{dictionary:foreign,site:attn_z,dictionary.path:{path},site.head:{head}}}"
+        for path, head in zip(paths, (2, "null"), strict=True)
+    )
+    plan = compose(ROOT / "conf", [f"sweep=[{sites}]", *chosen], results=str(tmp_path / "results"))
+    assert len(plan.stages["baseline"]) == 2 and len(plan.stages["activations"]) == 1
+    run_all(plan)
+    summaries = [json.loads((plan.folder("evaluate", k) / "summary.json").read_text()) for k in plan.stages["evaluate"]]
+    one, every = sorted(summaries, key=lambda s: s["hook_head_index"] is None)
+    assert one["hook_head_index"] == 2 and one["ce_clean"] == every["ce_clean"]
+    assert 0 < one["kl_zero"] < every["kl_zero"] and 0 < one["kl_mean"] < every["kl_mean"]
 
 
 def test_a_foreign_dictionary_of_another_size_is_refused(neox_folder: Path, corpus_file: Path, tmp_path: Path) -> None:

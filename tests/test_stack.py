@@ -112,6 +112,13 @@ def test_a_dictionary_reads_what_the_ones_below_leave(model: Any) -> None:
     assert together[above] != alone[above]
 
 
+def test_what_has_no_meaning_says_why(model: Any) -> None:
+    """Two rows of one prediction each, from BOS: without it there is none."""
+    found = evaluate_stack(model, [Member(dictionary(1), MEAN)], ROWS[:2, :2], True, EvaluationConfig(2, 5)).summary
+    assert found["ce_replaced"] is not None and found["ce_replaced_without_bos"] is None
+    assert found["ce_replaced_without_bos_reason"] == "no predictions"
+
+
 def test_two_dictionaries_cannot_write_at_one_hook(model: Any) -> None:
     with pytest.raises(FitError, match=r"write at one hook: blocks.1.hook_mlp_out, blocks.1.hook_mlp_out"):
         run(model, [Member(dictionary(1), MEAN), Member(dictionary(1, "sae"), MEAN)])

@@ -151,11 +151,11 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, Any]:
         value = float(ratio.value())
         out[name] = value if math.isfinite(value) else None
         if out[name] is None:
-            out[f"{name}_reason"] = _reason(name, out)
+            out[f"{name}_reason"] = why_undefined(name, out)
     return out
 
 
-def _reason(name: str, out: Mapping[str, Any]) -> str:
+def why_undefined(name: str, out: Mapping[str, Any]) -> str:
     """Why a ratio has no meaning; `out` holds the losses."""
     if name.startswith("loss_recovered_"):
         ablation = name.removeprefix("loss_recovered_")

@@ -23,7 +23,7 @@ from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.job import Job
 from saeflow.loading import load_model
-from saeflow.metrics import Ratio, loss_ratios
+from saeflow.metrics import Ratio, loss_ratios, why_undefined
 from saeflow.models import hook_layer, read_geometry
 from saeflow.splicing import flattened, run_clean, run_hooked
 from saeflow.store import open_column
@@ -81,11 +81,13 @@ def evaluate_stack(
         total = {name: values.sum() for name, values in by_document.items()}
         drawn = resample(by_document, None, config.resamples, config.bootstrap_seed, _ratios)
         summary |= {f"{name}{suffix}": int(total[name]) for name in ("n_tokens", "n_predictions")}
-        for name, ratio in _ratios(total).items():
-            value = float(ratio.value())
+        values = {name: float(ratio.value()) for name, ratio in _ratios(total).items()}
+        for name, value in values.items():
             bounds = interval(drawn[name], config.confidence) if len(present) > 1 else None
             summary[f"{name}{suffix}"] = value if np.isfinite(value) else None
             summary[f"{name}{suffix}_low"], summary[f"{name}{suffix}_high"] = bounds or (None, None)
+            if not np.isfinite(value):
+                summary[f"{name}{suffix}_reason"] = why_undefined(name, values)
             resamples[f"{name}{suffix}"] = drawn[name]
     return StackEvaluation(sums.batches, sums.documents, resamples, summary)
 

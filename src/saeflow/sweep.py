@@ -104,7 +104,7 @@ class Sweep:
         if not blocks:
             asked = " ".join(f"{g}={','.join(c)}" for g, c in self.chosen.items())
             raise ConfigError(
-                f"nothing is left of the sweep of experiment={self.experiment} with {asked}; set sweep={{}}"
+                f"nothing is left of the sweep of experiment={self.experiment} with {asked}; set sweep=null"
             )
         return blocks
 
