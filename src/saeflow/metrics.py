@@ -72,6 +72,13 @@ def reconstruct(dictionary: "Dictionary", x: Tensor, y: Target, is_bos: Tensor) 
     size = max(1, CHUNK_ELEMENTS // dictionary.d_sae)
     for start in range(0, len(x), size):
         some = slice(start, start + size)
+        if dictionary.spec.activation == "topk":
+            values, indices = dictionary.top_latents(x[some])
+            output[some] = dictionary.decode_top(values, indices, x[some])
+            l0[some] = (values > 0).sum(1).double()
+            for part, chosen in enumerate((is_bos[some], ~is_bos[some])):
+                fired[part] += torch.bincount(indices[chosen][values[chosen] > 0], minlength=dictionary.d_sae)
+            continue
         latents = dictionary.encode(x[some])
         output[some] = dictionary.decode(latents, x[some])
         active = (latents != 0).to(latents.dtype)  # sums of booleans are four times slower, and these are as exact
