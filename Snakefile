@@ -13,8 +13,12 @@ include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/tokens.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/foreign.smk"
 include: "workflow/rules/jacobian.smk"
+include: "workflow/rules/baseline.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/stack.smk"
+include: "workflow/rules/blind.smk"
 include: "workflow/rules/figures.smk"
 
 
@@ -22,4 +26,5 @@ rule all:
     default_target: True
     input:
         PLAN.outputs("figures", PLAN.stages["figures"]),
+        PLAN.outputs("blind", PLAN.stages["blind"]),
     localrule: True

@@ -14,15 +14,28 @@ def figures(jobs: list[Job]) -> str:
     (job,) = jobs
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
     evaluations["part"] = evaluations["part"].fillna("")  # input or output, of what was trained as a pair
-    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out", "jacobian_coefficient"]
-    trained = []
+    curves = []
     for folder in job.dictionaries():
+        if not (folder / "metrics.parquet").is_file():  # read from elsewhere
+            continue
         key, part = (folder.parent.name, folder.name) if folder.parent.name != "train" else (folder.name, "")
-        trained.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
-    training = pd.concat(trained).merge(evaluations[identity], on=["train_key", "part"])
-    folders = job.inputs("jacobian")
-    tables = Tables(evaluations, training, read_histograms(folders), studies=read_studies(folders, evaluations))
+        curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
+    training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
+    resamples = [
+        pd.read_parquet(f / "resamples.parquet").assign(dictionary_key=key)
+        for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
+    ]
+    tables = Tables(
+        evaluations,
+        training,
+        read_histograms(job.inputs("jacobian")),
+        read_studies(job.inputs("jacobian"), evaluations),
+        pd.concat(resamples),
+        evaluations["confidence"].max(),
+        pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
+    )
     with job.writing() as folder:
         for name in job.config["figures"]:
             draw(name, tables, folder)

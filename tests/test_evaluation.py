@@ -3,13 +3,16 @@
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,10 +20,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saeflow.attention import fused_attention
+from saeflow.baseline import baseline_jobs
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.evaluation import Baseline, Evaluation, Study, evaluate, evaluate_jobs
+from saeflow.evaluation import Evaluation, evaluate_jobs
 from saeflow.fitting import FitError, check_fit
 from saeflow.job import Job
 from saeflow.kernels import next_token
@@ -82,12 +86,17 @@ def rows(model: Any) -> np.ndarray:
 
 
 MEAN = 0.5 * torch.randn(D, generator=torch.Generator().manual_seed(9))
-BASELINE = Baseline(OUT, MEAN)
 
 
 def run(model: Any, rows: np.ndarray, *dictionaries: Dictionary, prepend_bos: bool = True) -> list[Evaluation]:
-    studies = [Study(d, BASELINE._replace(hook_name=d.spec.hook_name_out)) for d in dictionaries]
-    return evaluate(model, studies, rows, prepend_bos, batch_rows=5)
+    return evaluate_all(model, list(dictionaries), MEAN, rows, 5, prepend_bos)
+
+
+def same(one: Evaluation, other: Evaluation) -> bool:
+    """Every number of both, bit by bit."""
+    tables = (one.batches, one.documents, one.summary) == (other.batches, other.documents, other.summary)
+    drawn = all(np.array_equal(one.resamples[n], other.resamples[n], equal_nan=True) for n in other.resamples)
+    return tables and drawn and np.array_equal(one.fired, other.fired)
 
 
 # -------------------------------------------------------------------- splicing
@@ -293,7 +302,7 @@ def test_metrics_equal_full_passes_of_the_hugging_face_model(model_folder: Path,
 def test_l0_and_loss_are_the_notebooks(model: Any, rows: np.ndarray) -> None:
     """Notebook 004's loops: means over equal batches of the mean L0 at all positions, and of the model's own loss."""
     sae, transcoder = dictionary(activation="relu"), dictionary("transcoder", "relu", seed=1)
-    found = evaluate(model, [Study(sae, BASELINE), Study(transcoder, BASELINE)], rows, True, batch_rows=4)
+    found = evaluate_all(model, [sae, transcoder], MEAN, rows, 4)
     for made, evaluation in zip((sae, transcoder), found, strict=True):
         l0s, losses = [], []
         for tokens in torch.from_numpy(rows).long().split(4):
@@ -350,7 +359,8 @@ def test_numbers_do_not_depend_on_the_other_dictionaries(model: Any, rows: np.nd
     together = run(model, rows, *several)
     backwards = run(model, rows, *several[::-1])[::-1]
     alone = [run(model, rows, one)[0] for one in several]
-    assert together == backwards == alone
+    for one, other, third in zip(together, backwards, alone, strict=True):
+        assert same(one, other) and same(one, third)
 
 
 def test_batches_add_up_to_the_summary(model: Any, rows: np.ndarray) -> None:
@@ -385,7 +395,7 @@ def test_a_ratio_without_meaning_is_none_with_the_reason() -> None:
         "kl_zero",
         "kl_mean",
     )
-    sums: dict[str, Any] = dict.fromkeys(names, 10.0) | {"ce_zero": 9.0, "ce_mean": 10.0005, "centred": [0.0, 0.0]}
+    sums: dict[str, Any] = dict.fromkeys(names, 10.0) | {"ce_zero": 9.0, "ce_mean": 10.0005, "centred": 0.0}
     for name in ("error", "norm", "centred", "output"):
         sums[f"squared_{name}"] = 0.0
     out = summarise(sums | {"dot": 0.0, "cosine": 0.0, "explained_legacy": -math.inf})
@@ -397,7 +407,7 @@ def test_a_ratio_without_meaning_is_none_with_the_reason() -> None:
 
 
 def test_firing_counts_give_dead_and_dense_latents() -> None:
-    assert firing(torch.tensor([0, 1, 10, 11, 100]), 100) == {"dead_fraction": 0.2, "dense_fraction": 0.4}
+    assert firing(np.array([0, 1, 10, 11, 100]), 100) == {"dead_fraction": 0.2, "dense_fraction": 0.4}
 
 
 # -------------------------------------------------------------------- fit
@@ -435,41 +445,92 @@ def test_a_dictionary_of_another_model_is_refused(changes: dict[str, Any], messa
         check_fit(mutated(dictionary(), **changes), Path("D"), neox_folder, model, geometry)
 
 
+def test_a_skip_transcoder_is_spliced_with_its_skip(model: Any, rows: np.ndarray) -> None:
+    g = torch.Generator().manual_seed(4)
+    spec = Spec("transcoder", "topk", D, D, N_LATENTS, IN, OUT, k=5, skip=True, origin=ORIGIN)
+    shapes = ((D, N_LATENTS), (N_LATENTS,), (N_LATENTS, D), (D,), (D, D))
+    made = build(spec, *(0.2 * torch.randn(shape, generator=g) for shape in shapes))
+    seen: list[Tensor] = []
+
+    def write(_: Tensor, hook: Any) -> Tensor:
+        x = seen.pop()
+        pre = torch.relu(x @ made.W_enc + made.b_enc)
+        f = pre * (pre >= pre.sort(-1).values[..., -5, None])
+        return f @ made.W_dec + made.b_dec + x @ made.W_skip.T  # type: ignore[union-attr]
+
+    hooks = [(IN, lambda x, hook: seen.append(x)), (OUT, write)]
+    loss = model.run_with_hooks(torch.from_numpy(rows).long(), return_type="loss", fwd_hooks=hooks)
+    assert run(model, rows, made)[0].summary["ce_replaced"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+# -------------------------------------------------------------------- heads
+def test_one_head_is_replaced_and_ablated_alone(model: Any, rows: np.ndarray) -> None:
+    hook, head, d_head = "blocks.0.attn.hook_z", 2, 8
+    g = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(d_head, 20, generator=g), 0.3 * torch.randn(20, d_head, generator=g)
+    spec = Spec("sae", "relu", d_head, d_head, 20, hook, hook, hook_head_index=head, origin=ORIGIN)
+    made = build(spec, W_enc, torch.zeros(20), W_dec, torch.zeros(d_head))
+    mean = torch.randn(d_head, generator=g)
+    summary = evaluate_all(model, [made], mean, rows, 5)[0].summary
+
+    def ce(change: Callable[[Tensor], Tensor]) -> float:
+        def replace(z: Tensor, hook: Any) -> Tensor:
+            z = z.clone()
+            z[:, :, head] = change(z[:, :, head])
+            return z
+
+        tokens = torch.from_numpy(rows).long()
+        return model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(hook, replace)]).item()
+
+    assert summary["ce_zero"] == pytest.approx(ce(torch.zeros_like), rel=1e-5)
+    assert summary["ce_mean"] == pytest.approx(ce(lambda z: mean.expand_as(z)), rel=1e-5)
+    assert summary["ce_replaced"] == pytest.approx(ce(lambda z: torch.relu(z @ W_enc) @ W_dec), rel=1e-5)
+    assert summary["ce_zero"] != summary["ce_clean"] != summary["ce_mean"]
+
+
 # -------------------------------------------------------------------- jobs
+FILES = ("batches.parquet", "documents.parquet", "latents.parquet", "resamples.parquet", "summary.json")
+
+
 @pytest.fixture
 def make_jobs(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> Callable[..., list[Job]]:
-    """Jobs of dictionaries, each with a column of its output hook (or of `column`)."""
+    """Evaluations of dictionaries, with the baselines of their output hooks (or of `hook`) measured."""
     from saeflow.moments import Moments
     from saeflow.store import Column, write_column
 
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "held").symlink_to(tokens_folder)
 
-    def make(results: str, dictionaries: dict[str, Dictionary], column: str | None = None) -> list[Job]:
+    def make(results: str, dictionaries: dict[str, Dictionary], hook: str | None = None) -> list[Job]:
         root = tmp_path / results
         root.mkdir(exist_ok=True)
-        plan = Plan("tiny", {"evaluate": {}}, {}, results=str(root))
-        jobs = []
+        plan = Plan("tiny", {"evaluate": {}, "baseline": {}}, {}, results=str(root))
+        (root / "tokens").symlink_to(tmp_path / "tokens")
+        model = {"weights": "w", **PROCESSING}
         for name, made in dictionaries.items():
-            for stage, key in (("train", name), ("activations", f"store/{column or made.spec.hook_name_out}")):
-                (root / stage / key).mkdir(parents=True, exist_ok=True)
+            (root / "train" / name).mkdir(parents=True)
             save_dictionary(made, root / "train" / name)
-            hook = column or made.spec.hook_name_out
+            writes = hook or made.spec.hook_name_out
+            column = root / "activations" / "store" / writes
+            column.mkdir(parents=True, exist_ok=True)
             moments = Moments(D)
             moments.add(MEAN[None])
-            write_column(Column(root / "activations" / "store" / hook, hook, 1, (D,), "float32"), moments.statistics())
-            if not (root / "tokens").exists():
-                (root / "tokens").symlink_to(tmp_path / "tokens")
-            config = {"evaluation": {"batch_rows": 16}, "model": {"weights": "w", **PROCESSING}}
-            needs = {"train": [name], "tokens": ["held"], "activations": [f"store/{hook}"]}
-            plan.stages["evaluate"][name] = Instance("evaluate", name, config, needs, {"model": str(neox_folder)})
-            jobs.append(Job(plan.stages["evaluate"][name], plan, "cpu"))
-        return jobs
+            write_column(Column(column, writes, 1, (D,), "float32"), moments.statistics())
+            for stage, key, config, needs in (
+                ("baseline", writes, {"batch_rows": 16}, {"activations": [f"store/{writes}"]}),
+                ("evaluate", name, {"batch_rows": 16, "resamples": 50}, {"train": [name], "baseline": [writes]}),
+            ):
+                read = {"evaluation": config, "model": model} | ({"head": None} if stage == "baseline" else {})
+                made_of = needs | {"tokens": ["held"]}
+                plan.stages[stage][key] = Instance(stage, key, read, made_of, {"model": str(neox_folder)})
+        jobs = {s: [Job(instance, plan, "cpu") for instance in table.values()] for s, table in plan.stages.items()}
+        baseline_jobs(jobs["baseline"])
+        return jobs["evaluate"]
 
     return make
 
 
-def test_alone_or_together_gives_equal_bytes(make_jobs: Callable[..., list[Job]]) -> None:
+def test_alone_together_or_on_two_workers_gives_equal_bytes(make_jobs: Callable[..., list[Job]]) -> None:
     several = {
         "a": dictionary(),
         "b": dictionary("transcoder", "relu", seed=1),
@@ -477,10 +538,10 @@ def test_alone_or_together_gives_equal_bytes(make_jobs: Callable[..., list[Job]]
     }
     together, alone = make_jobs("together", several), make_jobs("alone", several)
     evaluate_jobs(together[::-1])
-    for job in alone:
-        evaluate_jobs([job])
+    with ProcessPoolExecutor(2, get_context("fork")) as workers:
+        list(workers.map(evaluate_jobs, [[job] for job in alone]))
     for one, other in zip(together, alone, strict=True):
-        for name in ("batches.parquet", "summary.json"):
+        for name in FILES:
             assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
     summary = json.loads((together[1].path / "summary.json").read_text())
     assert summary["n_tokens"] == 64 * 32 and summary["l1_coefficient"] == 1.0 and summary["train_key"] == "b"
@@ -493,9 +554,10 @@ def test_a_dictionary_evaluated_at_another_site_is_refused_before_any_pass(
     def never(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
+    site = make_jobs("site", {"a": dictionary()}, hook=IN)
+    other = make_jobs("weights", {"b": mutated(dictionary(), origin=Origin("tiny", "other", **PROCESSING))})
     monkeypatch.setattr("saeflow.evaluation.load_model", never)
-    with pytest.raises(FitError, match=rf"train/a writes at {OUT}, but is evaluated with the activations of {IN}"):
-        evaluate_jobs(make_jobs("site", {"a": dictionary()}, column=IN))
-    other = mutated(dictionary(), origin=Origin("tiny", "other", **PROCESSING))
+    with pytest.raises(FitError, match=rf"train/a writes at {OUT}, but is compared with the baseline of {IN}"):
+        evaluate_jobs(site)
     with pytest.raises(FitError, match="train/b was trained on the model tiny with weights other"):
-        evaluate_jobs(make_jobs("weights", {"b": other}))
+        evaluate_jobs(other)

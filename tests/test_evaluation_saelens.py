@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate_all
 
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Spec, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.evaluation import Baseline, Study, evaluate
 from saeflow.loading import load_model
 
 D, N_LATENTS = 32, 64
@@ -35,7 +35,7 @@ def test_metrics_equal_saelens(tmp_path: Path, neox_folder: Path, hook: str, act
 
     model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
     rows = np.random.default_rng(0).integers(0, 300, (10, 16))
-    ours = evaluate(model, [Study(made, Baseline(hook, torch.zeros(D)))], rows, True, batch_rows=5)[0].summary
+    ours = evaluate_all(model, [made], torch.zeros(D), rows, batch_rows=5)[0].summary
 
     batches = iter(torch.from_numpy(rows).split(5))
     scaler = SimpleNamespace(scale=lambda x: x, unscale=lambda x: x)

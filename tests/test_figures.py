@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from saeflow import jacobian_figures
+from saeflow.faithfulness import PAIRED
 from saeflow.figures import FIGURES, Tables, draw, sparsity_faithfulness
 
 
@@ -31,7 +32,7 @@ def tables() -> Tables:
                     "amount": amount,
                     "amount_name": "k" if topk else "l1_coefficient",
                     "hook_name": "blocks.2.hook_mlp_out" if kind == "sae" else "blocks.2.ln2.hook_normalized",
-                    "hook_name_out": None if kind == "sae" else "blocks.2.hook_mlp_out",
+                    "hook_name_out": "blocks.2.hook_mlp_out",
                     "l0": 10.0 / amount,
                     "ce_replaced": 3.6 + 0.01 * amount,
                     "ce_clean": 3.5,
@@ -39,9 +40,21 @@ def tables() -> Tables:
                     "ce_mean": 4.2,
                 }
             )
-    evaluations = pd.DataFrame(rows)
+    evaluations = pd.DataFrame(rows).assign(
+        tokens_key="held", dictionary_key=lambda t: t["train_key"], model_name="", source="", confidence=0.9
+    )
+    evaluations["l1_coefficient"] = evaluations["amount"].where(evaluations["activation"] == "relu")
+    evaluations["ce_increase"] = evaluations["ce_replaced"] - 3.5
+    metrics = ["kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine", "dead_fraction"]
+    evaluations = evaluations.assign(**dict.fromkeys(metrics, 0.5))
+    named = [*metrics, "l0", "ce_replaced", "ce_increase", "ce_clean"]
+    evaluations = evaluations.assign(**{f"{name}_without_bos": evaluations[name] for name in named})
+    for name in [end for metric in named for end in (metric, f"{metric}_without_bos")]:
+        evaluations = evaluations.assign(
+            **{f"{name}_low": evaluations[name] - 0.01, f"{name}_high": evaluations[name] + 0.01}
+        )
     steps = pd.DataFrame({"tokens": [1000, 2000, 3000], "fvu": [0.9, 0.5, 0.3], "l0": [300.0, 100.0, 50.0]})
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
+    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]
     training = evaluations[identity].merge(steps, how="cross")
     edges = np.linspace(0, 0.5, 51)
@@ -56,7 +69,13 @@ def tables() -> Tables:
             "label": "layer 2, ln2.normalized → layer 2, mlp_out, k = 16, λ = 0",
         }
     )
-    return Tables(evaluations, training, jacobians)
+    noise = pd.DataFrame({"noise": np.random.default_rng(0).normal(scale=0.005, size=20)})
+    resamples = evaluations[["dictionary_key", *PAIRED]].merge(noise, how="cross")
+    resamples["ce_replaced"] += resamples["noise"] * evaluations["amount"].mean()
+    stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
+    stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
+    stacks = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]
+    return Tables(evaluations, training, jacobians, None, resamples.drop(columns="noise"), 0.9, pd.DataFrame(stacks))
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES.keys() - jacobian_figures.FIGURES.keys()))
@@ -68,7 +87,9 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         first, second = ((tmp_path / f / f"{name}.{kind}").read_bytes() for f in "ab")
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
-    assert len(table) == {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}[name]
+    lines = {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}
+    lines |= {"matched_l0": len(table), "paired_differences": 28 * len(PAIRED), "notebook_004": 3, "stacks": 2}
+    assert len(table) == lines[name] > 0
 
 
 def test_every_dictionary_is_a_point_and_every_level_a_line(tables: Tables) -> None:

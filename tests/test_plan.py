@@ -51,8 +51,12 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "tokens": 2,
         "activations": 1,
         "train": 2,
+        "foreign": 0,
         "jacobian": 0,
+        "baseline": 1,
         "evaluate": 2,
+        "stack": 0,
+        "blind": 0,
         "figures": 1,
     }
 
@@ -70,22 +74,46 @@ def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: 
         ("device.threads.train=7", set()),
         ("training.loggers=[wandb]", set()),
         ("dictionary.l1_coefficient=[1e-3,3.0e-3]", set()),
-        ("evaluation.batch_rows=8", {"evaluate", "figures"}),
+        ("evaluation.resamples=100", {"evaluate", "figures"}),
+        ("evaluation.batch_rows=8", {"baseline", "evaluate", "figures"}),
         ("seed=1", {"train", "evaluate", "figures"}),
         ("training.lr=0.01", {"train", "evaluate", "figures"}),
-        ("activations.dtype=float16", {"activations", "train", "evaluate", "figures"}),
-        ("model.fold_ln=true", {"activations", "train", "evaluate", "figures"}),
-        ("model.randomise=reinit", {"activations", "train", "evaluate", "figures"}),
+        ("activations.dtype=float16", {"activations", "train", "baseline", "evaluate", "figures"}),
+        ("model.fold_ln=true", {"activations", "train", "baseline", "evaluate", "figures"}),
+        ("model.randomise=reinit", {"activations", "train", "baseline", "evaluate", "figures"}),
         ("model.randomise_seed=1", set()),  # of nothing
-        ("tokens.context_size=128", {"tokens", "activations", "train", "evaluate", "figures"}),
-        ("tokens.prepend_bos=false", {"tokens", "activations", "train", "evaluate", "figures"}),
-        ("tokens.train_tokens=100_000", {"tokens", "activations", "train", "evaluate", "figures"}),
-        ("tokens.held_out_tokens=10_000", {"tokens", "evaluate", "figures"}),
+        ("tokens.context_size=128", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.prepend_bos=false", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.train_tokens=100_000", {"tokens", "activations", "train", "baseline", "evaluate", "figures"}),
+        ("tokens.held_out_tokens=10_000", {"tokens", "baseline", "evaluate", "figures"}),
         ("jacobian.bins=10", set()),
     ],
 )
 def test_an_edit_renews_exactly_its_descendants(home: Path, override: str, stages: set[str]) -> None:
     assert changed(plan_of(home), plan_of(home, override)).keys() == stages
+
+
+def test_stacks_are_of_dictionaries_that_differ_in_the_layer_alone(home: Path) -> None:
+    def of(stacks: str) -> Plan:
+        overrides = [sweep, f"stacks={stacks}"]
+        return compose(home / "conf", overrides, results=str(home / "results"), digests=home / "digests.json")
+
+    sweep = "sweep={dictionary:transcoder,site:mlp,site.layer:[0,1,3],dictionary.l1_coefficient:[1,2]}"
+    plan = of("[all,all_but_first,inner,[0,3]]")
+    wanted = {(layers, l1) for layers in ("[0, 1, 3]", "[1, 3]", "[1]", "[0, 3]") for l1 in (1.0, 2.0)}
+    found = set()
+    for instance in plan.stages["stack"].values():
+        trained = [plan.stages["train"][key].config for key in instance.needs["train"]]
+        (l1,) = {c["dictionary"]["l1_coefficient"] for c in trained}
+        assert [c["hook_name_out"] for c in trained] == [f"blocks.{n}.hook_mlp_out" for n in instance.config["layers"]]
+        found.add((str(instance.config["layers"]), l1))
+    assert found == wanted and len(plan.stages["stack"]) == 8
+    alone = of("[]")
+    assert alone.stages["evaluate"] == plan.stages["evaluate"]
+    with pytest.raises(ConfigError, match=r"stacks: .2. needs layers .2.; dictionaries are of layers .0, 1, 3."):
+        of("[[2]]")
+    with pytest.raises(ConfigError, match="stacks: 'most' is none of all, all_but_first"):
+        of("[most]")
 
 
 def test_cosmetic_edits_of_the_configuration_change_nothing(home: Path) -> None:
@@ -102,7 +130,7 @@ def test_one_bit_of_the_weights_renews_everything_that_reads_them(home: Path) ->
     held = bytearray(weights.read_bytes())
     held[500] ^= 1
     weights.write_bytes(held)
-    assert changed(before, plan_of(home)).keys() == {"activations", "train", "evaluate", "figures"}
+    assert changed(before, plan_of(home)).keys() == {"activations", "train", "baseline", "evaluate", "figures"}
 
 
 def test_the_place_of_model_and_corpus_is_not_read(home: Path) -> None:
@@ -212,7 +240,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
         (
             ["dictionary=top"],
-            "no config 'dictionary/top'; dictionary can be: batchtopk, jacobian, pair, relu, skip_transcoder, topk",
+            "no config 'dictionary/top'; dictionary can be: batchtopk, foreign, jacobian, pair, relu, skip_transcoder",
         ),
         (["experiment=none_such"], "experiment can be: "),
         (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),

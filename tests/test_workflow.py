@@ -116,10 +116,16 @@ def test_how_it_runs_and_how_it_is_written_rerun_nothing(home: Path) -> None:
 @pytest.mark.parametrize(
     ("hydra", "jobs"),
     [
-        ("tokens.context_size=16", {"tokens": 2, "activations": 1, "train": 1, "jacobian": 1, "evaluate": 1}),
-        ("tokens.prepend_bos=false", {"tokens": 2, "activations": 1, "train": 1, "jacobian": 1, "evaluate": 1}),
-        ("activations.dtype=float16", {"activations": 1, "train": 1, "jacobian": 1, "evaluate": 1}),
-        ("model.randomise=permuted", {"activations": 1, "train": 1, "jacobian": 1, "evaluate": 1}),
+        (
+            "tokens.context_size=16",
+            {"tokens": 2, "activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1},
+        ),
+        (
+            "tokens.prepend_bos=false",
+            {"tokens": 2, "activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1},
+        ),
+        ("activations.dtype=float16", {"activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1}),
+        ("model.randomise=permuted", {"activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1}),
         ("jacobian.bins=50", {"jacobian": 1}),
     ],
 )
@@ -139,13 +145,13 @@ def test_one_bit_of_the_weights_runs_everything_that_reads_them(home: Path) -> N
     held = bytearray(weights.read_bytes())
     held[-1] ^= 1
     weights.write_bytes(held)
-    expected = {"activations": 1, "train": 1, "jacobian": 1, "evaluate": 1, "figures": 1}
+    expected = {"activations": 1, "train": 1, "jacobian": 1, "baseline": 1, "evaluate": 1, "figures": 1}
     assert Workflow(home).would_run() == expected
 
 
 def test_every_artifact_tells_where_it_came_from(finished: Path) -> None:
     receipts = list((finished / "results").rglob("provenance.json"))
-    assert len(receipts) == 2 + 2 + 4 + 1 + 4 + 1
+    assert len(receipts) == 2 + 2 + 4 + 1 + 2 + 4 + 1
     for receipt in receipts:
         held = json.loads(receipt.read_text())
         assert receipt.with_name("config.yaml").is_file()
@@ -189,7 +195,7 @@ def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     fill(tmp_path, neox_folder, corpus_file)
     workflow = Workflow(tmp_path)
     reached = set()
-    for stage in ("tokens", "activations", "train", "jacobian", "evaluate", "figures"):
+    for stage in ("tokens", "activations", "train", "jacobian", "baseline", "evaluate", "figures"):
         process = subprocess.Popen(
             workflow.command("--nolock"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,

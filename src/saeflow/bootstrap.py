@@ -1,14 +1,21 @@
 """Intervals over documents: the documents of the held-out text are drawn again, with replacement, many times.
 
 Documents are what was drawn from a population; tokens within one are not independent, and an interval over tokens would
-be several times too narrow. A draw is a function of (number of documents, seed) alone, so that all studies of the same
-tokens are resampled alike. Intervals are percentiles of the resampled statistics, which are functions of sums over
-documents (Efron and Tibshirani 1993, chapter 13).
+be several times too narrow. A draw is a function of (number of documents, seed) alone, so that dictionaries evaluated
+on the same tokens are resampled alike: the difference of two dictionaries' resampled metrics is the paired difference,
+in which what the documents have in common cancels. Intervals are percentiles of the resampled ratios of sums (Efron and
+Tibshirani 1993, chapter 13).
+
+Dead and dense fractions have none: a draw leaves out a third of the documents, and with them latents that do fire, so
+that the draws are biased.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+
+from saeflow.metrics import Ratio, ratios
 
 BLOCK_ELEMENTS = 1 << 24
 CONFIDENCE = 0.95
@@ -21,6 +28,34 @@ def draws(n_documents: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]
     for start in range(0, n_resamples, size):
         shape = min(size, n_resamples - start)
         yield generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=shape).astype(np.float64)
+
+
+def resample(
+    sums: Mapping[str, np.ndarray],
+    centred: np.ndarray | None,
+    n_resamples: int,
+    seed: int,
+    metrics: Callable[[dict[str, Any]], dict[str, Ratio]] = ratios,
+) -> dict[str, np.ndarray]:
+    """Resampled `metrics`, (n_resamples,) each, NaN where one has no meaning.
+
+    `sums`: (documents,) each; `centred` (documents, p): sums of the centred target.
+    """
+    found: list[dict[str, np.ndarray]] = []
+    for counts in draws(len(sums["n_tokens"]), n_resamples, seed):
+        drawn: dict[str, Any] = {name: counts @ values for name, values in sums.items()}
+        if centred is not None:
+            drawn["centred"] = np.square(counts @ centred).sum(1)
+        found.append({name: ratio.value() for name, ratio in metrics(drawn).items()})
+    return {name: np.concatenate([block[name] for block in found]) for name in found[0]}
+
+
+def interval(resampled: np.ndarray, confidence: float) -> tuple[float, float] | None:
+    """The central interval of a resampled metric; None where some draw gives it no meaning."""
+    if not np.isfinite(resampled).all():
+        return None
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def resampled_sums(sums: np.ndarray, n_resamples: int, seed: int = 0) -> np.ndarray:

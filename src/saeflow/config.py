@@ -100,11 +100,13 @@ class ActivationsConfig:
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`."""
+    """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`. `head`: of a hook with
+    heads, the one that a foreign dictionary is of."""
 
     hook_name: str
     hook_name_out: str | None = None
     layer: int | None = None
+    head: int | None = None
 
 
 _TOPK_OPTIONS = ("aux_loss_coefficient", "rescale_acts_by_decoder_norm", "use_sparse_activations")
@@ -150,14 +152,18 @@ class DictionaryConfig:
     With `activation=saelens` it is SAELens's training class of the name `saelens`, on our trainer; `options` are that
     class's own. It brings its first weights and its loss, so `squared_error` and `sparsity` say nothing there.
 
+    `kind=foreign` is a dictionary that another library made, at `path` (of `format`, or known by its files), or
+    `sae_id` of a `release` that SAELens knows; the site says whether it is an SAE or a transcoder. `label` names it in
+    figures. Nothing else applies to it.
+
     A `jacobian` pair adds to the losses of its SAEs `jacobian_coefficient` / k^2 times the mean over tokens of what the
     k x k Jacobian of the active latents costs by `jacobian_penalty` (see `saeflow.kernels.penalties`), taken at the
     input (as the paper, arXiv 2502.18147) or at the input SAE's reconstruction of it. With coefficient 0 they are the
     SAEs that they would be alone.
     """
 
-    kind: Literal["sae", "transcoder", "pair", "jacobian"]
-    activation: Literal["topk", "batchtopk", "relu", "saelens"]
+    kind: Literal["sae", "transcoder", "pair", "jacobian", "foreign"]
+    activation: Literal["topk", "batchtopk", "relu", "saelens", "foreign"]
     k: int | None = None
     l1_coefficient: float | None = None
     expansion: int | None = 8
@@ -171,8 +177,15 @@ class DictionaryConfig:
     jacobian_coefficient: float | None = None
     jacobian_penalty: Literal["l1", "scad", "l1_over_l2", "lp"] = "l1"
     jacobian_at: Literal["input", "reconstruction"] = "input"
+    path: str | None = None
+    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify"] | None = None
+    release: str | None = None
+    sae_id: str | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
+        if "foreign" in (self.kind, self.activation) or self.path is not None or self.release is not None:
+            return self._check_foreign()
         if (self.expansion is None) == (self.d_sae is None):
             raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
         width = self.expansion or self.d_sae or 0
@@ -203,6 +216,14 @@ class DictionaryConfig:
             _require(self.sparsity == "unit_norm", "dictionary.sparsity", self.sparsity, wanted)
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
+
+    def _check_foreign(self) -> None:
+        legal = (self.kind, self.activation) == ("foreign", "foreign")
+        _require(legal, "dictionary.kind", self.kind, "foreign, with activation=foreign: use dictionary=foreign")
+        if (self.path is None) == (self.release is None):
+            raise ConfigError("dictionary=foreign: set exactly one of dictionary.path and dictionary.release")
+        legal = (self.release is None) == (self.sae_id is None)
+        _require(legal, "dictionary.sae_id", self.sae_id, "given with dictionary.release, and only then")
 
     def _check_saelens(self) -> None:
         legal = self.activation == "saelens" and self.saelens in SAELENS
@@ -346,12 +367,36 @@ class JacobianConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """All rows of the held-out tokens are used, `batch_rows` at a time."""
+    """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals hold `confidence` of `resamples`
+    draws of the documents."""
 
     batch_rows: int = 16
+    resamples: int = 1000
+    confidence: float = 0.95
+    bootstrap_seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.batch_rows > 0, "evaluation.batch_rows", self.batch_rows, "1 or more")
+        for name in ("batch_rows", "resamples"):
+            _require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "1 or more")
+        _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class BlindConfig:
+    """A blind set of `n_features` of each dictionary that are active on `min_active` tokens or more and on more than
+    `min_frequency` of all; `n_examples` texts each, of `window` tokens to either side."""
+
+    n_features: int = 50
+    n_examples: int = 25
+    window: int = 8
+    min_active: int = 4
+    min_frequency: float = 1e-4
+    batch_rows: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_features", "n_examples", "window", "min_active", "batch_rows"):
+            _require(getattr(self, name) > 0, f"blind.{name}", getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True)
@@ -376,7 +421,13 @@ class PointConfig:
                 f"dictionary.kind=sae reads one hook, but this site has two ({self.site.hook_name} and "
                 f"{self.site.hook_name_out}); use site=mlp_in, site=mlp_out or another with one"
             )
-        if self.dictionary.kind != "sae" and self.site.hook_name_out is None:
+        _require(
+            self.site.head is None or self.dictionary.kind == "foreign",
+            "site.head",
+            self.site.head,
+            "null, but for a foreign dictionary",
+        )
+        if self.dictionary.kind not in ("sae", "foreign") and self.site.hook_name_out is None:
             raise ConfigError(
                 f"dictionary.kind={self.dictionary.kind} needs a site with hook_name and hook_name_out: use site=mlp"
             )

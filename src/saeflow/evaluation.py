@@ -1,17 +1,19 @@
 """Evaluation of dictionaries on held-out tokens: how sparse, how faithful.
 
-All dictionaries of a job share the model, the tokens, and per batch of rows the clean pass and the ablations of every
-hook at which one of them writes; each dictionary then costs the layers above that hook. What a dictionary's numbers are
-does not depend on which others it is evaluated with.
+All dictionaries of a job share the model, the tokens and the clean pass; each then costs the layers above the hook at
+which it writes. The ablations that it is compared with come from that hook's baseline (`saeflow.baseline`). What a
+dictionary's numbers are does not depend on which others it is evaluated with.
 
 Scope: the replacement is made at every position, BOS too (as in notebook 004 and the transcoder paper), and so are the
-ablations that it is compared with. BOS's activations are unlike any other's, so every metric is also given
-`_without_bos`: over the tokens that are not BOS, and the predictions not made from it. Tokens without BOS (packed with
-prepend_bos=false) have the same numbers in both.
+ablations. A dictionary of one head replaces that head, and its ablations are of that head. BOS's activations are unlike
+any other's, so every metric is also given `_without_bos`: over the tokens that are not BOS, and the predictions not
+made from it. Tokens without BOS (packed with prepend_bos=false) have the same numbers in both. `<metric>_low` and
+`<metric>_high` are its interval over documents (`saeflow.bootstrap`).
 """
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,18 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from saeflow.attention import fused_attention
+from saeflow.baseline import Baseline, at_positions, predicting, read_baseline, unembedded
+from saeflow.bootstrap import interval, resample
+from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
-from saeflow.job import Job, progress
-from saeflow.kernels.next_token import next_token_losses
+from saeflow.job import Job
 from saeflow.loading import load_model
 from saeflow.metrics import firing, reconstruct, summarise, target
 from saeflow.models import read_geometry
-from saeflow.splicing import run_clean, run_spliced
-from saeflow.store import open_column
+from saeflow.splicing import flattened, run_clean, run_spliced
+from saeflow.sums import Adder, Row, columns, joined, token_batches
 from saeflow.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
@@ -40,48 +43,44 @@ if TYPE_CHECKING:
 log = logging.getLogger("saeflow")
 
 
-class Baseline(NamedTuple):
-    """A hook at which dictionaries write, and what mean ablation puts there."""
-
-    hook_name: str
-    mean: Tensor
-    """(p,): mean over the training split, heads flattened."""
-
-
 class Study(NamedTuple):
-    """One dictionary to evaluate; studies that write at one hook share its `Baseline`."""
+    """One dictionary to evaluate, and the baseline of the hook at which it writes, of the same tokens and batches."""
 
     dictionary: Dictionary
     baseline: Baseline
 
 
 class Evaluation(NamedTuple):
-    """Sums and counts, one row a batch and part of it, and what follows from them."""
+    """Sums and counts, and what follows from them."""
 
-    batches: list[dict[str, Any]]
-    """`positions` is `bos` or `rest`: disjoint, so that rows can be added. `centred` is a vector (p,)."""
+    batches: list[Row]
+    documents: list[Row]
+    """`positions` is `bos` or `rest`: disjoint, so that rows can be added."""
+    fired: np.ndarray
+    """(2, n): on how many tokens each latent fires; first those of BOS, then the others."""
+    resamples: dict[str, np.ndarray]
+    """Each metric, resampled over documents: (resamples,)."""
     summary: dict[str, Any]
 
 
 def evaluate(
-    model: "HookedTransformer", studies: list[Study], rows: TokenStore | np.ndarray, prepend_bos: bool, batch_rows: int
+    model: "HookedTransformer",
+    studies: list[Study],
+    rows: TokenStore | np.ndarray,
+    prepend_bos: bool,
+    config: EvaluationConfig,
 ) -> list[Evaluation]:
-    """Evaluates every study on `rows` (sequence, position) of token ids, `batch_rows` at a time."""
-    batches: list[list[dict[str, Any]]] = [[] for _ in studies]
-    fired = [torch.zeros(s.dictionary.d_sae, dtype=torch.int64) for s in studies]
-    parts = {"bos": slice(0, 1), "rest": slice(1, None)} if prepend_bos else {"rest": slice(None)}
-    starts = range(0, len(rows), batch_rows)
-    for batch, start in enumerate(progress(starts, "evaluating")):
-        tokens = torch.from_numpy(rows[start : start + batch_rows].astype(np.int64)).to(model.cfg.device)
+    """Evaluates every study on `rows` (sequence, position) of token ids."""
+    adders = [Adder(prepend_bos) for _ in studies]
+    fired = [np.zeros((2, s.dictionary.d_sae), dtype=np.int64) for s in studies]
+    for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "evaluating"):
+        is_bos = torch.zeros_like(tokens, dtype=torch.bool)
+        is_bos[:, 0] = prepend_bos
         with fused_attention(model):
-            measured = _evaluate_batch(model, studies, tokens)
-        for i, one in enumerate(measured):
-            fired[i] += one.fired
-            for name, some in parts.items():
-                sums = {k: v[:, some].sum().item() for k, v in one.per_token.items()}
-                centred = one.centred[:, some].sum((0, 1), dtype=torch.float64).tolist()
-                batches[i].append({"batch": batch, "positions": name, **sums, "centred": centred})
-    return [Evaluation(b, _summary(b, f)) for b, f in zip(batches, fired, strict=True)]
+            for i, one in enumerate(_evaluate_batch(model, studies, tokens, is_bos.flatten())):
+                adders[i].add(document, one.per_token)
+                fired[i] += one.fired.cpu().numpy()
+    return [_evaluation(s.baseline, a, f, config) for s, a, f in zip(studies, adders, fired, strict=True)]
 
 
 class _Measured(NamedTuple):
@@ -89,88 +88,85 @@ class _Measured(NamedTuple):
 
     per_token: dict[str, Tensor]
     """(B, P) each, float64. A prediction counts at the position that it is made from."""
-    centred: Tensor
-    """(B, P, p)"""
     fired: Tensor
-    """(n,)"""
+    """(2, n)"""
 
 
 @torch.no_grad()
-def _evaluate_batch(model: "HookedTransformer", studies: list[Study], tokens: Tensor) -> list[_Measured]:
-    """Measures every study on `tokens` (B, P)."""
-    baselines = list({id(s.baseline): s.baseline for s in studies}.values())
-    splices = {b.hook_name for b in baselines}
+def _evaluate_batch(
+    model: "HookedTransformer", studies: list[Study], tokens: Tensor, is_bos: Tensor
+) -> list[_Measured]:
+    """Measures every study on `tokens` (B, P); `is_bos` (B P,)."""
+    splices = {s.baseline.hook_name for s in studies}
     clean = run_clean(model, tokens, {s.dictionary.spec.hook_name for s in studies}, splices)
-    values = {name: clean.values[name].flatten(2).flatten(0, 1) for name in clean.values}  # (N, d)
-
-    finals = []  # (B (P - 1), D) each: zero and mean ablation of every baseline, then the studies
-    targets = {}
-    for baseline in baselines:
-        y = values[baseline.hook_name]
-        targets[id(baseline)] = target(y, baseline.mean)
-        for value in (torch.zeros_like(y), baseline.mean.expand_as(y)):
-            finals.append(_predicting(run_spliced(model, clean, baseline.hook_name, value)))
-    reconstructions = []
-    for dictionary, baseline in studies:
-        made = reconstruct(dictionary, values[dictionary.spec.hook_name], targets[id(baseline)])
-        finals.append(_predicting(run_spliced(model, clean, baseline.hook_name, made.output)))
-        reconstructions.append(made)
-
-    B, P = tokens.shape
-    ce_clean, losses = next_token_losses(
-        model.unembed.W_U.contiguous(),
-        model.unembed.b_U,
-        model.cfg.output_logits_soft_cap,
-        tokens[:, 1:].flatten(),
-        _predicting(clean.final),
-        finals,
-    )
-
-    def at_positions(loss: Tensor) -> Tensor:
-        return F.pad(loss.view(B, P - 1).double(), (0, 1))  # the last position predicts nothing
-
-    ones = torch.ones(B, P, dtype=torch.float64, device=tokens.device)
-    shared = {
-        "n_tokens": ones,
-        "n_predictions": at_positions(torch.ones_like(ce_clean)),
-        "ce_clean": at_positions(ce_clean),
+    targets = {
+        (hook, head): target(flattened(clean.values[hook], head))
+        for hook, head in {(s.baseline.hook_name, s.baseline.head) for s in studies}
     }
-    ablated = {}
-    for i, baseline in enumerate(baselines):
-        zero, mean = losses[2 * i : 2 * i + 2]
-        named = {"ce_zero": zero.ce, "ce_mean": mean.ce, "kl_zero": zero.kl, "kl_mean": mean.kl}
-        ablated[id(baseline)] = {name: at_positions(loss) for name, loss in named.items()}
+    finals, reconstructions = [], []
+    for dictionary, (hook, head, _) in studies:
+        x = flattened(clean.values[dictionary.spec.hook_name], head)
+        made = reconstruct(dictionary, x, targets[hook, head], is_bos)
+        finals.append(predicting(run_spliced(model, clean, hook, made.output, head)))
+        reconstructions.append((made.per_token, made.fired))  # not what it made: that is as large as the final value
+    B, P = tokens.shape
+    _, losses = unembedded(model, tokens, predicting(clean.final), finals)
     measured = []
-    for study, made, loss in zip(studies, reconstructions, losses[2 * len(baselines) :], strict=True):
-        replaced = {"ce_replaced": at_positions(loss.ce), "kl": at_positions(loss.kl)}
-        own = {name: v.view(B, P) for name, v in made.per_token.items()}
-        centred = targets[id(study.baseline)].centred.view(B, P, -1)
-        measured.append(_Measured(shared | ablated[id(study.baseline)] | replaced | own, centred, made.fired.cpu()))
+    for (per_token, fired), loss in zip(reconstructions, losses, strict=True):
+        replaced = {"ce_replaced": at_positions(loss.ce, B), "kl": at_positions(loss.kl, B)}
+        own = {name: v.view(B, P) for name, v in per_token.items()}
+        measured.append(_Measured(replaced | own, fired))
     return measured
 
 
-def _predicting(final: Tensor) -> Tensor:
-    """(B, P, D) to (B (P - 1), D): the positions that have a next token."""
-    return final[:, :-1].flatten(0, 1)
-
-
-def _summary(batches: list[dict[str, Any]], fired: Tensor) -> dict[str, Any]:
-    def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        names = [name for name in rows[0] if name not in ("batch", "positions")]
-        return {name: np.sum([row[name] for row in rows], axis=0) for name in names}
-
-    everything = summarise(total(batches))
-    without = summarise(total([row for row in batches if row["positions"] == "rest"]))
+def _evaluation(baseline: Baseline, adder: Adder, fired: np.ndarray, config: EvaluationConfig) -> Evaluation:
+    own = adder.sums()
+    batches = joined(baseline.sums.batches, own.batches)
+    documents = joined(baseline.sums.documents, own.documents)
+    centred = baseline.sums.vectors["centred"]
+    rest = np.array([row["positions"] == "rest" for row in documents])
+    everything, resamples = _metrics(documents, centred, config)
     # Legacy explained variance compares with its batch's mean, BOS included: it has no meaning for a part of a batch.
-    renamed = {f"{k}_without_bos": v for k, v in without.items() if not k.startswith("explained_variance_legacy")}
-    return everything | renamed | firing(fired, everything["n_tokens"])
+    for table, part in zip((everything, resamples), _metrics(documents, centred, config, rest), strict=True):
+        table |= {_without_bos(k): v for k, v in part.items() if not k.startswith("explained_variance_legacy")}
+    latents = firing(fired.sum(0), everything["n_tokens"])
+    return Evaluation(batches, documents, fired, resamples, everything | latents | {"confidence": config.confidence})
+
+
+def _without_bos(name: str) -> str:
+    metric, end = re.fullmatch(r"(.*?)(_low_reason|_reason|_low|_high|)", name).groups()  # type: ignore[union-attr]
+    return f"{metric}_without_bos{end}"
+
+
+def _metrics(
+    rows: list[Row], centred: np.ndarray, config: EvaluationConfig, chosen: np.ndarray | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics with their intervals, and resampled, of the `chosen` rows of documents."""
+    held = columns(rows)
+    document = np.array([row["document"] for row in rows])
+    if chosen is not None:
+        held, centred, document = {n: v[chosen] for n, v in held.items()}, centred[chosen], document[chosen]
+    total = {name: values.sum() for name, values in held.items()}
+    summary = summarise(total | {"centred": np.square(centred.sum(0)).sum()})
+    present, group = np.unique(document, return_inverse=True)
+    by_document = {name: np.bincount(group, values, len(present)) for name, values in held.items()}
+    centred_by_document = np.zeros((len(present), centred.shape[1]))
+    np.add.at(centred_by_document, group, centred)
+    resampled = resample(by_document, centred_by_document, config.resamples, config.bootstrap_seed)
+    for name, values in resampled.items():
+        found = interval(values, config.confidence) if len(present) > 1 and summary[name] is not None else None
+        summary[f"{name}_low"], summary[f"{name}_high"] = found or (None, None)
+        if found is None and summary[name] is not None:
+            few = f"{len(present)} document" if len(present) == 1 else "some drawn documents give it no meaning"
+            summary[f"{name}_low_reason"] = f"no interval: {few}"
+    return summary | {"n_documents": len(present)}, resampled
 
 
 # -------------------------------------------------------------------- jobs
 def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     """Evaluates the dictionaries of jobs that share the model and the tokens; writes their folders.
 
-    Raises `FitError` before any forward pass where a dictionary does not fit the model or its column of activations.
+    Raises `FitError` before any forward pass where a dictionary does not fit the model or its baseline.
     """
     first = jobs[0]
     for job in jobs[1:]:
@@ -181,37 +177,57 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     baselines: dict[Path, Baseline] = {}
     studies = []
     for job in jobs:
-        (path,) = job.dictionaries()
-        dictionary = load_dictionary(path, first.device)
-        check_fit(dictionary, path, folder, config["model"], geometry)
-        column = job.input("activations")
-        if column not in baselines:
-            baselines[column] = _read_baseline(column, first.device)
-        if baselines[column].hook_name != dictionary.spec.hook_name_out:
+        (made,) = job.dictionaries()
+        dictionary = load_dictionary(made, first.device)
+        check_fit(dictionary, made, folder, config["model"], geometry)
+        measured = job.input("baseline")
+        if measured not in baselines:
+            baselines[measured] = read_baseline(measured)
+        hook, head, _ = baselines[measured]
+        if (hook, head) != (dictionary.spec.hook_name_out, dictionary.spec.hook_head_index):
             raise FitError(
-                f"dictionary {path} writes at {dictionary.spec.hook_name_out}, but is evaluated with the "
-                f"activations of {baselines[column].hook_name} ({column}); evaluate it at its own site"
+                f"dictionary {made} writes at {_place(*_writes(dictionary))}, but is compared with the "
+                f"baseline of {_place(hook, head)} ({measured}); evaluate it at its own site"
             )
-        studies.append(Study(dictionary, baselines[column]))
+        studies.append(Study(dictionary, baselines[measured]))
 
     rows = open_tokens(first.input("tokens"))
     n_tokens = rows.n_rows * rows.context_size
     log.info("%d dictionaries at %d hooks, %d tokens", len(studies), len(baselines), n_tokens)
     model = load_model(folder, model_config(folder, config["model"]), first.device)
-    prepend_bos, batch_rows = rows.attributes["prepend_bos"], config["evaluation"]["batch_rows"]
-    evaluations = evaluate(model, studies, rows, prepend_bos, batch_rows)
+    evaluations = evaluate(
+        model, studies, rows, rows.attributes["prepend_bos"], EvaluationConfig(**config["evaluation"])
+    )
     summaries = []
     for job, study, evaluation in zip(jobs, studies, evaluations, strict=True):
         summaries.append(_identity(job, study.dictionary) | evaluation.summary)
         with job.writing() as out:
-            pq.write_table(pa.Table.from_pylist(evaluation.batches), out / "batches.parquet")
-            (out / "summary.json").write_text(json.dumps(summaries[-1], indent=1, allow_nan=False) + "\n")
+            write_evaluation(evaluation, summaries[-1], out)
     return summaries
 
 
 def _shared(job: Job) -> dict[str, Any]:
     """What jobs must have in common: all but which part of a pair is meant."""
     return {name: value for name, value in job.config.items() if name != "part"}
+
+
+def write_evaluation(evaluation: Evaluation, summary: dict[str, Any], folder: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(evaluation.batches), folder / "batches.parquet")
+    pq.write_table(pa.Table.from_pylist(evaluation.documents), folder / "documents.parquet")
+    pq.write_table(pa.table(evaluation.resamples), folder / "resamples.parquet")
+    at_bos, at_rest = evaluation.fired
+    n_tokens = evaluation.summary["n_tokens"]
+    latents = {"latent": np.arange(len(at_rest)), "fired": at_bos + at_rest, "fired_without_bos": at_rest}
+    pq.write_table(pa.table(latents | {"frequency": (at_bos + at_rest) / n_tokens}), folder / "latents.parquet")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+
+
+def _writes(dictionary: Dictionary) -> tuple[str, int | None]:
+    return dictionary.spec.hook_name_out, dictionary.spec.hook_head_index
+
+
+def _place(hook: str, head: int | None) -> str:
+    return hook if head is None else f"head {head} of {hook}"
 
 
 def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
@@ -225,15 +241,14 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
         "l1_coefficient",
         "hook_name",
         "hook_name_out",
+        "hook_head_index",
         "d_sae",
         "seed",
     )
     name, amount = spec.amount
     held = {name: getattr(spec, name) for name in names}
-    pair = {"part": job.config.get("part"), "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
-    return {"train_key": job.input("train").name, "amount_name": name, "amount": amount} | pair | held
-
-
-def _read_baseline(folder: Path, device: str) -> Baseline:
-    column = open_column(folder)
-    return Baseline(column.hook_name, column.statistics.mean.to(device, torch.float32))
+    keys = {"train_key": (job.inputs("train") + job.inputs("foreign"))[0].name, "part": job.config.get("part")}
+    keys["dictionary_key"] = "/".join(key for key in keys.values() if key)
+    keys |= {"tokens_key": job.input("tokens").name, "model_name": spec.origin.model_name or ""}
+    pair = {"source": spec.origin.source or "", "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
+    return keys | pair | {"amount_name": name, "amount": amount} | held

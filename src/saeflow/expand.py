@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeflow import models
-from saeflow.config import ConfigError, PointConfig, build
+from saeflow.config import BlindConfig, ConfigError, PointConfig, build
 from saeflow.corpus import corpus_files
 from saeflow.digest import DigestCache, canonical, short_hash
+from saeflow.layouts import foreign_files, foreign_format
 from saeflow.plan import STAGES, Instance, Plan
 from saeflow.sweep import Sweep
 
+OF_FOREIGN = ("path", "format", "release", "sae_id", "label")  # of `dictionary`; nothing to a training
 HOW_TRAINING_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
 
 
@@ -33,6 +36,9 @@ def compose(
     expander = _Expander(plan, cache)
     for tree in sweep.points():
         expander.add(build(PointConfig, tree))
+    expander.add_stacks(sweep.stacks)
+    if sweep.blind is not None:
+        expander.add_blind(build(BlindConfig, sweep.blind, "blind."))
     expander.add_figures(sweep.figures)
     cache.save()
     return plan
@@ -45,6 +51,7 @@ class _Expander:
         self.plan, self.cache = plan, cache
         self._folders: dict[Any, tuple[Path, models.Geometry, str, str]] = {}
         self._corpora: dict[Any, dict[str, Any]] = {}
+        self._stacks: dict[str, dict[int, _Placed]] = {}
 
     def add(self, point: PointConfig) -> None:
         folder, geometry, weights, tokenizer = self._model(point)
@@ -52,6 +59,8 @@ class _Expander:
         tree = json.loads(canonical(dataclasses.asdict(point)))  # tuples become lists, as they will be when read back
         tree["corpus"] = self._corpus(point)
         tree["tokenizer"] = tokenizer
+        for name in OF_FOREIGN:
+            del tree["dictionary"][name]
         if point.dictionary.kind != "jacobian":  # what does not concern a dictionary is not in its key
             for group in ("dictionary", "training"):
                 tree[group] = {name: v for name, v in tree[group].items() if not name.startswith("jacobian_")}
@@ -100,6 +109,12 @@ class _Expander:
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
             return instance("train", name, {"activations": [column(h) for h in (hook, hook_out) if h]}, **extra)
 
+        if d.kind == "foreign":
+            key = self._foreign(point, {"model": tree["model"]}, sources)
+            means = column(hook_out or hook)
+            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head, {})
+            self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
+            return
         dictionaries: list[
             tuple[str, dict[str, str], str]
         ]  # each to evaluate: its key, its part of that, where it writes
@@ -120,13 +135,95 @@ class _Expander:
             needs = {"train": [dictionaries[0][0]], "tokens": [tokens["held_out"]]}
             instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
         for key, part, writes in dictionaries:
-            needs = {"train": [key], "tokens": [tokens["held_out"]], "activations": [column(writes)]}
-            instance("evaluate", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
+            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], None, part)
+            if d.kind not in ("pair", "jacobian"):
+                self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
+
+    def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
+        """A dictionary that is read instead of trained. It enters by content, or by the names of its release."""
+        d, site = point.dictionary, point.site
+        held: dict[str, Any] = {"release": d.release, "sae_id": d.sae_id, "format": None, "content": None}
+        label = d.label or f"{d.release} {d.sae_id}"
+        if d.path is not None:
+            path = Path(d.path)
+            if not path.exists():
+                raise ConfigError(f"dictionary.path={path}: no such file or folder")
+            form = d.format or foreign_format(path)
+            content = self.cache.files(path.parent if path.is_file() else path, foreign_files(path, form))
+            held |= {"format": form, "content": content}
+            label = d.label or path.stem
+            sources = sources | {"foreign": str(path)}
+        name = re.sub(r"[^\w.]+", "_", label)
+        places = {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
+        config = model | held | places | {"label": label}
+        return self._instance("foreign", f"{name}-{_short(site.hook_name)}", config, {}, sources)
+
+    def _note(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
+        """Keeps a dictionary for the stacks: those of one stack differ in the layer alone."""
+        layer = point.site.layer
+        if layer is None:
+            return
+        rest = {name: tree[name] for name in tree if name not in ("site", "jacobian")}
+        hooks = [
+            hook and hook.replace(f"blocks.{layer}.", "") for hook in (point.site.hook_name, point.site.hook_name_out)
+        ]
+        group = canonical([rest, hooks, point.site.head])
+        at_layer = self._stacks.setdefault(group, {})
+        if at_layer.setdefault(layer, placed).key != placed.key:
+            at_layer[layer] = placed._replace(key="")  # several, such as foreign ones: which belongs to the stack?
+
+    def add_stacks(self, wanted: list[Any]) -> None:
+        """For every group of dictionaries that differ in the layer alone, the sets of layers `wanted`."""
+        for group, at_layer in self._stacks.items() if wanted else ():
+            rest = json.loads(group)[0]
+            for stack in wanted:
+                layers = _layers(stack, sorted(at_layer))
+                placed = [at_layer[layer] for layer in layers]
+                if any(not one.key for one in placed):
+                    raise ConfigError(
+                        f"stacks: {stack} has several dictionaries of a layer that differ in nothing else"
+                    )
+                first = placed[0]
+                named = "_".join(map(str, layers)) if isinstance(stack, list) else stack
+                label = re.sub(r"-L\d+\.", "-", first.key.rsplit("-", 1)[0])
+                config = {"model": rest["model"], "evaluation": rest["evaluation"], "group": label}
+                config |= {"stack": named, "layers": layers}
+                needs = {
+                    first.stage: [one.key for one in placed],
+                    "activations": [one.means for one in placed],
+                    "tokens": [first.held_out],
+                }
+                self._instance("stack", f"{label}-{named}", config, needs, first.sources)
+        if wanted and not self.plan.stages["stack"]:
+            raise ConfigError("stacks: no dictionary of this experiment is of a layer; sweep site.layer")
+
+    def add_blind(self, blind: BlindConfig) -> None:
+        """One set of all dictionaries of one model and one set of held-out tokens, each with its evaluation."""
+        evaluations = self.plan.stages["evaluate"].values()
+        shared = {canonical([e.config["model"], e.needs["tokens"]]) for e in evaluations}
+        if len(shared) != 1 or len(evaluations) < 2:
+            raise ConfigError("blind: it takes two dictionaries or more of one model, on the same held-out tokens")
+        first = next(iter(evaluations))
+        needs: dict[str, list[str]] = {stage: [] for stage in ("train", "foreign")}
+        by_stage = sorted(evaluations, key=lambda e: e.key)
+        for evaluation in by_stage:
+            for stage in needs:
+                needs[stage] += evaluation.needs.get(stage, [])
+        needs = {stage: list(dict.fromkeys(keys)) for stage, keys in needs.items() if keys}
+        needs |= {"evaluate": [e.key for e in by_stage], "tokens": first.needs["tokens"]}
+        config = {"model": first.config["model"], "blind": dataclasses.asdict(blind)}
+        self._instance("blind", self.plan.experiment, config, needs, first.sources)
 
     def add_figures(self, figures: list[str]) -> None:
         """One instance: all figures of the experiment, from all that it measured."""
-        needs = {s: sorted(self.plan.stages[s]) for s in ("train", "jacobian", "evaluate") if self.plan.stages[s]}
-        wanted = [f for f in figures if not f.startswith("jacobian") or self.plan.stages["jacobian"]]
+        needs = {
+            s: sorted(self.plan.stages[s])
+            for s in ("train", "foreign", "jacobian", "evaluate", "stack")
+            if self.plan.stages[s]
+        }
+        made_from = {"training_curves": "train", "stacks": "stack"}
+        made_from |= {f: "jacobian" for f in figures if f.startswith("jacobian")}
+        wanted = [f for f in figures if f not in made_from or self.plan.stages[made_from[f]]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
     def _instance(
@@ -190,6 +287,41 @@ class _Expander:
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
                 "at position 0; lower it, or raise tokens.held_out_tokens"
             )
+
+
+class _Placed(NamedTuple):
+    """A dictionary of one layer that is evaluated."""
+
+    stage: str
+    key: str
+    means: str
+    held_out: str
+    sources: dict[str, str]
+
+
+def _layers(stack: Any, there: list[int]) -> list[int]:
+    """The layers of a set, by its name or as a list."""
+    named = {"all": there, "all_but_first": there[1:], "all_but_last": there[:-1], "inner": there[1:-1]}
+    layers = sorted(stack) if isinstance(stack, list) else named.get(stack)
+    if layers is None:
+        raise ConfigError(f"stacks: {stack!r} is none of {', '.join(named)}, and no list of layers")
+    missing = [layer for layer in layers if layer not in there]
+    if missing or not layers:
+        raise ConfigError(f"stacks: {stack} needs layers {missing or '1 or more'}; dictionaries are of layers {there}")
+    return layers
+
+
+def _evaluated(
+    instance: Any, made: dict[str, list[str]], means: str, held_out: str, head: int | None, part: dict[str, str]
+) -> None:
+    """The evaluation of the dictionary `made`, or of that `part` of it, against the baseline whose mean ablation takes
+    the column `means`."""
+    tokens = {"tokens": [held_out]}
+    name = means.split("/")[1].rsplit("-", 2)[0] + (f".{head}" if head is not None else "")
+    baseline = instance("baseline", name, tokens | {"activations": [means]}, head=head)
+    ((key,),) = made.values()
+    label = "-".join([key.rsplit("-", 1)[0], *part.values()])
+    instance("evaluate", label, made | {"baseline": [baseline]} | tokens, **part)
 
 
 def _project(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:

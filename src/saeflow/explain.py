@@ -12,8 +12,12 @@ NOUNS = {
     "tokens": ("token store", "token stores"),
     "activations": ("activation column", "activation columns"),
     "train": ("training", "trainings"),
+    "foreign": ("foreign dictionary", "foreign dictionaries"),
     "jacobian": ("Jacobian study", "Jacobian studies"),
+    "baseline": ("baseline", "baselines"),
     "evaluate": ("evaluation", "evaluations"),
+    "stack": ("stack of dictionaries", "stacks of dictionaries"),
+    "blind": ("blind set of features", "blind sets of features"),
     "figures": ("set of figures", "sets of figures"),
 }
 MAX_REASONS = 6

@@ -1,10 +1,11 @@
 """Figures: one function each, tables in, `Figure` out, in one style; the table behind each is saved beside it."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from saeflow import jacobian_figures
+from saeflow import faithfulness, jacobian_figures
 from saeflow.jacobian_figures import Studies
 
 # Okabe and Ito's colours, safe for colour-blind readers; every series has a marker of its own too, for print.
@@ -45,6 +46,9 @@ KINDS = {
 }
 
 
+NONE = pd.DataFrame()
+
+
 class Tables(NamedTuple):
     """Everything that an experiment measured."""
 
@@ -56,11 +60,18 @@ class Tables(NamedTuple):
     """One row a histogram bin of each study, named by its `label`; empty where there is none."""
     studies: Studies | None = None
     """Those of pairs, with all their tables."""
+    resamples: pd.DataFrame = NONE
+    """One row a draw of the documents and dictionary: `resamples.parquet` with `dictionary_key`."""
+    confidence: float = 0.95
+    """Of the intervals."""
+    stacks: pd.DataFrame = NONE
+    """One row a set of layers: `summary.json` of its stack."""
 
 
 def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """L0 against CE loss, one panel a spliced hook, one line a dictionary kind; clean and ablated levels as lines.
 
+    Bars are the intervals of the increase over the clean model on the same documents.
     A hook at which a single dictionary was evaluated has no front to show: it is in the table only, unless all are so.
     """
     table = _with_series(tables.evaluations)
@@ -82,6 +93,9 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             dashes = "--" if str(series).startswith("skip") else "-"
             axis.plot(points["l0"], points["ce_replaced"], dashes, color=colour, marker=marker, label=series)
+            if points["ce_increase_low"].notna().all():
+                bounds = [(points[f"ce_increase_{end}"] - points["ce_increase"]).abs() for end in ("low", "high")]
+                axis.errorbar(points["l0"], points["ce_replaced"], bounds, fmt="none", color=colour, linewidth=0.8)
         for column, style, label in (
             ("ce_clean", "-", "clean model"),
             ("ce_mean", "--", "mean ablation"),
@@ -94,6 +108,131 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure, table
+
+
+def matched_l0(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Difference in CE loss of two kinds of dictionary at equal L0, with its interval, one panel a spliced hook."""
+    evaluations = _with_series(tables.evaluations)
+    found = []
+    for hook, rows in evaluations.groupby("hook_name_out", sort=True):
+        groups = [(str(name), group) for name, group in rows.groupby("series", sort=False) if len(group) > 1]
+        for (name, one), (other_name, other) in itertools.combinations(groups, 2):
+            between = faithfulness.matched_l0(one, other, tables.resamples, tables.confidence)
+            if len(between):
+                found.append(between.assign(hook=hook, one=name, other=other_name))
+    columns = ["hook", "one", "other", "l0", "difference", "low", "high", "at_point_of"]
+    table = pd.concat(found)[columns] if found else pd.DataFrame(columns=columns)
+    hooks = list(table["hook"].unique())
+    figure, grid = plt.subplots(1, max(1, len(hooks)), figsize=(max(4.2, 3.2 * len(hooks)), 3.0), squeeze=False)
+    if not hooks:
+        grid[0][0].text(0.5, 0.5, "no two kinds of dictionary\ncover the same L0", ha="center", va="center")
+        grid[0][0].set_axis_off()
+        return figure, table
+    pairs = list(dict.fromkeys(zip(table["one"], table["other"], strict=True)))
+    for axis, hook in zip(grid[0], hooks, strict=True):
+        for (one, other), line in table[table["hook"] == hook].groupby(["one", "other"], sort=False):
+            i = pairs.index((one, other))
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axis.plot(line["l0"], line["difference"], color=colour, label=f"{other}\nminus {one}")
+            axis.fill_between(line["l0"], line["low"], line["high"], color=colour, alpha=0.2)
+            points = line[line["at_point_of"].notna()]
+            axis.plot(points["l0"], points["difference"], marker, color=colour)
+        axis.axhline(0, color="0.35", linewidth=1)
+        _log_axis(axis, "x")
+        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
+    grid[0][0].set_ylabel("difference in CE loss\n(nats per token)")
+    figure.tight_layout()
+    grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure, table
+
+
+MOST_PAIRED = 32
+
+
+def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """CE loss of each dictionary (row) minus that of each other (column) on the same documents, in nats / 1000.
+
+    Cells whose interval holds 0 are white. The first 32 dictionaries are shown; the table has all, and more metrics.
+    """
+    rows = _with_series(tables.evaluations).sort_values(["hook_name_out", "series", "amount"])
+    table = faithfulness.paired_differences(rows, tables.resamples, tables.confidence)
+    shown = rows.head(MOST_PAIRED)
+    keys, n = list(shown["dictionary_key"]), len(shown)
+    values, clear = np.full((n, n), np.nan), np.zeros((n, n), dtype=bool)
+    for pair in table[table["metric"] == "ce_replaced"].to_dict("records"):
+        if pair["one"] in keys and pair["other"] in keys:
+            i, j = keys.index(pair["one"]), keys.index(pair["other"])
+            values[j, i], values[i, j] = 1000 * pair["difference"], -1000 * pair["difference"]
+            clear[i, j] = clear[j, i] = pair["low"] > 0 or pair["high"] < 0
+    largest = np.nanmax(np.abs(values), initial=1e-9)
+    side = 2.2 + 0.34 * n
+    figure, axis = plt.subplots(figsize=(side + 1, side))
+    image = axis.imshow(np.where(clear, values, np.nan), cmap="RdBu_r", vmin=-largest, vmax=largest)
+    for i, j in itertools.product(range(n), range(n)):
+        if np.isfinite(values[i, j]):
+            dark = clear[i, j] and abs(values[i, j]) > 0.6 * largest
+            text = f"{values[i, j]:.0f}" if abs(values[i, j]) >= 9.5 else f"{values[i, j]:.1f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
+    names = ("hook_name", "series", "amount_name", "amount")
+    labels = [
+        f"{_readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
+        for h, s, n, a in zip(*(shown[c] for c in names), strict=True)
+    ]
+    axis.set_yticks(range(n), labels, fontsize=6)
+    axis.set_xticks(range(n), labels, fontsize=6, rotation=90)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    figure.colorbar(image, shrink=0.6, label="CE loss of row minus column\n(thousandths of a nat per token)")
+    return figure, table
+
+
+def notebook_004(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The two tables of notebook 004, `l0` and `ce_loss` in its terms, beside ours without BOS and with intervals."""
+    table = faithfulness.notebook_004(tables.evaluations)
+    printed = bool(table["printed_l0"].notna().any())
+    names = ["l1", "l0", "ce_loss", *(["printed\nl0", "printed\nce_loss"] if printed else [])]
+    names += ["L0\nwithout BOS", "CE\nwithout BOS", "CE over clean", "recovered\nof zero ablation", "dead"]
+    heads = {"sae": "SAEs of the MLP's output", "transcoder": "Transcoders of the MLP"}
+    groups = list(table.groupby(["hook", "kind"], sort=True))
+    lines = len(table) + 3 * max(1, len(groups))
+    figure, axes = plt.subplots(
+        max(1, len(groups)),
+        1,
+        figsize=(7.6 if printed else 6.6, 0.22 * lines),
+        squeeze=False,
+        height_ratios=[len(rows) + 3 for _, rows in groups] or None,
+    )
+    for axis in axes[:, 0]:
+        axis.set_axis_off()
+    if not groups:
+        axes[0][0].text(0.5, 0.5, "no dictionary with an L1 coefficient at an MLP's output", ha="center")
+    for axis, ((hook, kind), rows) in zip(axes[:, 0], groups, strict=False):
+        cells = []
+        for row in rows.to_dict("records"):
+            cell = [f"{row['l1_coefficient']:g}", f"{row['l0']:.2f}", f"{row['ce_loss']:.4f}"]
+            cell += [f"{row['printed_l0']:.2f}", f"{row['printed_ce_loss']:.4f}"] if printed else []
+            cell += [f"{row['l0_without_bos']:.2f}", f"{row['ce_replaced_without_bos']:.4f}"]
+            cell += [_with_interval(row, "ce_increase_without_bos", ".4f")]
+            cell += [_with_interval(row, "loss_recovered_zero_without_bos", ".3f"), f"{row['dead_fraction']:.3f}"]
+            cells.append(cell)
+        widths = [0.07, 0.08, 0.08, *([0.08, 0.08] if printed else []), 0.11, 0.11, 0.23, 0.23, 0.07]
+        grid = axis.table(cells, colLabels=names, colWidths=widths, loc="upper center", cellLoc="right", edges="")
+        grid.auto_set_font_size(False)
+        grid.set_fontsize(7)
+        for (line, _), cell in grid.get_celld().items():
+            cell.visible_edges = "B" if line == 0 else ""
+            cell.set_height(cell.get_height() * (1.7 if line == 0 else 1))
+        axis.set_title(f"{heads[str(kind)]}, {_readable(str(hook))}", loc="left")
+    figure.tight_layout()
+    return figure, table
+
+
+def _with_interval(row: dict[Any, Any], name: str, form: str) -> str:
+    if pd.isna(row[name]):
+        return "none"
+    if pd.isna(row[f"{name}_low"]):
+        return f"{row[name]:{form}}"
+    return f"{row[name]:{form}} [{row[f'{name}_low']:{form}}, {row[f'{name}_high']:{form}}]"
 
 
 def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -146,8 +285,33 @@ def jacobian_histogram(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """CE loss with the dictionaries of several layers in place at once, beside the clean model and the same ablated."""
+    table = tables.stacks.sort_values(["group", "stack"]).drop(columns=["train_keys"])
+    figure, axis = plt.subplots(figsize=(4.6, 0.9 + 0.3 * len(table)))
+    lines = np.arange(len(table))[::-1]
+    bounds = [(table[f"ce_increase_{end}"] - table["ce_increase"]).abs().fillna(0) for end in ("low", "high")]
+    axis.errorbar(table["ce_replaced"], lines, xerr=bounds, fmt="o", color=COLOURS[0], label="dictionaries")
+    for column, marker, label in (
+        ("clean", "|", "clean model"),
+        ("mean", "s", "mean ablation"),
+        ("zero", "x", "zero ablation"),
+    ):
+        axis.plot(table[f"ce_{column}"], lines, marker, color="0.35", markerfacecolor="none", label=label)
+    several = table["group"].nunique() > 1
+    names = [f"layers {', '.join(map(str, layers))}" for layers in table["layers"]]
+    axis.set_yticks(lines, [f"{g}: {n}" if several else n for g, n in zip(table["group"], names, strict=True)])
+    axis.set(xlabel="CE loss (nats per token)", ylim=(-0.6, len(table) - 0.4))
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure, table
+
+
 FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "sparsity_faithfulness": sparsity_faithfulness,
+    "matched_l0": matched_l0,
+    "paired_differences": paired_differences,
+    "notebook_004": notebook_004,
+    "stacks": stacks,
     "training_curves": training_curves,
     "jacobian_histogram": jacobian_histogram,
 }
@@ -169,17 +333,20 @@ def draw(name: str, tables: Tables, folder: Path) -> None:
 def _with_series(table: pd.DataFrame) -> pd.DataFrame:
     """Adds the name of the dictionary kind; says L1 for the coefficient's name."""
     table = table.copy()
-    columns = (table[c] for c in ("saelens", "skip", "kind", "activation"))
+    columns = (table[c] for c in ("saelens", "skip", "kind", "activation", "source"))
     table["series"] = [_series(*row) for row in zip(*columns, strict=True)]
     table["amount_name"] = table["amount_name"].replace({"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"})
     table["amount_name"] = table["amount_name"].str.replace("_", " ")
     return table
 
 
-def _series(saelens: object, skip: bool, kind: str, activation: str) -> str:
+def _series(saelens: object, skip: bool, kind: str, activation: str, source: str) -> str:
     if isinstance(saelens, str):  # pandas says NaN for None beside names
         return f"SAELens {saelens.replace('_', ' ')}"
-    return ("skip " if skip else "") + KINDS[kind, activation.replace("batchtopk", "jumprelu")]
+    name = KINDS.get((kind, activation.replace("batchtopk", "jumprelu")), "SAELens SAE")
+    if source:  # made elsewhere, where what is a JumpReLU here may not have been a BatchTopK
+        return f"{source} ({name.replace('BatchTopK', 'JumpReLU')})"
+    return ("skip " if skip else "") + name
 
 
 def _readable(hook_name: str) -> str:

@@ -50,6 +50,13 @@ def check_fit(
         except ConfigError as error:
             raise FitError(f"dictionary {folder} does not fit the model {model_folder}: {error}") from error
         wide = size[0] * (size[1] if len(size) == 2 else 1)
+        head = spec.hook_head_index
+        if head is not None:
+            if len(size) != 2 or not 0 <= head < size[0]:
+                raise FitError(
+                    f"dictionary {folder} is of head {head} of {hook}, where {model_folder} has no such head"
+                )
+            wide = size[1]
         if width != wide:
             raise FitError(
                 f"dictionary {folder} has {side}={width} at {hook}, but the model {model_folder} is {wide} wide there; "

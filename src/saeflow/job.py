@@ -70,7 +70,7 @@ class Job:
     def dictionaries(self) -> list[Path]:
         """Folders of the dictionaries that this instance needs: a pair that was trained as one has two, or the named
         `part` of it is meant."""
-        folders = self.inputs("train")
+        folders = self.inputs("train") + self.inputs("foreign")
         if "part" in self.config:
             return [folders[0] / self.config["part"]]
         return [part for f in folders for part in ([f / "input", f / "output"] if (f / "input").is_dir() else [f])]

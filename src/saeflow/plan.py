@@ -38,8 +38,12 @@ STAGES = {
     "tokens": Stage(reads=("corpus", "tokenizer", *_PACKING)),
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
+    "foreign": Stage(reads=("model",)),
     "jacobian": Stage(reads=("jacobian", "model"), version=3),
-    "evaluate": Stage(reads=("evaluation", "model"), version=2, batched=True),
+    "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
+    "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
+    "stack": Stage(reads=("evaluation", "model")),
+    "blind": Stage(reads=("model",)),
     "figures": Stage(reads=()),
 }
 

@@ -155,7 +155,7 @@ def training_sae(spec: Spec) -> TrainingSAE[Any]:
 
 def _save(sae: Any, spec: Spec, folder: Path) -> None:
     """SAELens's two files, and in the metadata what `load_dictionary` reads."""
-    if spec.hook_name.endswith("hook_z"):
+    if spec.hook_name.endswith("hook_z") and spec.hook_head_index is None:
         sae.cfg.reshape_activations = "hook_z"
     sae.save_model(folder)
     path = folder / CONFIG_FILE
@@ -165,7 +165,7 @@ def _save(sae: Any, spec: Spec, folder: Path) -> None:
     config["metadata"] |= {
         "hook_name": spec.hook_name,
         "hook_name_out": None,
-        "hook_head_index": None,
+        "hook_head_index": spec.hook_head_index,
         "model_name": origin.model_name,
         "context_size": origin.context_size,
         "prepend_bos": origin.prepend_bos,

@@ -59,10 +59,20 @@ def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], 
 
 
 @torch.no_grad()
-def run_spliced(model: "HookedTransformer", clean: Clean, hook_name: str, value: Tensor) -> Tensor:
-    """The final value (B, P, D) with the value at the hook replaced by `value`, of its shape or flattened (B, P, d)."""
+def run_spliced(
+    model: "HookedTransformer", clean: Clean, hook_name: str, value: Tensor, head: int | None = None
+) -> Tensor:
+    """The final value (B, P, D) with the value at the hook replaced by `value`, of its shape or flattened to (N, d).
+
+    With `head` the value of that head alone is replaced, by `value` (N, d_head).
+    """
     resume = _resume(model, hook_name)
-    value = value.reshape(clean.values[hook_name].shape)
+    if head is None:
+        value = value.reshape(clean.values[hook_name].shape)
+    else:
+        whole = clean.values[hook_name].clone()
+        whole[:, :, head] = value.view(*whole.shape[:2], -1)
+        value = whole
     parts = [clean.values[name] for name in resume.base] + ([value] if resume.adds else [])
     hooks = [] if resume.adds else [(hook_name, lambda _, hook: value)]
     with model.hooks(fwd_hooks=hooks):
@@ -72,6 +82,25 @@ def run_spliced(model: "HookedTransformer", clean: Clean, hook_name: str, value:
         for part in parts[1:]:
             residual = residual + part
         return _normalize(model, model(residual, start_at_layer=resume.layer, stop_at_layer=model.cfg.n_layers))
+
+
+@torch.no_grad()
+def run_hooked(
+    model: "HookedTransformer", tokens: Tensor, hooks: list[tuple[str, Any]], residual: Tensor | None, layer: int
+) -> Tensor:
+    """The final value (B, P, D) of a pass with `hooks`, from `residual` (B, P, D) before block `layer` on.
+
+    Without a residual the pass starts at `tokens` (B, P). Functions at one hook are called in the order of the list.
+    """
+    with model.hooks(fwd_hooks=hooks):
+        if residual is None:
+            return _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
+        return _normalize(model, model(residual, start_at_layer=layer, stop_at_layer=model.cfg.n_layers))
+
+
+def flattened(value: Tensor, head: int | None = None) -> Tensor:
+    """(B, P, d) or (B, P, head, d_head) to (N, d), or with `head` to (N, d_head)."""
+    return (value if head is None else value[:, :, head]).flatten(2).flatten(0, 1)
 
 
 def _resume(model: "HookedTransformer", hook_name: str) -> _Resume:

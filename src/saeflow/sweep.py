@@ -37,6 +37,8 @@ class Sweep:
         self.experiment = str(base.get("experiment_name") or "default")
         self.device = _plain(base["device"])
         self.figures = _plain(base["figures"])
+        self.stacks = _plain(base.get("stacks") or [])
+        self.blind = _plain(base.get("blind"))
         self.blocks = self._blocks(_plain(base.get("sweep") or {}))
 
     def _parse(self, overrides: list[str]) -> None:
@@ -58,7 +60,7 @@ class Sweep:
                 self.chosen[key] = [str(v) for v in _as_list(value)]
             elif top in self.fields and override.is_add() is False and override.is_delete() is False:
                 self.values[key] = _axis(key, value)
-            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures"):
+            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures", "stacks", "blind"):
                 self.rest.append(text)
             else:
                 legal = sorted({*self.fields, *self.groups})
@@ -102,7 +104,7 @@ class Sweep:
         if not blocks:
             asked = " ".join(f"{g}={','.join(c)}" for g, c in self.chosen.items())
             raise ConfigError(
-                f"nothing is left of the sweep of experiment={self.experiment} with {asked}; set sweep={{}}"
+                f"nothing is left of the sweep of experiment={self.experiment} with {asked}; set sweep=null"
             )
         return blocks
 

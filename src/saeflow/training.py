@@ -277,6 +277,8 @@ def make_spec(
 ) -> Spec:
     if config.kind == "pair" or config.kind == "jacobian":
         raise DictionaryError(f"a {config.kind} is two SAEs, one a hook")
+    if config.kind == "foreign" or config.activation == "foreign":
+        raise DictionaryError("a foreign dictionary is read, not trained")
     return Spec(
         kind=config.kind,
         activation=config.activation,

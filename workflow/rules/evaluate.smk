@@ -1,4 +1,4 @@
-# A job evaluates several dictionaries of one model on the same tokens, sharing the clean pass and the ablations.
+# A job evaluates several dictionaries of one model on the same tokens, sharing the clean pass.
 for batch in PLAN.batches["evaluate"]:
 
     rule:

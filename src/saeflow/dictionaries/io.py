@@ -92,7 +92,7 @@ def _architecture(spec: Spec) -> str:
 def _config(spec: Spec) -> dict[str, Any]:
     """The content of `cfg.json`: fields of SAELens's config classes, and its free-form metadata."""
     architecture = _architecture(spec)
-    reshaped = spec.kind == "sae" and spec.hook_name.endswith("hook_z")
+    reshaped = spec.kind == "sae" and spec.hook_name.endswith("hook_z") and spec.hook_head_index is None
     config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": spec.d_in,
@@ -107,7 +107,7 @@ def _config(spec: Spec) -> dict[str, Any]:
             "sae_lens_training_version": None,
             "hook_name": spec.hook_name,
             "hook_name_out": spec.hook_name_out if spec.kind == "transcoder" else None,
-            "hook_head_index": None,
+            "hook_head_index": spec.hook_head_index,
             "model_name": spec.origin.model_name,
             "context_size": spec.origin.context_size,
             "prepend_bos": spec.origin.prepend_bos,
@@ -124,7 +124,10 @@ def _config(spec: Spec) -> dict[str, Any]:
 def ours(spec: Spec) -> dict[str, Any]:
     """What `metadata.saeflow` says: all that SAELens has no field for."""
     held = {name: getattr(spec, name) for name in ("kind", "d_out", "k", "options", *_TRAINING)}
-    return held | {"origin": dataclasses.asdict(spec.origin)}
+    origin = dataclasses.asdict(spec.origin)
+    if origin["source"] is None:
+        del origin["source"]
+    return held | {"origin": origin}
 
 
 def _needs_saelens(config: dict[str, Any]) -> bool:
@@ -153,6 +156,7 @@ def _spec(config: dict[str, Any], folder: Path) -> Spec:
             d_sae=config["d_sae"],
             hook_name=metadata["hook_name"],
             hook_name_out=out or metadata["hook_name"],
+            hook_head_index=metadata.get("hook_head_index"),
             k=config.get("k") or held.get("k"),
             skip="skip" in architecture,
             apply_b_dec_to_input=config["apply_b_dec_to_input"],

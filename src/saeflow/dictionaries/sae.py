@@ -107,7 +107,10 @@ class Dictionary:
         """x (N, d) -> what it makes of the output hook (N, p). With TopK the decoder reads only the rows it needs."""
         if self.spec.activation != "topk":
             return self.decode(self.encode(x), x)
-        values, indices = self.top_latents(x)
+        return self.decode_top(*self.top_latents(x), x)
+
+    def decode_top(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+        """`decode` of what `top_latents` gives: values and indices (N, k) -> (N, p)."""
         y = torch.nn.functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
         return self._with_skip(y.add_(self.b_dec), x)
 

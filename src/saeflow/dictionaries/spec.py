@@ -27,6 +27,8 @@ class Origin:
     center_unembed: bool | None = None
     context_size: int | None = None
     prepend_bos: bool | None = None
+    source: str | None = None
+    """Name of what another library made."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Spec:
     """Where it reads."""
     hook_name_out: str
     """Where its output belongs; for an SAE the same hook."""
+    hook_head_index: int | None = None
+    """Of a hook with heads: the one that it reads and writes. None: all of them, flattened."""
     k: int | None = None
     """Latents that TopK keeps for a token, or BatchTopK kept on average; else None."""
     skip: bool = False

@@ -1,0 +1,284 @@
+"""Circuits through transcoders (Dunefsky, Chlenski, Nanda 2024, section 4): what in the model makes a feature active.
+
+A feature's pre-activation is linear in everything that its layer's input sums up, once attention patterns and the scale
+of each norm are taken as constants, and a transcoder's features make the MLPs above piecewise linear. So:
+
+* input-invariant: `connections` of earlier features with a later one (pullbacks), through the residual stream or one
+  head; `de_embedding`, `ov_norms`, `logit_weights`. They depend on the weights alone.
+* input-dependent, on one text (`CircuitRun`): `attribute` splits a feature's pre-activation at a token exactly into
+  features, heads and their sources, embedding, biases, and what the transcoders miss (`error`); `greedy_paths` follows
+  the largest contributions down, and `graph` merges the paths, with the errors of each node.
+
+The norm: x = centre(r) / scale, with `scale` the norm's own at that token, so that v.x = r.(centre(v) / scale). Weights
+must have the norms' gain and bias folded in (`model.fold_ln=true`). Blocks may be sequential or parallel.
+
+Shapes: P positions, D model width, n latents, H heads, V vocabulary.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeflow.dictionaries import Dictionary, DictionaryError
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+
+class Target(NamedTuple):
+    """A direction read at one token: v.x, where x is what the norm before `part` of `layer` gives there."""
+
+    layer: int
+    part: Literal["attn", "mlp", "final"]
+    token: int
+    direction: Tensor
+    """v (D,)"""
+
+
+class Node(NamedTuple):
+    """What contributes to a target: `unit` is a feature or a head, `token` where it reads (a head: the source)."""
+
+    kind: Literal["feature", "head", "embedding", "target"]
+    layer: int
+    unit: int
+    token: int
+
+
+class Path(NamedTuple):
+    """From the root feature down; `contributions[i]` is what `nodes[i]` adds to the root by way of those before it."""
+
+    nodes: tuple[Node, ...]
+    contributions: tuple[float, ...]
+
+
+# -------------------------------------------------------------------- input-invariant
+def ov(model: "HookedTransformer", layer: int, head: int) -> Tensor:
+    """W_V W_O of a head (D, D): it writes x @ ov for an input x."""
+    attention: Any = model.blocks[layer].attn
+    return attention.W_V[head] @ attention.W_O[head]
+
+
+def connections(earlier: Dictionary, direction: Tensor, through: Tensor | None = None) -> Tensor:
+    """How strongly each feature of `earlier` writes `direction` (D,), such as a later feature's column of W_enc: (n,).
+
+    `through`: the `ov` of a head between the two.
+    """
+    return earlier.W_dec @ (direction if through is None else through @ direction)
+
+
+def de_embedding(model: "HookedTransformer", direction: Tensor, through: Tensor | None = None) -> Tensor:
+    """How strongly each token's embedding writes `direction` (D,), directly or through a head's `ov`: (V,)."""
+    return model.embed.W_E @ (direction if through is None else through @ direction)
+
+
+def ov_norms(model: "HookedTransformer", direction: Tensor, layer: int) -> Tensor:
+    """|OV direction| of every head that can reach the MLP of `layer`: (layers, H)."""
+    n_layers = layer + (0 if model.cfg.parallel_attn_mlp else 1)
+    rows = [
+        torch.stack([(ov(model, n, h) @ direction).norm() for h in range(model.cfg.n_heads)]) for n in range(n_layers)
+    ]
+    return torch.stack(rows) if rows else torch.zeros(0, model.cfg.n_heads)
+
+
+def logit_weights(dictionary: Dictionary, model: "HookedTransformer") -> Tensor:
+    """W_dec W_U (n, V): what each feature adds to the logits, but for the last norm's scale."""
+    return dictionary.W_dec @ model.unembed.W_U
+
+
+# -------------------------------------------------------------------- input-dependent
+class CircuitRun:
+    """One clean pass over a text, with what transcoders make of its MLPs.
+
+    `transcoders` by layer; an MLP without one contributes as a whole. Raises `DictionaryError` for one that does not
+    go from the norm before an MLP to that MLP's output, and `ValueError` for a model whose norms are not folded.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: "HookedTransformer", transcoders: dict[int, Dictionary], tokens: Tensor) -> None:
+        """`tokens` (P,)"""
+        if model.cfg.normalization_type not in ("LNPre", "RMSPre"):
+            raise ValueError("circuits need the norms' gain and bias folded into the weights: set model.fold_ln=true")
+        for layer, made in transcoders.items():
+            wanted = (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
+            if (made.spec.hook_name, made.spec.hook_name_out) != wanted:
+                raise DictionaryError(f"circuits need a transcoder of layer {layer} from {wanted[0]} to {wanted[1]}")
+        self.model, self.transcoders, self.tokens = model, transcoders, tokens
+        self.parallel = bool(model.cfg.parallel_attn_mlp)
+        kept = ("hook_pattern", "hook_v", "hook_mlp_out", "hook_scale", "hook_normalized", "hook_resid_pre")
+        _, self._cache = model.run_with_cache(tokens[None], names_filter=lambda name: name.endswith(kept))
+        self.features: dict[int, Tensor] = {}
+        """(P, n) by layer."""
+        self.errors: dict[int, Tensor] = {}
+        """(P, D) by layer: what the MLP writes and its transcoder does not."""
+        for layer, made in transcoders.items():
+            x = self.read(layer, "mlp")
+            self.features[layer] = made.encode(x)
+            self.errors[layer] = self._at(f"blocks.{layer}.hook_mlp_out") - made.decode(self.features[layer], x)
+
+    def read(self, layer: int, part: str) -> Tensor:
+        """x (P, D): what the norm before `part` of `layer` gives."""
+        return self._at(_norm(layer, part) + "hook_normalized")
+
+    def of_feature(self, layer: int, feature: int, token: int) -> Target:
+        """The pre-activation, but for b_enc, of a transcoder's feature."""
+        return Target(layer, "mlp", token, self.transcoders[layer].W_enc[:, feature])
+
+    def of_logit(self, direction: Tensor, token: int) -> Target:
+        """A direction of the unembedding, such as the difference of two columns of W_U."""
+        return Target(self.model.cfg.n_layers, "final", token, direction)
+
+    def in_stream(self, target: Target) -> Tensor:
+        """u (D,): the target's direction in the residual stream, the norm's scale at that token taken as a constant."""
+        v = target.direction
+        if self.model.cfg.normalization_type == "LNPre":
+            v = v - v.mean()
+        return v / self._at(_norm(target.layer, target.part) + "hook_scale")[target.token]
+
+    @torch.no_grad()
+    def attribute(self, target: Target) -> pd.DataFrame:
+        """Everything that the target sums up; contributions add to v.x exactly.
+
+        Columns: `kind` (feature, head, embedding, error, mlp, skip, bias), `layer`, `unit` (feature or head), `token`
+        (where it reads: of a head the source), `contribution`. Features that are 0 are left out.
+        """
+        u, t = self.in_stream(target), target.token
+        rows = [("embedding", -1, -1, t, float(self._at("blocks.0.hook_resid_pre")[t] @ u))]
+        attention_up_to = target.layer + (target.part == "mlp" and not self.parallel)
+        for layer in range(attention_up_to):
+            attention: Any = self.model.blocks[layer].attn
+            written = torch.einsum(
+                "hs,shd,hde,e->hs", self._pattern(layer)[:, t], self._values(layer), attention.W_O, u
+            )
+            for head, of_head in enumerate(written.tolist()):
+                rows += [("head", layer, head, source, value) for source, value in enumerate(of_head[: t + 1])]
+            rows.append(("bias", layer, -1, t, float(attention.b_O @ u)))
+        for layer in range(target.layer):
+            made = self.transcoders.get(layer)
+            if made is None:
+                rows.append(("mlp", layer, -1, t, float(self._at(f"blocks.{layer}.hook_mlp_out")[t] @ u)))
+                continue
+            f = self.features[layer][t]
+            active = f.nonzero()[:, 0]
+            values = f[active] * (made.W_dec[active] @ u)
+            rows += [("feature", layer, i, t, v) for i, v in zip(active.tolist(), values.tolist(), strict=True)]
+            rows.append(("error", layer, -1, t, float(self.errors[layer][t] @ u)))
+            rows.append(("bias", layer, -1, t, float(made.b_dec @ u)))
+            if made.W_skip is not None:
+                rows.append(("skip", layer, -1, t, float(made.W_skip @ self.read(layer, "mlp")[t] @ u)))
+        return pd.DataFrame(rows, columns=["kind", "layer", "unit", "token", "contribution"])
+
+    def step(self, target: Target, node: Node) -> Target:
+        """The target that `node` is to be explained by: the same root, seen from what the node reads."""
+        u = self.in_stream(target)
+        if node.kind == "feature":
+            made = self.transcoders[node.layer]
+            weight = made.W_dec[node.unit] @ u
+            return Target(node.layer, "mlp", node.token, weight * made.W_enc[:, node.unit])
+        weight = self._pattern(node.layer)[node.unit, target.token, node.token]
+        return Target(node.layer, "attn", node.token, weight * (ov(self.model, node.layer, node.unit) @ u))
+
+    def bias(self, target: Target, node: Node) -> float:
+        """What a node adds to the root whatever it reads: b_enc of a feature, b_V of a head, times the path."""
+        u = self.in_stream(target)
+        if node.kind == "feature":
+            made = self.transcoders[node.layer]
+            return float(made.W_dec[node.unit] @ u * made.b_enc[node.unit])
+        attention: Any = self.model.blocks[node.layer].attn
+        weight = self._pattern(node.layer)[node.unit, target.token, node.token]
+        return float(weight * (attention.b_V[node.unit] @ attention.W_O[node.unit] @ u))
+
+    def _at(self, hook: str) -> Tensor:
+        value: Tensor = self._cache[hook]
+        return value[0]
+
+    def _pattern(self, layer: int) -> Tensor:
+        """(H, P, P)"""
+        return self._at(f"blocks.{layer}.attn.hook_pattern")
+
+    def _values(self, layer: int) -> Tensor:
+        """(P, H, d_head)"""
+        v = self._at(f"blocks.{layer}.attn.hook_v")
+        return v.repeat_interleave(self.model.cfg.n_heads // v.shape[1], dim=1)
+
+
+def _norm(layer: int, part: str) -> str:
+    return "ln_final." if part == "final" else f"blocks.{layer}.{'ln1' if part == 'attn' else 'ln2'}."
+
+
+# -------------------------------------------------------------------- paths
+def greedy_paths(
+    run: CircuitRun, root: Target, n_iterations: int = 4, n_branches: int = 15, top_k: int = 5
+) -> list[Path]:
+    """Paths of the largest positive contributions to `root`, found greedily.
+
+    In each of `n_iterations` the last node of every path is replaced by up to `top_k` features, `top_k` (head, source)
+    pairs and the embedding; of all the paths so made, the `n_branches` that contribute most are kept. Sources at
+    position 0 are skipped: heads rest there. Every path of every iteration is returned, shorter ones first.
+    """
+    start = Node("target", root.layer, -1, root.token)
+    held: list[tuple[Path, Target]] = [(Path((start,), (_value(run, root),)), root)]
+    found = [held[0][0]]
+    for _ in range(n_iterations):
+        candidates: list[tuple[Path, Target, Node]] = []
+        for path, target in held:
+            table = run.attribute(target)
+            table = table[(table["contribution"] > 0) & ~((table["kind"] == "head") & (table["token"] == 0))]
+            for kind in ("feature", "head", "embedding"):
+                best = table[table["kind"] == kind].nlargest(top_k, "contribution")
+                for row in best.to_dict("records"):
+                    node = Node(kind, int(row["layer"]), int(row["unit"]), int(row["token"]))
+                    longer = Path((*path.nodes, node), (*path.contributions, float(row["contribution"])))
+                    candidates.append((longer, target, node))
+        candidates.sort(key=lambda one: (-one[0].contributions[-1], one[0].nodes))
+        kept = candidates[:n_branches]
+        found += [path for path, _, _ in kept]
+        held = [(path, run.step(target, node)) for path, target, node in kept if node.kind != "embedding"]
+    return found
+
+
+def _value(run: CircuitRun, target: Target) -> float:
+    return float(run.read(target.layer, target.part)[target.token] @ target.direction)
+
+
+def graph(run: CircuitRun, root: Target, paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Paths merged by node, as JSON takes it.
+
+    `edges`: contributions to the root summed over the different ways there. `nodes`: each node's contribution, and how
+    it is made up: of `children` (the edges into it), its `bias`, the transcoders' `error` below it, and what was
+    `pruned`: everything else. The four add up to the contribution.
+    """
+    prefixes = {path.nodes: path.contributions[-1] for path in paths}
+    edges: dict[tuple[Node, Node], float] = {}
+    nodes: dict[Node, dict[str, float]] = {}
+    for prefix, contribution in prefixes.items():
+        node = nodes.setdefault(prefix[-1], dict.fromkeys(("contribution", "children", "bias", "error", "pruned"), 0.0))
+        node["contribution"] += contribution
+        if len(prefix) > 1:
+            edge = (prefix[-2], prefix[-1])
+            edges[edge] = edges.get(edge, 0.0) + contribution
+        if prefix[-1].kind == "embedding":
+            node["pruned"] += contribution
+            continue
+        children = sum(c for other, c in prefixes.items() if len(other) == len(prefix) + 1 and other[:-1] == prefix)
+        above = _target(run, root, prefix[:-1]) if len(prefix) > 1 else None
+        bias = run.bias(above, prefix[-1]) if above is not None else 0.0
+        table = run.attribute(_target(run, root, prefix))
+        error = float(table.loc[table["kind"] == "error", "contribution"].sum())
+        node["children"] += children
+        node["bias"] += bias
+        node["error"] += error
+        node["pruned"] += contribution - children - bias - error
+    return {
+        "nodes": [node._asdict() | held for node, held in nodes.items()],
+        "edges": [{"to": a._asdict(), "from": b._asdict(), "contribution": c} for (a, b), c in edges.items()],
+    }
+
+
+def _target(run: CircuitRun, root: Target, nodes: tuple[Node, ...]) -> Target:
+    """The target that the last of `nodes` is explained by."""
+    target = root
+    for node in nodes[1:]:
+        target = run.step(target, node)
+    return target

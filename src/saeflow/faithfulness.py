@@ -1,0 +1,131 @@
+"""Comparisons of dictionaries evaluated on the same tokens: at equal L0, in pairs, and as notebook 004 has them.
+
+All from summaries and resampled metrics: draw r took the same documents for every dictionary, so that a difference of
+two dictionaries is taken draw by draw, and its interval is that of the paired difference.
+"""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+from saeflow.bootstrap import interval
+
+_PAIRED = ("l0", "ce_replaced", "kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine")
+PAIRED = (*_PAIRED, *(f"{name}_without_bos" for name in _PAIRED))
+
+NOTEBOOK_004 = {
+    ("sae", 4e-05): (505.2548745727539, 3.3368855),
+    ("sae", 7e-05): (109.87291198730469, 3.351243),
+    ("sae", 8.5e-05): (55.06920654296875, 3.3596144),
+    ("sae", 1e-04): (31.498437805175783, 3.367786),
+    ("transcoder", 2.5e-05): (203.77172332763672, 3.341213),
+    ("transcoder", 3e-05): (148.1538818359375, 3.3440711),
+    ("transcoder", 4e-05): (82.748544921875, 3.3491273),
+    ("transcoder", 5.5e-05): (44.042958984375, 3.3549356),
+    ("transcoder", 7e-05): (27.454230651855468, 3.3682058),
+}
+"""(kind, L1 coefficient): (l0, ce_loss), as notebook 004 prints them for layer 15 of Pythia-410M."""
+
+
+def front_at(l0: np.ndarray, ce: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """CE of a front at some L0: linear between its points in log L0, NaN outside them. `l0`, `ce` (points,)."""
+    order = np.argsort(l0)
+    inside = np.interp(np.log(at), np.log(l0[order]), ce[order])
+    return np.where((at < l0.min() * (1 - 1e-12)) | (at > l0.max() * (1 + 1e-12)), np.nan, inside)
+
+
+def matched_l0(
+    one: pd.DataFrame, other: pd.DataFrame, resamples: pd.DataFrame, confidence: float, n_points: int = 40
+) -> pd.DataFrame:
+    """CE of the front `other` minus that of `one` at equal L0, over the range of L0 that both cover.
+
+    `one`, `other`: rows of evaluations (`dictionary_key`, `l0`, `ce_replaced`); `resamples`: those columns, one row a
+    draw and dictionary. At the L0 of every point of either, and `n_points` between. A draw moves L0 and CE of all
+    points; where it ends a front a little short, the front's last segment is continued.
+    """
+    low, high = max(one["l0"].min(), other["l0"].min()), min(one["l0"].max(), other["l0"].max())
+    if not low < high:
+        return pd.DataFrame(columns=["l0", "difference", "low", "high", "at_point_of"])
+    points = pd.concat([one.assign(at_point_of="one"), other.assign(at_point_of="other")])
+    points = points[(points["l0"] >= low) & (points["l0"] <= high)][["l0", "at_point_of"]]
+    grid = pd.concat([points, pd.DataFrame({"l0": np.geomspace(low, high, n_points)})]).sort_values("l0")
+    at = grid["l0"].to_numpy()
+    grid["difference"] = _front(other, at) - _front(one, at)
+
+    def drawn(rows: pd.DataFrame) -> np.ndarray:
+        """(draws, at)"""
+        tables = {
+            n: resamples.pivot(columns="dictionary_key", values=n)[rows["dictionary_key"]]
+            for n in ("l0", "ce_replaced")
+        }
+        both = zip(tables["l0"].to_numpy(), tables["ce_replaced"].to_numpy(), strict=True)
+        return np.stack([_extended(l0, ce, at) for l0, ce in both])
+
+    differences = drawn(other) - drawn(one)
+    bounds = [interval(column, confidence) or (np.nan, np.nan) for column in differences.T]
+    grid["low"], grid["high"] = zip(*bounds, strict=True)
+    return grid[["l0", "difference", "low", "high", "at_point_of"]].reset_index(drop=True)
+
+
+def _front(rows: pd.DataFrame, at: np.ndarray) -> np.ndarray:
+    return front_at(rows["l0"].to_numpy(), rows["ce_replaced"].to_numpy(), at)
+
+
+def _extended(l0: np.ndarray, ce: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """`front_at`, with the ends' own segments continued: a draw moves the ends of a front a little."""
+    order = np.argsort(l0)
+    x, y, wanted = np.log(l0[order]), ce[order], np.log(at)
+    segment = np.clip(np.searchsorted(x, wanted) - 1, 0, len(x) - 2)
+    slope = (y[segment + 1] - y[segment]) / (x[segment + 1] - x[segment])
+    return y[segment] + slope * (wanted - x[segment])
+
+
+def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Metric of `other` minus that of `one`, for every pair evaluated on the same tokens; one row a pair and metric."""
+    by_key = {str(key): rows for key, rows in resamples.groupby("dictionary_key")}
+    out = []
+    for _, group in evaluations.groupby("tokens_key", sort=True):
+        for (_, one), (_, other) in itertools.combinations(group.iterrows(), 2):
+            for name in PAIRED:
+                if pd.isna(one[name]) or pd.isna(other[name]):
+                    continue
+                drawn = (
+                    by_key[other["dictionary_key"]][name].to_numpy() - by_key[one["dictionary_key"]][name].to_numpy()
+                )
+                low, high = interval(drawn, confidence) or (np.nan, np.nan)
+                names = {"one": one["dictionary_key"], "other": other["dictionary_key"], "metric": name}
+                out.append(names | {"difference": other[name] - one[name], "low": low, "high": high})
+    return pd.DataFrame(out, columns=["one", "other", "metric", "difference", "low", "high"])
+
+
+def notebook_004(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Its two tables in its own terms beside ours: dictionaries with an L1 coefficient, SAEs of an MLP's output first.
+
+    `l0` and `ce_loss` are the notebook's: means over all positions, BOS and the prediction made from it included.
+    `printed_*` is what it printed for the same coefficient, where the model and the hook are its own.
+    """
+    rows = evaluations[(evaluations["activation"] == "relu") & ~evaluations["skip"].astype(bool)]
+    rows = rows[rows["hook_name_out"].str.endswith("hook_mlp_out")]
+    rows = rows.sort_values(["hook_name_out", "kind", "l1_coefficient"])
+    own = (rows["model_name"] == "pythia-410m") & (rows["hook_name_out"] == "blocks.15.hook_mlp_out")
+    found = zip(rows["kind"], rows["l1_coefficient"], own, strict=True)
+    printed = [NOTEBOOK_004.get((kind, l1), (None, None)) if is_own else (None, None) for kind, l1, is_own in found]
+    table = pd.DataFrame(
+        {
+            "hook": rows["hook_name_out"],
+            "kind": rows["kind"],
+            "l1_coefficient": rows["l1_coefficient"],
+            "l0": rows["l0"],
+            "ce_loss": rows["ce_replaced"],
+            "printed_l0": [p[0] for p in printed],
+            "printed_ce_loss": [p[1] for p in printed],
+        }
+    )
+    ours = ["l0_without_bos", "ce_replaced_without_bos", "ce_increase_without_bos", "ce_clean_without_bos"]
+    ours += ["loss_recovered_zero_without_bos", "kl_without_bos", "fvu_without_bos"]
+    for name in ours:
+        for column in (name, f"{name}_low", f"{name}_high"):
+            table[column] = rows[column]
+    table["dead_fraction"] = rows["dead_fraction"]
+    return table.reset_index(drop=True)

@@ -1,0 +1,276 @@
+"""Dictionaries that other libraries made, as this project's: `dictionary=foreign`.
+
+`site` says where one reads and writes; what its files say of that is compared with it. No pickle is executed:
+`torch.load` opens weights alone, and of transcoder_circuits' pickled configuration only the fields are read, into a
+class that does nothing.
+
+* `saelens`: `cfg.json` and `sae_weights.safetensors`; configs older than version 6 are read by SAELens.
+* `transcoder_circuits`: a `.pt` of `cfg` and `state_dict`; ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec_out.
+* `dictionary_learning`: `config.json` and `ae.pt`; what its `dict_class` computes.
+* `sparsify`: `cfg.json` and `sae.safetensors`; TopK of ReLU, of x - b_dec unless it transcodes.
+
+Shapes: d and p the widths read and written, n latents.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saeflow.dictionaries.io import CONFIG_FILE, SAELENS_FORMAT, WEIGHTS_FILE, load_dictionary, save_dictionary
+from saeflow.dictionaries.sae import Dictionary, build
+from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
+from saeflow.fitting import check_fit
+from saeflow.job import Job
+from saeflow.layouts import foreign_format
+from saeflow.models import read_geometry
+
+
+class Place(NamedTuple):
+    """Where a dictionary reads and writes."""
+
+    hook_name: str
+    hook_name_out: str
+    """For an SAE the same."""
+    hook_head_index: int | None = None
+
+    @property
+    def kind(self) -> Any:
+        return "sae" if self.hook_name == self.hook_name_out else "transcoder"
+
+
+def read_foreign(path: Path, place: Place, form: str | None = None) -> Dictionary:
+    """Reads a dictionary from disk; the format is known by the files where `form` is None.
+
+    Raises `DictionaryError` for what cannot be read, is of another kind, or says that it belongs elsewhere.
+    """
+    form = form or foreign_format(path)
+    try:
+        return _READERS[form](path, place)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError, OSError) as error:
+        raise DictionaryError(
+            f"{path} is not a whole {form} dictionary: {type(error).__name__} {error}; if it is of another library, "
+            f"set dictionary.format to one of {', '.join(_READERS)}"
+        ) from error
+
+
+def read_release(release: str, sae_id: str, place: Place) -> Dictionary:
+    """Fetches one of SAELens's releases, as its `SAE.from_pretrained` does: from the local cache, or the network."""
+    from sae_lens import SAE
+
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device="cpu")
+    except Exception as error:  # whatever the hub's client raises
+        raise DictionaryError(
+            f"SAELens cannot get {sae_id} of release {release}: {error}. It needs the network, or the files in the "
+            "Hugging Face cache; offline, copy the folder here and set dictionary.path"
+        ) from error
+    return _through_saelens(sae, f"release {release}, {sae_id}", place)
+
+
+# -------------------------------------------------------------------- formats
+def _saelens(path: Path, place: Place) -> Dictionary:
+    config = json.loads((path / CONFIG_FILE).read_text())
+    if "metadata" in config:
+        dictionary = load_dictionary(path)
+        return _placed(dictionary, path, place, dictionary.spec.hook_name, dictionary.spec.hook_name_out)
+    from sae_lens import SAE
+
+    return _through_saelens(SAE.load_from_disk(path, device="cpu"), str(path), place)
+
+
+def _through_saelens(sae: Any, name: str, place: Place) -> Dictionary:
+    """What SAELens opened, saved in its present format."""
+    held = sae.cfg.metadata
+    hook, out = held.hook_name or place.hook_name, held.hook_name_out or held.hook_name or place.hook_name_out
+    held.hook_name, held.hook_name_out = hook, None if out == hook else out
+    held.sae_lens_version = SAELENS_FORMAT
+    with TemporaryDirectory() as folder:
+        sae.save_model(folder)
+        return _placed(load_dictionary(folder), name, place, hook, out)
+
+
+def _transcoder_circuits(path: Path, place: Place) -> Dictionary:
+    held = _load_weights(path)
+    config, tensors = vars(held["cfg"]), held["state_dict"]
+    is_transcoder = bool(config.get("is_transcoder", False))
+    _check_kind(path, place, "transcoder" if is_transcoder else "sae")
+    said_out = config.get("out_hook_point") if is_transcoder else config["hook_point"]
+    _check_place(path, place, config["hook_point"], said_out)
+    W_enc, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "b_enc", "b_dec"))
+    if is_transcoder:  # its b_dec belongs to the input alone
+        b_enc, b_dec = b_enc - b_dec @ W_enc, tensors["b_dec_out"].float()
+    # It was trained on TransformerLens's default processing.
+    origin = Origin(config.get("model_name"), None, True, True, True, config.get("context_size"), True)
+    spec = _spec(place, "relu", W_enc, b_dec, not is_transcoder, origin)
+    spec = dataclasses.replace(spec, l1_coefficient=config.get("l1_coefficient"))
+    return build(spec, W_enc, b_enc, tensors["W_dec"].float(), b_dec)
+
+
+class _Fields:
+    """Stands for a pickled configuration: takes its fields."""
+
+
+_CONFIG_CLASSES = ("sae_training.config.LanguageModelSAERunnerConfig", "sae_training.config.RunnerConfig")
+
+
+def _load_weights(path: Path) -> Any:
+    """`torch.load` of weights alone; a file that wants more is refused."""
+    try:
+        with torch.serialization.safe_globals([(_Fields, name) for name in _CONFIG_CLASSES]):
+            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 -- runs no code
+    except Exception as error:  # of pickle, zipfile and torch, as the file is damaged or asks for more
+        raise DictionaryError(
+            f"{path} is not opened: it is damaged, or holds more than weights, and loading it would run what its "
+            f"pickle says ({str(error).splitlines()[0][:200]}). Convert it with the library that made it"
+        ) from error
+
+
+def _dictionary_learning(path: Path, place: Place) -> Dictionary:
+    trainer = json.loads((path / "config.json").read_text())["trainer"]
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in _load_weights(path / "ae.pt").items()}
+    dict_class = trainer["dict_class"]
+    _check_kind(path, place, "sae")
+    layer = trainer.get("layer")
+    if isinstance(layer, int) and f"blocks.{layer}." not in place.hook_name:
+        raise DictionaryError(f"{path} is of layer {layer}, but the site is {place.hook_name}; set site.layer={layer}")
+    origin = Origin(trainer.get("lm_name"), None, False, False, False)  # activations of the model as it is published
+    if dict_class == "GatedAutoEncoder":
+        return _gated(tensors, place, origin)
+    activation, subtracts = {
+        "AutoEncoder": ("relu", True),
+        "AutoEncoderNew": ("relu", False),
+        "AutoEncoderTopK": ("topk", True),
+        "BatchTopKSAE": ("jumprelu", True),
+        "MatryoshkaBatchTopKSAE": ("jumprelu", True),
+        "JumpReluAutoEncoder": ("jumprelu", False),
+    }.get(dict_class, (None, None))
+    if activation is None or subtracts is None:
+        raise DictionaryError(f"{path}/config.json: dict_class {dict_class!r} cannot be read here")
+    W_enc = tensors["W_enc"] if "W_enc" in tensors else tensors["encoder.weight"].T.contiguous()
+    W_dec = tensors["W_dec"] if "W_dec" in tensors else tensors["decoder.weight"].T.contiguous()
+    b_enc = tensors["b_enc"] if "b_enc" in tensors else tensors["encoder.bias"]
+    b_dec = tensors[next((name for name in ("bias", "decoder.bias") if name in tensors), "b_dec")]
+    threshold = None
+    if activation == "jumprelu":
+        threshold = tensors["threshold"].expand(W_enc.shape[1]).contiguous()
+        if threshold.min() < 0:
+            raise DictionaryError(f"{path}: its threshold was never set, as it was trained for too few steps")
+    k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
+    spec = _spec(place, activation, W_enc, b_dec, subtracts, origin, k=k)
+    spec = dataclasses.replace(spec, l1_coefficient=trainer.get("l1_penalty"))
+    return build(spec, W_enc, b_enc, W_dec, b_dec, None, threshold)
+
+
+def _gated(tensors: dict[str, Tensor], place: Place, origin: Origin) -> Dictionary:
+    """SAELens has the same: a gate and a magnitude that share directions."""
+    W_enc, W_dec = (tensors[f"{side}.weight"].T.contiguous() for side in ("encoder", "decoder"))
+    renamed = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag", "b_dec": "decoder_bias"}
+    spec = _spec(place, "saelens", W_enc, tensors["decoder_bias"], True, origin)
+    config = {
+        "architecture": "gated",
+        "d_in": spec.d_in,
+        "d_sae": spec.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_FORMAT, "hook_name": spec.hook_name},
+    }
+    with TemporaryDirectory() as folder:
+        save_file({"W_enc": W_enc, "W_dec": W_dec} | {new: tensors[old] for new, old in renamed.items()},
+                  Path(folder) / WEIGHTS_FILE)  # fmt: skip
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(config))
+        dictionary = load_dictionary(folder)
+    dictionary.spec = dataclasses.replace(dictionary.spec, origin=origin)
+    return dictionary
+
+
+def _sparsify(path: Path, place: Place) -> Dictionary:
+    config = json.loads((path / CONFIG_FILE).read_text())
+    tensors = {name: t.float() for name, t in load_file(path / "sae.safetensors").items()}
+    transcodes = bool(config.get("transcode", False))
+    _check_kind(path, place, "transcoder" if transcodes else "sae")
+    if config.get("activation", "topk") != "topk" or config.get("signed", False):
+        raise DictionaryError(f"{path}/{CONFIG_FILE}: only activation=topk, unsigned, can be read here")
+    if transcodes and place.hook_name.endswith("hook_normalized"):
+        raise DictionaryError(
+            f"{path} reads the MLP's input with the norm's gain and bias, which {place.hook_name} lacks; "
+            "there is no hook for it, unless the norm has neither"
+        )
+    W_enc = tensors["encoder.weight"].T.contiguous()
+    W_skip = tensors.get("W_skip")
+    origin = Origin(None, None, False, False, False)
+    spec = _spec(place, "topk", W_enc, tensors["b_dec"], not transcodes, origin, k=config["k"], skip=W_skip is not None)
+    # Its skip connection multiplies by the transpose of W_skip, as ours does.
+    return build(spec, W_enc, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], W_skip)
+
+
+_READERS: dict[str, Callable[[Path, Place], Dictionary]] = {
+    "saelens": _saelens,
+    "transcoder_circuits": _transcoder_circuits,
+    "dictionary_learning": _dictionary_learning,
+    "sparsify": _sparsify,
+}
+
+
+# -------------------------------------------------------------------- what they share
+def _spec(place: Place, activation: Any, W_enc: Tensor, b_dec: Tensor, subtracts: bool, origin: Origin,
+          k: int | None = None, skip: bool = False) -> Spec:  # fmt: skip
+    d, n = W_enc.shape
+    return Spec(
+        place.kind, activation, d, len(b_dec), n, *place, k=k, skip=skip, apply_b_dec_to_input=subtracts, origin=origin
+    )
+
+
+def _placed(dictionary: Dictionary, name: str | Path, place: Place, hook: str, out: str) -> Dictionary:
+    _check_place(name, place, hook, out)
+    if dictionary.spec.hook_head_index != place.hook_head_index:
+        raise DictionaryError(
+            f"{name} is of head {dictionary.spec.hook_head_index}, but the site's is {place.hook_head_index}; "
+            "set site.head to it"
+        )
+    return dictionary
+
+
+def _check_kind(name: str | Path, place: Place, kind: str) -> None:
+    if kind != place.kind:
+        wanted = "a site with hook_name alone" if kind == "sae" else "a site with hook_name_out: site=mlp"
+        raise DictionaryError(f"{name} is {'an SAE' if kind == 'sae' else 'a transcoder'}: it needs {wanted}")
+
+
+def _check_place(name: str | Path, place: Place, hook: str, out: str | None) -> None:
+    if (hook, out or hook) != (place.hook_name, place.hook_name_out):
+        raise DictionaryError(
+            f"{name} reads {hook} and writes {out or hook}, but the site is {place.hook_name} to "
+            f"{place.hook_name_out}; choose the site that it was made for"
+        )
+
+
+# -------------------------------------------------------------------- jobs
+def foreign_job(job: Job) -> Dictionary:
+    """Reads the dictionary that a job names, checks it against the model, and writes it as a SAELens folder."""
+    config = job.config
+    place = Place(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
+    if config["release"] is None:
+        source = job.source("foreign")
+        dictionary = read_foreign(source, place, config["format"])
+    else:
+        source = Path(config["release"]) / config["sae_id"]
+        dictionary = read_release(config["release"], config["sae_id"], place)
+    dictionary.spec = dataclasses.replace(
+        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=config["label"])
+    )
+    folder = job.source("model")
+    check_fit(dictionary, source, folder, config["model"], read_geometry(folder))
+    with job.writing() as out:
+        save_dictionary(dictionary, out)
+    return dictionary

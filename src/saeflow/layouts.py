@@ -1,0 +1,34 @@
+"""Which library's layout a dictionary on disk has, by the names of its files: what the plan needs to know of it."""
+
+from pathlib import Path
+
+from saeflow.config import ConfigError
+
+LAYOUTS = {
+    "saelens": ("cfg.json", "sae_weights.safetensors"),
+    "dictionary_learning": ("config.json", "ae.pt"),
+    "sparsify": ("cfg.json", "sae.safetensors"),
+}
+
+
+def foreign_format(path: Path) -> str:
+    """The format of a file or folder. Raises `ConfigError` where it is none that is known."""
+    if path.is_file() and path.suffix == ".pt":
+        return "transcoder_circuits"
+    for form, names in LAYOUTS.items():
+        if all((path / name).is_file() for name in names):
+            return form
+    known = "; ".join(f"{form}: {', '.join(names)}" for form, names in LAYOUTS.items())
+    raise ConfigError(
+        f"dictionary.path={path} is no dictionary that can be read here; these can: {known}; transcoder_circuits: a "
+        ".pt file"
+    )
+
+
+def foreign_files(path: Path, form: str) -> list[Path]:
+    """The files that a dictionary consists of. Raises `ConfigError` where one is missing."""
+    files = [path] if form == "transcoder_circuits" else [path / name for name in LAYOUTS[form]]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"dictionary.path={path} lacks {file.name}, which dictionary.format={form} has")
+    return files

@@ -1,0 +1,179 @@
+"""Several dictionaries in the model at once: one of each of a set of layers, as in the transcoder paper's walkthrough.
+
+A dictionary reads what the ones below it leave of the stream, not the clean model's. What the set is compared with has
+the same scope: the same hooks ablated together, and a clean pass. L0 is of each dictionary in place, and their sum.
+"""
+
+import json
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from saeflow.attention import fused_attention
+from saeflow.baseline import at_positions, predicting, unembedded
+from saeflow.bootstrap import interval, resample
+from saeflow.config import EvaluationConfig
+from saeflow.dictionaries import Dictionary, load_dictionary
+from saeflow.fitting import FitError, check_fit, model_config
+from saeflow.job import Job
+from saeflow.loading import load_model
+from saeflow.metrics import Ratio, loss_ratios, why_undefined
+from saeflow.models import hook_layer, read_geometry
+from saeflow.splicing import flattened, run_clean, run_hooked
+from saeflow.store import open_column
+from saeflow.sums import Adder, Row, columns, token_batches
+from saeflow.tokens import TokenStore, open_tokens
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+log = logging.getLogger("saeflow")
+
+
+class Member(NamedTuple):
+    """One dictionary of the set, and what mean ablation puts where it writes."""
+
+    dictionary: Dictionary
+    mean: Tensor
+    """(p,)"""
+
+
+class StackEvaluation(NamedTuple):
+    batches: list[Row]
+    documents: list[Row]
+    resamples: dict[str, np.ndarray]
+    summary: dict[str, Any]
+
+
+def evaluate_stack(
+    model: "HookedTransformer",
+    members: list[Member],
+    rows: TokenStore | np.ndarray,
+    prepend_bos: bool,
+    config: EvaluationConfig,
+) -> StackEvaluation:
+    """Evaluates all of `members` in place at once on `rows` (sequence, position) of token ids.
+
+    Raises `FitError` where two of them write at one hook.
+    """
+    hooks = [m.dictionary.spec.hook_name_out for m in members]
+    if len(set(hooks)) < len(hooks):
+        raise FitError(f"two dictionaries of a stack write at one hook: {', '.join(hooks)}")
+    adder = Adder(prepend_bos)
+    for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "stack"):
+        with fused_attention(model), torch.no_grad():
+            adder.add(document, _measure(model, members, tokens))
+    sums = adder.sums()
+    held = columns(sums.documents)
+    owner = np.unique([row["document"] for row in sums.documents], return_inverse=True)[1]
+    rest = np.array([row["positions"] == "rest" for row in sums.documents])
+    summary: dict[str, Any] = {"n_documents": int(owner.max()) + 1, "confidence": config.confidence}
+    resamples: dict[str, np.ndarray] = {}
+    for suffix, chosen in (("", np.ones(len(rest), dtype=bool)), ("_without_bos", rest)):
+        present, group = np.unique(owner[chosen], return_inverse=True)
+        by_document = {n: np.bincount(group, v[chosen], len(present)) for n, v in held.items()}
+        total = {name: values.sum() for name, values in by_document.items()}
+        drawn = resample(by_document, None, config.resamples, config.bootstrap_seed, _ratios)
+        summary |= {f"{name}{suffix}": int(total[name]) for name in ("n_tokens", "n_predictions")}
+        values = {name: float(ratio.value()) for name, ratio in _ratios(total).items()}
+        for name, value in values.items():
+            bounds = interval(drawn[name], config.confidence) if len(present) > 1 else None
+            summary[f"{name}{suffix}"] = value if np.isfinite(value) else None
+            summary[f"{name}{suffix}_low"], summary[f"{name}{suffix}_high"] = bounds or (None, None)
+            if not np.isfinite(value):
+                summary[f"{name}{suffix}_reason"] = why_undefined(name, values)
+            resamples[f"{name}{suffix}"] = drawn[name]
+    return StackEvaluation(sums.batches, sums.documents, resamples, summary)
+
+
+def _ratios(sums: dict[str, Any]) -> dict[str, Ratio]:
+    """Losses, recovered fractions, L0 of the set (`l0`) and of every member (`l0.<hook>`)."""
+    l0 = {name: Ratio(values, sums["n_tokens"]) for name, values in sums.items() if name.startswith("l0")}
+    return loss_ratios(sums) | l0
+
+
+def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) -> dict[str, Tensor]:
+    """Of one batch `tokens` (B, P): values (B, P) by name."""
+    B, P = tokens.shape
+    layer = min(hook_layer(m.dictionary.spec.hook_name, model.cfg.n_layers) for m in members) - 1
+    start = f"blocks.{layer}.hook_resid_pre"
+    clean = run_clean(model, tokens, [start] if layer >= 0 else [], [])
+    residual = clean.values.get(start)
+
+    read: dict[str, Tensor] = {}
+    l0: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        read[hook.name] = value
+
+    def replace(value: Tensor, hook: Any, dictionary: Dictionary) -> Tensor:
+        spec = dictionary.spec
+        x = flattened(value if spec.kind == "sae" else read.pop(spec.hook_name), spec.hook_head_index)
+        f = dictionary.encode(x)
+        l0[spec.hook_name_out] = (f != 0).sum(1).view(B, P)
+        return _put(value, dictionary.decode(f, x), spec.hook_head_index)
+
+    def ablate(value: Tensor, hook: Any, dictionary: Dictionary, by: Tensor) -> Tensor:
+        return _put(value, by.expand(B * P, -1), dictionary.spec.hook_head_index)
+
+    reading = [(m.dictionary.spec.hook_name, keep) for m in members if m.dictionary.spec.kind == "transcoder"]
+    writing: list[list[Any]] = [reading, [], []]
+    for dictionary, mean in members:
+        hook = dictionary.spec.hook_name_out
+        writing[0].append((hook, partial(replace, dictionary=dictionary)))
+        writing[1].append((hook, partial(ablate, dictionary=dictionary, by=torch.zeros_like(mean))))
+        writing[2].append((hook, partial(ablate, dictionary=dictionary, by=mean)))
+    finals = [predicting(run_hooked(model, tokens, hooks, residual, layer)) for hooks in writing]
+    ce_clean, losses = unembedded(model, tokens, predicting(clean.final), finals)
+    replaced, zero, averaged = losses
+    n_predictions = at_positions(torch.ones_like(ce_clean), B)
+    values = {"n_tokens": torch.ones_like(n_predictions), "n_predictions": n_predictions}
+    values |= {"ce_clean": at_positions(ce_clean, B)}
+    for name, loss in (("replaced", replaced), ("zero", zero), ("mean", averaged)):
+        values[f"ce_{name}"] = at_positions(loss.ce, B)
+        values["kl" if name == "replaced" else f"kl_{name}"] = at_positions(loss.kl, B)
+    values["l0"] = torch.stack(list(l0.values())).sum(0)
+    return values | {f"l0.{hook}": count for hook, count in l0.items()}
+
+
+def _put(value: Tensor, new: Tensor, head: int | None) -> Tensor:
+    """`new` (N, p) in the place of `value` (B, P, ...), or of one head of it."""
+    if head is None:
+        return new.view(value.shape)
+    value = value.clone()
+    value[:, :, head] = new.view(*value.shape[:2], -1)
+    return value
+
+
+# -------------------------------------------------------------------- jobs
+def stack_job(job: Job) -> dict[str, Any]:
+    """Evaluates the set of dictionaries that a job names, and writes its folder."""
+    folder, config = job.source("model"), job.config
+    geometry = read_geometry(folder)
+    members = []
+    made = job.inputs("train") + job.inputs("foreign")
+    for path, column in zip(made, job.inputs("activations"), strict=True):
+        dictionary = load_dictionary(path, job.device)
+        check_fit(dictionary, path, folder, config["model"], geometry)
+        mean = open_column(column).statistics.mean.to(job.device, torch.float32)
+        members.append(Member(dictionary, mean))
+    rows = open_tokens(job.input("tokens"))
+    model = load_model(folder, model_config(folder, config["model"]), job.device)
+    log.info("%d dictionaries at once, %d tokens", len(members), rows.n_rows * rows.context_size)
+    prepend_bos = rows.attributes["prepend_bos"]
+    found = evaluate_stack(model, members, rows, prepend_bos, EvaluationConfig(**config["evaluation"]))
+    hooks = [m.dictionary.spec.hook_name_out for m in members]
+    names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in made]}
+    summary = names | {"layers": config["layers"], "hooks": hooks} | found.summary
+    with job.writing() as out:
+        pq.write_table(pa.Table.from_pylist(found.batches), out / "batches.parquet")
+        pq.write_table(pa.Table.from_pylist(found.documents), out / "documents.parquet")
+        pq.write_table(pa.table(found.resamples), out / "resamples.parquet")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    return summary

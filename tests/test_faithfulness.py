@@ -1,0 +1,75 @@
+"""Comparisons of dictionaries against the figures of notebook 004, and against draws worked out by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saeflow.faithfulness import NOTEBOOK_004, front_at, matched_l0, notebook_004, paired_differences
+
+
+def front(kind: str) -> pd.DataFrame:
+    rows = [(f"{kind}{l1}", *values) for (k, l1), values in NOTEBOOK_004.items() if k == kind]
+    return pd.DataFrame(rows, columns=["dictionary_key", "l0", "ce_replaced"])
+
+
+def test_matched_differences_are_those_of_the_reference() -> None:
+    """At the SAEs' L0 of 110, 55 and 31.5 the transcoders lie lower by 0.0046, 0.0067 and 0.0034 nats."""
+    sae, transcoder = front("sae"), front("transcoder")
+    at = sae["l0"].to_numpy()
+    lower = sae["ce_replaced"] - front_at(transcoder["l0"].to_numpy(), transcoder["ce_replaced"].to_numpy(), at)
+    assert np.isnan(lower[0])  # 505 is beyond the transcoders
+    np.testing.assert_allclose(lower[1:], [0.0046, 0.0067, 0.0034], atol=6e-5)
+
+
+def draws(fronts: list[pd.DataFrame], noise: np.ndarray) -> pd.DataFrame:
+    """Every draw moves all losses alike, and those of the last front by a tenth of that again."""
+    out = []
+    for i, rows in enumerate(fronts):
+        for row in rows.itertuples():
+            ce = row.ce_replaced + noise * (1.1 if i == len(fronts) - 1 else 1.0)
+            out.append(pd.DataFrame({"dictionary_key": row.dictionary_key, "l0": row.l0, "ce_replaced": ce}))
+    return pd.concat(out)
+
+
+def test_the_interval_of_a_matched_difference_is_paired() -> None:
+    noise = np.random.default_rng(0).normal(scale=0.05, size=400)
+    fronts = [front("sae"), front("transcoder")]
+    table = matched_l0(*fronts, draws(fronts, noise), 0.9)
+    assert table["l0"].between(31.4984, 203.7718).all() and table["l0"].is_monotonic_increasing
+    assert list(table["at_point_of"].dropna()) == ["one", "other", "one", "other", "one", "other", "other"]
+    wanted = np.quantile(0.1 * noise, [0.05, 0.95])
+    np.testing.assert_allclose(table["low"] - table["difference"], wanted[0], atol=1e-9)
+    np.testing.assert_allclose(table["high"] - table["difference"], wanted[1], atol=1e-9)
+
+
+def test_fronts_that_share_no_l0_are_not_compared() -> None:
+    one, other = front("sae"), front("sae").assign(l0=lambda t: t["l0"] / 100)
+    assert matched_l0(one, other, draws([one, other], np.zeros(3)), 0.9).empty
+
+
+def test_pairs_are_of_the_same_tokens() -> None:
+    from saeflow.faithfulness import PAIRED
+
+    rows = pd.DataFrame({"dictionary_key": ["a", "b", "c"], "tokens_key": ["t", "t", "u"]})
+    rows = rows.assign(**{name: [1.0, 1.5, 9.0] for name in PAIRED})
+    rows.loc[1, "loss_recovered_zero"] = None
+    shared = np.random.default_rng(1).normal(size=100)
+    resamples = pd.concat(
+        [pd.DataFrame(dict.fromkeys(PAIRED, shared + v)).assign(dictionary_key=k) for k, v in (("a", 1.0), ("b", 1.5))]
+    )
+    table = paired_differences(rows, resamples, 0.95)
+    assert set(zip(table["one"], table["other"], strict=True)) == {("a", "b")}
+    assert len(table) == len(PAIRED) - 1 and "loss_recovered_zero" not in set(table["metric"])
+    np.testing.assert_allclose(table[["difference", "low", "high"]].to_numpy(float), 0.5)
+
+
+@pytest.mark.parametrize(("model", "printed"), [("pythia-410m", 505.2548745727539), ("embedded", None)])
+def test_the_notebooks_numbers_stand_beside_its_own_model_alone(model: str, printed: float | None) -> None:
+    common = {"activation": "relu", "skip": False, "model_name": model, "hook_name_out": "blocks.15.hook_mlp_out"}
+    rows = pd.DataFrame([common | {"kind": "sae", "l1_coefficient": 4e-5, "l0": 500.0, "ce_replaced": 3.3}])
+    names = ["l0", "ce_replaced", "ce_increase", "ce_clean", "loss_recovered_zero", "kl", "fvu"]
+    ends = ("", "_low", "_high")
+    rows = rows.assign(dead_fraction=0.0, **{f"{n}_without_bos{end}": 1.0 for n in names for end in ends})
+    table = notebook_004(rows)
+    assert (table["l0"][0], table["ce_loss"][0]) == (500.0, 3.3)
+    assert table["printed_l0"][0] == printed or (printed is None and pd.isna(table["printed_l0"][0]))
