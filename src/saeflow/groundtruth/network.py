@@ -82,38 +82,69 @@ class Network:
 
     def __call__(self, tokens: Tensor) -> Pass:
         """tokens (N, P) int64."""
-        p = self.parameters
-        residual = F.embedding(tokens, p["embed.W_E"]) + p["pos_embed.W_pos"][: tokens.shape[1]]
-        return self._from(residual, 0, {})
+        return self._from(self._embedded(tokens), 0, {})
+
+    def interchanged(self, base: Tensor, source: Tensor, node: Node) -> Tensor:
+        """Output (N, P, d_vocab_out) on `base` (N, P) with the node as it is on `source` (N, P), taken as constant."""
+        with torch.no_grad():
+            value = self._from(self._embedded(source), 0, {}, node.layer + 1).value(node)
+        return self._from(self._embedded(base), 0, {node: value}).output
 
     def patched(self, base: Pass, node: Node, value: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Output (N, P, d_vocab_out) on rows `rows` of `base` with the node at `value` (N, P, h) or (N, P, m)."""
-        return self._from(base.residual[node.layer][rows], node.layer, {node: value}).output
+        return self._from(base.residual[node.layer][rows].permute(2, 1, 0), node.layer, {node: value}).output
 
-    def _from(self, residual: Tensor, start: int, values: Mapping[Node, Tensor]) -> Pass:
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """(d, P, N)"""
+        p = self.parameters
+        return p["embed.W_E"].T[:, tokens.T] + p["pos_embed.W_pos"][: tokens.shape[1]].T[:, :, None]
+
+    def _from(self, residual: Tensor, start: int, values: Mapping[Node, Tensor], stop: int | None = None) -> Pass:
+        """`residual` (d, P, N): rows come last here, so that operations on a few numbers a row run along all rows."""
         p, c = self.parameters, self.config
         H, h, causal = c["n_heads"], c["d_head"], c["attention_dir"] == "causal"
-        zs, hiddens, residuals = [], [], [residual] * start
-        for layer in range(start, c["n_layers"]):
+        zs, hiddens, residuals = [], [], [_rows_first(residual)] * start
+        for layer in range(start, c["n_layers"] if stop is None else stop):
             name = f"blocks.{layer}."
-            residuals.append(residual)
-            qkv = F.linear(residual, p[name + "attn.W_QKV"].T, p[name + "attn.b_QKV"])
-            q, k, v = qkv.unflatten(-1, (3, H, h)).permute(2, 0, 3, 1, 4)  # (N, H, P, h) each
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+            residuals.append(_rows_first(residual))
+            qkv = _affine(residual, p[name + "attn.W_QKV"], p[name + "attn.b_QKV"])
+            z = attend(*qkv.unflatten(0, (3, H, h)), causal=causal)
             for node, value in values.items():
                 if node.layer == layer and node.head is not None:
-                    z = torch.cat([z[:, :, : node.head], value[:, :, None], z[:, :, node.head + 1 :]], 2)
-            residual = residual + F.linear(z.flatten(2), p[name + "attn.W_O"].T, p[name + "attn.b_O"])
+                    z = torch.cat([z[: node.head], value.permute(2, 1, 0)[None], z[node.head + 1 :]])
+            residual = residual + _affine(z.flatten(0, 1), p[name + "attn.W_O"], p[name + "attn.b_O"])
             if Node(layer) in values:
-                hidden = values[Node(layer)]
+                hidden = values[Node(layer)].permute(2, 1, 0)
             else:
-                hidden = self.activation(F.linear(residual, p[name + "mlp.W_in"].T, p[name + "mlp.b_in"]))
-            residual = residual + F.linear(hidden, p[name + "mlp.W_out"].T, p[name + "mlp.b_out"])
-            zs.append(z)
-            hiddens.append(hidden)
-        residuals.append(residual)
-        output = F.linear(residual, p["unembed.W_U"].T, p["unembed.b_U"])
-        return Pass(output, zs, hiddens, residuals)
+                hidden = self.activation(_affine(residual, p[name + "mlp.W_in"], p[name + "mlp.b_in"]))
+            residual = residual + _affine(hidden, p[name + "mlp.W_out"], p[name + "mlp.b_out"])
+            zs.append(z.permute(3, 2, 0, 1))
+            hiddens.append(_rows_first(hidden))
+        residuals.append(_rows_first(residual))
+        output = _affine(residual, p["unembed.W_U"], p["unembed.b_U"])
+        return Pass(_rows_first(output), zs, hiddens, residuals)
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    return x.permute(2, 1, 0)
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """x (d, P, N) -> (p, P, N) with W (d, p)."""
+    return torch.addmm(b[:, None], W.T, x.flatten(1)).unflatten(1, x.shape[1:])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(h)) v of (H, h, P, N) each, as elementwise products where rows have few positions."""
+    P = q.shape[2]
+    if P > 16:
+        batched = (t.permute(3, 0, 2, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*batched, is_causal=causal).permute(1, 3, 2, 0)
+    scores = (q[:, :, :, None] * k[:, :, None] / q.shape[1] ** 0.5).sum(1)  # (H, P, P, N)
+    if causal:
+        after = torch.ones(P, P, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(after[:, :, None], -torch.inf)
+    return (scores.softmax(2)[:, None] * v[:, :, None]).sum(3)
 
 
 def initial_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
