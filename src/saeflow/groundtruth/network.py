@@ -6,6 +6,7 @@ its time a pass, with one thing more: a *node*, a head or an MLP, can be given t
 Shapes: N rows, P positions, d width, H heads of h, m hidden units.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from saeflow.config import ConfigError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -41,10 +44,21 @@ class Pass(NamedTuple):
     hidden: list[Tensor]
     """(N, P, m) a layer"""
     residual: list[Tensor]
-    """(N, P, d) before every layer."""
+    """(N, P, d) before every layer, and after the last."""
+    middle: list[Tensor]
+    """(N, P, d) between attention and MLP of every layer."""
 
     def value(self, node: Node) -> Tensor:
         return self.hidden[node.layer] if node.head is None else self.z[node.layer][:, :, node.head]
+
+    def at(self, hook_name: str) -> Tensor:
+        """(N, P, d) at `blocks.L.hook_resid_pre`, `hook_attn_out` or `hook_mlp_out`, of a pass from the tokens."""
+        layer, kind = _layer_and_kind(hook_name)
+        if kind == "hook_resid_pre":
+            return self.residual[layer]
+        if kind == "hook_attn_out":
+            return self.middle[layer] - self.residual[layer]
+        return self.residual[layer + 1] - self.middle[layer]
 
 
 class Network:
@@ -94,6 +108,26 @@ class Network:
         """Output (N, P, d_vocab_out) on rows `rows` of `base` with the node at `value` (N, P, h) or (N, P, m)."""
         return self._from(base.residual[node.layer][rows].permute(2, 1, 0), node.layer, {node: value}).output
 
+    def spliced(self, base: Pass, hook_name: str, value: Tensor) -> Tensor:
+        """Output (N, P, d_vocab_out) with the value at a hook (see `Pass.at`) replaced by `value` (N, P, d)."""
+        layer, kind = _layer_and_kind(hook_name)
+        if kind == "hook_resid_pre":
+            return self._from(value.permute(2, 1, 0), layer, {}).output
+        if kind == "hook_attn_out":
+            middle = base.residual[layer] + value
+            hidden = self._hidden(middle.permute(2, 1, 0), layer)
+            after = middle.permute(2, 1, 0) + self._mlp_out(hidden, layer)
+            return self._from(after, layer + 1, {}).output
+        return self._from((base.middle[layer] + value).permute(2, 1, 0), layer + 1, {}).output
+
+    def _hidden(self, middle: Tensor, layer: int) -> Tensor:
+        p, name = self.parameters, f"blocks.{layer}.mlp."
+        return self.activation(_affine(middle, p[name + "W_in"], p[name + "b_in"]))
+
+    def _mlp_out(self, hidden: Tensor, layer: int) -> Tensor:
+        p, name = self.parameters, f"blocks.{layer}.mlp."
+        return _affine(hidden, p[name + "W_out"], p[name + "b_out"])
+
     def _embedded(self, tokens: Tensor) -> Tensor:
         """(d, P, N)"""
         p = self.parameters
@@ -103,26 +137,35 @@ class Network:
         """`residual` (d, P, N): rows come last here, so that operations on a few numbers a row run along all rows."""
         p, c = self.parameters, self.config
         H, h, causal = c["n_heads"], c["d_head"], c["attention_dir"] == "causal"
-        zs, hiddens, residuals = [], [], [_rows_first(residual)] * start
+        zs, hiddens, middles, residuals = [], [], [], [_rows_first(residual)] * start
         for layer in range(start, c["n_layers"] if stop is None else stop):
             name = f"blocks.{layer}."
             residuals.append(_rows_first(residual))
             qkv = _affine(residual, p[name + "attn.W_QKV"], p[name + "attn.b_QKV"])
-            z = attend(*qkv.unflatten(0, (3, H, h)), causal=causal)
+            z = attend(qkv.unflatten(0, (3, H, h)), causal)
             for node, value in values.items():
                 if node.layer == layer and node.head is not None:
                     z = torch.cat([z[: node.head], value.permute(2, 1, 0)[None], z[node.head + 1 :]])
             residual = residual + _affine(z.flatten(0, 1), p[name + "attn.W_O"], p[name + "attn.b_O"])
-            if Node(layer) in values:
-                hidden = values[Node(layer)].permute(2, 1, 0)
-            else:
-                hidden = self.activation(_affine(residual, p[name + "mlp.W_in"], p[name + "mlp.b_in"]))
-            residual = residual + _affine(hidden, p[name + "mlp.W_out"], p[name + "mlp.b_out"])
+            middles.append(_rows_first(residual))
+            given = values.get(Node(layer))
+            hidden = self._hidden(residual, layer) if given is None else given.permute(2, 1, 0)
+            residual = residual + self._mlp_out(hidden, layer)
             zs.append(z.permute(3, 2, 0, 1))
             hiddens.append(_rows_first(hidden))
         residuals.append(_rows_first(residual))
         output = _affine(residual, p["unembed.W_U"], p["unembed.b_U"])
-        return Pass(_rows_first(output), zs, hiddens, residuals)
+        return Pass(_rows_first(output), zs, hiddens, residuals, middles)
+
+
+def _layer_and_kind(hook_name: str) -> tuple[int, str]:
+    found = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_pre|hook_attn_out|hook_mlp_out)", hook_name)
+    if not found:
+        raise ConfigError(
+            f"{hook_name!r}: values of a model of a case can be replaced at hook_resid_pre, hook_attn_out and "
+            "hook_mlp_out of its layers"
+        )
+    return int(found[1]), found[2]
 
 
 def _rows_first(x: Tensor) -> Tensor:
@@ -134,12 +177,13 @@ def _affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(b[:, None], W.T, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v of (H, h, P, N) each, as elementwise products where rows have few positions."""
+def attend(qkv: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(h)) v of (3, H, h, P, N), as elementwise products where rows have few positions."""
+    q, k, v = qkv
     P = q.shape[2]
     if P > 16:
-        batched = (t.permute(3, 0, 2, 1) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*batched, is_causal=causal).permute(1, 3, 2, 0)
+        q, k, v = (t.permute(3, 0, 2, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).permute(1, 3, 2, 0)
     scores = (q[:, :, :, None] * k[:, :, None] / q.shape[1] ** 0.5).sum(1)  # (H, P, P, N)
     if causal:
         after = torch.ones(P, P, dtype=torch.bool, device=q.device).triu(1)

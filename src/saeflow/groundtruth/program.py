@@ -158,11 +158,12 @@ class Program:
 
 
 def run(program: Program, tokens: np.ndarray, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Value of every variable on `tokens` (N, P) of token ids; `given` replaces what some blocks would make."""
+    """Value of every variable on `tokens` (N, P) of token ids; `given` replaces some of them."""
     given, variables = given or {}, program.variables
     words = np.array([_code(variables["tokens"], word) for word in program.vocabulary])
     positions = np.broadcast_to(np.arange(tokens.shape[1]) - 1, tokens.shape)
     values: dict[str, np.ndarray] = {"tokens": words[tokens], "indices": np.ascontiguousarray(positions)}
+    values |= {name: given[name] for name in ("tokens", "indices") if name in given}
     is_bos = tokens == program.token_id(BOS)
     for block in program.blocks:
         values[block.output] = given[block.output] if block.output in given else _value(block, program, values, is_bos)
