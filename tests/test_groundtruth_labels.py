@@ -140,7 +140,7 @@ def test_random_directions_are_far_below_the_truth_and_no_duplicates(case: Case,
         latents = np.maximum((x - x.mean(0)) @ W - 1.0, 0)
         scores.append(recovery(case, rows, SITES[3], latents))
         assert duplicates(W.T, latents) == []
-        assert scores[-1]["mixtures"] > 0.9
+        assert scores[-1]["mixtures"] > 0.6
     found = [s["recovery"] for s in scores]
     assert max(found) < 0.97 and np.ptp(found) < 0.1
 
