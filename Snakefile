@@ -10,11 +10,13 @@ report: "workflow/report/workflow.rst"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/groundtruth.smk"
 include: "workflow/rules/tokens.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/jacobian.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/recover.smk"
 include: "workflow/rules/figures.smk"
 
 

@@ -11,6 +11,10 @@ def figures(jobs: list[Job]) -> str:
     from saeflow.figures import Tables, draw
 
     (job,) = jobs
+    if job.inputs("recover"):  # an experiment on a model whose algorithm is known
+        from saeflow.groundtruth.figures import draw_job
+
+        return draw_job(job)
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
     identity = ["train_key", "kind", "activation", "skip", "saelens", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]

@@ -8,7 +8,7 @@ import torch
 
 from saeflow.groundtruth.cases import Case, get_case
 from saeflow.groundtruth.contexts import page, top_contexts
-from saeflow.groundtruth.labels import correlation, label, match
+from saeflow.groundtruth.labels import correlation, label, match, without_leaks
 from saeflow.groundtruth.network import Network
 from saeflow.groundtruth.predicates import predicates, states
 from saeflow.groundtruth.recovery import pure, recovery
@@ -18,10 +18,10 @@ SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_attn
 
 
 def compiled_values(case: Case, rows: np.ndarray, hook: str | None = None) -> np.ndarray:
-    """(N P, d): of the compiled model at a hook, or after the last layer; exact zeros where attention leaks 1e-9."""
+    """(N P, d): of the compiled model at a hook, or after the last layer."""
     done = Network(case.compiled.config, case.compiled.weights, torch.float64)(torch.from_numpy(rows))
     value = done.residual[-1] if hook is None else done.at(hook)
-    return value.flatten(0, 1).numpy().round(6).clip(0)
+    return without_leaks(value.flatten(0, 1).numpy())
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_latents_that_know_nothing_are_at_chance(case: Case, rows: np.ndarray) -
 
 
 def test_random_directions_are_far_below_the_truth_and_no_duplicates(case: Case, rows: np.ndarray) -> None:
-    """A dictionary of random weights sees the input, so it is not at the chance of noise; two of them are alike."""
+    """A dictionary of random weights sees the input, so it is not at the chance of noise: the level to beat."""
     x = compiled_values(case, rows, SITES[3])
     scores = []
     for seed in range(4):
@@ -141,8 +141,7 @@ def test_random_directions_are_far_below_the_truth_and_no_duplicates(case: Case,
         scores.append(recovery(case, rows, SITES[3], latents))
         assert duplicates(W.T, latents) == []
         assert scores[-1]["mixtures"] > 0.6
-    found = [s["recovery"] for s in scores]
-    assert max(found) < 0.97 and np.ptp(found) < 0.1
+    assert max(score["recovery"] for score in scores) < 0.97
 
 
 # -------------------------------------------------------------------- by hand

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.groundtruth.alignment import Alignment, Truth, align, pairs, quality, small_config
-from saeflow.groundtruth.cases import get_case
+from saeflow.groundtruth.alignment import Alignment, Truth, align, pairs, quality
+from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked
 from saeflow.groundtruth.interpbench import InterpBenchError, plain_pickle, read_interpbench
 from saeflow.groundtruth.lowlevel import Recipe, loss_of, train_small

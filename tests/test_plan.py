@@ -48,11 +48,13 @@ def changed(before: Plan, after: Plan) -> dict[str, int]:
 def test_stages_of_a_sweep(home: Path) -> None:
     plan = plan_of(home)
     assert {s: len(t) for s, t in plan.stages.items()} == {
+        "groundtruth": 0,
         "tokens": 2,
         "activations": 1,
         "train": 2,
         "jacobian": 0,
         "evaluate": 2,
+        "recover": 0,
         "figures": 1,
     }
 

@@ -9,11 +9,13 @@ from saeflow.plan import RECEIPT, Instance, Plan
 from saeflow.shards import predicted_bytes
 
 NOUNS = {
+    "groundtruth": ("model of a case", "models of a case"),
     "tokens": ("token store", "token stores"),
     "activations": ("activation column", "activation columns"),
     "train": ("training", "trainings"),
     "jacobian": ("Jacobian study", "Jacobian studies"),
     "evaluate": ("evaluation", "evaluations"),
+    "recover": ("comparison with the truth", "comparisons with the truth"),
     "figures": ("set of figures", "sets of figures"),
 }
 MAX_REASONS = 6

@@ -35,11 +35,13 @@ class Stage:
 
 _PACKING = ("tokens.context_size", "tokens.prepend_bos", "tokens.bos_token", "tokens.held_out_fraction")
 STAGES = {
+    "groundtruth": Stage(reads=("model.tracr",)),
     "tokens": Stage(reads=("corpus", "tokenizer", *_PACKING)),
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
     "jacobian": Stage(reads=("jacobian", "model")),
     "evaluate": Stage(reads=("evaluation", "model"), version=2, batched=True),
+    "recover": Stage(reads=("model",), batched=True),
     "figures": Stage(reads=()),
 }
 
@@ -188,7 +190,7 @@ class Plan:
             column = self.instance("activations", instance.needs["activations"][0])
             store = column.key.split("/")[0]
             return short_hash([store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]])
-        return short_hash([instance.config["model"], instance.config["evaluation"], instance.needs["tokens"]])
+        return short_hash([instance.config["model"], instance.config.get("evaluation"), instance.needs["tokens"]])
 
 
 def _cost(instance: Instance) -> float:

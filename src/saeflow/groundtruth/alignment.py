@@ -21,7 +21,6 @@ from saeflow.groundtruth.program import SelectorWidth, run
 
 ALL_PAIRS_UP_TO = 1 << 17
 PAIRS_AT_ONCE = 1024
-LEAST_HEADS, LEAST_D_HEAD, LEAST_LAYERS = 4, 3, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +63,6 @@ class Truth:
             return (error < self.case.tolerance).ravel()
         counts = labels[:, 1:] >= 0
         return (output[:, 1:].argmax(-1).numpy() == labels[:, 1:])[counts]
-
-
-def small_config(case: Case) -> dict[str, Any]:
-    """Of the model to be trained: InterpBench's rule (heads of half the compiled size, gelu), but no head below 3."""
-    c = case.compiled.config
-    n_heads, d_head = max(LEAST_HEADS, c["n_heads"]), max(LEAST_D_HEAD, c["d_head"] // 2)
-    sizes = {"n_layers": max(LEAST_LAYERS, c["n_layers"]), "n_heads": n_heads, "d_head": d_head}
-    return c | sizes | {"d_model": n_heads * d_head, "d_mlp": 4 * n_heads * d_head, "act_fn": "gelu"}
 
 
 def align(case: Case, config: dict[str, Any]) -> Alignment:

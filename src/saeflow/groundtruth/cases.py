@@ -27,6 +27,7 @@ from saeflow.groundtruth.program import (
 )
 
 ALL_ROWS_UP_TO = 4096
+LEAST_HEADS, LEAST_D_HEAD, LEAST_LAYERS = 4, 3, 2
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 NUMBERS = tuple(range(11))
 
@@ -98,6 +99,14 @@ class Case:
         """(N, P) bool: where the output counts: not at BOS, and not where it is none."""
         some = np.ones(tokens.shape, dtype=bool) if self.program.output_variable.numerical else labels >= 0
         return some & (tokens != self.program.token_id(BOS))
+
+
+def small_config(case: Case) -> dict[str, Any]:
+    """Of the model to be trained: InterpBench's rule (heads of half the compiled size, gelu), but no head below 3."""
+    c = case.compiled.config
+    n_heads, d_head = max(LEAST_HEADS, c["n_heads"]), max(LEAST_D_HEAD, c["d_head"] // 2)
+    sizes = {"n_layers": max(LEAST_LAYERS, c["n_layers"]), "n_heads": n_heads, "d_head": d_head}
+    return c | sizes | {"d_model": n_heads * d_head, "d_mlp": 4 * n_heads * d_head, "act_fn": "gelu"}
 
 
 def get_case(number: int) -> Case:

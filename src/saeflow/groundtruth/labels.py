@@ -14,8 +14,14 @@ import pandas as pd
 
 from saeflow.groundtruth.predicates import Predicates
 
-TIE = 1e-9
+TIE, LEAK = 1e-9, 1e-6
 LEAST_POSITIONS = 20  # of a predicate, for its AUROC to mean anything
+
+
+def without_leaks(activations: np.ndarray) -> np.ndarray:
+    """(M, n), with 0 for what is below a millionth of the latent's largest activation: what a softmax leaves of what is
+    not selected is no firing."""
+    return np.where(activations > LEAK * activations.max(0, initial=0), activations, 0.0)
 
 
 class Matches(NamedTuple):

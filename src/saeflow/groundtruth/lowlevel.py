@@ -30,9 +30,8 @@ from saeflow.groundtruth.alignment import (
     align,
     pairs,
     quality,
-    small_config,
 )
-from saeflow.groundtruth.cases import Case
+from saeflow.groundtruth.cases import Case, small_config
 from saeflow.groundtruth.network import Network, initial_weights
 from saeflow.job import progress
 

@@ -52,8 +52,11 @@ class Pass(NamedTuple):
         return self.hidden[node.layer] if node.head is None else self.z[node.layer][:, :, node.head]
 
     def at(self, hook_name: str) -> Tensor:
-        """(N, P, d) at `blocks.L.hook_resid_pre`, `hook_attn_out` or `hook_mlp_out`, of a pass from the tokens."""
-        layer, kind = _layer_and_kind(hook_name)
+        """(N, P, d) of a pass from the tokens, at `blocks.L.hook_resid_pre`, `hook_attn_out`, `hook_resid_mid` or
+        `hook_mlp_out`."""
+        layer, kind = _layer_and_kind(hook_name, "hook_resid_mid")
+        if kind == "hook_resid_mid":
+            return self.middle[layer]
         if kind == "hook_resid_pre":
             return self.residual[layer]
         if kind == "hook_attn_out":
@@ -158,13 +161,11 @@ class Network:
         return Pass(_rows_first(output), zs, hiddens, residuals, middles)
 
 
-def _layer_and_kind(hook_name: str) -> tuple[int, str]:
-    found = re.fullmatch(r"blocks\.(\d+)\.(hook_resid_pre|hook_attn_out|hook_mlp_out)", hook_name)
+def _layer_and_kind(hook_name: str, *more: str) -> tuple[int, str]:
+    legal = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", *more)
+    found = re.fullmatch(rf"blocks\.(\d+)\.({'|'.join(legal)})", hook_name)
     if not found:
-        raise ConfigError(
-            f"{hook_name!r}: values of a model of a case can be replaced at hook_resid_pre, hook_attn_out and "
-            "hook_mlp_out of its layers"
-        )
+        raise ConfigError(f"{hook_name!r}: dictionaries of a model of a case are used at blocks.L.{', '.join(legal)}")
     return int(found[1]), found[2]
 
 

@@ -52,6 +52,14 @@ def recovery(case: Case, tokens: np.ndarray, hook_name: str, activations: np.nda
     return row | {"mixtures": float((~pure(case, tokens, live)).mean()) if live.shape[1] else None}
 
 
+def random_latents(x: np.ndarray, n: int, share: float, seed: int = 0) -> np.ndarray:
+    """(M, n): what a dictionary of `n` random directions makes of `x` (M, d), with one threshold by which a share of
+    all activations is above 0: the level that any dictionary of that width and sparsity has for nothing."""
+    W = np.random.default_rng(seed).standard_normal((x.shape[1], n))
+    found = (x - x.mean(0)) @ (W / np.linalg.norm(W, axis=0))
+    return np.maximum(found - np.quantile(found, 1 - share), 0)
+
+
 def pure(case: Case, tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
     """(L,) bool: which of the latents with activations `live` (M, L) are one value of one variable, or follow one; of
     all variables of the program, wherever they are made, and BOS, PAD and what is always there."""
