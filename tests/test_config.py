@@ -133,8 +133,8 @@ def test_built_config_builds_itself_again():
         ({"dictionary__d_sae": 64}, "set exactly one of dictionary.expansion and dictionary.d_sae"),
         ({"dictionary__expansion": 0}, "dictionary.expansion or d_sae=0 is out of range"),
         # combinations
-        ({"corpus__dataset": "d"}, "set exactly one of corpus.path and corpus.dataset"),
-        ({"corpus__path": None}, "set exactly one of corpus.path and corpus.dataset"),
+        ({"corpus__dataset": "d"}, "set exactly one of corpus.path, corpus.dataset and corpus.case"),
+        ({"corpus__path": None}, "set exactly one of corpus.path, corpus.dataset and corpus.case"),
         ({"model__path": None}, "set exactly one of model.path .* and model.hub"),
         (
             {"site__hook_name_out": "blocks.0.hook_mlp_out"},
