@@ -135,7 +135,7 @@ def test_built_config_builds_itself_again():
         # combinations
         ({"corpus__dataset": "d"}, "set exactly one of corpus.path, corpus.dataset and corpus.case"),
         ({"corpus__path": None}, "set exactly one of corpus.path, corpus.dataset and corpus.case"),
-        ({"model__path": None}, "set exactly one of model.path .* and model.hub"),
+        ({"model__path": None}, "set exactly one of model.path .* and tracr"),
         (
             {"site__hook_name_out": "blocks.0.hook_mlp_out"},
             r"kind=sae reads one hook, but this site has two .*use site=mlp_in",

@@ -175,7 +175,7 @@ def test_another_layout_is_read_through_zarr(columns, values):
     )
     array[:] = held
     reader = BatchReader([column], 64, seed=0)
-    assert isinstance(reader.columns[0], ZarrRows)
+    assert isinstance(reader.columns[0].rows, ZarrRows)
     assert torch.equal(reader.batch(0)[0], values["blocks.0.attn.hook_z"][reader.rows(0)].flatten(1))
 
 
