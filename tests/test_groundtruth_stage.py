@@ -19,6 +19,7 @@ from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked
 from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
 from saeflow.groundtruth.folder import load_hooked, read_model, write_model
+from saeflow.groundtruth.jacobians import compare_jacobians, mlp_jacobians
 from saeflow.groundtruth.network import Network, initial_weights
 from saeflow.job import Job
 from saeflow.models import ModelError, read_geometry
@@ -163,6 +164,43 @@ def test_iia_through_the_truth_is_perfect(number: int, hook: str, variables: dic
         assert found[f"latents_{name}"] >= least
         if (number, hook, name) != (3, "blocks.1.hook_resid_pre", "is_x"):
             assert found[f"iia_{name}"] == 1.0, name
+
+
+# -------------------------------------------------------------------- derivatives
+def transcoder_of(network: Network, layer: int) -> Dictionary:
+    """The MLP itself as a transcoder: a latent a hidden unit."""
+    p = {name.split(".")[-1]: w for name, w in network.parameters.items() if name.startswith(f"blocks.{layer}.mlp.")}
+    d, m = p["W_in"].shape
+    hooks = {"hook_name": f"blocks.{layer}.hook_resid_mid", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
+    spec = Spec(kind="transcoder", activation="relu", d_in=d, d_out=d, d_sae=m, **hooks)
+    return build(spec, *(p[name].clone() for name in ("W_in", "b_in", "W_out", "b_out")))
+
+
+@pytest.mark.parametrize(("number", "layer"), [(12, 1), (12, 2), (13, 0), (4, 1)])
+def test_jacobian_of_the_mlp_itself_is_the_truth_and_of_random_latents_is_not(number: int, layer: int) -> None:
+    case = get_case(number)
+    network = Network(case.compiled.config, case.compiled.weights)
+    clean = network(torch.from_numpy(case.rows(100)))
+    found = compare_jacobians(network, clean, transcoder_of(network, layer))
+    assert found["jacobian_cosine"] == pytest.approx(1, abs=1e-5) and found["jacobian_error"] < 1e-9
+    other = transcoder_of(network, layer)
+    other.W_enc.copy_(torch.randn(other.W_enc.shape, generator=torch.Generator().manual_seed(0)))
+    assert compare_jacobians(network, clean, other)["jacobian_cosine"] < 0.7
+    assert compare_jacobians(network, clean, identity("blocks.0.hook_mlp_out", case.compiled.config["d_model"])) == {}
+
+
+def test_mlp_jacobians_match_autograd_float64() -> None:
+    case = get_case(4)
+    config = small_config(case)
+    network = Network(config, initial_weights(config, 0), torch.float64)
+    x = network(torch.from_numpy(case.rows(3))).at("blocks.1.hook_resid_mid").flatten(0, 1)[:7]
+    found = mlp_jacobians(network, 1, x)
+    for row, J in zip(x, found, strict=True):
+
+        def mlp(v: torch.Tensor) -> torch.Tensor:
+            return network._mlp_out(network._hidden(v[:, None, None], 1), 1)[:, 0, 0]
+
+        torch.testing.assert_close(J, torch.autograd.functional.jacobian(mlp, row).T, rtol=1e-10, atol=1e-12)
 
 
 # -------------------------------------------------------------------- the jobs

@@ -75,6 +75,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.groundtruth.contexts import page, top_contexts
     from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
     from saeflow.groundtruth.folder import read_model
+    from saeflow.groundtruth.jacobians import compare_jacobians
     from saeflow.groundtruth.labels import label, without_leaks
     from saeflow.groundtruth.predicates import predicates, states
     from saeflow.groundtruth.recovery import random_latents, recovery
@@ -86,6 +87,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     model = json.loads((model_folder / "quality.json").read_text())
     rows = open_tokens(jobs[0].input("tokens"))[:].astype(np.int64)
     truth, against = Truth(case, rows), predicates(case, rows)
+    with torch.no_grad():
+        clean = network(torch.from_numpy(rows))
     summaries = []
     for job in jobs:
         folder = job.input("train")
@@ -95,7 +98,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         check_fit(dictionary, folder, model_folder, job.config["model"], read_geometry(model_folder))
         spec = dictionary.spec
         with torch.no_grad():
-            x = network(torch.from_numpy(rows)).at(spec.hook_name).flatten(0, 1)
+            x = clean.at(spec.hook_name).flatten(0, 1)
             f = without_leaks(dictionary.encode(x).double().numpy())
         labels, contexts = label(f, against), top_contexts(case, rows, f)
         name, amount = spec.amount
@@ -104,6 +107,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
         summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
         summary |= faithfulness(network, truth, dictionary) | interchange_through(network, truth, dictionary)
+        summary |= compare_jacobians(network, clean, dictionary)
         summary |= recovery(case, rows, spec.hook_name_out, f)
         random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
         summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}
