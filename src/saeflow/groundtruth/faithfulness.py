@@ -83,7 +83,7 @@ def interchange_through(network: Network, truth: Truth, dictionary: "Dictionary"
         given = {name: truth.values[name][base] for name in made} | {variable: truth.values[variable][source]}
         wanted = run(case.program, truth.rows[base], given)[case.program.output]
         b, s = torch.from_numpy(base), torch.from_numpy(source)
-        moved = (f[s] - f[b])[..., latents] @ dictionary.W_dec[latents]
+        moved = (f[s] - f[b])[..., latents] @ dictionary.tensors["W_dec"][latents]
         after = type(clean)(clean.output, *([t[b] for t in some] for some in clean[1:]))
         output = network.spliced(after, hook, y[b] + moved)
         row[f"iia_{variable}"] = float(truth.right(output, wanted).mean())

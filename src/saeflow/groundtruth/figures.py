@@ -19,9 +19,31 @@ def draw_job(job: Job) -> str:
     unknown = set(job.config["figures"]) - {"recovery"}
     if unknown:
         raise ValueError(f"an experiment with model=tracr has the figure recovery, not {', '.join(sorted(unknown))}")
+    stable = stability_table(job, table)
     with job.writing() as folder:
         draw(table, folder)
-    return f"wrote recovery (.png, .pdf, .csv) to {job.path}/"
+        stable.to_csv(folder / "stability.csv", index=False, float_format="%.6g")
+    return f"wrote recovery (.png, .pdf, .csv) and stability.csv to {job.path}/"
+
+
+def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
+    """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
+    from saeflow.dictionaries import load_dictionary
+    from saeflow.groundtruth.redundancy import stability
+
+    live = {f.name: pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover")}
+    recovers = dict(zip((f.name for f in job.inputs("recover")), table["train_key"], strict=True))
+    latents = {recovers[name]: rows for name, rows in live.items()}
+    same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
+    found = []
+    for names, rows in table.groupby(same, dropna=False):
+        if len(rows) > 1:
+            decoders = [
+                load_dictionary(job.plan.folder("train", key)).tensors["W_dec"].double().numpy()[latents[key]]
+                for key in rows["train_key"]
+            ]
+            found.append(dict(zip(same, names, strict=True)) | {"n": len(rows), "stability": stability(decoders)})
+    return pd.DataFrame(found, columns=[*same, "n", "stability"])
 
 
 def draw(table: pd.DataFrame, folder: Path) -> None:

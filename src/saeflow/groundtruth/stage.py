@@ -111,7 +111,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         summary |= recovery(case, rows, spec.hook_name_out, f)
         random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
         summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}
-        summary |= redundancy(dictionary.W_dec.double().numpy(), f, states(case, rows, spec.hook_name_out))
+        summary |= redundancy(dictionary.tensors["W_dec"].double().numpy(), f, states(case, rows, spec.hook_name_out))
         summaries.append(summary)
         with job.writing() as out:
             labels.to_parquet(out / "labels.parquet")
