@@ -19,8 +19,8 @@ from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked
 from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
 from saeflow.groundtruth.folder import load_hooked, read_model, write_model
-from saeflow.groundtruth.jacobians import compare_jacobians, mlp_jacobians
-from saeflow.groundtruth.network import Network, initial_weights
+from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, mlp_jacobians
+from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.job import Job
 from saeflow.models import ModelError, read_geometry
 from saeflow.plan import Plan
@@ -106,7 +106,7 @@ def test_folder_holds_the_model(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------- what replacing does
-@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.hook_mlp_out"])
+@pytest.mark.parametrize("hook", [f"blocks.{i % 2}.{hook}" for i, hook in enumerate(HOOKS)])
 def test_replacement_is_that_of_a_hook_in_transformer_lens(hook: str) -> None:
     case = get_case(4)
     config, truth = small_config(case), Truth(case, case.rows(50))
@@ -187,6 +187,19 @@ def test_jacobian_of_the_mlp_itself_is_the_truth_and_of_random_latents_is_not(nu
     other.W_enc.copy_(torch.randn(other.W_enc.shape, generator=torch.Generator().manual_seed(0)))
     assert compare_jacobians(network, clean, other)["jacobian_cosine"] < 0.7
     assert compare_jacobians(network, clean, identity("blocks.0.hook_mlp_out", case.compiled.config["d_model"])) == {}
+
+
+def test_known_jacobians_are_as_sparse_as_their_blocks() -> None:
+    """A linear map of two numbers has two inputs where both hidden units of a sign are on; a pair map three: x_i, y_j
+    and `one`, with weights of equal size."""
+    found = {}
+    for number, layer in ((4, 1), (13, 0)):
+        case = get_case(number)
+        network = Network(case.compiled.config, case.compiled.weights)
+        x = network(torch.from_numpy(case.rows(100))).at(f"blocks.{layer}.hook_resid_mid").flatten(0, 1)
+        found[number] = effective_inputs(mlp_jacobians(network, layer, x))
+    assert 1 < found[4] <= 2 + 1e-6
+    assert found[13] == pytest.approx(3, abs=0.1)  # at some positions what attention leaks turns a unit on
 
 
 def test_mlp_jacobians_match_autograd_float64() -> None:

@@ -1,13 +1,16 @@
 """The figure of an experiment on models whose algorithm is known, in the style of all others."""
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from saeflow.figures import COLOURS, KINDS, MARKERS, STYLE
+from saeflow.groundtruth.network import HOOKS
 from saeflow.job import Job
 
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
@@ -35,6 +38,7 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     recovers = dict(zip((f.name for f in job.inputs("recover")), table["train_key"], strict=True))
     latents = {recovers[name]: rows for name, rows in live.items()}
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
+    table = table[table["part"].isna()]
     found = []
     for names, rows in table.groupby(same, dropna=False):
         if len(rows) > 1:
@@ -58,10 +62,7 @@ def draw(table: pd.DataFrame, folder: Path) -> None:
 def recovery_figure(table: pd.DataFrame) -> Figure:
     """Recovery and share of mixtures against L0; a colour a model's training, a marker a dictionary kind."""
     table = table.copy()
-    table["series"] = [
-        f"SAELens {saelens}" if isinstance(saelens, str) else KINDS[kind, activation]
-        for saelens, kind, activation in zip(table["saelens"], table["kind"], table["activation"], strict=True)
-    ]
+    table["series"] = [_series(row) for row in table.to_dict("records")]
     hooks = sorted(table["hook_name_out"].unique(), key=_depth)
     series = sorted(table["series"].unique())
     methods = [method for method in METHODS if method in set(table["method"])]
@@ -88,7 +89,14 @@ def recovery_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _series(row: dict[Hashable, Any]) -> str:
+    if isinstance(row["part"], str):
+        return f"Jacobian pair, $\\lambda$ = {row['jacobian_coefficient']:g}"
+    if isinstance(row["saelens"], str):
+        return f"SAELens {row['saelens']}"
+    return KINDS[row["kind"], row["activation"]]
+
+
 def _depth(hook_name: str) -> tuple[int, int]:
-    order = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
-    kind = hook_name.split(".")[-1]
-    return int(hook_name.split(".")[1]), order.index(kind) if kind in order else len(order)
+    _, layer, kind = hook_name.split(".")
+    return int(layer), HOOKS.index(kind)

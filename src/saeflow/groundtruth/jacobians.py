@@ -5,7 +5,9 @@ and a transcoder W_enc diag(f > 0) W_dec (+ W_skip^T). A transcoder has only see
 the directions in which these differ can it know J: both are compared along those, weighted by how much inputs vary,
 C^1/2 J with C the covariance of the inputs. `jacobian_cosine` is the mean over positions of the cosine between the two
 as vectors of d d entries (positions where J vanishes along all that varies are left out); `jacobian_error` the mean
-squared distance over the mean squared size of the truth.
+squared distance over the mean squared size of the truth. Of the compiled model `effective_inputs_true` says how sparse
+the truth is in its own basis, in the words of the Jacobian stage's `effective_inputs`: of each output that has any
+derivative, (sum |J|)^2 / sum J^2 over its inputs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,13 @@ def transcoder_jacobians(dictionary: "Dictionary", x: Tensor) -> Tensor:
     active = (dictionary.encode(x) > 0).to(x.dtype)
     J = torch.einsum("in,Mn,no->Mio", dictionary.W_enc, active, dictionary.W_dec)
     return J if dictionary.W_skip is None else J + dictionary.W_skip.T
+
+
+def effective_inputs(J: Tensor) -> float:
+    """Mean over positions and outputs with a derivative, of J (M, d, d), rows by input direction."""
+    squares = J.square().sum(1)
+    live = squares > SMALLEST**2
+    return (J.abs().sum(1).square()[live] / squares[live]).mean().item() if live.any() else 0.0
 
 
 @torch.no_grad()

@@ -20,6 +20,9 @@ from saeflow.config import ConfigError
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
+HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+
+
 class Node(NamedTuple):
     """A head's output (its hook_z: what it adds to the residual stream is a linear map of that), or an MLP's
     hook_post."""
@@ -52,13 +55,12 @@ class Pass(NamedTuple):
         return self.hidden[node.layer] if node.head is None else self.z[node.layer][:, :, node.head]
 
     def at(self, hook_name: str) -> Tensor:
-        """(N, P, d) of a pass from the tokens, at `blocks.L.hook_resid_pre`, `hook_attn_out`, `hook_resid_mid` or
-        `hook_mlp_out`."""
-        layer, kind = _layer_and_kind(hook_name, "hook_resid_mid")
+        """(N, P, d) of a pass from the tokens, at one of `HOOKS` of a layer."""
+        layer, kind = _layer_and_kind(hook_name)
         if kind == "hook_resid_mid":
             return self.middle[layer]
-        if kind == "hook_resid_pre":
-            return self.residual[layer]
+        if kind in ("hook_resid_pre", "hook_resid_post"):
+            return self.residual[layer + (kind == "hook_resid_post")]
         if kind == "hook_attn_out":
             return self.middle[layer] - self.residual[layer]
         return self.residual[layer + 1] - self.middle[layer]
@@ -114,14 +116,13 @@ class Network:
     def spliced(self, base: Pass, hook_name: str, value: Tensor) -> Tensor:
         """Output (N, P, d_vocab_out) with the value at a hook (see `Pass.at`) replaced by `value` (N, P, d)."""
         layer, kind = _layer_and_kind(hook_name)
-        if kind == "hook_resid_pre":
-            return self._from(value.permute(2, 1, 0), layer, {}).output
-        if kind == "hook_attn_out":
-            middle = base.residual[layer] + value
-            hidden = self._hidden(middle.permute(2, 1, 0), layer)
-            after = middle.permute(2, 1, 0) + self._mlp_out(hidden, layer)
-            return self._from(after, layer + 1, {}).output
-        return self._from((base.middle[layer] + value).permute(2, 1, 0), layer + 1, {}).output
+        if kind in ("hook_resid_pre", "hook_resid_post"):
+            return self._from(value.permute(2, 1, 0), layer + (kind == "hook_resid_post"), {}).output
+        if kind == "hook_mlp_out":
+            return self._from((base.middle[layer] + value).permute(2, 1, 0), layer + 1, {}).output
+        middle = value if kind == "hook_resid_mid" else base.residual[layer] + value
+        hidden = self._hidden(middle.permute(2, 1, 0), layer)
+        return self._from(middle.permute(2, 1, 0) + self._mlp_out(hidden, layer), layer + 1, {}).output
 
     def _hidden(self, middle: Tensor, layer: int) -> Tensor:
         p, name = self.parameters, f"blocks.{layer}.mlp."
@@ -161,11 +162,10 @@ class Network:
         return Pass(_rows_first(output), zs, hiddens, residuals, middles)
 
 
-def _layer_and_kind(hook_name: str, *more: str) -> tuple[int, str]:
-    legal = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", *more)
-    found = re.fullmatch(rf"blocks\.(\d+)\.({'|'.join(legal)})", hook_name)
+def _layer_and_kind(hook_name: str) -> tuple[int, str]:
+    found = re.fullmatch(rf"blocks\.(\d+)\.({'|'.join(HOOKS)})", hook_name)
     if not found:
-        raise ConfigError(f"{hook_name!r}: dictionaries of a model of a case are used at blocks.L.{', '.join(legal)}")
+        raise ConfigError(f"{hook_name!r}: dictionaries of a model of a case are used at blocks.L.{', '.join(HOOKS)}")
     return int(found[1]), found[2]
 
 

@@ -75,7 +75,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.groundtruth.contexts import page, top_contexts
     from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
     from saeflow.groundtruth.folder import read_model
-    from saeflow.groundtruth.jacobians import compare_jacobians
+    from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, mlp_jacobians
     from saeflow.groundtruth.labels import label, without_leaks
     from saeflow.groundtruth.predicates import predicates, states
     from saeflow.groundtruth.recovery import random_latents, recovery
@@ -105,9 +105,14 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         names = ("kind", "activation", "skip", "saelens", "hook_name", "hook_name_out", "d_sae", "seed")
         summary = {"train_key": folder.name, "model_key": model_folder.name, "case": case.number}
         summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
+        summary |= {"part": job.config.get("part"), "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
         summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
         summary |= faithfulness(network, truth, dictionary) | interchange_through(network, truth, dictionary)
         summary |= compare_jacobians(network, clean, dictionary)
+        if model["method"] == "compiled" and spec.hook_name_out.endswith("hook_mlp_out"):
+            layer = int(spec.hook_name_out.split(".")[1])
+            before = clean.at(f"blocks.{layer}.hook_resid_mid").flatten(0, 1)
+            summary["effective_inputs_true"] = effective_inputs(mlp_jacobians(network, layer, before))
         summary |= recovery(case, rows, spec.hook_name_out, f)
         random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
         summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}
