@@ -160,6 +160,7 @@ def test_iia_through_the_truth_is_perfect(number: int, hook: str, variables: dic
     config = case.compiled.config
     network = Network(config, case.compiled.weights)
     found = interchange_through(network, truth, identity(hook, config["d_model"], (1.0, -1.0)))
+    assert found["iia_all"] == 1.0
     for name, least in variables.items():
         assert found[f"latents_{name}"] >= least
         if (number, hook, name) != (3, "blocks.1.hook_resid_pre", "is_x"):

@@ -9,7 +9,8 @@ a category) against what the program says, and the *accuracy*. Recovered against
 *IIA through the dictionary*: of the latents that stand for one variable, a base row gets the activations of a source
 row, x + (f_source - f_base) W_dec with all else as it was, and the model should say what the program says with that
 variable from the source and all others that are made up to there from the base. `iia_nothing_<variable>` is how often
-the base row's own output would be right.
+the base row's own output would be right. `iia_all`: all latents are exchanged, and with them all variables that the
+compiled model has at the hook; what the model's own alignment allows at most.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -75,20 +76,25 @@ def interchange_through(network: Network, truth: Truth, dictionary: "Dictionary"
     f = dictionary.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
     made = [name for name, place in case.compiled.places.items() if place.sublayer < written_before(hook).stop]
     base, source = pairs(len(truth.rows), N_PAIRS, seed)
-    row: dict[str, Any] = {}
-    held = list(case.compiled.variables_at(hook))
-    for variable, latents in stand_for(truth, held, f).items():
-        if variable == "indices":
-            continue
-        given = {name: truth.values[name][base] for name in made} | {variable: truth.values[variable][source]}
+    b, s = torch.from_numpy(base), torch.from_numpy(source)
+    after = type(clean)(clean.output, *([t[b] for t in some] for some in clean[1:]))
+    W_dec = dictionary.tensors["W_dec"]
+
+    def right(variables: list[str], latents: list[int] | slice) -> float:
+        given = {name: truth.values[name][source if name in variables else base] for name in made}
         wanted = run(case.program, truth.rows[base], given)[case.program.output]
-        b, s = torch.from_numpy(base), torch.from_numpy(source)
-        moved = (f[s] - f[b])[..., latents] @ dictionary.tensors["W_dec"][latents]
-        after = type(clean)(clean.output, *([t[b] for t in some] for some in clean[1:]))
-        output = network.spliced(after, hook, y[b] + moved)
-        row[f"iia_{variable}"] = float(truth.right(output, wanted).mean())
-        row[f"iia_nothing_{variable}"] = float(truth.right(clean.output[b], wanted).mean())
-        row[f"latents_{variable}"] = len(latents)
+        if latents == []:
+            return float(truth.right(clean.output[b], wanted).mean())
+        moved = (f[s] - f[b])[..., latents] @ W_dec[latents]
+        return float(truth.right(network.spliced(after, hook, y[b] + moved), wanted).mean())
+
+    held = list(case.compiled.variables_at(hook))
+    row: dict[str, Any] = {"iia_all": right(held, slice(None))}
+    for variable, latents in stand_for(truth, held, f).items():
+        if variable != "indices":
+            row[f"iia_{variable}"] = right([variable], latents)
+            row[f"iia_nothing_{variable}"] = right([variable], [])
+            row[f"latents_{variable}"] = len(latents)
     return row
 
 
