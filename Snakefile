@@ -10,6 +10,7 @@ report: "workflow/report/workflow.rst"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/groundtruth.smk"
 include: "workflow/rules/tokens.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/train.smk"
@@ -19,6 +20,7 @@ include: "workflow/rules/baseline.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/stack.smk"
 include: "workflow/rules/blind.smk"
+include: "workflow/rules/recover.smk"
 include: "workflow/rules/figures.smk"
 
 

@@ -12,6 +12,10 @@ def figures(jobs: list[Job]) -> str:
     from saeflow.jacobian_figures import read_histograms, read_studies
 
     (job,) = jobs
+    if job.inputs("recover"):  # an experiment on a model whose algorithm is known
+        from saeflow.groundtruth.figures import draw_job
+
+        return draw_job(job)
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
     evaluations["part"] = evaluations["part"].fillna("")  # input or output, of what was trained as a pair
     identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]

@@ -12,6 +12,10 @@ def tokens(jobs: list[Job]) -> str:
     from saeflow.tokens import write_tokens
 
     (job,) = jobs
+    if "case" in job.config["corpus"]:
+        from saeflow.groundtruth.stage import write_case_rows
+
+        return write_case_rows(job)
     config, corpus, packing = job.config, job.config["corpus"], job.config["tokens"]
     if job.instance.sources["corpus"]:
         fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}

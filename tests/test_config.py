@@ -133,9 +133,9 @@ def test_built_config_builds_itself_again():
         ({"dictionary__d_sae": 64}, "set exactly one of dictionary.expansion and dictionary.d_sae"),
         ({"dictionary__expansion": 0}, "dictionary.expansion or d_sae=0 is out of range"),
         # combinations
-        ({"corpus__dataset": "d"}, "set exactly one of corpus.path and corpus.dataset"),
-        ({"corpus__path": None}, "set exactly one of corpus.path and corpus.dataset"),
-        ({"model__path": None}, "set exactly one of model.path .* and model.hub"),
+        ({"corpus__dataset": "d"}, "set exactly one of corpus.path, corpus.dataset and corpus.case"),
+        ({"corpus__path": None}, "set exactly one of corpus.path, corpus.dataset and corpus.case"),
+        ({"model__path": None}, "set exactly one of model.path .* and tracr"),
         (
             {"site__hook_name_out": "blocks.0.hook_mlp_out"},
             r"kind=sae reads one hook, but this site has two .*use site=mlp_in",

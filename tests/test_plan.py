@@ -48,6 +48,7 @@ def changed(before: Plan, after: Plan) -> dict[str, int]:
 def test_stages_of_a_sweep(home: Path) -> None:
     plan = plan_of(home)
     assert {s: len(t) for s, t in plan.stages.items()} == {
+        "groundtruth": 0,
         "tokens": 2,
         "activations": 1,
         "train": 2,
@@ -57,6 +58,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "evaluate": 2,
         "stack": 0,
         "blind": 0,
+        "recover": 0,
         "figures": 1,
     }
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
+from saeflow import reader as reader_module
 from saeflow.reader import BatchReader, MappedRows, ZarrRows, open_rows, permute
 from saeflow.shards import ShardError
 from saeflow.store import StoreError
@@ -175,7 +176,7 @@ def test_another_layout_is_read_through_zarr(columns, values):
     )
     array[:] = held
     reader = BatchReader([column], 64, seed=0)
-    assert isinstance(reader.columns[0], ZarrRows)
+    assert isinstance(reader.columns[0].rows, ZarrRows)
     assert torch.equal(reader.batch(0)[0], values["blocks.0.attn.hook_z"][reader.rows(0)].flatten(1))
 
 
@@ -201,7 +202,20 @@ def test_columns_of_different_stores_or_lengths_are_refused(tmp_path, columns, v
         BatchReader([columns[0], other[1]], 16, seed=0)
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(columns):
+def test_small_columns_held_in_memory_give_the_same_batches(columns, monkeypatch):
+    held = BatchReader(columns, 48, seed=3)
+    assert not [c for c in held.columns if isinstance(c, MappedRows)]
+    found = list(held.iterate(2, 20))
+    monkeypatch.setattr(reader_module, "HELD_BYTES", 0)
+    monkeypatch.setattr(reader_module, "HELD_TOKENS", 0)
+    mapped = BatchReader(columns, 48, seed=3)
+    assert all(isinstance(c, MappedRows) for c in mapped.columns)
+    for mine, its in zip(found, mapped.iterate(2, 20), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(columns, monkeypatch):
+    monkeypatch.setattr(reader_module, "HELD_BYTES", 0)
     shard = columns[1].array / "c" / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[0] ^= 1
@@ -210,7 +224,9 @@ def test_an_error_in_the_thread_reaches_the_consumer(columns):
         list(BatchReader(columns, 64, seed=0).iterate(0, 100))
 
 
-def test_the_thread_ends_with_the_consumer(columns):
+def test_the_thread_ends_with_the_consumer(columns, monkeypatch):
+    monkeypatch.setattr(reader_module, "HELD_BYTES", 0)
+
     def reading() -> bool:
         return any(thread.name == "batch-reader" for thread in threading.enumerate())
 

@@ -21,7 +21,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Where the text is from: a local file or folder (`path`), or a Hugging Face dataset (`dataset`), streamed."""
+    """Where the text is from: a local file or folder (`path`), or a Hugging Face dataset (`dataset`), streamed; or the
+    rows of a `case` whose algorithm is known."""
 
     name: str
     path: str | None = None
@@ -32,10 +33,11 @@ class CorpusConfig:
     text_field: str = "text"
     source_field: str = "source"
     sample_by: Literal["document", "paragraph", "line"] = "document"
+    case: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.dataset is None):
-            raise ConfigError("corpus: set exactly one of corpus.path and corpus.dataset")
+        if sum(source is not None for source in (self.path, self.dataset, self.case)) != 1:
+            raise ConfigError("corpus: set exactly one of corpus.path, corpus.dataset and corpus.case")
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,27 @@ class TokensConfig:
 
 
 @dataclass(frozen=True)
+class TracrConfig:
+    """A model of a case of `saeflow.groundtruth.cases`: the `compiled` one, or a small one that is trained from `seed`
+    on `n_rows` rows of the case (null: all that there are), as `saeflow.groundtruth.lowlevel.Recipe` says."""
+
+    case: int
+    method: Literal["compiled", "supervised", "iit", "siit"] = "siit"
+    seed: int = 0
+    n_rows: int | None = None
+    n_steps: int = 400
+    batch_rows: int = 128
+    lr: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "batch_rows"):
+            _require(getattr(self, name) > 0, f"model.tracr.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
-    processing, which changes activations.
+    processing, which changes activations; or a model that the pipeline makes (`tracr`).
 
     `randomise` replaces the weight matrices, as a control (`saeflow.randomise`): `reinit` draws them as at the start of
     training, `permuted` shuffles their rows and columns; by `randomise_seed`.
@@ -75,11 +95,17 @@ class ModelConfig:
     center_unembed: bool = False
     randomise: Literal["none", "reinit", "permuted"] = "none"
     randomise_seed: int = 0
+    tracr: TracrConfig | None = None
 
     def __post_init__(self) -> None:
         _require(self.randomise_seed >= 0, "model.randomise_seed", self.randomise_seed, "0 or more")
-        if (self.path is None) == (self.hub is None):
-            raise ConfigError("model: set exactly one of model.path (a local folder) and model.hub (a hub name)")
+        if sum(source is not None for source in (self.path, self.hub, self.tracr)) != 1:
+            raise ConfigError("model: set exactly one of model.path (a local folder), model.hub (a hub name) and tracr")
+        processed = self.fold_ln or self.center_writing_weights or self.center_unembed or self.randomise != "none"
+        if self.tracr and processed:
+            raise ConfigError(
+                "model.tracr: its models have no norms; leave fold_ln, center_* and randomise as they are"
+            )
 
 
 @dataclass(frozen=True)
@@ -416,6 +442,10 @@ class PointConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.corpus.case != (self.model.tracr and self.model.tracr.case):
+            raise ConfigError(
+                "a model of a case is studied on the rows of that case: use model=tracr with corpus=tracr"
+            )
         if self.dictionary.kind == "sae" and self.site.hook_name_out is not None:
             raise ConfigError(
                 f"dictionary.kind=sae reads one hook, but this site has two ({self.site.hook_name} and "

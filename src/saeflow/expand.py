@@ -74,6 +74,8 @@ class _Expander:
             arm = f"-{point.model.randomise}{point.model.randomise_seed}"
         tree["model"] = {"weights": weights, **processing, **of_arm}
 
+        made = {"groundtruth": [weights]} if point.model.tracr else {}  # the model is an artifact too
+
         def instance(stage: str, label: str, needs: dict[str, list[str]], **extra: Any) -> str:
             config = _project(tree, STAGES[stage].reads) | extra
             return self._instance(stage, label, config, needs, sources)
@@ -95,7 +97,7 @@ class _Expander:
         def column(hook: str) -> str:
             size = list(geometry.hook_size(hook))
             name = f"{store}/{_short(hook)}-{train_rows}rows"
-            needs = {"tokens": [tokens["train"]]}
+            needs = {"tokens": [tokens["train"]]} | made
             return instance("activations", name, needs, hook_name=hook, n_rows=train_rows, size=size)
 
         hook, hook_out = point.site.hook_name, point.site.hook_name_out
@@ -135,6 +137,10 @@ class _Expander:
             needs = {"train": [dictionaries[0][0]], "tokens": [tokens["held_out"]]}
             instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
         for key, part, writes in dictionaries:
+            if made:
+                needs = {"train": [key], "tokens": [tokens["held_out"]]} | made
+                instance("recover", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
+                continue
             _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], None, part)
             if d.kind not in ("pair", "jacobian"):
                 self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
@@ -218,7 +224,7 @@ class _Expander:
         """One instance: all figures of the experiment, from all that it measured."""
         needs = {
             s: sorted(self.plan.stages[s])
-            for s in ("train", "foreign", "jacobian", "evaluate", "stack")
+            for s in ("train", "foreign", "jacobian", "evaluate", "stack", "recover")
             if self.plan.stages[s]
         }
         made_from = {"training_curves": "train", "stacks": "stack"}
@@ -234,6 +240,8 @@ class _Expander:
         return key
 
     def _model(self, point: PointConfig) -> tuple[Path, models.Geometry, str, str]:
+        if point.model.tracr:
+            return self._made(point)
         name = (point.model.path, point.model.hub, point.model.revision)
         if name not in self._folders:
             folder = models.resolve_folder(point.model)
@@ -242,12 +250,27 @@ class _Expander:
             self._folders[name] = (folder, models.read_geometry(folder), weights, tokenizer)
         return self._folders[name]
 
+    def _made(self, point: PointConfig) -> tuple[Path, models.Geometry, str, str]:
+        """A model that the pipeline makes: what identifies its weights is the key of the artifact that they will be."""
+        from saeflow.groundtruth.plan import check_case, geometry_of_case
+
+        assert point.model.tracr
+        check_case(point)
+        config = json.loads(canonical(dataclasses.asdict(point.model.tracr)))
+        if config["method"] == "compiled":  # the rest says how to train
+            config = {name: config[name] for name in ("case", "method")}
+        label = f"case{config['case']}-{config['method']}" + (f"-seed{config['seed']}" if "seed" in config else "")
+        key = self._instance("groundtruth", label, {"tracr": config}, {}, {})
+        return self.plan.folder("groundtruth", key), geometry_of_case(point.model.tracr), key, ""
+
     def _corpus(self, point: PointConfig) -> dict[str, Any]:
         """What identifies a corpus: the content of local files, the names that the hub knows a dataset by."""
         if point.corpus not in self._corpora:
             tree = dataclasses.asdict(point.corpus)
             del tree["name"], tree["path"]
-            if point.corpus.path is not None:
+            if point.corpus.case is not None:
+                tree = {"case": point.corpus.case}
+            elif tree.pop("case") is None and point.corpus.path is not None:
                 path = Path(point.corpus.path)
                 if not path.exists():
                     raise ConfigError(f"corpus.path={path}: no such file or folder")

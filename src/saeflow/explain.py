@@ -9,6 +9,7 @@ from saeflow.plan import RECEIPT, Instance, Plan
 from saeflow.shards import predicted_bytes
 
 NOUNS = {
+    "groundtruth": ("model of a case", "models of a case"),
     "tokens": ("token store", "token stores"),
     "activations": ("activation column", "activation columns"),
     "train": ("training", "trainings"),
@@ -18,6 +19,7 @@ NOUNS = {
     "evaluate": ("evaluation", "evaluations"),
     "stack": ("stack of dictionaries", "stacks of dictionaries"),
     "blind": ("blind set of features", "blind sets of features"),
+    "recover": ("comparison with the truth", "comparisons with the truth"),
     "figures": ("set of figures", "sets of figures"),
 }
 MAX_REASONS = 6

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeflow.config import ModelConfig
-from saeflow.models import RMS_NORM, Geometry, ModelError, config_file, read_geometry, read_keys, weight_files
+from saeflow.models import (
+    GROUND_TRUTH,
+    RMS_NORM,
+    Geometry,
+    ModelError,
+    config_file,
+    read_geometry,
+    read_keys,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -19,6 +28,10 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
     something else than transformers does. Imports both, which takes several seconds.
     """
     geometry = read_geometry(folder)
+    if geometry.architecture == GROUND_TRUTH:
+        from saeflow.groundtruth.folder import load_hooked
+
+        return load_hooked(folder).to(device, print_details=False)
     if geometry.architecture in RMS_NORM and model.center_writing_weights:
         raise ModelError(
             f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "

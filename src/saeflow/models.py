@@ -22,6 +22,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
@@ -70,6 +71,8 @@ class Geometry:
         }
         if self.parallel:
             del hooks["hook_resid_mid"]
+        if self.architecture == GROUND_TRUTH:  # without norms
+            del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"]
         if self.gated:
             hooks["mlp.hook_pre_linear"] = m
         return hooks
@@ -215,6 +218,8 @@ def read_geometry(folder: Path) -> Geometry:
         parallel, gated = False, False
     elif architecture in RMS_NORM:
         parallel, gated = False, True
+    elif architecture == GROUND_TRUTH:
+        parallel, gated = False, False
     else:
         raise ModelError(
             f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2"

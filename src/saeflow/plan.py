@@ -35,6 +35,7 @@ class Stage:
 
 _PACKING = ("tokens.context_size", "tokens.prepend_bos", "tokens.bos_token", "tokens.held_out_fraction")
 STAGES = {
+    "groundtruth": Stage(reads=("model.tracr",)),
     "tokens": Stage(reads=("corpus", "tokenizer", *_PACKING)),
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
@@ -44,6 +45,7 @@ STAGES = {
     "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
     "stack": Stage(reads=("evaluation", "model")),
     "blind": Stage(reads=("model",)),
+    "recover": Stage(reads=("model",), batched=True),
     "figures": Stage(reads=()),
 }
 
@@ -192,7 +194,7 @@ class Plan:
             column = self.instance("activations", instance.needs["activations"][0])
             store = column.key.split("/")[0]
             return short_hash([store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]])
-        return short_hash([instance.config["model"], instance.config["evaluation"], instance.needs["tokens"]])
+        return short_hash([instance.config["model"], instance.config.get("evaluation"), instance.needs["tokens"]])
 
 
 def _cost(instance: Instance) -> float:

@@ -16,7 +16,8 @@ import math
 import queue
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,16 @@ from saeflow.shards import LayoutError, Shard, ShardError, shard_path
 from saeflow.store import Column, StoreError, array_layout
 
 ROUNDS = 8
+HELD_TOKENS, HELD_BYTES = (
+    1 << 16,
+    16 << 20,
+)  # up to so many tokens an epoch, and float32 bytes a column, are kept in memory
 
 
 class BatchReader:
     """Shuffled batches of row-aligned columns of one store, in float32."""
+
+    _orders: Mapping[int, np.ndarray] = MappingProxyType({})  # of the epochs of the last batch, where epochs are short
 
     def __init__(self, columns: list[Column], batch_size: int, seed: int) -> None:
         """Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens."""
@@ -38,14 +45,27 @@ class BatchReader:
             what = ", ".join(f"{c.folder} ({c.n_tokens} tokens)" for c in columns)
             raise StoreError(f"only columns of one store and one length can be read together, not {what}")
         self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens, batch_size, seed
-        self.columns = [open_rows(column) for column in columns]
+        self.columns = [_held(open_rows(column)) for column in columns]
 
     def rows(self, s: int) -> np.ndarray:
         """Token numbers of batch s, (batch_size,) int64."""
-        stream = np.arange(s * self.batch_size, (s + 1) * self.batch_size, dtype=np.int64)
-        epochs, index = np.divmod(stream, self.n_tokens)
-        parts = [permute(index[epochs == e], self.n_tokens, self.seed, int(e)) for e in np.unique(epochs)]
-        return np.concatenate(parts)
+        start, stop = s * self.batch_size, (s + 1) * self.batch_size
+        first, last = start // self.n_tokens, (stop - 1) // self.n_tokens
+        bounds = [start, *(e * self.n_tokens for e in range(first + 1, last + 1)), stop]
+        parts = [
+            self._order(e, a - e * self.n_tokens, b - e * self.n_tokens)
+            for e, a, b in zip(range(first, last + 1), bounds, bounds[1:], strict=False)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _order(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Token numbers at places `start` to `stop - 1` of an epoch."""
+        if self.n_tokens > HELD_TOKENS:
+            return permute(np.arange(start, stop, dtype=np.int64), self.n_tokens, self.seed, epoch)
+        if epoch not in self._orders:
+            whole = permute(np.arange(self.n_tokens, dtype=np.int64), self.n_tokens, self.seed, epoch)
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1} | {epoch: whole}
+        return self._orders[epoch][start:stop]
 
     def batch(self, s: int) -> tuple[Tensor, ...]:
         """Batch s, for every column an (N, d) float32 tensor, heads flattened; row i of each is the same token."""
@@ -56,7 +76,11 @@ class BatchReader:
         """Batches `start_step` to `start_step + n_steps - 1`, up to `prefetch` of them read ahead by a thread.
 
         What fails in the thread is raised here. The thread ends when the iterator is exhausted, closed or dropped.
+        Columns that are held in memory need no thread.
         """
+        if all(isinstance(column, HeldRows) for column in self.columns):
+            yield from map(self.batch, range(start_step, start_step + n_steps))
+            return
         ready: queue.Queue[tuple[Tensor, ...] | BaseException] = queue.Queue(prefetch)
         stop = threading.Event()
 
@@ -182,6 +206,27 @@ class ZarrRows:
         if not found.isfinite().all():  # caching lets only finite values in: these are fill values of a missing chunk
             raise ShardError(self.column.array, "a chunk is missing: its rows read as NaN")
         return found
+
+
+class HeldRows:
+    """Rows of a small column: all of them are read with the first, and kept in memory."""
+
+    def __init__(self, rows: "MappedRows | ZarrRows") -> None:
+        self.rows, self.values = rows, torch.empty(0)
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """Rows by token number in any order, (N,) int64 -> (N, d) float32."""
+        if not len(self.values):
+            self.values = self.rows.take(np.arange(self.rows.column.n_tokens))
+        return self.values[torch.from_numpy(rows)]
+
+
+def _held(rows: "MappedRows | ZarrRows") -> "MappedRows | ZarrRows | HeldRows":
+    """The same rows in memory, where they are few."""
+    column = rows.column
+    if column.n_tokens > HELD_TOKENS or 4 * column.n_tokens * math.prod(column.size) > HELD_BYTES:
+        return rows
+    return HeldRows(rows)
 
 
 def open_rows(column: Column) -> MappedRows | ZarrRows:

@@ -146,6 +146,22 @@ def write_tokens(
     return table.n_documents
 
 
+def write_whole_rows(folder: str | Path, tokens: np.ndarray, source: str, attributes: dict[str, Any]) -> None:
+    """Writes rows (rows, context_size) of token ids that are not packed from text: each is a document of its own, and
+    the offset of a token is its position."""
+    folder = Path(folder)
+    n_rows, context_size = tokens.shape
+    document = np.broadcast_to(np.arange(n_rows)[:, None], tokens.shape)
+    offset = np.broadcast_to(np.arange(context_size), tokens.shape)
+    held = {"context_size": context_size, "packing": "whole rows"} | attributes
+    arrays = _create(folder / "tokens.zarr", n_rows, context_size, held)
+    for name, values in zip(Rows._fields, (tokens, document, offset), strict=True):
+        arrays[name][:] = values.astype(np.int32)
+    with _DocumentTable(folder / "documents.parquet") as table:
+        hashes = (document_hash(" ".join(map(str, row))) for row in tokens.tolist())
+        table.write([(i, source, hash, context_size) for i, hash in enumerate(hashes)])
+
+
 class _Stream:
     """Blocks of whole rows, as documents come; keeps the records of those documents until they are taken."""
 

@@ -1,0 +1,13 @@
+"""Makes models whose algorithm is known: compiled from a case's program, or small ones trained on the case."""
+
+from saeflow.job import Job, run
+
+
+def groundtruth(jobs: list[Job]) -> str:
+    from saeflow.groundtruth.stage import make_model
+
+    return "\n".join(make_model(job) for job in jobs)
+
+
+if __name__ == "__main__":
+    run("groundtruth", groundtruth)

@@ -1,0 +1,72 @@
+"""How much of the truth a dictionary holds: is there a latent for every variable, and is every latent one variable?
+
+A variable's *recovery* is how well its best latent matches it: for a categorical one the mean over its values (those
+that occur, but not everywhere) of the largest AUROC, rescaled from [0.5, 1] to [0, 1]; for a numerical one the largest
+absolute correlation. A latent is a *mixture* if it neither fires as one value of one variable (F1 of 0.9 or more) nor
+follows a numerical one (absolute correlation of 0.95 or more): a conjunction such as x at position 1 is a mixture of
+token and position.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from saeflow.groundtruth.cases import Case
+from saeflow.groundtruth.labels import correlation, match
+from saeflow.groundtruth.predicates import Predicates, predicates
+from saeflow.groundtruth.program import run
+
+PURE_F1, PURE_CORRELATION = 0.9, 0.95
+
+
+def true_values(case: Case, tokens: np.ndarray, variables: list[str]) -> dict[str, Predicates]:
+    """By categorical variable: a predicate for each value that occurs, but not everywhere."""
+    values = run(case.program, tokens)
+    found = {}
+    for name in variables:
+        of = case.program.variables[name].values
+        if of is not None:
+            masks = {f"{name}={v}": (values[name] == code).ravel() for code, v in enumerate(of)}
+            some = {k: m for k, m in masks.items() if m.any() and not m.all()}
+            if some:
+                found[name] = Predicates(tuple(some), np.stack(list(some.values())), (True,) * len(some), {})
+    return found
+
+
+def recovery(case: Case, tokens: np.ndarray, hook_name: str, activations: np.ndarray) -> dict[str, Any]:
+    """Of latents at rows `tokens` (N, P), `activations` (N P, n): `recovery` (mean over the variables that the compiled
+    model has at the hook), `recovery_<variable>` of each, and `mixtures`, the share of live latents."""
+    variables = list(case.compiled.variables_at(hook_name))
+    values = run(case.program, tokens)
+    scores: dict[str, float] = {}
+    live = activations[:, (activations > 0).any(0)]
+    for name, against in true_values(case, tokens, variables).items():
+        auroc = match(live, against).auroc
+        best = auroc.max(0) if live.shape[1] else np.full(len(against.names), 0.5)
+        scores[name] = float(2 * best.clip(0.5).mean() - 1)
+    for name in variables:
+        if case.program.variables[name].numerical:
+            scores[name] = float(np.abs(correlation(live, values[name].ravel())).max(initial=0.0))
+    row: dict[str, Any] = {"recovery": float(np.mean(list(scores.values()))) if scores else None}
+    row |= {f"recovery_{name}": score for name, score in scores.items()}
+    return row | {"mixtures": float((~pure(case, tokens, live)).mean()) if live.shape[1] else None}
+
+
+def random_latents(x: np.ndarray, n: int, share: float, seed: int = 0) -> np.ndarray:
+    """(M, n): what a dictionary of `n` random directions makes of `x` (M, d), with one threshold by which a share of
+    all activations is above 0: the level that any dictionary of that width and sparsity has for nothing."""
+    W = np.random.default_rng(seed).standard_normal((x.shape[1], n))
+    found = (x - x.mean(0)) @ (W / np.linalg.norm(W, axis=0))
+    return np.maximum(found - np.quantile(found, 1 - share), 0)
+
+
+def pure(case: Case, tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """(L,) bool: which of the latents with activations `live` (M, L) are one value of one variable, or follow one; of
+    all variables of the program, wherever they are made, and BOS, PAD and what is always there."""
+    everything = predicates(case, tokens)
+    keep = [t or n in ("always", "BOS", "PAD") for n, t in zip(everything.names, everything.true_values, strict=True)]
+    single = Predicates((), everything.masks[keep], (), {})
+    fires_as_one = match(live, single).f1.max(1) >= PURE_F1
+    for number in everything.numbers.values():
+        fires_as_one |= np.abs(correlation(live, number)) >= PURE_CORRELATION
+    return fires_as_one

@@ -1,0 +1,127 @@
+"""The jobs: a case's rows as tokens, a model of a case as a model folder, dictionaries compared with the truth."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from saeflow.groundtruth.cases import get_case
+from saeflow.job import Job
+from saeflow.tokens import open_tokens, write_whole_rows
+
+SEEDS = {"train": 0, "held_out": 1}  # of sampled rows; a model trains on rows of yet another seed
+MODEL_ROWS_SEED = 2
+
+
+def write_case_rows(job: Job) -> str:
+    """All rows of a case, the same in both splits; or, where there are too many, a sample for each."""
+    config = job.config
+    case = get_case(config["corpus"]["case"])
+    rows = case.rows(config["n_rows"], SEEDS[config["split"]])
+    attributes = {"prepend_bos": True, "bos_token_id": case.program.token_id("BOS"), "split": config["split"]}
+    with job.writing() as folder:
+        write_whole_rows(folder, rows, f"case {case.number}", attributes | {"case": case.number})
+    return f"wrote {len(rows):,} rows of case {case.number} to {job.path}/"
+
+
+def make_model(job: Job) -> str:
+    """Compiles or trains a model, and measures it. `curve.parquet`: a row a check of the training."""
+    import pandas as pd
+    import torch
+
+    from saeflow.groundtruth.alignment import Quality, Truth
+    from saeflow.groundtruth.folder import write_model
+    from saeflow.groundtruth.lowlevel import Recipe, train_small
+    from saeflow.groundtruth.network import Network
+
+    config = job.config["tracr"]
+    case = get_case(config["case"])
+    curve: list[dict[str, Any]] = []
+    if config["method"] == "compiled":
+        network = Network(case.compiled.config, case.compiled.weights)
+        truth = Truth(case, case.rows(1000, MODEL_ROWS_SEED))
+        output = network(torch.from_numpy(truth.rows)).output
+        right = truth.right(output, truth.values[case.program.output])
+        quality = Quality(float(right.mean()), {}, {})
+    else:
+        rows = case.rows(config["n_rows"], MODEL_ROWS_SEED)
+        names = ("method", "seed", "n_steps", "batch_rows", "lr")
+        trained = train_small(case, rows, Recipe(**{name: config[name] for name in names}))
+        network, quality, curve = trained.network, trained.quality, trained.curve
+    weights = network.weights()
+    with job.writing() as folder:
+        write_model(folder, case, network.config, weights, config | quality._asdict())
+        if curve:
+            pd.DataFrame(curve).to_parquet(folder / "curve.parquet")
+    said = f"accuracy {quality.accuracy:.4f}"
+    if quality.iia:
+        said += (
+            f", IIA {min(quality.iia.values()):.4f}, strict accuracy {min(quality.strict.values()):.4f} (worst node)"
+        )
+    return f"case {case.number}, {config['method']}: {said}, in {job.path}/"
+
+
+def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Compares dictionaries of one model with what is known of it. Each folder gets `summary.json`, `labels.parquet`,
+    `contexts.parquet` and `latents.html`.
+
+    Raises `FitError` for a dictionary of another model.
+    """
+    import torch
+
+    from saeflow.dictionaries import load_dictionary
+    from saeflow.fitting import check_fit
+    from saeflow.groundtruth.alignment import Truth
+    from saeflow.groundtruth.contexts import page, top_contexts
+    from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
+    from saeflow.groundtruth.folder import read_model
+    from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, mlp_jacobians
+    from saeflow.groundtruth.labels import label, without_leaks
+    from saeflow.groundtruth.predicates import predicates, states
+    from saeflow.groundtruth.recovery import random_latents, recovery
+    from saeflow.groundtruth.redundancy import redundancy
+    from saeflow.models import read_geometry
+
+    model_folder = jobs[0].input("groundtruth")
+    case, network = read_model(model_folder)
+    model = json.loads((model_folder / "quality.json").read_text())
+    rows = open_tokens(jobs[0].input("tokens"))[:].astype(np.int64)
+    truth, against = Truth(case, rows), predicates(case, rows)
+    with torch.no_grad():
+        clean = network(torch.from_numpy(rows))
+    summaries = []
+    for job in jobs:
+        folder = job.input("train")
+        if "part" in job.config:
+            folder = folder / job.config["part"]
+        dictionary = load_dictionary(folder)
+        check_fit(dictionary, folder, model_folder, job.config["model"], read_geometry(model_folder))
+        spec = dictionary.spec
+        with torch.no_grad():
+            x = clean.at(spec.hook_name).flatten(0, 1)
+            f = without_leaks(dictionary.encode(x).double().numpy())
+        labels, contexts = label(f, against), top_contexts(case, rows, f)
+        name, amount = spec.amount
+        names = ("kind", "activation", "skip", "saelens", "hook_name", "hook_name_out", "d_sae", "seed")
+        summary = {"train_key": folder.name, "model_key": model_folder.name, "case": case.number}
+        summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
+        summary |= {"part": job.config.get("part"), "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
+        summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
+        summary |= faithfulness(network, truth, dictionary) | interchange_through(network, truth, dictionary)
+        summary |= compare_jacobians(network, clean, dictionary)
+        if model["method"] == "compiled" and spec.hook_name_out.endswith("hook_mlp_out"):
+            layer = int(spec.hook_name_out.split(".")[1])
+            before = clean.at(f"blocks.{layer}.hook_resid_mid").flatten(0, 1)
+            summary["effective_inputs_true"] = effective_inputs(mlp_jacobians(network, layer, before))
+        summary |= recovery(case, rows, spec.hook_name_out, f)
+        random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
+        summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}
+        summary |= redundancy(dictionary.tensors["W_dec"].double().numpy(), f, states(case, rows, spec.hook_name_out))
+        summaries.append(summary)
+        with job.writing() as out:
+            labels.to_parquet(out / "labels.parquet")
+            contexts.to_parquet(out / "contexts.parquet")
+            title = f"case {case.number} ({model['method']} model), latents of {folder.name}"
+            (out / "latents.html").write_text(page(title, labels, contexts))
+            (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    return summaries

@@ -1,0 +1,297 @@
+"""Models of cases in the pipeline: what is planned, what the jobs write, and the numbers against TransformerLens."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from saeflow.config import ConfigError
+from saeflow.dictionaries import Origin, Spec
+from saeflow.dictionaries.sae import Dictionary, build
+from saeflow.expand import compose
+from saeflow.groundtruth.alignment import Truth
+from saeflow.groundtruth.cases import get_case, small_config
+from saeflow.groundtruth.compiler import hooked
+from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
+from saeflow.groundtruth.folder import load_hooked, read_model, write_model
+from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, mlp_jacobians
+from saeflow.groundtruth.network import HOOKS, Network, initial_weights
+from saeflow.job import Job
+from saeflow.models import ModelError, read_geometry
+from saeflow.plan import Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENT = "experiment=tracr_case3"
+
+
+def planned(results: Path, *overrides: str) -> Plan:
+    return compose(ROOT / "conf", [EXPERIMENT, *overrides], results=str(results))
+
+
+def identity(hook: str, d: int, signs: tuple[float, ...] = (1.0,)) -> Dictionary:
+    """The SAE whose latents are the directions of the residual stream, each with every sign."""
+    W = torch.cat([sign * torch.eye(d) for sign in signs], 1)
+    n = W.shape[1]
+    spec = Spec(kind="sae", activation="relu", d_in=d, d_out=d, d_sae=n, hook_name=hook, hook_name_out=hook)
+    return build(dataclasses.replace(spec, origin=Origin()), W, torch.zeros(n), W.T.contiguous(), torch.zeros(d))
+
+
+# -------------------------------------------------------------------- the plan
+def test_experiment_has_seven_models_that_share_their_tokens(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    found = {stage: len(table) for stage, table in plan.stages.items()}
+    assert found == {
+        "groundtruth": 7, "tokens": 2, "activations": 28, "train": 28, "jacobian": 0, "evaluate": 0, "recover": 28,
+        "figures": 1,
+    }  # fmt: skip
+    made = set(plan.stages["groundtruth"])
+    for stage in ("activations", "recover"):
+        assert {i.needs["groundtruth"][0] for i in plan.stages[stage].values()} == made
+    assert len({json.dumps(i.needs["tokens"]) for i in plan.stages["activations"].values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("model.tracr.lr=0.02", {"groundtruth": 6, "activations": 24, "train": 24, "recover": 24, "figures": 1}),
+        ("dictionary.l1_coefficient=0.2", {"train": 28, "recover": 28, "figures": 1}),
+        ("device=cuda", {}),
+    ],
+)
+def test_an_edit_changes_exactly_its_descendants(tmp_path: Path, override: str, stages: dict[str, int]) -> None:
+    """The compiled model does not depend on how others are trained."""
+    before, after = planned(tmp_path), planned(tmp_path, override)
+    changed = {s: len(t.keys() - before.stages[s].keys()) for s, t in after.stages.items()}
+    assert {s: n for s, n in changed.items() if n} == stages
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tokens.context_size=6", "set tokens.context_size=5"),
+        ("tokens.train_tokens=100", "set tokens.train_tokens=1600"),
+        ("model.tracr.case=5", "there is no case 5"),
+        ("model.fold_ln=true", "have no norms"),
+        ("corpus=embedded", "use model=tracr with corpus=tracr"),
+        ("site.hook_name=blocks.2.hook_mlp_out", "layer 2 is out of range"),
+        ("site.hook_name=blocks.0.mlp.hook_post", "no variables are known at"),
+    ],
+)
+def test_what_a_case_does_not_have_is_refused_by_the_plan(tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        planned(tmp_path, "sweep=[{model.tracr.seed:[0]}]", override)
+
+
+# -------------------------------------------------------------------- the folder
+def test_folder_holds_the_model(tmp_path: Path) -> None:
+    case = get_case(4)
+    config = small_config(case)
+    weights = initial_weights(config, 3)
+    write_model(tmp_path, case, config, weights, {"accuracy": 1.0})
+    found, network = read_model(tmp_path)
+    assert found is case
+    tokens = torch.from_numpy(case.rows(10))
+    torch.testing.assert_close(network(tokens).output, Network(config, weights)(tokens).output, rtol=0, atol=0)
+    torch.testing.assert_close(load_hooked(tmp_path)(tokens), network(tokens).output, rtol=1e-5, atol=1e-5)
+    geometry = read_geometry(tmp_path)
+    assert (geometry.n_layers, geometry.d_head, geometry.n_ctx) == (config["n_layers"], config["d_head"], 10)
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match="is damaged"):
+        read_model(tmp_path)
+
+
+# -------------------------------------------------------------------- what replacing does
+@pytest.mark.parametrize("hook", [f"blocks.{i % 2}.{hook}" for i, hook in enumerate(HOOKS)])
+def test_replacement_is_that_of_a_hook_in_transformer_lens(hook: str) -> None:
+    case = get_case(4)
+    config, truth = small_config(case), Truth(case, case.rows(50))
+    weights = initial_weights(config, 0)
+    network, model = Network(config, weights), hooked(config, weights)
+    tokens = torch.from_numpy(truth.rows)
+    value = torch.randn(50, 10, config["d_model"], generator=torch.Generator().manual_seed(0))
+    clean = network(tokens)
+    torch.testing.assert_close(clean.at(hook), model.run_with_cache(tokens)[1][hook], rtol=1e-4, atol=1e-5)
+    wanted = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda v, hook: value)])
+    torch.testing.assert_close(network.spliced(clean, hook, value), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_truth_is_faithful_and_nothing_is_not() -> None:
+    case = get_case(3)
+    truth = Truth(case, case.rows())
+    network = Network(case.compiled.config, case.compiled.weights)
+    hook = "blocks.0.hook_mlp_out"
+    found = faithfulness(network, truth, identity(hook, 13))
+    assert found["accuracy_clean"] == found["accuracy_replaced"] == 1.0
+    labels = case.labels(truth.rows)[:, 1:]
+    assert found["error_zero"] == pytest.approx((labels**2).mean(), rel=1e-5)  # 0.1582 of the reference
+    assert found["error_zero"] == pytest.approx(0.1582, abs=5e-5)
+    assert found["accuracy_zero"] == pytest.approx((labels == 0).mean())
+    assert found["fvu"] == pytest.approx(0, abs=1e-12)
+    for name in ("zero", "mean", "resample"):
+        assert found[f"error_recovered_{name}"] == pytest.approx(1, abs=1e-6)
+        assert found[f"accuracy_recovered_{name}"] == pytest.approx(1)
+    dead = identity(hook, 13)
+    dead.b_enc.fill_(-10.0)
+    found = faithfulness(network, truth, dead)
+    assert found["error_replaced"] == found["error_zero"] and found["error_recovered_zero"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("number", "hook", "variables"),
+    [
+        (3, "blocks.1.hook_attn_out", {"frac_prevs": 1}),
+        (3, "blocks.0.hook_mlp_out", {"is_x": 1}),
+        (3, "blocks.1.hook_resid_pre", {"tokens": 3, "is_x": 2}),
+        (12, "blocks.1.hook_mlp_out", {"ab_before": 2}),
+        (12, "blocks.1.hook_attn_out", {"a_two_ago": 2, "b_one_ago": 2}),
+        (4, "blocks.1.hook_mlp_out", {"balance": 2}),
+    ],
+)
+def test_iia_through_the_truth_is_perfect(number: int, hook: str, variables: dict[str, int]) -> None:
+    """Latents that are directions carry their variable and nothing else; in case 3 latent `tokens:x` fires as `is_x`
+    does, and goes to the later of the two. Both signs: a number below 0 needs a latent of its own."""
+    case = get_case(number)
+    truth = Truth(case, case.rows(300))
+    config = case.compiled.config
+    network = Network(config, case.compiled.weights)
+    found = interchange_through(network, truth, identity(hook, config["d_model"], (1.0, -1.0)))
+    assert found["iia_all"] == 1.0
+    for name, least in variables.items():
+        assert found[f"latents_{name}"] >= least
+        if (number, hook, name) != (3, "blocks.1.hook_resid_pre", "is_x"):
+            assert found[f"iia_{name}"] == 1.0, name
+
+
+# -------------------------------------------------------------------- derivatives
+def transcoder_of(network: Network, layer: int) -> Dictionary:
+    """The MLP itself as a transcoder: a latent a hidden unit."""
+    p = {name.split(".")[-1]: w for name, w in network.parameters.items() if name.startswith(f"blocks.{layer}.mlp.")}
+    d, m = p["W_in"].shape
+    hooks = {"hook_name": f"blocks.{layer}.hook_resid_mid", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
+    spec = Spec(kind="transcoder", activation="relu", d_in=d, d_out=d, d_sae=m, **hooks)
+    return build(spec, *(p[name].clone() for name in ("W_in", "b_in", "W_out", "b_out")))
+
+
+@pytest.mark.parametrize(("number", "layer"), [(12, 1), (12, 2), (13, 0), (4, 1)])
+def test_jacobian_of_the_mlp_itself_is_the_truth_and_of_random_latents_is_not(number: int, layer: int) -> None:
+    case = get_case(number)
+    network = Network(case.compiled.config, case.compiled.weights)
+    clean = network(torch.from_numpy(case.rows(100)))
+    found = compare_jacobians(network, clean, transcoder_of(network, layer))
+    assert found["jacobian_cosine"] == pytest.approx(1, abs=1e-5) and found["jacobian_error"] < 1e-9
+    other = transcoder_of(network, layer)
+    other.W_enc.copy_(torch.randn(other.W_enc.shape, generator=torch.Generator().manual_seed(0)))
+    assert compare_jacobians(network, clean, other)["jacobian_cosine"] < 0.7
+    assert compare_jacobians(network, clean, identity("blocks.0.hook_mlp_out", case.compiled.config["d_model"])) == {}
+
+
+def test_known_jacobians_are_as_sparse_as_their_blocks() -> None:
+    """A linear map of two numbers has two inputs where both hidden units of a sign are on; a pair map three: x_i, y_j
+    and `one`, with weights of equal size."""
+    found = {}
+    for number, layer in ((4, 1), (13, 0)):
+        case = get_case(number)
+        network = Network(case.compiled.config, case.compiled.weights)
+        x = network(torch.from_numpy(case.rows(100))).at(f"blocks.{layer}.hook_resid_mid").flatten(0, 1)
+        found[number] = effective_inputs(mlp_jacobians(network, layer, x))
+    assert 1 < found[4] <= 2 + 1e-6
+    assert found[13] == pytest.approx(3, abs=0.1)  # at some positions what attention leaks turns a unit on
+
+
+def test_mlp_jacobians_match_autograd_float64() -> None:
+    case = get_case(4)
+    config = small_config(case)
+    network = Network(config, initial_weights(config, 0), torch.float64)
+    x = network(torch.from_numpy(case.rows(3))).at("blocks.1.hook_resid_mid").flatten(0, 1)[:7]
+    found = mlp_jacobians(network, 1, x)
+    for row, J in zip(x, found, strict=True):
+
+        def mlp(v: torch.Tensor) -> torch.Tensor:
+            return network._mlp_out(network._hidden(v[:, None, None], 1), 1)[:, 0, 0]
+
+        torch.testing.assert_close(J, torch.autograd.functional.jacobian(mlp, row).T, rtol=1e-10, atol=1e-12)
+
+
+# -------------------------------------------------------------------- the jobs
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
+    """All jobs of a small run on the compiled model, one after the other, and the last line of the figures."""
+    from saeflow.activations import cache_jobs
+    from saeflow.groundtruth.figures import draw_job
+    from saeflow.groundtruth.stage import make_model, recover_jobs, write_case_rows
+    from saeflow.training import train
+
+    plan = planned(
+        tmp_path_factory.mktemp("truth"),
+        "sweep=[{model.tracr.method:compiled,site.hook_name:[blocks.0.hook_resid_pre,blocks.1.hook_attn_out]}]",
+        "training.n_tokens=40_000",
+    )
+
+    def jobs(stage: str) -> list[Job]:
+        return [Job(instance, plan, "cpu") for instance in plan.stages[stage].values()]
+
+    for job in jobs("groundtruth"):
+        make_model(job)
+    for job in jobs("tokens"):
+        write_case_rows(job)
+    cache_jobs(jobs("activations"))
+    train(jobs("train"))
+    recover_jobs(jobs("recover"))
+    (figures,) = jobs("figures")
+    return plan, draw_job(figures)
+
+
+def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
+    plan, said = finished
+    assert "wrote recovery" in said
+    for stage, table in plan.stages.items():
+        assert all(plan.done(stage, key) for key in table), stage
+    (folder,) = (plan.folder("figures", key) for key in plan.stages["figures"])
+    assert (folder / "recovery.png").stat().st_size > 10_000
+    assert len(pd.read_csv(folder / "recovery.csv")) == 2
+    for key in plan.stages["recover"]:
+        folder = plan.folder("recover", key)
+        summary = json.loads((folder / "summary.json").read_text())
+        labels, contexts = (pd.read_parquet(folder / f"{name}.parquet") for name in ("labels", "contexts"))
+        assert summary["n_live"] == len(labels) == contexts["latent"].nunique() > 0
+        assert summary["accuracy_clean"] == 1.0 and 0 <= summary["recovery"] <= 1
+        assert labels["label"].notna().all()
+        assert "<h2" in (folder / "latents.html").read_text()
+
+
+def test_both_splits_hold_all_rows_of_the_case(finished: tuple[Plan, str]) -> None:
+    from saeflow.tokens import open_tokens
+
+    plan, _ = finished
+    for key in plan.stages["tokens"]:
+        store = open_tokens(plan.folder("tokens", key))
+        np.testing.assert_array_equal(store[:], get_case(3).rows())
+        assert store.attributes["prepend_bos"] and store.attributes["case"] == 3
+
+
+def test_training_reshuffles_finite_data_each_pass(finished: tuple[Plan, str]) -> None:
+    from saeflow.reader import BatchReader
+    from saeflow.store import open_column
+
+    plan, _ = finished
+    column = open_column(plan.folder("activations", next(iter(plan.stages["activations"]))))
+    (passes,) = [[torch.cat([b for (b,) in reader.iterate(20 * i, 20)]) for i in (0, 1)]
+                 for reader in [BatchReader([column], 80, 0)]]  # fmt: skip
+    first, second = (set(map(tuple, p.tolist())) for p in passes)
+    assert first == second and not torch.equal(*passes)
+
+
+def test_dictionary_of_another_model_is_refused(finished: tuple[Plan, str]) -> None:
+    from saeflow.fitting import FitError
+    from saeflow.groundtruth.stage import recover_jobs
+
+    plan, _ = finished
+    instance = next(iter(plan.stages["recover"].values()))
+    config: dict[str, Any] = instance.config | {"model": instance.config["model"] | {"weights": "another"}}
+    with pytest.raises(FitError, match="was trained on the model"):
+        recover_jobs([Job(dataclasses.replace(instance, config=config), plan, "cpu")])
