@@ -145,11 +145,11 @@ def take_step(
         loss = loss + _add_term(extra, weights, x, error, w, objective.centred, gradients)
     n_active = smallest = kept = None
     if isinstance(f, _Sparse):
-        n_active = torch.count_nonzero(f.values)
+        n_active = (f.values > 0).sum()
         kept = Active(f.values, f.pattern.latents, f.pattern.starts)
         smallest = _smallest(objective, kept, norms)
     elif count:
-        n_active = torch.count_nonzero(f.f)
+        n_active = (f.f > 0).sum()
     return Step(loss, squared_error, sparsity, squared_norms, activity, n_active, smallest, gradients, kept)
 
 
@@ -203,7 +203,7 @@ def take_steps(
             sparsity[h],
             squares[h],
             activity[h],
-            torch.count_nonzero(heads[h].values),
+            (heads[h].values > 0).sum(),
             _smallest(objective, heads[h], norms.view(H, -1)[h]),
             Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
         )
