@@ -101,7 +101,7 @@ def top_k(rows, k, values, columns, first, last):
         count = _list_marked(mask, found_columns)
         for j in range(count):
             found_values[j] = rows[r, found_columns[j]]
-        _keep_largest(found_columns, found_values, count, k, mask, values[r], columns[r])
+        _keep_largest(found_columns, found_values, count, k, bound, mask, values[r], columns[r])
 
 
 @compiled
@@ -124,7 +124,7 @@ def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k,
         _dots(x[r], encoder, found_columns, 0, count, found_values)
         for j in range(count):
             found_values[j] += b_enc[found_columns[j]]
-        _keep_largest(found_columns, found_values, count, k, mask, values[r], columns[r])
+        _keep_largest(found_columns, found_values, count, k, bound, mask, values[r], columns[r])
 
 
 @compiled
@@ -252,13 +252,16 @@ def _list_marked(mask, columns):
 
 
 @compiled
-def _keep_largest(columns, values, count, k, mask, kept_values, kept_columns):
+def _keep_largest(columns, values, count, k, bound, mask, kept_values, kept_columns):
     """The k largest of `count` values, and their columns; where fewer than k are above 0, some columns with 0.
 
-    `mask` holds exactly what is in `columns`. Bisection: a number is looked for that exactly k exceed.
+    `mask` holds exactly what is in `columns`. Bisection: a number is looked for that exactly k exceed, from `bound`,
+    which probably k or more exceed.
     """
     number = values.dtype.type
-    low, high, above = number(0), number(0), _count_above(values[:count], number(0))
+    low, high, above = bound, bound, _count_above(values[:count], bound)
+    if above < k:
+        low, above = number(0), _count_above(values[:count], number(0))
     for j in range(count):
         high = max(high, values[j]) if values[j] == values[j] else high
     if above < k:
@@ -285,7 +288,7 @@ def _keep_largest(columns, values, count, k, mask, kept_values, kept_columns):
             low, above = middle, exceed
         else:
             high = middle
-    bound, ties = low, 0
+    bound, ties = low, 0  # from here on what the kept exceed
     if above != k:  # then several equal `high`, and not all of them are kept
         bound, ties = high, k - _count_above(values[:count], high)
     kept = 0
