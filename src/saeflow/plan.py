@@ -199,11 +199,14 @@ class Plan:
 
 def _cost(instance: Instance) -> float:
     """About how long it takes beside others of its stage: ReLU begins dense, and stays denser where it reconstructs."""
-    if instance.stage == "train" and instance.config["dictionary"]["kind"] == "jacobian":
-        return 8.0
-    if instance.stage != "train" or instance.config["dictionary"]["activation"] != "relu":
+    if instance.stage != "train":
         return 1.0
-    return 2.6 if instance.config["dictionary"]["kind"] == "sae" else 2.0
+    dictionary = instance.config["dictionary"]
+    if dictionary["kind"] == "jacobian":
+        return 8.0
+    if dictionary["activation"] != "relu":
+        return 1.0 + (dictionary.get("k") or 0) / 100
+    return 2.6 if dictionary["kind"] == "sae" else 2.3
 
 
 def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str]]:

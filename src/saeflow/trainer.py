@@ -41,7 +41,7 @@ from saeflow.kernels.step import (
 from saeflow.revival import REFRESH_STEPS, auxk, ghost, resample
 from saeflow.training_metrics import TrainingError, TrainingMetrics
 
-SPARSE_BELOW, DENSE_ABOVE = 0.20, 0.25  # density at which a ReLU step changes its road
+SPARSE_BELOW, DENSE_ABOVE = 0.25, 0.30  # density at which a ReLU step changes its road: they take alike at 0.27
 DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
 WARM_UP = 3  # steps on a GPU before they are recorded: by then all is compiled
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAELens

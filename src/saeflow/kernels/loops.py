@@ -101,7 +101,7 @@ def top_k(rows, k, values, columns, first, last):
         count = _list_marked(mask, found_columns)
         for j in range(count):
             found_values[j] = rows[r, found_columns[j]]
-        _keep_largest(found_columns, found_values, count, k, mask, values[r], columns[r])
+        _keep_largest(found_columns, found_values, count, k, bound, mask, values[r], columns[r])
 
 
 @compiled
@@ -124,7 +124,7 @@ def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k,
         _dots(x[r], encoder, found_columns, 0, count, found_values)
         for j in range(count):
             found_values[j] += b_enc[found_columns[j]]
-        _keep_largest(found_columns, found_values, count, k, mask, values[r], columns[r])
+        _keep_largest(found_columns, found_values, count, k, bound, mask, values[r], columns[r])
 
 
 @compiled
@@ -149,13 +149,14 @@ def sieved_above(
     products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, values, columns, counts, first, last
 ):
     """As `above`, of x encoder^T + b_enc, in float32, of which `products` (C, n) is the bfloat16 product."""
-    n = products.shape[1]
-    lower, upper = np.empty(n, np.float32), np.empty(n, np.float32)
-    mask = np.zeros((n + 7) // 8 * 8, np.bool_)
+    mask = np.zeros((products.shape[1] + 7) // 8 * 8, np.bool_)
     total = 0
     for r in range(first, last):
-        _bounds(products[r], x_norms[r], x_rests[r], norms, rests, b_enc, x.shape[1], lower, upper)
-        _mark_above(upper, threshold, mask)
+        a, b = _rates(x_norms[r], x_rests[r], x.shape[1])
+        for i in range(products.shape[1]):
+            product = _from_bfloat16(products[r, i])
+            error = _error(product, a, b, norms[i], rests[i], b_enc[i])
+            mask[i] = not product + b_enc[i] + error <= threshold
         count = _list_marked(mask, columns[total:])
         _dots(x[r], encoder, columns, total, total + count, values)
         kept = total
@@ -176,14 +177,25 @@ def _bounds(products, x_norm, x_rest, norms, rests, b_enc, d, lower, upper):
     |r| |w| + |x'| |s| (Cauchy-Schwarz). To that come the rounding of the product to bfloat16, by at most 2^-8, and
     rounding in float32: of sums of d numbers, and of adding the bias.
     """
-    rounding = np.float32((2 * d + 32) * 2.0**-24)
-    a = np.float32(1.001) * x_rest + np.float32(2) * rounding * x_norm
-    b = np.float32(1.005) * x_norm  # |x'| is at most |x| (1 + 2^-8)
+    a, b = _rates(x_norm, x_rest, d)
     for i in range(len(products)):
         product = _from_bfloat16(products[i])
-        error = a * norms[i] + b * rests[i] + np.float32(0.00393) * abs(product) + np.float32(5e-7) * abs(b_enc[i])
+        error = _error(product, a, b, norms[i], rests[i], b_enc[i])
         lower[i] = product + b_enc[i] - error
         upper[i] = product + b_enc[i] + error
+
+
+@compiled
+def _rates(x_norm, x_rest, d):
+    """By how much the error grows with |w|, and with |s|."""
+    rounding = np.float32((2 * d + 32) * 2.0**-24)
+    # |x'| is at most |x| (1 + 2^-8)
+    return np.float32(1.001) * x_rest + np.float32(2) * rounding * x_norm, np.float32(1.005) * x_norm
+
+
+@compiled
+def _error(product, a, b, norm, rest, bias):
+    return a * norm + b * rest + np.float32(0.00393) * abs(product) + np.float32(5e-7) * abs(bias)
 
 
 @compiled
@@ -240,13 +252,16 @@ def _list_marked(mask, columns):
 
 
 @compiled
-def _keep_largest(columns, values, count, k, mask, kept_values, kept_columns):
+def _keep_largest(columns, values, count, k, bound, mask, kept_values, kept_columns):
     """The k largest of `count` values, and their columns; where fewer than k are above 0, some columns with 0.
 
-    `mask` holds exactly what is in `columns`. Bisection: a number is looked for that exactly k exceed.
+    `mask` holds exactly what is in `columns`. Bisection: a number is looked for that exactly k exceed, from `bound`,
+    which probably k or more exceed.
     """
     number = values.dtype.type
-    low, high, above = number(0), number(0), _count_above(values[:count], number(0))
+    low, high, above = bound, bound, _count_above(values[:count], bound)
+    if above < k:
+        low, above = number(0), _count_above(values[:count], number(0))
     for j in range(count):
         high = max(high, values[j]) if values[j] == values[j] else high
     if above < k:
@@ -273,7 +288,7 @@ def _keep_largest(columns, values, count, k, mask, kept_values, kept_columns):
             low, above = middle, exceed
         else:
             high = middle
-    bound, ties = low, 0
+    bound, ties = low, 0  # from here on what the kept exceed
     if above != k:  # then several equal `high`, and not all of them are kept
         bound, ties = high, k - _count_above(values[:count], high)
     kept = 0
@@ -378,44 +393,36 @@ def reconstruct(values, latents, starts, W_dec, double_w, penalty, error, square
 
 
 @compiled
-def gradients(
-    values,
-    g_values,
-    error,
-    double_w,
-    x,
-    tokens,
-    order,
-    starts,
-    sorted_values,
-    encoder,
-    b_enc,
-    W_dec,
-    activity,
-    first,
-    last,
-):
-    """Gradients of latents `first` to `last - 1`, from the pairs by latent: encoder (n, d), b_enc (n,), W_dec (n, p).
+def transpose_values(values, g_values, latents, starts, double_w, tokens, sorted_values, sorted_g, latent_starts, sums):
+    """As `transpose`, with the numbers of the pairs instead of their places: fills sorted_values (P,), times double_w
+    of their tokens, and sorted_g (P,). sums (n, 2) get those of values and g_values."""
+    latent_starts[:] = 0
+    sums[:] = 0
+    for latent in latents:
+        latent_starts[latent + 1] += 1
+    for i in range(len(latent_starts) - 1):
+        latent_starts[i + 1] += latent_starts[i]
+    free = latent_starts[:-1].copy()
+    for t in range(len(starts) - 1):
+        for j in range(starts[t], starts[t + 1]):
+            latent = latents[j]
+            place = free[latent]
+            free[latent] = place + 1
+            tokens[place] = t
+            sorted_values[place], sorted_g[place] = values[j] * double_w[t], g_values[j]
+            sums[latent, 0] += values[j]
+            sums[latent, 1] += g_values[j]
 
-    values, g_values (P,) are by token. activity (n,) gets the sums of the values. sorted_values (P,) is workspace.
-    """
-    number = error.dtype.type
+
+@compiled
+def gradients(tokens, sorted_values, sorted_g, starts, error, x, encoder, W_dec, first, last):
+    """Gradients of latents `first` to `last - 1`, from the pairs by latent: encoder (n, d), W_dec (n, p)."""
     for i in range(first, last):  # two loops: the rows of one matrix may fit into the cache
-        total = number(0)
-        for j in range(starts[i], starts[i + 1]):
-            total += values[order[j]]
-            sorted_values[j] = values[order[j]] * double_w[tokens[j]]
-        activity[i] = total
         W_dec[i, :] = 0
         _add_rows(error, tokens, sorted_values, starts[i], starts[i + 1], W_dec[i])
     for i in range(first, last):
-        total = number(0)
-        for j in range(starts[i], starts[i + 1]):
-            total += g_values[order[j]]
-            sorted_values[j] = g_values[order[j]]
-        b_enc[i] = total
         encoder[i, :] = 0
-        _add_rows(x, tokens, sorted_values, starts[i], starts[i + 1], encoder[i])
+        _add_rows(x, tokens, sorted_g, starts[i], starts[i + 1], encoder[i])
 
 
 @compiled

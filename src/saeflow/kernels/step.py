@@ -145,11 +145,11 @@ def take_step(
         loss = loss + _add_term(extra, weights, x, error, w, objective.centred, gradients)
     n_active = smallest = kept = None
     if isinstance(f, _Sparse):
-        n_active = torch.count_nonzero(f.values)
+        n_active = (f.values > 0).sum()
         kept = Active(f.values, f.pattern.latents, f.pattern.starts)
         smallest = _smallest(objective, kept, norms)
     elif count:
-        n_active = torch.count_nonzero(f.f)
+        n_active = (f.f > 0).sum()
     return Step(loss, squared_error, sparsity, squared_norms, activity, n_active, smallest, gradients, kept)
 
 
@@ -203,7 +203,7 @@ def take_steps(
             sparsity[h],
             squares[h],
             activity[h],
-            torch.count_nonzero(heads[h].values),
+            (heads[h].values > 0).sum(),
             _smallest(objective, heads[h], norms.view(H, -1)[h]),
             Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
         )
@@ -343,15 +343,14 @@ class _Sparse:
 
     def _gradients_in_loops(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
         values, n = self.values, len(W_dec)
-        tokens, order = np.empty((2, len(values)), np.int32)  # half the memory that is written in leaps
-        starts = np.empty(n + 1, np.int64)
-        loops.transpose(self.pattern.latents.numpy(), self.pattern.starts.numpy(), tokens, order, starts)
-        found = error.new_empty(n, self.x.shape[1]), error.new_empty(n), torch.empty_like(W_dec), error.new_empty(n)
-        given = (t.numpy() for t in (values, self.g_values, error, 2 * w, self.x))
-        by_latent = tokens, order, starts, np.empty_like(values.numpy())
-        work = partial(loops.gradients, *given, *by_latent, *(t.numpy() for t in found))
+        tokens, starts = np.empty(len(values), np.int32), np.empty(n + 1, np.int64)
+        encoder, W_dec, sums = error.new_empty(n, self.x.shape[1]), torch.empty_like(W_dec), error.new_empty(n, 2)
+        by_token = values, self.g_values, self.pattern.latents, self.pattern.starts, 2 * w
+        by_latent = tokens, *np.empty((2, len(values)), values.numpy().dtype), starts
+        loops.transpose_values(*(t.numpy() for t in by_token), *by_latent, sums.numpy())
+        work = partial(loops.gradients, *by_latent, *(t.numpy() for t in (error, self.x, encoder, W_dec)))
         loops.in_threads(work, n, len(values) * error.shape[1], starts)
-        return found
+        return encoder, sums[:, 1].contiguous(), W_dec, sums[:, 0].contiguous()
 
 
 class _Dense:
