@@ -8,8 +8,8 @@ def figures(jobs: list[Job]) -> str:
 
     import pandas as pd
 
-    from saeflow.figures import Tables, draw, readable
-    from saeflow.jacobian_figures import read_studies
+    from saeflow.figures import Tables, draw
+    from saeflow.jacobian_figures import read_histograms, read_studies
 
     (job,) = jobs
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
@@ -23,14 +23,7 @@ def figures(jobs: list[Job]) -> str:
         key, part = (folder.parent.name, folder.name) if folder.parent.name != "train" else (folder.name, "")
         curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
     training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
-    histograms = []
-    for folder in job.inputs("jacobian"):
-        summary = json.loads((folder / "summary.json").read_text())
-        sites = f"{readable(summary['hook_name'])} → {readable(summary['hook_name_out'])}"
-        pair = summary["kind"] == "pair"
-        of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}" if pair else "transcoder"
-        label = f"{sites}, {of}"
-        histograms.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, label=label))
+    folders = job.inputs("jacobian")
     resamples = [
         pd.read_parquet(f / "resamples.parquet").assign(dictionary_key=key)
         for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
@@ -38,11 +31,11 @@ def figures(jobs: list[Job]) -> str:
     tables = Tables(
         evaluations,
         training,
-        pd.concat(histograms) if histograms else pd.DataFrame(),
-        read_studies(job.inputs("jacobian"), evaluations),
-        pd.concat(resamples),
-        evaluations["confidence"].max(),
-        pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
+        read_histograms(folders),
+        studies=read_studies(folders, evaluations),
+        resamples=pd.concat(resamples),
+        confidence=evaluations["confidence"].max(),
+        stacks=pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
     )
     with job.writing() as folder:
         for name in job.config["figures"]:

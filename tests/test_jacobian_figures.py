@@ -22,6 +22,7 @@ from saeflow.jacobian_figures import (
     jacobian_pareto,
     jacobian_sweep,
     jacobian_thresholds,
+    read_histograms,
     read_studies,
 )
 
@@ -111,7 +112,7 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
     studies = read_studies(copies, pd.DataFrame({"train_key": []}))
     assert list(dict.fromkeys(studies.summaries["panel"])) == [
         "layer 1, trained model",
-        "layer 1, re-initialised model, seed 0",
+        "layer 1, re-initialised model",
         "layer 2, trained model",
     ]
     figure, _ = jacobian_thresholds(studies)
@@ -130,6 +131,15 @@ def test_pareto_takes_each_sides_evaluation(folders: list[Path]) -> None:
     assert table["loss_recovered_zero_output"].tolist() == [0.35, 0.35]
 
 
+def test_histograms_are_labelled(folders: list[Path]) -> None:
+    table = read_histograms(folders)
+    assert table.groupby("jacobian_key").size().tolist() == [200, 200]
+    assert table.set_index("jacobian_key")["label"]["sparse"].unique().tolist() == [
+        "layer 1, ln2.normalized → mlp_out, k = 6, λ = 0.25, trained model"
+    ]
+    assert read_histograms([]).empty
+
+
 def test_arms_are_named() -> None:
     assert arm({}) == "trained model"
-    assert arm({"randomise": "permuted", "randomise_seed": 4}) == "model of permuted weights, seed 4"
+    assert arm({"randomise": "permuted", "randomise_seed": 4}) == "permuted model"

@@ -19,12 +19,17 @@ from saeflow.mlp import MLP, Block
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module", params=["loops", "device"])
+device = "cpu"
+
+
+@pytest.fixture(autouse=True, scope="module", params=["loops", "device", *["cuda"] * torch.cuda.is_available()])
 def route(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Numba's loops, or torch's operations, which a GPU takes."""
+    """Numba's loops, or torch's operations, which a GPU takes; those on a GPU, where there is one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
             patch.setattr(loops, "serve", lambda tensor: False)
+        if request.param == "cuda":
+            patch.setitem(globals(), "device", "cuda")
         yield request.param
 
 
@@ -78,13 +83,14 @@ def problem(
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=F64)
+        return torch.randn(*shape, generator=g, dtype=F64).to(device)
 
     gate = (draw(d, m), draw(m), draw(m)) if gated else ()
     mlp = MLP("silu" if gated else activation, draw(d, m), draw(m), draw(m, d), draw(d), *gate)
     block = Block(mlp) if norm == "none" else Block(mlp, 1e-3, norm == "layer", skip)
     kept = [
-        Kept(draw(tokens, k).relu(), torch.rand(tokens, n, generator=g).topk(k).indices) for k in (k_in, k_out)
+        Kept(draw(tokens, k).relu(), torch.rand(tokens, n, generator=g).topk(k).indices.to(device))
+        for k in (k_in, k_out)
     ]  # half of the values are 0: latents that TopK kept and the ReLU silenced
     return Problem(block, draw(n, d).requires_grad_(), draw(n, d).requires_grad_(), draw(tokens, d), *kept)
 

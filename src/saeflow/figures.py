@@ -103,7 +103,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         ):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
         axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -139,7 +139,7 @@ def matched_l0(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             axis.plot(points["l0"], points["difference"], marker, color=colour)
         axis.axhline(0, color="0.35", linewidth=1)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
     grid[0][0].set_ylabel("difference in CE loss\n(nats per token)")
     figure.tight_layout()
     grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -175,7 +175,7 @@ def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             axis.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
     names = ("hook_name", "series", "amount_name", "amount")
     labels = [
-        f"{readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
+        f"{_readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
         for h, s, n, a in zip(*(shown[c] for c in names), strict=True)
     ]
     axis.set_yticks(range(n), labels, fontsize=6)
@@ -222,7 +222,7 @@ def notebook_004(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         for (line, _), cell in grid.get_celld().items():
             cell.visible_edges = "B" if line == 0 else ""
             cell.set_height(cell.get_height() * (1.7 if line == 0 else 1))
-        axis.set_title(f"{heads[str(kind)]}, {readable(str(hook))}", loc="left")
+        axis.set_title(f"{heads[str(kind)]}, {_readable(str(hook))}", loc="left")
     figure.tight_layout()
     return figure, table
 
@@ -251,7 +251,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
         name = str(series).replace("SAELens ", "SAELens\n")  # side by side, long names would touch
-        axes[0][column].set_title(f"{name}\n{readable(str(hook))}")
+        axes[0][column].set_title(f"{name}\n{_readable(str(hook))}")
         axes[1][column].set_xlabel("tokens (thousands)")
         handles, labels = axes[0][column].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -349,7 +349,7 @@ def _series(saelens: object, skip: bool, kind: str, activation: str, source: str
     return ("skip " if skip else "") + name
 
 
-def readable(hook_name: str) -> str:
+def _readable(hook_name: str) -> str:
     """`blocks.2.hook_mlp_out` as `layer 2, mlp_out`."""
     parts = hook_name.split(".")
     name = ".".join(parts[2:]).replace("hook_", "")

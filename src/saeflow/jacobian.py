@@ -271,6 +271,7 @@ def _identity(
         "randomise": job.config["model"].get("randomise", "none"),
         "randomise_seed": job.config["model"].get("randomise_seed"),
         "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0) if len(dictionaries) == 2 else None,
+        "jacobian_penalty": first.options.get("jacobian_penalty", "l1") if len(dictionaries) == 2 else None,
         "at": config.at,
         "norm": config.norm if norm else "outside",
         "convention": convention,

@@ -1,7 +1,8 @@
 """Figures of the Jacobian stage: series are the points of a sweep over the Jacobian coefficient, 0 the baseline.
 
 Whatever else differs between studies (layer, k, the language model's arm, where the Jacobian is taken) makes panels or
-line styles; studies that differ in their seed alone are drawn as one, their mean within the span of their intervals.
+line styles; studies that differ in seeds alone, the dictionaries' or the randomised model's, are drawn as one, their
+mean within the span of their intervals.
 """
 
 import json
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from saeflow.linearity import ABSOLUTE, RELATIVE
 
@@ -22,7 +24,7 @@ DASHES = ("-", "--", ":", "-.")
 EXAMPLE_TOKENS = 3
 NORMS = {"none": "|J|", "l1": "|J| / L1 norm", "l2": "|J| / L2 norm", "rms": "|J| / RMS of its token"}
 CLASSES = {"linear": "linear", "jumprelu": "JumpReLU", "other": "other", "flat": "flat"}
-_IDENTITY = ["layer", "k", "d_sae", "arm", "at", "norm", "hook_name", "hook_name_out"]
+_IDENTITY = ["layer", "k", "d_sae", "arm", "jacobian_penalty", "at", "norm", "hook_name", "hook_name_out"]
 
 
 class Studies(NamedTuple):
@@ -62,6 +64,20 @@ def read_studies(folders: Iterable[Path], evaluations: pd.DataFrame) -> Studies:
     return Studies(_with_evaluations(_with_panels(pd.DataFrame(summaries)), evaluations), joined)
 
 
+def read_histograms(folders: Iterable[Path]) -> pd.DataFrame:
+    """`histogram.parquet` of every study, those of transcoders too, with `jacobian_key` and `label`."""
+    tables = []
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        of = "transcoder"
+        if summary["kind"] == "pair":
+            of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}, {arm(summary)}"
+        sites = " → ".join(summary[c].split(".", 2)[-1].replace("hook_", "") for c in ("hook_name", "hook_name_out"))
+        label = f"layer {summary['layer']}, {sites}, {of}"
+        tables.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name, label=label))
+    return pd.concat(tables) if tables else pd.DataFrame()
+
+
 FAITHFULNESS = {"explained_variance": "explained variance", "loss_recovered_zero": "CE loss recovered (zero ablation)"}
 
 
@@ -81,8 +97,7 @@ def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.
 def arm(summary: dict[str, Any]) -> str:
     """Name of the language model's arm."""
     kind = summary.get("randomise") or "none"
-    names = {"none": "trained model", "reinit": "re-initialised model", "permuted": "model of permuted weights"}
-    return names[kind] if kind == "none" else f"{names[kind]}, seed {summary['randomise_seed']}"
+    return {"none": "trained model", "reinit": "re-initialised model", "permuted": "permuted model"}[kind]
 
 
 def _with_panels(summaries: pd.DataFrame) -> pd.DataFrame:
@@ -97,6 +112,7 @@ def _with_panels(summaries: pd.DataFrame) -> pd.DataFrame:
         "k": "k = {}",
         "d_sae": "{} latents",
         "arm": "{}",
+        "jacobian_penalty": "penalty {}",
         "at": "at the {}",
         "norm": "norm {}",
     }
@@ -135,6 +151,13 @@ def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(str(name), rows) for name, rows in table.groupby("panel", sort=False)]
 
 
+def _first_panel(summaries: pd.DataFrame) -> pd.DataFrame:
+    """Of the first panel one study a coefficient, at most four of them, the baseline and the largest included."""
+    _, rows = _panels(summaries)[0]
+    by_coefficient = rows.drop_duplicates("jacobian_coefficient").sort_values("jacobian_coefficient")
+    return by_coefficient.iloc[np.unique(np.linspace(0, len(by_coefficient) - 1, 4).round().astype(int))]
+
+
 def _over_seeds(rows: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
     """Mean over seeds of `value`, the lowest of its lower ends, the highest of its upper ends; one row a `by`."""
     names = {"value": (value, "mean"), "low": (f"{value}_low", "min"), "high": (f"{value}_high", "max")}
@@ -161,6 +184,16 @@ def _legend(figure: Figure, axis: Axes, columns: int = 6) -> None:
     )
 
 
+def _key(figure: Figure, colours: dict[float, Any], panels: list[str], more: Iterable[Line2D] = ()) -> None:
+    """A legend of colours (coefficients) and dashes (panels)."""
+    handles = [Line2D([], [], color=colour, label=_label(c)) for c, colour in colours.items()]
+    if len(panels) > 1:
+        dashes = {panel: DASHES[n % len(DASHES)] for n, panel in enumerate(panels)}
+        handles += [Line2D([], [], color="0.3", linestyle=dash, label=panel) for panel, dash in dashes.items()]
+    handles += more
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=min(5, len(handles)))
+
+
 def _title(panel: str, text: str = "") -> str:
     return "\n".join(part for part in (panel, text) if part)
 
@@ -171,9 +204,7 @@ def jacobian_examples(studies: Studies) -> tuple[Figure, pd.DataFrame]:
 
     One panel's studies, at most four coefficients of them, from the baseline up.
     """
-    panel, rows = _panels(studies.summaries)[0]
-    by_coefficient = rows.drop_duplicates("jacobian_coefficient").sort_values("jacobian_coefficient")
-    chosen = by_coefficient.iloc[np.unique(np.linspace(0, len(by_coefficient) - 1, 4).round().astype(int))]
+    chosen = _first_panel(studies.summaries)
     table = studies.of("examples")
     table = table[table["jacobian_key"].isin(chosen["jacobian_key"])]
     blocks: dict[tuple[str, int], np.ndarray] = {}
@@ -207,8 +238,7 @@ def jacobian_examples(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         line[0].set_ylabel(_label(coefficient).replace(" (", "\n("), fontsize=7)
     for axis, (_, token) in zip(grid[0], columns, strict=True):
         axis.set_title(f"token {token + 1}")
-    if panel:
-        figure.suptitle(panel, y=1.0)
+    figure.suptitle(chosen["panel"].iloc[0], y=1.0)
     return figure, table.drop(columns="seed")
 
 
@@ -258,7 +288,6 @@ def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     for panel in panels:
         dashes = DASHES[panels.index(panel) % len(DASHES)]
         for coefficient, colour in colours.items():
-            label = ", ".join(part for part in (_label(coefficient), panel) if part)
 
             def mine(rows: pd.DataFrame, panel: str = panel, coefficient: float = coefficient) -> pd.DataFrame:
                 return rows[(rows["panel"] == panel) & (rows["jacobian_coefficient"] == coefficient)]
@@ -267,7 +296,7 @@ def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
             if here.empty:
                 continue
             counts, above = (_over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
-            grid[0][0].plot(counts["bin_left"], counts["value"], dashes, color=colour, label=label)
+            grid[0][0].plot(counts["bin_left"], counts["value"], dashes, color=colour)
             grid[1][0].plot(above["bin_left"], 100 - above["value"], dashes, color=colour)
             for place, norm in ((1, "none"), (2, "rms")):
                 here = mine(logarithmic)
@@ -291,7 +320,7 @@ def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     for axis, norm in zip(grid[1], ("none", "none", "rms"), strict=True):
         axis.set_xlabel(NORMS[norm])
     figure.tight_layout(w_pad=1.5)
-    _legend(figure, grid[0][0], columns=4)
+    _key(figure, colours, panels)
     keep = ["panel", "jacobian_coefficient", "seed", *studies.tables["log_histogram"].columns]
     return figure, logarithmic.loc[logarithmic["fraction"] > 0, keep]
 
@@ -305,11 +334,10 @@ def jacobian_global(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     series = [(panel, c, rows) for panel, mine in _panels(table) for c, rows in _by_coefficient(mine)]
     for panel, coefficient, rows in series:
         dashes, colour = DASHES[panels.index(panel) % len(DASHES)], colours[coefficient]
-        label = ", ".join(part for part in (_label(coefficient), panel) if part)
         for axis, convention in ((left, "active"), (middle, "all")):
             fraction = rows[rows["convention"] == convention].groupby("threshold")["fraction"].mean()
             shown = fraction[fraction > 0]
-            axis.plot(shown.index, 100 * shown, dashes, color=colour, label=label)
+            axis.plot(shown.index, 100 * shown, dashes, color=colour)
         mine = outputs[(outputs["panel"] == panel) & (outputs["jacobian_coefficient"] == coefficient)]
         needed = np.sort(mine["inputs_for_90_percent"])
         right.plot(needed, 100 * np.arange(1, len(needed) + 1) / len(needed), dashes, color=colour)
@@ -318,7 +346,7 @@ def jacobian_global(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         axis.set_ylabel("entries of n × n above it (%)" if axis is left else "")
     right.set(xscale="log", xlabel="inputs for 90 % of Σ|J|", ylabel="output latents (%)", title="per output latent")
     figure.tight_layout()
-    _legend(figure, left, columns=4)
+    _key(figure, colours, panels)
     return figure, table[["panel", "jacobian_coefficient", "seed", *studies.tables["global_exceedance"].columns]]
 
 
@@ -327,9 +355,7 @@ def jacobian_linearity(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     summaries, table = studies.summaries, studies.of("linearity")
     colours = _coefficients(summaries)
     panels = _panels(summaries)
-    figure, grid = plt.subplots(
-        2, max(2, len(panels)) + 1, figsize=(3.0 * max(2, len(panels)) + 2.6, 4.6), squeeze=False
-    )
+    figure, grid = plt.subplots(2, len(panels) + 2, figsize=(2.9 * (len(panels) + 2), 4.6), squeeze=False)
     columns = [f"{kind}_{name}" for kind in ("absolute", "relative") for name in CLASSES]
     long = pd.concat(
         summaries[["panel", "jacobian_coefficient", "seed"]].assign(
@@ -369,12 +395,14 @@ def _draw_curves(grid: np.ndarray, table: pd.DataFrame, first: int) -> None:
 
 
 def jacobian_ablation(studies: Studies) -> tuple[Figure, pd.DataFrame]:
-    """What J predicts against what happens: one unit of the decoder row subtracted (paper), and the latent ablated."""
+    """What J predicts against what happens: one unit of the decoder row subtracted (paper), and the latent ablated.
+
+    Drawn of one panel's studies, at most four coefficients of them; the table has all.
+    """
     table = studies.of("linearity")
     summaries = studies.summaries
     colours = _coefficients(summaries)
-    chosen = summaries.drop_duplicates(["panel", "jacobian_coefficient"])
-    chosen = chosen.iloc[np.unique(np.linspace(0, len(chosen) - 1, 4).round().astype(int))]
+    chosen = _first_panel(summaries)
     figure, grid = plt.subplots(2, len(chosen), figsize=(max(4.4, 2.1 * len(chosen)), 4.5), squeeze=False)
     for column, (_, study) in zip(grid.T, chosen.iterrows(), strict=True):
         rows = table[table["jacobian_key"] == study["jacobian_key"]]
@@ -468,22 +496,19 @@ def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         axis.set_xlabel(label)
     for (score, name), line in zip(FAITHFULNESS.items(), grid, strict=True):
         for axis, measure in zip(line, measures, strict=True):
-            for n, (panel, rows) in enumerate(_panels(table)):
+            for n, (_, rows) in enumerate(_panels(table)):
                 for side, marker in (("input", "o"), ("output", "s")):
                     points = rows.groupby("jacobian_coefficient")[[measure, f"{score}_{side}"]].mean()
                     x, y = points[measure], points[f"{score}_{side}"]
-                    text = ", ".join(part for part in (f"{side} SAE", panel) if part)
-                    axis.plot(
-                        x, y, DASHES[n % len(DASHES)], color="0.6", marker=marker, mfc="none", label=text, zorder=1
-                    )
+                    axis.plot(x, y, DASHES[n % len(DASHES)], color="0.6", marker=marker, mfc="none", zorder=1)
                     axis.scatter(x, y, c=[colours[c] for c in points.index], marker=marker, s=22, zorder=2)
         line[0].set_ylabel(name)
     figure.tight_layout()
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    for coefficient, colour in colours.items():
-        handles.append(plt.Line2D([], [], color=colour, marker="o", linestyle=""))
-        labels.append(_label(coefficient))
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=4)
+    sides = [
+        Line2D([], [], color="0.6", marker=marker, mfc="none", linestyle="", label=f"{side} SAE")
+        for side, marker in (("input", "o"), ("output", "s"))
+    ]
+    _key(figure, colours, [name for name, _ in _panels(table)], sides)
     scores = [f"{score}_{side}" for score in FAITHFULNESS for side in ("input", "output")]
     return figure, table[["jacobian_key", "panel", "jacobian_coefficient", "seed", *measures, *scores]]
 

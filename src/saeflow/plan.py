@@ -39,7 +39,7 @@ STAGES = {
     "activations": Stage(reads=("model", "activations", "tokens.context_size"), batched=True),
     "train": Stage(reads=("dictionary", "training", "seed"), version=3, batched=True),
     "foreign": Stage(reads=("model",)),
-    "jacobian": Stage(reads=("jacobian", "model"), version=2),
+    "jacobian": Stage(reads=("jacobian", "model"), version=3),
     "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
     "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
     "stack": Stage(reads=("evaluation", "model")),

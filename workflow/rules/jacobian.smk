@@ -23,9 +23,9 @@ rule jacobian_tables:
         PLAN.outputs("jacobian", PLAN.stages["jacobian"]),
     log:
         "logs/jacobian_tables.log",
+    localrule: True
     conda:
         "../../environment.yml"
-    localrule: True
     params:
         tables=lambda wildcards, input: [shlex.quote(f"{os.path.dirname(r)}/table.txt") for r in input],
     shell:

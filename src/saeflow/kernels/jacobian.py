@@ -34,7 +34,7 @@ from saeflow.kernels.rows import inner_products, sum_rows
 from saeflow.kernels.sparse import Pattern
 
 CHUNK_ELEMENTS = 1 << 20  # of J on a CPU: 4 MiB in float32
-CHUNK_ELEMENTS_ON_GPU = 1 << 26  # of one gathered (tokens, k, m) operand
+CHUNK_ELEMENTS_ON_GPU = 1 << 24  # of one gathered (tokens, k, m) operand
 TOKENS_THROUGH_ANY = 512  # whose passes through a block without closed form are kept for the way back
 COLUMNS = 512  # hidden units whose gradients are added up at a time
 WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
