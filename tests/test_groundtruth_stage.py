@@ -23,6 +23,7 @@ from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, m
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.job import Job
 from saeflow.models import ModelError, read_geometry
+from saeflow.packing import load_tokenizer
 from saeflow.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +99,12 @@ def test_folder_holds_the_model(tmp_path: Path) -> None:
     tokens = torch.from_numpy(case.rows(10))
     torch.testing.assert_close(network(tokens).output, Network(config, weights)(tokens).output, rtol=0, atol=0)
     torch.testing.assert_close(load_hooked(tmp_path)(tokens), network(tokens).output, rtol=1e-5, atol=1e-5)
+    tokenizer = load_tokenizer(tmp_path)
+    row = case.rows(1)[0]
+    words = " ".join(str(case.program.vocabulary[i]) for i in row)
+    assert tokenizer.tokenizer.encode(words).ids == row.tolist()
+    assert [tokenizer.tokenizer.decode([i], False) for i in row] == words.split()
+    assert tokenizer.bos_token_id == row[0]
     geometry = read_geometry(tmp_path)
     assert (geometry.n_layers, geometry.d_head, geometry.n_ctx) == (config["n_layers"], config["d_head"], 10)
     (tmp_path / "model.safetensors").write_bytes(b"no")

@@ -1,4 +1,5 @@
-"""A model of a case on disk: `config.json`, `model.safetensors`, and `quality.json` with what it was measured to be.
+"""A model of a case on disk: `config.json`, `model.safetensors`, a tokenizer of its few words, and `quality.json` with
+what it was measured to be.
 
 `config.json` holds the fields of TransformerLens's config and the same sizes by Hugging Face's names, so that
 `saeflow.models.read_geometry` reads it as it reads any model folder. Weights have TransformerLens's names and shapes.
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from saeflow.groundtruth.cases import Case, get_case
 from saeflow.groundtruth.compiler import hooked
 from saeflow.groundtruth.network import Network
+from saeflow.groundtruth.program import BOS, PAD
 from saeflow.models import GROUND_TRUTH, ModelError, config_file, read_keys
 
 if TYPE_CHECKING:
@@ -39,6 +41,21 @@ def write_model(
     keys = {"architectures": [GROUND_TRUTH], "case": case.number, **sizes, "transformer_lens": config}
     (folder / "config.json").write_text(json.dumps(keys, indent=1) + "\n")
     (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    _write_tokenizer(folder, case)
+
+
+def _write_tokenizer(folder: Path, case: Case) -> None:
+    """Words apart by spaces; a word that the case does not have reads as PAD."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {str(word): i for i, word in enumerate(case.program.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names: dict[str, Any] = {"bos_token": BOS, "eos_token": PAD, "pad_token": PAD, "unk_token": PAD}
+    names |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": case.n_ctx}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=1) + "\n")
 
 
 def read_model(folder: Path) -> tuple[Case, Network]:
