@@ -201,7 +201,8 @@ def dictionaries(
         hook = hook_in if kind == "transcoder" else hook_out
         W_enc, W_dec = (torch.randn(shape, generator=g) / d**0.5 for shape in ((d, n_sae), (n_sae, d)))
         pre = cache[hook].flatten(0, 1) @ W_enc
-        b_enc = -torch.quantile(pre, 1 - 0.021 * 20 ** (i / 8), dim=0)
+        # Off the quantile, which may be a token's own value: rounding would decide whether the latent fires there.
+        b_enc = 0.003 - torch.quantile(pre, 1 - 0.021 * 20 ** (i / 8), dim=0)
         scale = cache[hook_out].std() / ((pre + b_enc).relu() @ W_dec).std()
         spec = Spec(kind, "relu", d, d, n_sae, hook, hook_out, l1_coefficient=float(i))  # type: ignore[arg-type]
         some.append(build(spec, W_enc, b_enc, W_dec * scale, torch.zeros(d)))
