@@ -513,6 +513,70 @@ def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     return figure, table[["jacobian_key", "panel", "jacobian_coefficient", "seed", *measures, *scores]]
 
 
+_MEASURED = {
+    "fraction_above_0.005": "|J| > 0.005 (%)",
+    "fraction_above_0.01": "|J| > 0.01 (%)",
+    "fraction_above_0.015": "|J| > 0.015 (%)",
+    "fraction_above_0.02": "|J| > 0.02 (%)",
+    "absolute_linear": "linear functions (%)",
+    "absolute_jumprelu": "JumpReLU-like (%)",
+    "absolute_other": "other (%)",
+    "on_line": "|J + Δ| < 0.1 (%)",
+}
+_PAPER = {  # arm, study: the same measures in percent; of its figures 2, 6 and 7 and its notebooks
+    ("trained model", "Pythia-410m layer 15, λ = 0"): (77.1, 58.3, 44.0, 33.4, 74.6, 17.6, 7.7, None),
+    ("trained model", "Pythia-410m layer 15, λ = 0.5"): (16.5, 6.2, 3.2, 1.9, 88.3, 9.5, 2.2, 97.7),
+    ("trained model", "Pythia-70m layer 3, λ = 0"): (83.5, 68.8, 56.8, 47.1, 71.9, 14.5, 13.6, None),
+    ("trained model", "Pythia-70m layer 3, λ = 1"): (22.8, 11.3, 7.1, 4.9, 86.8, 10.4, 2.8, 97.5),
+    ("re-initialised model", "Pythia-410m layer 15, λ = 0"): (92.1, 84.4, 77.0, 69.9, None, None, None, None),
+    ("re-initialised model", "Pythia-410m layer 15, λ = 0.5"): (42.1, 22.5, 14.1, 9.7, None, None, None, None),
+    ("re-initialised model", "Pythia-70m layer 3, λ = 0"): (93.4, 86.9, 80.5, 74.3, None, None, None, None),
+    ("re-initialised model", "Pythia-70m layer 3, λ = 1"): (55.7, 33.6, 21.9, 15.1, None, None, None, None),
+}
+
+
+def jacobian_reproduction(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """The paper's numbers beside ours: every study with the L1 penalty, means over seeds.
+
+    arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, position 0 left out, taken at the true input;
+    its trained models' weights were folded for the analysis and not for the training, its random models' were not.
+    """
+    rows: list[dict[str, Any]] = [
+        {"source": "paper", "arm": arm, "study": study} | dict(zip(_MEASURED, values, strict=True))
+        for (arm, study), values in _PAPER.items()
+    ]
+    ours = studies.summaries[studies.summaries["jacobian_penalty"] == "l1"]
+    kinds = ours["arm"].str.replace(r", seed \d+", "", regex=True)
+    held = [name for name in _MEASURED if name in ours]  # thresholds are configured
+    for (kind, layer, coefficient), mine in ours.groupby([kinds, "layer", "jacobian_coefficient"]):
+        study = f"ours, layer {layer}, λ = {coefficient:g}"
+        values = {name: 100 * mine[name].mean() for name in held}
+        rows.append({"source": "ours", "arm": kind, "study": study} | values)
+    order = {arm: n for n, arm in enumerate(dict.fromkeys(row["arm"] for row in rows))}
+    table = pd.DataFrame(rows).sort_values("arm", key=lambda column: column.map(order), kind="stable")
+    cells = [
+        [row["arm"], row["study"], *("" if pd.isna(row.get(name)) else f"{row[name]:.1f}" for name in _MEASURED)]
+        for row in table.to_dict("records")
+    ]
+    figure, axis = plt.subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
+    axis.set_axis_off()
+    names = [
+        "language model",
+        "study",
+        *(text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _MEASURED.values()),
+    ]
+    widths = [0.21, 0.27, *[0.075] * len(_MEASURED)]
+    grid = axis.table(cells, colLabels=names, colWidths=widths, loc="center", cellLoc="right", edges="")
+    grid.auto_set_font_size(False)
+    grid.set_fontsize(6.5)
+    for (line, column), cell in grid.get_celld().items():
+        cell.visible_edges = "B" if line == 0 else ""
+        cell.set_height(cell.get_height() * (1.9 if line == 0 else 1))
+        if column < 2:
+            cell.set_text_props(ha="left")
+    return figure, table
+
+
 FIGURES = {
     f.__name__: f
     for f in (
@@ -525,5 +589,6 @@ FIGURES = {
         jacobian_sweep,
         jacobian_layers,
         jacobian_pareto,
+        jacobian_reproduction,
     )
 }
