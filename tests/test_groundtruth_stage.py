@@ -88,6 +88,11 @@ def test_what_a_case_does_not_have_is_refused_by_the_plan(tmp_path: Path, overri
         planned(tmp_path, "sweep=[{model.tracr.seed:[0]}]", override)
 
 
+def test_a_dictionary_from_elsewhere_is_refused_by_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dictionary=foreign is evaluated on text, and model=tracr has none"):
+        planned(tmp_path, "sweep=[{model.tracr.seed:[0]}]", "dictionary=foreign", "dictionary.path=/somewhere")
+
+
 # -------------------------------------------------------------------- the folder
 def test_folder_holds_the_model(tmp_path: Path) -> None:
     case = get_case(4)

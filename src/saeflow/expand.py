@@ -281,6 +281,11 @@ class _Expander:
 
     def _check(self, point: PointConfig, geometry: models.Geometry) -> None:
         """What only the model can tell."""
+        if point.model.tracr and point.dictionary.kind == "foreign":
+            raise ConfigError(
+                "dictionary=foreign is evaluated on text, and model=tracr has none; open it with "
+                "saeflow.dictionaries.load_dictionary and ask saeflow.groundtruth"
+            )
         if point.tokens.context_size > geometry.n_ctx:
             raise ConfigError(
                 f"tokens.context_size={point.tokens.context_size} is longer than the model's context, {geometry.n_ctx}"
