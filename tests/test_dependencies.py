@@ -113,7 +113,8 @@ def test_conda_route_installs_the_same_lock_on_a_legal_python() -> None:
 
 def test_library_and_scripts_import_only_declared_packages() -> None:
     declared = requirements(e for e in PROJECT["optional-dependencies"] if e != "dev")
-    assert undeclared(imported("src", "scripts", "workflow"), declared) == {}
+    brought_by_torch = {"triton"}  # where it has CUDA; nowhere else is it imported
+    assert undeclared(imported("src", "scripts", "workflow"), declared).keys() <= brought_by_torch
 
 
 def test_tests_and_benchmarks_import_only_declared_packages() -> None:
