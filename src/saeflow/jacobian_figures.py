@@ -6,6 +6,7 @@ mean within the span of their intervals.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from saeflow.linearity import ABSOLUTE, RELATIVE
 LOW, HIGH = 0.02, 0.82  # of viridis: what prints well on white
 DASHES = ("-", "--", ":", "-.")
 EXAMPLE_TOKENS = 3
+PANELS_BESIDE = 4
 NORMS = {"none": "|J|", "l1": "|J| / L1 norm", "l2": "|J| / L2 norm", "rms": "|J| / RMS of its token"}
 CLASSES = {"linear": "linear", "jumprelu": "JumpReLU", "other": "other", "flat": "flat"}
 _IDENTITY = ["layer", "k", "d_sae", "arm", "jacobian_penalty", "at", "norm", "hook_name", "hook_name_out"]
@@ -116,7 +118,11 @@ def _with_panels(summaries: pd.DataFrame) -> pd.DataFrame:
         "at": "at the {}",
         "norm": "norm {}",
     }
-    names = [", ".join(says.get(c, "{}").format(row[c]) for c in differing) for _, row in summaries.iterrows()]
+    usual = {"arm": "trained model", "jacobian_penalty": "l1"}  # goes without saying
+    names = [
+        ", ".join(says.get(c, "{}").format(row[c]) for c in differing if row[c] != usual.get(c))
+        for _, row in summaries.iterrows()
+    ]
     return summaries.assign(panel=names)
 
 
@@ -176,12 +182,31 @@ def _bars(axis: Axes, groups: list[str], series: dict[float, pd.DataFrame], colo
     axis.set_xticks(range(len(groups)), groups)
 
 
-def _legend(figure: Figure, axis: Axes, columns: int = 6) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+def _legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
+    """Below everything: each label once, in the order of the first that has it, the baseline first."""
+    unique: dict[str, Any] = {}
+    for axis in axes:
+        unique |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    unique = dict(sorted(unique.items(), key=lambda item: _label_order(item[0])))
     figure.legend(
         unique.values(), unique.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=min(columns, len(unique))
     )
+
+
+def _label_order(label: str) -> float:
+    found = re.match(r"λ = ([\d.e+-]+)", label)
+    return float(found[1]) if found else 0.0
+
+
+def _wrapped(places: int, most: int) -> tuple[Figure, list[np.ndarray]]:
+    """Columns of two axes each, at most `most` beside one another."""
+    beside, bands = min(places, most), -(-places // most)
+    figure, grid = plt.subplots(2 * bands, beside, figsize=(max(4.4, 2.5 * beside), 4.4 * bands), squeeze=False)
+    columns = [grid[2 * (n // beside) : 2 * (n // beside) + 2, n % beside] for n in range(bands * beside)]
+    for column in columns[places:]:
+        for axis in column:
+            axis.set_axis_off()
+    return figure, columns[:places]
 
 
 def _key(figure: Figure, colours: dict[float, Any], panels: list[str], more: Iterable[Line2D] = ()) -> None:
@@ -256,20 +281,17 @@ def jacobian_thresholds(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     table = studies.of("thresholds")
     colours = _coefficients(table)
     panels = _panels(table)
-    rows = ("none", "rms")
-    figure, grid = plt.subplots(
-        len(rows), len(panels), figsize=(max(4.4, 2.9 * len(panels)), 4.4), sharey="row", squeeze=False
-    )
-    for place, (panel, mine) in enumerate(panels):
-        for axis, norm in zip(grid[:, place], rows, strict=True):
+    figure, columns = _wrapped(len(panels), PANELS_BESIDE)
+    for place, ((panel, mine), column) in enumerate(zip(panels, columns, strict=True)):
+        for axis, norm in zip(column, ("none", "rms"), strict=True):
             here = mine[mine["normalisation"] == norm]
             series = {c: _over_seeds(one, "threshold", "fraction") for c, one in _by_coefficient(here)}
             _bars(axis, [f"{t:g}" for t in sorted(here["threshold"].unique())], series, colours)
             axis.set_xlabel("threshold of " + NORMS[norm])
-            axis.set_ylabel("entries above it (%)" if place == 0 else "")
-        grid[0][place].set_title(panel)
+            axis.set(ylim=(0, 105), ylabel="entries above it (%)" if place % PANELS_BESIDE == 0 else "")
+        column[0].set_title(panel)
     figure.tight_layout()
-    _legend(figure, grid[0][0])
+    _legend(figure, figure.axes)
     return figure, table[["panel", "jacobian_coefficient", "seed", *studies.tables["thresholds"].columns]]
 
 
@@ -355,7 +377,7 @@ def jacobian_linearity(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     summaries, table = studies.summaries, studies.of("linearity")
     colours = _coefficients(summaries)
     panels = _panels(summaries)
-    figure, grid = plt.subplots(2, len(panels) + 2, figsize=(2.9 * (len(panels) + 2), 4.6), squeeze=False)
+    figure, places = _wrapped(len(panels) + 2, PANELS_BESIDE)
     columns = [f"{kind}_{name}" for kind in ("absolute", "relative") for name in CLASSES]
     long = pd.concat(
         summaries[["panel", "jacobian_coefficient", "seed"]].assign(
@@ -365,28 +387,28 @@ def jacobian_linearity(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         for column in columns
     )  # fmt: skip
     says = {"absolute": f"residual < {ABSOLUTE:g} (paper)", "relative": f"residual < {100 * RELATIVE:g} % of the range"}
-    for axis in grid.flat:
-        axis.set_axis_off()
-    for place, (panel, _) in enumerate(panels):
-        for axis, kind in zip(grid[:, place], ("absolute", "relative"), strict=True):
-            axis.set_axis_on()
+    for place, ((panel, _), pair) in enumerate(zip(panels, places, strict=False)):
+        for axis, kind in zip(pair, ("absolute", "relative"), strict=True):
             here = long[(long["panel"] == panel) & (long["tolerance"] == kind)]
             series: dict[float, pd.DataFrame] = {}
             for coefficient, rows in _by_coefficient(here):
                 order = _over_seeds(rows, "function", "share").set_index("function").reindex(list(CLASSES))
                 series[coefficient] = order.reset_index()
             _bars(axis, list(CLASSES.values()), series, colours)
-            axis.set(ylabel="functions (%)" if place == 0 else "", title=_title(panel, says[kind]))
-    _draw_curves(grid, table, first=len(panels))
+            axis.set(ylim=(0, 105), ylabel="functions (%)" if place % PANELS_BESIDE == 0 else "")
+            axis.set_title(_title(panel, says[kind]))
+    _draw_curves(np.concatenate(places[len(panels) :]), table)
     figure.tight_layout()
-    _legend(figure, grid[0][0])
+    _legend(figure, figure.axes)
     return figure, long
 
 
-def _draw_curves(grid: np.ndarray, table: pd.DataFrame, first: int) -> None:
-    """Three functions of each class (relative tolerance), in what is left of the grid from column `first` on."""
+def _draw_curves(axes: np.ndarray, table: pd.DataFrame) -> None:
+    """Three functions of each class (relative tolerance), one of four axes a class."""
     found = [name for name in CLASSES if (table["class_relative"] == name).any()]
-    for axis, name in zip(grid[:, first:].flat, found, strict=False):
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, name in zip(axes, found, strict=False):
         axis.set_axis_on()
         some = table[table["class_relative"] == name].head(3)
         for n, (end, curve) in enumerate(zip(some["sweep_end"], some["curve"], strict=True)):
@@ -445,6 +467,8 @@ def jacobian_layers(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     series = []
     for n, panel in enumerate(rest.unique()):
         for coefficient, rows in _by_coefficient(table[rest == panel]):
+            if rows["layer"].nunique() == 1 < table["layer"].nunique():
+                continue  # no line by layer
             label = ", ".join(part for part in (_label(coefficient), panel) if part)
             series.append((label, rows, _coefficients(table)[coefficient], DASHES[n % len(DASHES)]))
     return _measures(table, "layer", "layer", series)
@@ -475,12 +499,14 @@ def _measures(
             look = {"marker": _MARKERS[n % len(_MARKERS)], "linestyle": dashes, "color": colour, "capsize": 2}
             axis.errorbar([values.index(v) for v in curve[by]], curve["value"], errors, label=title or "pair", **look)
         axis.set(ylabel=text)
+        if name == "kurtosis":
+            axis.set_yscale("log")
         axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
     for axis in grid[1]:
         axis.set_xlabel(label)
     figure.tight_layout()
     if len(series) > 1:
-        _legend(figure, grid[0][0], columns=3)
+        _legend(figure, grid[0][:1], columns=3)
     ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
     return figure, table[["jacobian_key", "panel", "layer", "jacobian_coefficient", "seed", *ends]]
 
