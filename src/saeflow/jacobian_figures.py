@@ -118,11 +118,11 @@ def _with_panels(summaries: pd.DataFrame) -> pd.DataFrame:
         "at": "at the {}",
         "norm": "norm {}",
     }
-    usual = {"arm": "trained model", "jacobian_penalty": "l1"}  # goes without saying
-    names = [
-        ", ".join(says.get(c, "{}").format(row[c]) for c in differing if row[c] != usual.get(c))
-        for _, row in summaries.iterrows()
-    ]
+    usual = {"arm": "trained model", "jacobian_penalty": "l1"}  # goes without saying where something else is said
+    names = []
+    for _, row in summaries.iterrows():
+        said = [c for c in differing if row[c] != usual.get(c)] or differing
+        names.append(", ".join(says.get(c, "{}").format(row[c]) for c in said))
     return summaries.assign(panel=names)
 
 
