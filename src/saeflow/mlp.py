@@ -16,6 +16,7 @@ x (less its mean, in a LayerNorm) by a scale s that depends on x: y = x / s. Alo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,6 +120,11 @@ class Block:
 
     def weights(self) -> BlockWeights:
         """For the kernels."""
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> BlockWeights:
+        """Made once: every step of a training asks for them."""
         W_in = _together(self.mlp.input_weights())
         if self.centred:
             W_in = W_in - W_in.mean(dim=1, keepdim=True)  # directions lose their mean

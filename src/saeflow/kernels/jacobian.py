@@ -165,8 +165,11 @@ def add_penalty(
     mask_inactive(G, input.values, output.values)
     found_in = _Gradient(g_D, rows_in, D_rows)
     found_out = _Gradient(g_E, rows_out, E_rows)
-    route = _in_loops if loops.serve(D) and not around_too else _on_device  # the loops have no gradient of `around`
-    g_around = route(block, products, around, A, B, G, found_in.rows, found_out.rows, around_too)
+    g_around = None
+    if loops.serve(D) and not around_too:  # the loops have no gradient of `around`
+        _in_loops(block, products, around, A, B, G, found_in.rows, found_out.rows)
+    else:
+        g_around = _on_device(block, products, around, A, B, G, found_in.rows, found_out.rows, around_too)
     found_in.add()
     found_out.add()
     return costs.sum(), g_around
@@ -207,7 +210,6 @@ def _in_loops(
     G: Tensor,
     g_D: Tensor,
     g_E: Tensor,
-    around_too: bool,
 ) -> None:
     """Some columns at a time, whose sums may stay in the processor's last cache."""
     along, drifts, m = _along(products, around, A), _drifts(around), products.WE.shape[1]

@@ -331,14 +331,20 @@ def _from_bfloat16(typing_context, bits):
 
 
 @compiled
-def transpose(latents, starts, tokens, order, latent_starts):
-    """A pattern by latent: fills tokens (P,), order (P,) and latent_starts (n + 1,), by counting."""
+def _count_by_latent(latents, latent_starts):
+    """Fills latent_starts (n + 1,): where each latent's pairs begin, once they are sorted; returns a copy of that."""
     latent_starts[:] = 0
     for latent in latents:
         latent_starts[latent + 1] += 1
     for i in range(len(latent_starts) - 1):
         latent_starts[i + 1] += latent_starts[i]
-    free = latent_starts[:-1].copy()
+    return latent_starts[:-1].copy()
+
+
+@compiled
+def transpose(latents, starts, tokens, order, latent_starts):
+    """A pattern by latent: fills tokens (P,), order (P,) and latent_starts (n + 1,), by counting."""
+    free = _count_by_latent(latents, latent_starts)
     for t in range(len(starts) - 1):
         for j in range(starts[t], starts[t + 1]):
             place = free[latents[j]]
@@ -396,13 +402,8 @@ def reconstruct(values, latents, starts, W_dec, double_w, penalty, error, square
 def transpose_values(values, g_values, latents, starts, double_w, tokens, sorted_values, sorted_g, latent_starts, sums):
     """As `transpose`, with the numbers of the pairs instead of their places: fills sorted_values (P,), times double_w
     of their tokens, and sorted_g (P,). sums (n, 2) get those of values and g_values."""
-    latent_starts[:] = 0
     sums[:] = 0
-    for latent in latents:
-        latent_starts[latent + 1] += 1
-    for i in range(len(latent_starts) - 1):
-        latent_starts[i + 1] += latent_starts[i]
-    free = latent_starts[:-1].copy()
+    free = _count_by_latent(latents, latent_starts)
     for t in range(len(starts) - 1):
         for j in range(starts[t], starts[t + 1]):
             latent = latents[j]
