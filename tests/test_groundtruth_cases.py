@@ -203,6 +203,15 @@ def test_compiled_program_holds_every_variable_of_any_program(program: Program) 
         np.testing.assert_allclose(held[..., list(place.columns)], wanted, rtol=0, atol=1e-6, err_msg=name)
 
 
+def test_a_head_may_move_more_values_than_it_has_keys() -> None:
+    moves = Aggregate("word", "indices", "indices", "tokens", lambda k, q: k == q)
+    compiled = compile_program(Program(tuple(range(9)), n_ctx=2, causal=False, blocks=(moves,), output="word"))
+    words = torch.tensor([[compiled.program.token_id("BOS"), compiled.program.token_id(w)] for w in range(9)])
+    held = Network(compiled.config, compiled.weights, torch.float64)(words).residual[-1]
+    moved = held[:, 1, list(compiled.places["word"].columns)]
+    torch.testing.assert_close(moved, torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
 def test_sampled_rows_are_different_seeded_and_of_all_lengths() -> None:
     case = get_case(12)
     rows = case.rows(400, seed=3)

@@ -178,7 +178,7 @@ class _Compiler:
             places[block.output] = Place(block.output, tuple(self.columns(block.output)), sublayer, head, tuple(units))
 
         n_heads = max(1, *(len(some) for some in heads))
-        d_head = max([1, *(max(scores.shape) for some in heads for _, scores, _, _ in some)])
+        d_head = max([1, *(self._wide(block, scores) for some in heads for block, scores, _, _ in some)])
         d_mlp = max(1, *(len(some) for some in hidden))
         numerical = program.output_variable.numerical
         config = {
@@ -217,6 +217,10 @@ class _Compiler:
         always = isinstance(block, SelectorWidth)
         scores[np.searchsorted(queries, one), np.searchsorted(keys, bos)] = 1.0 if always else 0.5
         return scores, queries, keys
+
+    def _wide(self, block: Block, scores: np.ndarray) -> int:
+        """Coordinates of a head that a block needs: for its keys and queries, and for the values that it moves."""
+        return max(*scores.shape, len(self.columns(block.value)) if isinstance(block, Aggregate) else 1)
 
     def _write_head(
         self,
