@@ -1,7 +1,7 @@
 """What makes a latent of attention outputs active, and what it does: direct attributions, exact in both directions.
 
-The pre-activation of a latent with encoder w (w_h on head h) at token t is linear in z, and z_h is a mixture of values by
-head h's attention pattern A_h, which is taken as it is:
+The pre-activation of a latent with encoder w (w_h on head h) at token t is linear in z, and z_h is a mixture of values
+by head h's attention pattern A_h, which is taken as it is:
 
     pre = sum_h z_h[t] . w_h + bias = sum_h sum_s A_h[t, s] v_kv(h)[s] . w_h + bias,   kv(h) = h // (H / G)
 
@@ -36,7 +36,7 @@ def by_source(pattern: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 def bias(dictionary: Dictionary) -> Tensor:
     """What a latent's pre-activation has beside z . w, (n,): b_enc, less b_dec W_enc where the spec says so."""
-    if dictionary.spec.kind == "sae" and dictionary.spec.apply_b_dec_to_input:
+    if dictionary.spec.apply_b_dec_to_input:
         return dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc
     return dictionary.b_enc
 

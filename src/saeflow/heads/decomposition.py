@@ -1,7 +1,7 @@
 """A direction as a sum of few atoms of a dictionary: how good, with how many, and is that more than chance?
 
 Notebook 001 takes a latent of a dictionary on all heads, cuts its decoder row by head, and writes the cut of head 7 in
-head 7's dictionary by the pseudo-inverse: exact, but with all 2,048 coefficients. Exactness says nothing: any dictionary
+that head's dictionary by the pseudo-inverse: exact, but with all 2,048 coefficients. Exactness says nothing: any dictionary
 of full rank has it. What says something is the residual that a few atoms leave, beside what they leave with atoms that
 have nothing to do with the direction: random unit atoms, or another head's dictionary.
 
@@ -163,8 +163,8 @@ def decomposition_table(
     """Every direction by every method in every dictionary: one row for each number of atoms.
 
     `directions` are by (latent, head); of each of `dictionaries` (`own`, `random`, ...) the unit atoms by head. All
-    heads together may stand as head `ALL`. Columns: latent, head, dictionary, method, n_atoms, residual, and the `atoms`
-    with their `coefficients`.
+    heads together may stand as head `ALL`. Columns: latent, head, dictionary, method, n_atoms, residual, `atoms`,
+    `coefficients`.
     """
     rows = []
     for (latent, head), v in directions.items():
