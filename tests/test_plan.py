@@ -242,7 +242,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
         (
             ["dictionary=top"],
-            "no config 'dictionary/top'; dictionary can be: batchtopk, foreign, jacobian, pair, relu, skip_transcoder",
+            "no config 'dictionary/top'; dictionary can be: batchtopk, concat, foreign, heads, heads_topk, jacobian",
         ),
         (["experiment=none_such"], "experiment can be: "),
         (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),

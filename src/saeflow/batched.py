@@ -14,6 +14,7 @@ from saeflow.config import ConfigError
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Weights, clip_norm_, normalise_rows_, remove_parallel_, take_steps
 from saeflow.trainer import Trainer
+from saeflow.training_metrics import TrainingError
 
 
 class BatchedTrainer:
@@ -71,4 +72,8 @@ class BatchedTrainer:
         if first.spec.sparsity == "unit_norm":
             normalise_rows_(W_dec)
         for h, member in enumerate(members):
-            member._record(found[h], y[h], lr, l1[h])
+            try:
+                member._record(found[h], y[h], lr, l1[h])
+            except TrainingError as error:
+                head = member.spec.hook_head_index
+                raise TrainingError(f"dictionary {h}: {error}" if head is None else f"head {head}: {error}") from error

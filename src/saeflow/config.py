@@ -164,7 +164,8 @@ def amount_of(k: int | None, l1_coefficient: float | None, options: dict[str, An
 @dataclass(frozen=True)
 class DictionaryConfig:
     """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or two TopK SAEs, one at each: a `pair` of
-    ordinary ones, or a `jacobian` pair, trained as one so that the Jacobian between their latents is sparse.
+    ordinary ones, or a `jacobian` pair, trained as one so that the Jacobian between their latents is sparse; or, of a
+    hook with `heads`, an SAE of each head, trained as one, whose k, L1 coefficient and size are those of each.
 
     `squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
     used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
@@ -174,6 +175,7 @@ class DictionaryConfig:
     keeps the k N largest of a batch of N tokens, and after training whatever exceeds the mean threshold of that.
     `skip` adds a linear map from a transcoder's input to its output. `normalize_activations`: training sees the input
     times sqrt(d_in) over its mean norm (SAELens), or each head of it times sqrt(d_head) over that head's RMS norm.
+    `apply_b_dec_to_input`: whether an SAE subtracts `b_dec` from its input (SAELens, Kissane), or not (April recipe).
 
     With `activation=saelens` it is SAELens's training class of the name `saelens`, on our trainer; `options` are that
     class's own. It brings its first weights and its loss, so `squared_error` and `sparsity` say nothing there.
@@ -188,7 +190,7 @@ class DictionaryConfig:
     SAEs that they would be alone.
     """
 
-    kind: Literal["sae", "transcoder", "pair", "jacobian", "foreign"]
+    kind: Literal["sae", "transcoder", "pair", "jacobian", "heads", "foreign"]
     activation: Literal["topk", "batchtopk", "relu", "saelens", "foreign"]
     k: int | None = None
     l1_coefficient: float | None = None
@@ -197,6 +199,7 @@ class DictionaryConfig:
     squared_error: Literal["sum", "mean", "target_norm"] = "sum"
     sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
     normalize_activations: Literal["none", "expected_average_only_in", "per_head"] = "none"
+    apply_b_dec_to_input: bool = True
     skip: bool = False
     saelens: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -240,6 +243,10 @@ class DictionaryConfig:
         if self.kind == "jacobian":  # or a latent could shrink its Jacobian by growing
             wanted = "unit_norm with kind=jacobian"
             _require(self.sparsity == "unit_norm", "dictionary.sparsity", self.sparsity, wanted)
+        if self.kind == "heads":  # of a head, what is stored with the activations has only the RMS norm
+            scaling = self.normalize_activations
+            legal = scaling != "expected_average_only_in"
+            _require(legal, "dictionary.normalize_activations", scaling, "none or per_head with kind=heads")
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
 
@@ -255,9 +262,10 @@ class DictionaryConfig:
         legal = self.activation == "saelens" and self.saelens in SAELENS
         wanted = f"one of {', '.join(SAELENS)} with activation=saelens, else null and without dictionary.options"
         _require(legal, "dictionary.saelens", self.saelens, wanted)
-        _require(
-            self.kind == "sae" and not self.skip, "dictionary.kind", self.kind, "sae: SAELens trains no transcoder"
-        )
+        legal = self.kind == "sae" and not self.skip
+        _require(legal, "dictionary.kind", self.kind, "sae with activation=saelens, and dictionary.skip false")
+        legal = self.apply_b_dec_to_input
+        _require(legal, "dictionary.apply_b_dec_to_input", legal, "true with activation=saelens")
         legal = self.normalize_activations != "per_head"
         _require(
             legal, "dictionary.normalize_activations", self.normalize_activations, "none or expected_average_only_in"
@@ -446,10 +454,11 @@ class PointConfig:
             raise ConfigError(
                 "a model of a case is studied on the rows of that case: use model=tracr with corpus=tracr"
             )
-        if self.dictionary.kind == "sae" and self.site.hook_name_out is not None:
+        if self.dictionary.kind in ("sae", "heads") and self.site.hook_name_out is not None:
+            use = "site=attn_z" if self.dictionary.kind == "heads" else "site=mlp_in, site=mlp_out or another with one"
+            hooks = f"{self.site.hook_name} and {self.site.hook_name_out}"
             raise ConfigError(
-                f"dictionary.kind=sae reads one hook, but this site has two ({self.site.hook_name} and "
-                f"{self.site.hook_name_out}); use site=mlp_in, site=mlp_out or another with one"
+                f"dictionary.kind={self.dictionary.kind} reads one hook, but this site has two ({hooks}); use {use}"
             )
         _require(
             self.site.head is None or self.dictionary.kind == "foreign",
@@ -457,7 +466,10 @@ class PointConfig:
             self.site.head,
             "null, but for a foreign dictionary",
         )
-        if self.dictionary.kind not in ("sae", "foreign") and self.site.hook_name_out is None:
+        if self.dictionary.kind == "heads":
+            legal = self.training.revive in ("none", "resample")
+            _require(legal, "training.revive", self.training.revive, "none or resample with dictionary.kind=heads")
+        if self.dictionary.kind not in ("sae", "heads", "foreign") and self.site.hook_name_out is None:
             raise ConfigError(
                 f"dictionary.kind={self.dictionary.kind} needs a site with hook_name and hook_name_out: use site=mlp"
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,6 +65,8 @@ class _Expander:
         if point.dictionary.kind != "jacobian":  # what does not concern a dictionary is not in its key
             for group in ("dictionary", "training"):
                 tree[group] = {name: v for name, v in tree[group].items() if not name.startswith("jacobian_")}
+        if point.dictionary.apply_b_dec_to_input:  # as always before there was a choice: old keys stay what they are
+            del tree["dictionary"]["apply_b_dec_to_input"]
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
         sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
@@ -117,32 +120,35 @@ class _Expander:
             _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head, {})
             self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
             return
-        dictionaries: list[
-            tuple[str, dict[str, str], str]
-        ]  # each to evaluate: its key, its part of that, where it writes
+        dictionaries: list[_Part]
         if d.kind == "pair":
             assert hook_out is not None
-            dictionaries = [(trained(h, None), {}, h) for h in (hook, hook_out)]
+            dictionaries = [_Part(trained(h, None), h) for h in (hook, hook_out)]
         elif d.kind == "jacobian":
             assert hook_out is not None
             amount += f"-lambda{d.jacobian_coefficient:g}"
             key = trained(hook, hook_out)
-            dictionaries = [(key, {"part": "input"}, hook), (key, {"part": "output"}, hook_out)]
+            dictionaries = [_Part(key, hook, "input"), _Part(key, hook_out, "output")]
+        elif d.kind == "heads":
+            whole = _Part(trained(hook, None), hook)
+            heads = range(geometry.hook_size(hook)[0])
+            dictionaries = [whole, *(whole._replace(name=f"head_{h}", head=h) for h in heads)]
         else:
-            dictionaries = [(trained(hook, hook_out), {}, hook_out or hook)]
+            dictionaries = [_Part(trained(hook, hook_out), hook_out or hook)]
         if d.kind in ("pair", "jacobian"):
-            keys = list(dict.fromkeys(key for key, _, _ in dictionaries))
+            keys = list(dict.fromkeys(part.key for part in dictionaries))
             instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
         elif d.kind == "transcoder" and point.jacobian.transcoders:
-            needs = {"train": [dictionaries[0][0]], "tokens": [tokens["held_out"]]}
+            needs = {"train": [dictionaries[0].key], "tokens": [tokens["held_out"]]}
             instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
-        for key, part, writes in dictionaries:
+        for key, writes, name, head in dictionaries:
+            part = {"part": name} if name else {}
             if made:
                 needs = {"train": [key], "tokens": [tokens["held_out"]]} | made
                 instance("recover", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
                 continue
-            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], None, part)
-            if d.kind not in ("pair", "jacobian"):
+            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], head, part)
+            if d.kind not in ("pair", "jacobian") and head is None:
                 self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
 
     def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
@@ -204,8 +210,11 @@ class _Expander:
             raise ConfigError("stacks: no dictionary of this experiment is of a layer; sweep site.layer")
 
     def add_blind(self, blind: BlindConfig) -> None:
-        """One set of all dictionaries of one model and one set of held-out tokens, each with its evaluation."""
-        evaluations = self.plan.stages["evaluate"].values()
+        """One set of all dictionaries of one model and one set of held-out tokens, each with its evaluation.
+
+        Those of heads are shown as the one that they are together: its features are theirs.
+        """
+        evaluations = [e for e in self.plan.stages["evaluate"].values() if "head_" not in e.config.get("part", "")]
         shared = {canonical([e.config["model"], e.needs["tokens"]]) for e in evaluations}
         if len(shared) != 1 or len(evaluations) < 2:
             raise ConfigError("blind: it takes two dictionaries or more of one model, on the same held-out tokens")
@@ -294,10 +303,16 @@ class _Expander:
             if hook is None:
                 continue
             size = geometry.hook_size(hook)
-            d_in = size[0] if len(size) == 1 else size[0] * size[1]
+            heads = point.dictionary.kind == "heads"
+            if len(size) == 1 and (heads or point.dictionary.normalize_activations == "per_head"):
+                key = "kind=heads" if heads else "normalize_activations=per_head"
+                legal = ", ".join(name for name, held in geometry.block_hooks().items() if len(held) == 2)
+                raise ConfigError(f"dictionary.{key} needs a hook with heads, and {hook} has none; these have: {legal}")
+            d_in = size[-1] if heads else math.prod(size)
             d_sae = point.dictionary.d_sae or d_in * (point.dictionary.expansion or 1)
             if point.dictionary.k is not None and point.dictionary.k > d_sae:
-                raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {hook}")
+                where = f"each head of {hook}" if heads else hook
+                raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {where}")
         rows = point.tokens.held_out_tokens // point.tokens.context_size
         usable = rows * (point.tokens.context_size - 1)
         pair = point.dictionary.kind in ("pair", "jacobian")
@@ -315,6 +330,15 @@ class _Expander:
                 f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
                 "at position 0; lower it, or raise tokens.held_out_tokens"
             )
+
+
+class _Part(NamedTuple):
+    """What is evaluated of a training: all of it, or a part by name."""
+
+    key: str
+    writes: str
+    name: str = ""
+    head: int | None = None
 
 
 class _Placed(NamedTuple):
