@@ -42,7 +42,7 @@ def test_interference_is_the_dense_formula(monkeypatch: pytest.MonkeyPatch) -> N
     generator = np.random.default_rng(0)
     f, g = activations(20, 1), activations(15, 2)
     a, b = generator.standard_normal((20, D)), generator.standard_normal((15, D))
-    found = interference(f, g, a, b, top=10)
+    (found,) = interference(f, g, [(a, b)], top=10)
     F, G = f.toarray(), g.toarray()
     w = F.T @ G / N * (a @ b.T)
     assert found.total == pytest.approx(w.sum(), rel=1e-12)
@@ -75,8 +75,8 @@ def test_every_pair_of_heads_stands_beside_its_null() -> None:
     dataset, table = interference_dataset(latents, atoms, rotations, top=4)
     assert dataset.sizes == {"pair": 3, "bin": len(EDGES) - 1} and len(table) == 12
     for i, (g, h) in enumerate(((0, 1), (0, 2), (1, 2))):
-        one = interference(latents[g], latents[h], atoms[g], atoms[h])
-        null = interference(latents[g], latents[h], atoms[g] @ rotations[g], atoms[h] @ rotations[h])
+        (one,) = interference(latents[g], latents[h], [(atoms[g], atoms[h])])
+        (null,) = interference(latents[g], latents[h], [(atoms[g] @ rotations[g], atoms[h] @ rotations[h])])
         assert dataset["total"][i].item() == one.total and dataset["total_rotated"][i].item() == null.total
         assert dataset["weight"][i].item() == pytest.approx(dataset["weight_rotated"][i].item())  # norms stay
     assert (dataset["mean_square"] > 1.5 * dataset["mean_square_rotated"]).all()

@@ -38,6 +38,7 @@ def compose(
     for tree in sweep.points():
         expander.add(build(PointConfig, tree))
     expander.add_stacks(sweep.stacks)
+    expander.add_heads(sweep.figures)
     if sweep.blind is not None:
         expander.add_blind(build(BlindConfig, sweep.blind, "blind."))
     expander.add_figures(sweep.figures)
@@ -53,6 +54,7 @@ class _Expander:
         self._folders: dict[Any, tuple[Path, models.Geometry, str, str]] = {}
         self._corpora: dict[Any, dict[str, Any]] = {}
         self._stacks: dict[str, dict[int, _Placed]] = {}
+        self._at_heads: dict[str, list[_Placed]] = {}
 
     def add(self, point: PointConfig) -> None:
         folder, geometry, weights, tokenizer = self._model(point)
@@ -118,7 +120,10 @@ class _Expander:
             key = self._foreign(point, {"model": tree["model"]}, sources)
             means = column(hook_out or hook)
             _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head, {})
-            self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
+            placed = _Placed("foreign", key, means, tokens["held_out"], sources)
+            self._note(point, tree, placed)
+            if point.site.head is None:
+                self._note_heads(point, tree, placed)
             return
         dictionaries: list[_Part]
         if d.kind == "pair":
@@ -149,7 +154,9 @@ class _Expander:
                 continue
             _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], head, part)
             if d.kind not in ("pair", "jacobian") and head is None:
-                self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
+                placed = _Placed("train", key, column(writes), tokens["held_out"], sources)
+                self._note(point, tree, placed)
+                self._note_heads(point, tree, placed)
 
     def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
         """A dictionary that is read instead of trained. It enters by content, or by the names of its release."""
@@ -183,6 +190,31 @@ class _Expander:
         at_layer = self._stacks.setdefault(group, {})
         if at_layer.setdefault(layer, placed).key != placed.key:
             at_layer[layer] = placed._replace(key="")  # several, such as foreign ones: which belongs to the stack?
+
+    def _note_heads(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
+        """Keeps a dictionary for the study of heads, with the others of its layer, where it is of a layer's heads.
+
+        SAELens's own classes are left out: they have no weights in these terms.
+        """
+        hook = point.site.hook_name
+        if re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook) and point.dictionary.activation != "saelens":
+            config = _project(tree, STAGES["heads"].reads)
+            group = canonical([config, hook, placed.held_out])
+            held = self._at_heads.setdefault(group, [])
+            placed = placed._replace(of_heads=point.dictionary.kind == "heads")
+            if placed.key not in [one.key for one in held]:
+                held.append(placed)
+
+    def add_heads(self, figures: list[str]) -> None:
+        """One study for all dictionaries of a layer's heads, if some are of single heads or a figure asks for it."""
+        asked = any(name.startswith("heads_") for name in figures)
+        for group, placed in self._at_heads.items():
+            config, hook, held_out = json.loads(group)
+            if not asked and not any(one.of_heads for one in placed):
+                continue
+            needs = {stage: sorted(p.key for p in placed if p.stage == stage) for stage in ("train", "foreign")}
+            needs = {stage: keys for stage, keys in needs.items() if keys} | {"tokens": [held_out]}
+            self._instance("heads", _short(hook), config | {"hook_name": hook}, needs, placed[0].sources)
 
     def add_stacks(self, wanted: list[Any]) -> None:
         """For every group of dictionaries that differ in the layer alone, the sets of layers `wanted`."""
@@ -233,11 +265,11 @@ class _Expander:
         """One instance: all figures of the experiment, from all that it measured."""
         needs = {
             s: sorted(self.plan.stages[s])
-            for s in ("train", "foreign", "jacobian", "evaluate", "stack", "recover")
+            for s in ("train", "foreign", "jacobian", "evaluate", "stack", "heads", "recover")
             if self.plan.stages[s]
         }
         made_from = {"training_curves": "train", "stacks": "stack"}
-        made_from |= {f: "jacobian" for f in figures if f.startswith("jacobian")}
+        made_from |= {f: stage for stage in ("jacobian", "heads") for f in figures if f.startswith(stage)}
         wanted = [f for f in figures if f not in made_from or self.plan.stages[made_from[f]]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
@@ -349,6 +381,8 @@ class _Placed(NamedTuple):
     means: str
     held_out: str
     sources: dict[str, str]
+    of_heads: bool = False
+    """Whether it consists of one for each head."""
 
 
 def _layers(stack: Any, there: list[int]) -> list[int]:

@@ -44,6 +44,7 @@ STAGES = {
     "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
     "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
     "stack": Stage(reads=("evaluation", "model")),
+    "heads": Stage(reads=("heads", "model")),
     "blind": Stage(reads=("model",)),
     "recover": Stage(reads=("model",), batched=True),
     "figures": Stage(reads=()),

@@ -1,6 +1,6 @@
 """The loss of the model when the cross terms between heads are removed, added up a batch at a time.
 
-`source` is whose cross terms: those of the model's own heads, or those of what a dictionary of heads reconstructs, which
+`source` is whose cross terms: those of the model's own heads, or those of what a dictionary of heads reconstructs; that
 then stands in the layer's place before and after. Predictions made from BOS are left out. Intervals are over documents.
 """
 

@@ -1,9 +1,9 @@
 """A direction as a sum of few atoms of a dictionary: how good, with how many, and is that more than chance?
 
 Notebook 001 takes a latent of a dictionary on all heads, cuts its decoder row by head, and writes the cut of head 7 in
-that head's dictionary by the pseudo-inverse: exact, but with all 2,048 coefficients. Exactness says nothing: any dictionary
-of full rank has it. What says something is the residual that a few atoms leave, beside what they leave with atoms that
-have nothing to do with the direction: random unit atoms, or another head's dictionary.
+that head's dictionary by the pseudo-inverse: exact, but with all 2,048 coefficients. Exactness says nothing, as any
+dictionary of full rank has it. What says something is the residual that a few atoms leave, beside what they leave with
+atoms that have nothing to do with the direction: random unit atoms, or another head's dictionary.
 
 Methods, on unit atoms; the residual is |v - c D| / |v| with v (d,) and D (n, d):
 

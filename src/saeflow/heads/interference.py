@@ -10,6 +10,7 @@ Atom i of head g is a_i = d_i W_O[g] in R^D, d_i a decoder row. For two heads g 
 Latents that never fired are left out of both. No n x n matrix is held but for `CHUNK` rows at a time.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,36 +46,59 @@ class PairInterference(NamedTuple):
 
 
 def interference(
-    f: sp.csc_array, f_other: sp.csc_array, atoms: np.ndarray, atoms_other: np.ndarray, top: int = 0
-) -> PairInterference:
-    """`f` (N, n) are the activations of one head's latents on N tokens, `atoms` (n, D) its lifted atoms; of the other
-    head likewise, on the same tokens."""
-    n_tokens = f.shape[0]
+    f: sp.csc_array, f_other: sp.csc_array, versions: Sequence[tuple[np.ndarray, np.ndarray]], top: int = 0
+) -> list[PairInterference]:
+    """`f` (N, n) are the activations of one head's latents on N tokens, `f_other` those of another head's.
+
+    `versions`: lifted atoms (n, D) of both heads, and others to be compared, such as rotated ones. The `top` pairs of
+    latents are of the first version.
+    """
     live, live_other = (np.flatnonzero(np.diff(one.indptr)) for one in (f, f_other))
-    f, f_other, atoms, atoms_other = f[:, live], f_other[:, live_other], atoms[live], atoms_other[live_other]
-    norms, norms_other = (np.linalg.norm(one, axis=1) for one in (atoms, atoms_other))
-    plain, weighted = np.zeros(len(EDGES) - 1, dtype=np.int64), np.zeros(len(EDGES) - 1)
-    squares = total = absolute = weight = 0.0
+    f, f_other = f[:, live], f_other[:, live_other].tocsr()
+    tallies = [_Tally(a[live], b[live_other]) for a, b in versions]
     tops: list[pd.DataFrame] = []
     for start in range(0, len(live), CHUNK):
         some = slice(start, start + CHUNK)
-        together = (f[:, some].T @ f_other).toarray() / n_tokens  # E[f_i f_j]
-        products = atoms[some] @ atoms_other.T
-        scale = norms[some, None] * norms_other
-        cosines = np.clip(np.divide(products, scale, out=np.zeros_like(products), where=scale > 0), -1, 1)
-        w, most = together * products, together * scale
-        plain += np.histogram(cosines, EDGES)[0]
-        weighted += np.histogram(cosines, EDGES, weights=most)[0]
-        squares += np.square(cosines).sum()
-        total, absolute, weight = total + w.sum(), absolute + np.abs(w).sum(), weight + most.sum()
+        together = (f[:, some].T @ f_other).toarray() / f.shape[0]  # E[f_i f_j]
+        found = [tally.add(some, together) for tally in tallies]
         if top:
             both = (f[:, some] > 0).astype(np.int64).T @ (f_other > 0).astype(np.int64)
-            tops.append(_largest(w, cosines, together, both.toarray(), live[some], live_other, top))
+            tops.append(_largest(*found[0], together, both.toarray(), live[some], live_other, top))
     means, means_other = (np.asarray(one.mean(axis=0)).ravel() for one in (f, f_other))
-    from_means = float((means @ atoms) @ (means_other @ atoms_other))
-    found = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True) if tops else pd.DataFrame()
-    mean_square = squares / max(1, len(live) * len(live_other))
-    return PairInterference(plain, weighted, mean_square, total, absolute, from_means, weight, found)
+    pairs = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True) if tops else pd.DataFrame()
+    none = pd.DataFrame()
+    return [tally.result(means, means_other, none if i else pairs) for i, tally in enumerate(tallies)]
+
+
+class _Tally:
+    """Sums over pairs of atoms `a` (n, D) and `b` (m, D), some of the first at a time."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
+        self.a, self.b = a, b
+        self.norms, self.norms_b = (np.linalg.norm(one, axis=1) for one in (a, b))
+        self.plain, self.weighted = np.zeros(len(EDGES) - 1, dtype=np.int64), np.zeros(len(EDGES) - 1)
+        self.squares = self.total = self.absolute = self.weight = 0.0
+
+    def add(self, some: slice, together: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`together` (some, m): E[f_i f_j]. Returns w_ij and the cosines."""
+        products = self.a[some] @ self.b.T
+        scale = self.norms[some, None] * self.norms_b
+        cosines = np.clip(np.divide(products, scale, out=np.zeros_like(products), where=scale > 0), -1, 1)
+        w, most = together * products, together * scale
+        self.plain += np.histogram(cosines, EDGES)[0]
+        self.weighted += np.histogram(cosines, EDGES, weights=most)[0]
+        self.squares += np.square(cosines).sum()
+        self.total += w.sum()
+        self.absolute += np.abs(w).sum()
+        self.weight += most.sum()
+        return w, cosines
+
+    def result(self, means: np.ndarray, means_b: np.ndarray, top: pd.DataFrame) -> PairInterference:
+        """`means`: E[f] of both."""
+        from_means = float((means @ self.a) @ (means_b @ self.b))
+        mean_square = self.squares / max(1, len(self.a) * len(self.b))
+        sums = (self.total, self.absolute, from_means, self.weight)
+        return PairInterference(self.plain, self.weighted, mean_square, *sums, top)
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
@@ -102,10 +126,12 @@ def interference_dataset(
     `latents` (N, n) and `atoms` (n, D) by head. Also the `top` pairs of latents of every pair of heads.
     """
     rotated = [one @ R for one, R in zip(atoms, rotations, strict=True)]
-    found, null = [], []
+    found: list[PairInterference] = []
+    null: list[PairInterference] = []
     for g, h in pairs_of(len(atoms)):
-        found.append(interference(latents[g], latents[h], atoms[g], atoms[h], top))
-        null.append(interference(latents[g], latents[h], rotated[g], rotated[h]))
+        versions = [(atoms[g], atoms[h]), (rotated[g], rotated[h])]
+        for held, one in zip((found, null), interference(latents[g], latents[h], versions, top), strict=True):
+            held.append(one)
     data: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     about = {
         "plain": "pairs of live latents by the cosine of their lifted atoms",

@@ -60,6 +60,8 @@ def measure(
     config: HeadsConfig,
 ) -> Study:
     """`rows` and `document` (rows, P): token ids, and the document of each."""
+    if prepend_bos:  # a BOS belongs to the document whose token it predicts
+        document = np.concatenate([document[:, 1:2], document[:, 1:]], axis=1)
     hook, first = f"blocks.{attention.layer}.attn.hook_z", int(prepend_bos)
     n_heads, d_head, _ = attention.W_O.shape
     cosines = HeadCosines(attention.W_O, config.seed)
@@ -101,7 +103,7 @@ def measure(
                     sources[key] = (decoded.view(len(x), n_heads, d_head), rest)
                 cross_terms.add(model, whole, document[start : start + n], sources)
         start += len(tokens)
-    joined = {key: sp.vstack(parts, format="csc") for key, parts in latents.items()}
+    joined = {key: sp.vstack(parts, format="csc").astype(np.float64) for key, parts in latents.items()}
     return Study(rows, first, cosines.dataset(first), joined, active, cross_terms.table(config.resamples))
 
 

@@ -34,6 +34,10 @@ class Attention(NamedTuple):
     centred: bool
     """Whether the norm takes out the mean (LayerNorm)."""
 
+    def to(self, device: str | torch.device) -> "Attention":
+        weights = {name: getattr(self, name).to(device) for name in ("W_V", "b_V", "W_O", "b_O")}
+        return self._replace(**weights)
+
 
 def read_attention(model: "HookedTransformer", layer: int) -> Attention:
     """The weights of a layer, the norm's folded in whether or not the model was loaded with `fold_ln`."""
