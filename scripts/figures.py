@@ -9,6 +9,7 @@ def figures(jobs: list[Job]) -> str:
     import pandas as pd
 
     from saeflow.figures import Tables, draw
+    from saeflow.heads.figures import read_head_studies
     from saeflow.jacobian_figures import read_histograms, read_studies
 
     (job,) = jobs
@@ -39,6 +40,7 @@ def figures(jobs: list[Job]) -> str:
         pd.concat(resamples),
         evaluations["confidence"].max(),
         pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
+        tuple(read_head_studies(job.inputs("heads"))),
     )
     with job.writing() as folder:
         for name in job.config["figures"]:

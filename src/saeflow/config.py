@@ -401,7 +401,7 @@ class JacobianConfig:
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """How the heads of a layer and their dictionaries are studied: on the first `n_tokens` held-out tokens, `batch_rows`
+    """How a layer's heads and their dictionaries are studied, on the first `n_tokens` held-out tokens, `batch_rows`
     rows at a time. The model is run without cross terms between heads on `loss_tokens` of them, with intervals from
     `resamples` resamples of the documents.
 

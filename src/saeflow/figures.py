@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saeflow import faithfulness, jacobian_figures
+from saeflow.heads import figures as head_figures
+from saeflow.heads.figures import HeadStudy
 from saeflow.jacobian_figures import Studies
+from saeflow.palette import COLOURS, MARKERS
 
-# Okabe and Ito's colours, safe for colour-blind readers; every series has a marker of its own too, for print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -66,6 +66,8 @@ class Tables(NamedTuple):
     """Of the intervals."""
     stacks: pd.DataFrame = NONE
     """One row a set of layers: `summary.json` of its stack."""
+    heads: tuple[HeadStudy, ...] = ()
+    """Studies of heads, one a layer."""
 
 
 def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
@@ -316,6 +318,7 @@ FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "jacobian_histogram": jacobian_histogram,
 }
 FIGURES |= {name: partial(lambda f, tables: f(tables.studies), f) for name, f in jacobian_figures.FIGURES.items()}
+FIGURES |= {name: partial(lambda f, tables: f(list(tables.heads)), f) for name, f in head_figures.FIGURES.items()}
 
 
 def draw(name: str, tables: Tables, folder: Path) -> None:

@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saeflow.figures import COLOURS, KINDS, MARKERS, STYLE
+from saeflow.figures import KINDS, STYLE
 from saeflow.groundtruth.network import HOOKS
 from saeflow.job import Job
+from saeflow.palette import COLOURS, MARKERS
 
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 

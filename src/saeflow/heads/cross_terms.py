@@ -81,8 +81,11 @@ class CrossTerms:
         return run_spliced(model, clean, f"blocks.{self.attention.layer}.hook_attn_out", value)
 
     def table(self, n_resamples: int) -> pd.DataFrame:
-        """One row a source, way and control: CE before and after, its increase and KL with 95 % intervals, and the size
-        of the change relative to what the heads write (root of the ratio of mean squares)."""
+        """One row a source, way and control, with 95 % intervals over documents.
+
+        CE before and after, its increase, its increase beyond that of the control (paired), KL from the clean model,
+        and the size of the change relative to what the heads write (root of the ratio of mean squares).
+        """
         rows = [row for row in self._adder.sums().documents if row["positions"] == "rest"]
         columns = ["n", *(f"{v}.{i + 1}" for i in range(len(self._names)) for v in _VALUES)]
         columns += [f"squared.{source}" for source in dict.fromkeys(source for source, _, _ in self._names)]
@@ -106,6 +109,11 @@ class CrossTerms:
                 held[name] = float(mean(total, value, i, less))
                 ends = central(mean(drawn, value, i, less)) if drawn is not None else (np.nan, np.nan)
                 held[f"{name}_low"], held[f"{name}_high"] = map(float, ends)
+            if (source, way, True) in number:
+                other = number[source, way, True]
+                held["ce_beyond_control"] = float(mean(total, "ce", i, other))
+                ends = central(mean(drawn, "ce", i, other)) if drawn is not None else (np.nan, np.nan)
+                held["ce_beyond_control_low"], held["ce_beyond_control_high"] = map(float, ends)
             relative = total[at[f"squared_change.{i}"]] / total[at[f"squared.{source}"]]
             table.append(held | {"relative_change": float(np.sqrt(relative))})
         return pd.DataFrame(table)
