@@ -88,7 +88,13 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     lines = {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}
-    lines |= {"matched_l0": len(table), "paired_differences": 28 * len(PAIRED), "notebook_004": 3, "stacks": 2}
+    lines |= {
+        "matched_l0": len(table),
+        "matched_ce": len(table),
+        "paired_differences": 28 * len(PAIRED),
+        "notebook_004": 3,
+        "stacks": 2,
+    }
     assert len(table) == lines[name] > 0
 
 
