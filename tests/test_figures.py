@@ -54,7 +54,8 @@ def tables() -> Tables:
             **{f"{name}_low": evaluations[name] - 0.01, f"{name}_high": evaluations[name] + 0.01}
         )
     steps = pd.DataFrame({"tokens": [1000, 2000, 3000], "fvu": [0.9, 0.5, 0.3], "l0": [300.0, 100.0, 50.0]})
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
+    evaluations["part"] = ""
+    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]
     training = evaluations[identity].merge(steps, how="cross")
     edges = np.linspace(0, 0.5, 51)
@@ -72,6 +73,8 @@ def tables() -> Tables:
     noise = pd.DataFrame({"noise": np.random.default_rng(0).normal(scale=0.005, size=20)})
     resamples = evaluations[["dictionary_key", *PAIRED]].merge(noise, how="cross")
     resamples["ce_replaced"] += resamples["noise"] * evaluations["amount"].mean()
+    resamples["ce_increase"] = resamples["ce_replaced"] - 3.5
+    resamples["ce_increase_without_bos"] = resamples["ce_increase"]
     stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
     stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
     stacks = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]

@@ -59,13 +59,15 @@ def matched_ce(
 ) -> pd.DataFrame:
     """L0 of the front `other` over that of `one` at equal CE, as `ratio`, over the range of CE that both cover.
 
-    Both fronts are those of `matched_l0`, read the other way: log L0 is linear in CE between their points.
+    Both fronts are those of `matched_l0`, read the other way: log L0 is linear in CE between their points. CE is said,
+    and held equal in each draw, as the increase over the clean model on the same documents (`ce_increase`), which
+    harder documents do not raise for all alike.
     """
-    x, y = f"ce_replaced{positions}", "log_l0"
+    x, y = f"ce_increase{positions}", "log_l0"
     one, other, resamples = (t.assign(log_l0=np.log(t[f"l0{positions}"])) for t in (one, other, resamples))
     grid = _matched(one, other, resamples, confidence, n_points, x, y, lambda ce: ce)
     grid[["ratio", "low", "high"]] = np.exp(grid[["difference", "low", "high"]].astype(float))
-    return grid.rename(columns={x: "ce_replaced"})[["ce_replaced", "ratio", "low", "high", "at_point_of"]]
+    return grid.rename(columns={x: "ce_increase"})[["ce_increase", "ratio", "low", "high", "at_point_of"]]
 
 
 def _matched(
@@ -83,9 +85,10 @@ def _matched(
     low, high = max(one[x].min(), other[x].min()), min(one[x].max(), other[x].max())
     if not low < high:
         return pd.DataFrame(columns=columns)
+    between = np.geomspace(low, high, n_points) if low > 0 else np.linspace(low, high, n_points)
     points = pd.concat([one.assign(at_point_of="one"), other.assign(at_point_of="other")])
     points = points[(points[x] >= low) & (points[x] <= high)][[x, "at_point_of"]]
-    grid = pd.concat([points, pd.DataFrame({x: np.geomspace(low, high, n_points)})]).sort_values(x)
+    grid = pd.concat([points, pd.DataFrame({x: between})]).sort_values(x)
     at = scale(grid[x].to_numpy())
     fronts = [_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in (one, other)]
     grid["difference"] = fronts[1] - fronts[0]

@@ -48,7 +48,7 @@ KINDS = {
     ("heads", "jumprelu"): "BatchTopK SAEs by head",
 }
 
-
+LEVELS = {"ce_clean": "clean model", "ce_mean": "mean ablation", "ce_zero": "zero ablation"}
 NONE = pd.DataFrame()
 
 
@@ -100,11 +100,7 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             if points["ce_increase_low"].notna().all():
                 bounds = [(points[f"ce_increase_{end}"] - points["ce_increase"]).abs() for end in ("low", "high")]
                 axis.errorbar(points["l0"], points["ce_replaced"], bounds, fmt="none", color=colour, linewidth=0.8)
-        for column, style, label in (
-            ("ce_clean", "-", "clean model"),
-            ("ce_mean", "--", "mean ablation"),
-            ("ce_zero", ":", "zero ablation"),
-        ):
+        for (column, label), style in zip(LEVELS.items(), ("-", "--", ":"), strict=True):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
         axis.set(xlabel="L0: active latents per token", title=str(hook))
@@ -135,11 +131,10 @@ def matched_ce(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
     Drawn from all tokens; the table has it without BOS too.
     """
-    figure, axes, table = _matched(tables, faithfulness.matched_ce, "ce_replaced", "ratio", "over")
+    figure, axes, table = _matched(tables, faithfulness.matched_ce, "ce_increase", "ratio", "over")
     for axis in axes:
         axis.axhline(1, color="0.35", linewidth=1)
-        _log_axis(axis, "y")
-        axis.set(xlabel="CE loss (nats per token)")
+        axis.set(xlabel="increase in CE loss (nats per token)")
     if axes:
         axes[0].set_ylabel("ratio of L0\n(active latents per token)")
     figure.tight_layout()
@@ -288,7 +283,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         amounts = sorted(rows["amount"].unique())
         colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(amounts)))
         for amount, colour in zip(amounts, colours, strict=True):
-            for _, curve in rows[rows["amount"] == amount].groupby("train_key"):
+            for _, curve in rows[rows["amount"] == amount].groupby(["train_key", "part"]):
                 label = f"{curve['amount_name'].iloc[0]} = {amount:g}"
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
@@ -334,12 +329,8 @@ def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     lines = np.arange(len(table))[::-1]
     bounds = [(table[f"ce_increase_{end}"] - table["ce_increase"]).abs().fillna(0) for end in ("low", "high")]
     axis.errorbar(table["ce_replaced"], lines, xerr=bounds, fmt="o", color=COLOURS[0], label="dictionaries")
-    for column, marker, label in (
-        ("clean", "|", "clean model"),
-        ("mean", "s", "mean ablation"),
-        ("zero", "x", "zero ablation"),
-    ):
-        axis.plot(table[f"ce_{column}"], lines, marker, color="0.35", markerfacecolor="none", label=label)
+    for (column, label), marker in zip(LEVELS.items(), "|sx", strict=True):
+        axis.plot(table[column], lines, marker, color="0.35", markerfacecolor="none", label=label)
     several = table["group"].nunique() > 1
     names = [f"layers {', '.join(map(str, layers))}" for layers in table["layers"]]
     axis.set_yticks(lines, [f"{g}: {n}" if several else n for g, n in zip(table["group"], names, strict=True)])
@@ -405,6 +396,7 @@ def _legend_of_all(grid: np.ndarray) -> None:
     entries: dict[str, Any] = {}
     for axis in grid.flat:
         entries |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    entries |= {level: entries.pop(level) for level in LEVELS.values() if level in entries}  # last
     grid[0][-1].legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
