@@ -11,6 +11,7 @@ def figures(jobs: list[Job]) -> str:
     from saeflow.figures import Tables, draw
     from saeflow.heads.figures import read_head_studies
     from saeflow.jacobian_figures import read_histograms, read_studies
+    from saeflow.layouts import part_folders
 
     (job,) = jobs
     if job.inputs("recover"):  # an experiment on a model whose algorithm is known
@@ -20,13 +21,12 @@ def figures(jobs: list[Job]) -> str:
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
     evaluations["part"] = evaluations["part"].fillna("")  # input or output, of what was trained as a pair
     identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
-    identity += ["hook_name", "hook_name_out", "jacobian_coefficient"]
+    identity += ["hook_name", "hook_name_out", "hook_head_index", "sparsity", "jacobian_coefficient"]
     curves = []
-    for folder in job.dictionaries():
-        if not (folder / "metrics.parquet").is_file():  # read from elsewhere
-            continue
-        key, part = (folder.parent.name, folder.name) if folder.parent.name != "train" else (folder.name, "")
-        curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
+    for made in job.inputs("train"):
+        for folder in part_folders(made):
+            part = "" if folder == made else folder.name
+            curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=made.name, part=part))
     training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
     resamples = [
         pd.read_parquet(f / "resamples.parquet").assign(dictionary_key=key)

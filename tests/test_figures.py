@@ -54,7 +54,8 @@ def tables() -> Tables:
             **{f"{name}_low": evaluations[name] - 0.01, f"{name}_high": evaluations[name] + 0.01}
         )
     steps = pd.DataFrame({"tokens": [1000, 2000, 3000], "fvu": [0.9, 0.5, 0.3], "l0": [300.0, 100.0, 50.0]})
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
+    evaluations["part"] = ""
+    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]
     training = evaluations[identity].merge(steps, how="cross")
     edges = np.linspace(0, 0.5, 51)
@@ -72,6 +73,8 @@ def tables() -> Tables:
     noise = pd.DataFrame({"noise": np.random.default_rng(0).normal(scale=0.005, size=20)})
     resamples = evaluations[["dictionary_key", *PAIRED]].merge(noise, how="cross")
     resamples["ce_replaced"] += resamples["noise"] * evaluations["amount"].mean()
+    resamples["ce_increase"] = resamples["ce_replaced"] - 3.5
+    resamples["ce_increase_without_bos"] = resamples["ce_increase"]
     stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
     stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
     stacks = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]
@@ -88,7 +91,13 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     lines = {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}
-    lines |= {"matched_l0": len(table), "paired_differences": 28 * len(PAIRED), "notebook_004": 3, "stacks": 2}
+    lines |= {
+        "matched_l0": len(table),
+        "matched_ce": len(table),
+        "paired_differences": 28 * len(PAIRED),
+        "notebook_004": 3,
+        "stacks": 2,
+    }
     assert len(table) == lines[name] > 0
 
 

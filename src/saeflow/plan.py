@@ -42,7 +42,7 @@ STAGES = {
     "foreign": Stage(reads=("model",)),
     "jacobian": Stage(reads=("jacobian", "model"), version=3),
     "baseline": Stage(reads=("evaluation.batch_rows", "model"), batched=True),
-    "evaluate": Stage(reads=("evaluation", "model"), version=3, batched=True),
+    "evaluate": Stage(reads=("evaluation", "model"), version=4, batched=True),
     "stack": Stage(reads=("evaluation", "model")),
     "heads": Stage(reads=("heads", "model")),
     "blind": Stage(reads=("model",)),
