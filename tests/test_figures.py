@@ -9,6 +9,7 @@ import pytest
 from saeflow import jacobian_figures
 from saeflow.faithfulness import PAIRED
 from saeflow.figures import FIGURES, Tables, draw, sparsity_faithfulness
+from saeflow.heads import figures as head_figures
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def tables() -> Tables:
     return Tables(evaluations, training, jacobians, None, resamples.drop(columns="noise"), 0.9, pd.DataFrame(stacks))
 
 
-@pytest.mark.parametrize("name", sorted(FIGURES.keys() - jacobian_figures.FIGURES.keys()))
+@pytest.mark.parametrize("name", sorted(FIGURES.keys() - jacobian_figures.FIGURES.keys() - head_figures.FIGURES.keys()))
 def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()

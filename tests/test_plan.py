@@ -57,6 +57,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "baseline": 1,
         "evaluate": 2,
         "stack": 0,
+        "heads": 0,
         "blind": 0,
         "recover": 0,
         "figures": 1,

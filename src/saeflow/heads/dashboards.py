@@ -36,8 +36,8 @@ body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em;
 section { border-top: 1px solid #999; margin-top: 1.5em; break-inside: avoid; }
 .beside { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 2em; }
 table { border-collapse: collapse; margin: .4em 0; font-size: 12px; }
-th, td { padding: .1em .6em; text-align: right; border-bottom: 1px solid #ccc; }
-td.tokens { text-align: left; font-family: ui-monospace, monospace; }
+th, td { padding: .1em .5em; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
+td.tokens { text-align: left; font-family: ui-monospace, monospace; white-space: normal; }
 .text { font: 12px/1.8 ui-monospace, monospace; white-space: pre-wrap; margin: .1em 0; }
 .text span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 .at { outline: 1.5px solid #a33; }
