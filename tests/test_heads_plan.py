@@ -19,7 +19,7 @@ def plan_of(home: Path, *overrides: str) -> Plan:  # noqa: F811
 def test_one_more_coefficient_is_one_training_and_the_evaluations_of_its_heads(home: Path) -> None:  # noqa: F811
     before = plan_of(home, *HEADS, "dictionary.l1_coefficient=[1,2]")
     after = plan_of(home, *HEADS, "dictionary.l1_coefficient=[1,2,4]")
-    assert changed(before, after) == {"train": 1, "evaluate": 5, "figures": 1}
+    assert changed(before, after) == {"train": 1, "evaluate": 5, "heads": 1, "figures": 1}
     (key,) = after.stages["train"].keys() - before.stages["train"].keys()
     heads = {e.config.get("part"): e.needs for e in after.stages["evaluate"].values() if e.needs["train"] == [key]}
     assert list(heads) == [None, "head_0", "head_1", "head_2", "head_3"]
@@ -66,6 +66,16 @@ def test_the_keys_of_other_dictionaries_stay_what_they_were(home: Path) -> None:
     assert changed(plan_of(home, "dictionary=relu"), uncentred)["train"] == 1
 
 
+def test_one_head_can_be_trained_alone(home: Path) -> None:  # noqa: F811
+    plan = plan_of(home, "site=attn_z", "dictionary=topk", "site.head=[1,3]", "stacks=[all]")
+    assert [instance.config["head"] for instance in plan.stages["train"].values()] == [1, 3]
+    assert sorted(instance.config["head"] for instance in plan.stages["baseline"].values()) == [1, 3]
+    assert len(plan.stages["evaluate"]) == len(plan.stages["stack"]) == 2 and len(plan.stages["activations"]) == 1
+    whole = plan_of(home, "site=attn_z", "dictionary=topk")
+    (instance,) = whole.stages["train"].values()
+    assert "head" not in instance.config
+
+
 def test_a_blind_set_shows_heads_as_one(home: Path) -> None:  # noqa: F811
     plan = plan_of(home, "dictionary=[heads,concat]", *HEADS[1:], "blind={}")
     (blind,) = plan.stages["blind"].values()
@@ -100,7 +110,10 @@ def test_layers_of_heads_stack(home: Path) -> None:  # noqa: F811
             ["dictionary=relu", "site=mlp_out", "dictionary.normalize_activations=per_head"],
             "per_head needs a hook with",
         ),
-        (["dictionary=heads_topk", "site.head=1"], "site.head=1 is out of range"),
+        (["dictionary=heads_topk", "site.head=1"], "site.head=1 .* null with dictionary.kind=heads"),
+        (["dictionary=topk", "site.head=4"], r"site.head=4 is out of range: blocks.2.attn.hook_z has heads 0 to 3"),
+        (["dictionary=topk", "site=mlp_out", "+site.head=1"], "site.head=1 needs a hook with heads"),
+        (["dictionary=concat", "site.head=1"], "expected_average_only_in .* none or per_head with site.head"),
         (["dictionary=saelens/topk", "dictionary.kind=heads"], "kind=heads .* sae with activation=saelens"),
         (["dictionary=saelens/topk", "+dictionary.apply_b_dec_to_input=false"], "true with activation=saelens"),
     ],

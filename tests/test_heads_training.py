@@ -182,6 +182,27 @@ def test_a_job_writes_a_dictionary_a_head_that_opens_as_one(results, z, name):
     assert {key for key in first if first[key] != after[key]} <= {"provenance.json"}
 
 
+@pytest.mark.parametrize("name", ["batchtopk", "kissane"])
+def test_a_job_of_one_head_trains_what_the_job_of_all_does(results, name):
+    training.train([job_of(results, name)])
+    together = [pd.read_parquet(results / f"train/it/head_{h}/metrics.parquet") for h in range(H)]
+    dictionary, more = CASES[name]
+    jobs = []
+    for h in range(H):
+        plan = plan_of(results, dictionary | {"kind": "sae"}, more)
+        alone = plan.stages["train"]["it"]
+        jobs.append(Job(dataclasses.replace(alone, key=f"alone-{h}", config=alone.config | {"head": h}), plan, "cpu"))
+    training.train(jobs)  # which read each batch once
+    whole = load_dictionary(results / "train/it")
+    for h in range(H):
+        folder = results / f"train/alone-{h}"
+        mine = pd.read_parquet(folder / "metrics.parquet")
+        np.testing.assert_allclose(together[h].to_numpy(), mine.to_numpy(), rtol=2e-4, atol=1e-6)
+        made = load_dictionary(folder)
+        assert made.spec == whole.heads[h].spec
+        torch.testing.assert_close(made.W_dec, whole.heads[h].W_dec, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["april", "kissane"])
 def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(results, monkeypatch, name):
     how = json.dumps({"checkpoint_seconds": 0.0})

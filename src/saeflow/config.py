@@ -127,7 +127,7 @@ class ActivationsConfig:
 @dataclass(frozen=True)
 class SiteConfig:
     """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`. `head`: of a hook with
-    heads, the one that a foreign dictionary is of."""
+    heads, the one that an SAE is of (`kind=sae`, or foreign)."""
 
     hook_name: str
     hook_name_out: str | None = None
@@ -495,12 +495,13 @@ class PointConfig:
             raise ConfigError(
                 f"dictionary.kind={self.dictionary.kind} reads one hook, but this site has two ({hooks}); use {use}"
             )
-        _require(
-            self.site.head is None or self.dictionary.kind == "foreign",
-            "site.head",
-            self.site.head,
-            "null, but for a foreign dictionary",
-        )
+        if self.site.head is not None:
+            legal = self.dictionary.kind in ("sae", "foreign")
+            _require(legal, "site.head", self.site.head, f"null with dictionary.kind={self.dictionary.kind}")
+            scaling = self.dictionary.normalize_activations
+            legal = scaling != "expected_average_only_in" and self.dictionary.activation != "saelens"
+            wanted = "none or per_head with site.head, and activation none of SAELens's"
+            _require(legal, "dictionary.normalize_activations", scaling, wanted)
         if self.dictionary.kind == "heads":
             legal = self.training.revive in ("none", "resample")
             _require(legal, "training.revive", self.training.revive, "none or resample with dictionary.kind=heads")

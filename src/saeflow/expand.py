@@ -105,7 +105,7 @@ class _Expander:
             needs = {"tokens": [tokens["train"]]} | made
             return instance("activations", name, needs, hook_name=hook, n_rows=train_rows, size=size)
 
-        hook, hook_out = point.site.hook_name, point.site.hook_name_out
+        hook, hook_out, head = point.site.hook_name, point.site.hook_name_out, point.site.head
         d = point.dictionary
         name, value = d.amount
         amount = f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
@@ -114,16 +114,15 @@ class _Expander:
         def trained(hook: str, hook_out: str | None) -> str:
             name = f"{d.saelens or dictionary['kind']}-{_short(hook)}-{amount}-seed{point.seed}"
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
+            if head is not None:
+                name, extra["head"] = name.replace("-seed", f"-head{head}-seed"), head
             return instance("train", name, {"activations": [column(h) for h in (hook, hook_out) if h]}, **extra)
 
         if d.kind == "foreign":
             key = self._foreign(point, {"model": tree["model"]}, sources)
             means = column(hook_out or hook)
-            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head, {})
-            placed = _Placed("foreign", key, means, tokens["held_out"], sources)
-            self._note(point, tree, placed)
-            if point.site.head is None:
-                self._note_heads(point, tree, placed)
+            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], head, {})
+            self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
             return
         dictionaries: list[_Part]
         if d.kind == "pair":
@@ -139,24 +138,22 @@ class _Expander:
             heads = range(geometry.hook_size(hook)[0])
             dictionaries = [whole, *(whole._replace(name=f"head_{h}", head=h) for h in heads)]
         else:
-            dictionaries = [_Part(trained(hook, hook_out), hook_out or hook)]
+            dictionaries = [_Part(trained(hook, hook_out), hook_out or hook, head=head)]
         if d.kind in ("pair", "jacobian"):
             keys = list(dict.fromkeys(part.key for part in dictionaries))
             instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
         elif d.kind == "transcoder" and point.jacobian.transcoders:
             needs = {"train": [dictionaries[0].key], "tokens": [tokens["held_out"]]}
             instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
-        for key, writes, name, head in dictionaries:
+        for key, writes, name, of_head in dictionaries:
             part = {"part": name} if name else {}
             if made:
                 needs = {"train": [key], "tokens": [tokens["held_out"]]} | made
                 instance("recover", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
                 continue
-            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], head, part)
-            if d.kind not in ("pair", "jacobian") and head is None:
-                placed = _Placed("train", key, column(writes), tokens["held_out"], sources)
-                self._note(point, tree, placed)
-                self._note_heads(point, tree, placed)
+            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], of_head, part)
+            if d.kind not in ("pair", "jacobian") and not name:
+                self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
 
     def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
         """A dictionary that is read instead of trained. It enters by content, or by the names of its release."""
@@ -178,7 +175,8 @@ class _Expander:
         return self._instance("foreign", f"{name}-{_short(site.hook_name)}", config, {}, sources)
 
     def _note(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
-        """Keeps a dictionary for the stacks: those of one stack differ in the layer alone."""
+        """Keeps a dictionary for studies of heads, and for stacks: those of one stack differ in the layer alone."""
+        self._note_heads(point, tree, placed)
         layer = point.site.layer
         if layer is None:
             return
@@ -192,12 +190,13 @@ class _Expander:
             at_layer[layer] = placed._replace(key="")  # several, such as foreign ones: which belongs to the stack?
 
     def _note_heads(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
-        """Keeps a dictionary for the study of heads, with the others of its layer, where it is of a layer's heads.
+        """Keeps a dictionary for the study of its layer's heads, where it is of all of them.
 
         SAELens's own classes are left out: they have no weights in these terms.
         """
-        hook = point.site.hook_name
-        if re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook) and point.dictionary.activation != "saelens":
+        hook, head = point.site.hook_name, point.site.head
+        of_layer = re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook) and head is None
+        if of_layer and point.dictionary.activation != "saelens":
             config = _project(tree, STAGES["heads"].reads)
             group = canonical([config, hook, placed.held_out])
             held = self._at_heads.setdefault(group, [])
@@ -335,11 +334,16 @@ class _Expander:
             if hook is None:
                 continue
             size = geometry.hook_size(hook)
-            heads = point.dictionary.kind == "heads"
+            head = point.site.head
+            heads = point.dictionary.kind == "heads" or head is not None
             if len(size) == 1 and (heads or point.dictionary.normalize_activations == "per_head"):
-                key = "kind=heads" if heads else "normalize_activations=per_head"
+                key = "dictionary.normalize_activations=per_head"
+                if heads:
+                    key = "dictionary.kind=heads" if head is None else f"site.head={head}"
                 legal = ", ".join(name for name, held in geometry.block_hooks().items() if len(held) == 2)
-                raise ConfigError(f"dictionary.{key} needs a hook with heads, and {hook} has none; these have: {legal}")
+                raise ConfigError(f"{key} needs a hook with heads, and {hook} has none; these have: {legal}")
+            if head is not None and not 0 <= head < size[0]:
+                raise ConfigError(f"site.head={head} is out of range: {hook} has heads 0 to {size[0] - 1}")
             d_in = size[-1] if heads else math.prod(size)
             d_sae = point.dictionary.d_sae or d_in * (point.dictionary.expansion or 1)
             if point.dictionary.k is not None and point.dictionary.k > d_sae:

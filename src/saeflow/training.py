@@ -46,11 +46,17 @@ class Member:
     checkpoints: Checkpoints
     reads: list[int]
     """Which of the job's columns."""
+    entries: slice
+    """Which of a column's: those of one head, or all."""
     failure: TrainingError | None = None
 
     @property
     def at_work(self) -> bool:
         return self.failure is None and self.trainer.step < self.trainer.n_steps
+
+    def own(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What it reads of a batch of the job's columns."""
+        return tuple(batch[i][:, self.entries] for i in self.reads)
 
     def save(self) -> None:
         if self.failure is None and self.trainer.step:
@@ -59,14 +65,13 @@ class Member:
 
 @dataclass
 class Selected:
-    """Batches of some of the columns."""
+    """What a member reads of batches."""
 
     batches: Batches
-    reads: list[int]
+    member: Member
 
     def iterate(self, start: int, n_steps: int) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self.batches.iterate(start, n_steps):
-            yield tuple(batch[i] for i in self.reads)
+        return map(self.member.own, self.batches.iterate(start, n_steps))
 
 
 def train(jobs: list[Job]) -> str:
@@ -121,8 +126,8 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
                     continue  # killed between two checkpoints, members may go on from different steps
                 try:
                     if member.trainer.resamples_next():
-                        member.trainer.resample(Selected(batches, member.reads))
-                    member.trainer.take(tuple(batch[i] for i in member.reads))
+                        member.trainer.resample(Selected(batches, member))
+                    member.trainer.take(member.own(batch))
                 except TrainingError as error:
                     member.failure = error
                 if member.trainer.step == member.trainer.n_steps:
@@ -173,10 +178,12 @@ def _member(
     specs = specs_of_job(job, [columns[folder] for folder in mine])
     trainer: Trainer | JacobianTrainer | HeadsTrainer
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
+    head, ends = job.config.get("head"), (mine[0], mine[-1])
     if config.kind == "heads":
         trainer = HeadsTrainer(specs, options, sides[mine[0]], job.device, log_row)
     elif len(specs) == 1:
-        trainer = make_trainer(specs[0], options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
+        side_in, side_out = (sides[folder] if head is None else sides[folder].of_heads()[head] for folder in ends)
+        trainer = make_trainer(specs[0], options, side_in, side_out, job.device, log_row)
     else:
         block = _block(job)
         trainer = JacobianTrainer(
@@ -187,7 +194,10 @@ def _member(
     if state is not None:
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
-    return Member(job, trainer, checkpoints, [list(columns).index(folder) for folder in mine])
+    reads = [list(columns).index(folder) for folder in mine]
+    d_head = specs[0].d_in
+    entries = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
+    return Member(job, trainer, checkpoints, reads, entries)
 
 
 def _write(member: Member) -> str:
@@ -270,12 +280,14 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
         prepend_bos=tokens.config["tokens"]["prepend_bos"],
     )
     d, p, seed = columns[0].d, columns[-1].d, job.config["seed"]
-    if config.kind == "heads":
+    head = job.config.get("head")
+    if config.kind == "heads" or head is not None:
         if len(columns[0].size) != 2:
-            raise ConfigError(f"dictionary.kind=heads needs a hook with heads, and {wanted[0]} has none")
+            raise ConfigError(f"a dictionary of heads needs a hook with heads, and {wanted[0]} has none")
         n_heads, d_head = columns[0].size
-        head = dataclasses.replace(config, kind="sae")
-        return [make_spec(head, d_head, d_head, wanted[0], wanted[0], seed, origin, h) for h in range(n_heads)]
+        one = dataclasses.replace(config, kind="sae")
+        which = range(n_heads) if head is None else [head]
+        return [make_spec(one, d_head, d_head, wanted[0], wanted[0], seed, origin, h) for h in which]
     if config.kind != "jacobian":
         return [make_spec(config, d, p, wanted[0], wanted[-1], seed, origin)]
     alone = dataclasses.replace(config, kind="sae", jacobian_coefficient=None, options={})
