@@ -31,7 +31,7 @@ def test_one_more_coefficient_is_one_training_and_the_evaluations_of_its_heads(h
 
 def test_heads_and_concatenated_share_what_they_read_and_are_compared_with(home: Path) -> None:  # noqa: F811
     heads, both = plan_of(home, *HEADS), plan_of(home, "dictionary=[heads,concat]", *HEADS[1:])
-    assert changed(heads, both) == {"train": 1, "evaluate": 1, "figures": 1}
+    assert changed(heads, both) == {"train": 1, "evaluate": 1, "heads": 1, "figures": 1}
     (batch,) = {frozenset(t.needs["activations"]) for t in both.stages["train"].values()}
     assert len(batch) == 1
 

@@ -44,6 +44,7 @@ SIZES = [
 ]
 FIGURES = "figures=[heads_norms,heads_spectra,heads_cosines,heads_cross_terms,heads_angles,heads_interference,\
 heads_shares,heads_measures,heads_decomposition,heads_agreement,heads_attribution]"
+PER_HEAD = "dictionary.normalize_activations=per_head"
 H, HEAD = 4, 8
 
 
@@ -256,7 +257,7 @@ def test_a_study_is_made_where_there_are_dictionaries_of_heads_or_a_figure_of_th
     assert studies("dictionary=heads", "site=attn_z", "site.layer=[1,2]") == 2
     assert studies("dictionary=heads", "site=attn_z", "site.hook_name=blocks.1.attn.hook_q") == 0
     assert studies("dictionary=topk", "figures=[heads_shares]") == 0
-    assert studies("dictionary=concat", "site=attn_z", "site.head=1", "figures=[heads_shares]") == 0
+    assert studies("dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD, "figures=[heads_shares]") == 0
 
 
 def test_settings_out_of_range_are_refused(home: Path) -> None:  # noqa: F811
