@@ -9,7 +9,7 @@ def figures(jobs: list[Job]) -> str:
     import pandas as pd
 
     from saeflow.figures import Tables, draw
-    from saeflow.heads.plotting import read_head_studies
+    from saeflow.heads.folder import read_head_studies
     from saeflow.jacobian_figures import read_histograms, read_studies
     from saeflow.layouts import part_folders
 

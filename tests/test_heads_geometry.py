@@ -67,6 +67,22 @@ def test_a_layers_output_is_the_sum_of_its_heads(model: Any) -> None:
         torch.testing.assert_close(flat, wanted, rtol=0, atol=1e-10)
 
 
+def test_a_compiled_models_output_is_the_sum_of_its_heads() -> None:
+    """It has no norms, and several heads only in some layers."""
+    from saeflow.groundtruth.cases import get_case
+    from saeflow.groundtruth.compiler import hooked
+
+    case = get_case(3)
+    compiled = hooked(case.compiled.config, case.compiled.weights).to(torch.float64)
+    _, cache = compiled.run_with_cache(torch.from_numpy(case.rows(20, 0)))
+    for layer in range(compiled.cfg.n_layers):
+        attention = read_attention(compiled, layer)
+        assert not attention.centred
+        written = head_outputs(cache[f"blocks.{layer}.attn.hook_z"].flatten(0, 1), attention.W_O).sum(1) + attention.b_O
+        wanted = cache[f"blocks.{layer}.hook_attn_out"].flatten(0, 1)
+        torch.testing.assert_close(written, wanted, rtol=0, atol=1e-10)
+
+
 def test_values_are_read_from_the_normalised_stream(model: Any) -> None:
     """W_V by query head with the norm's gain and bias folded in, whatever the model was loaded with."""
     _, cache = model.run_with_cache(TOKENS)

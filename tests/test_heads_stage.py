@@ -215,6 +215,15 @@ def test_decompositions_have_every_method_and_null(plan: Plan, study: Path) -> N
     assert page.count("<section") == 2 and "attribution, sum" in page and "correlation" in page
 
 
+def test_the_table_says_the_numbers(study: Path) -> None:
+    text = (study / "table.txt").read_text()
+    table = pd.read_parquet(study / "cross_terms.parquet")
+    one = table[(table["source"] == "model") & (table["way"] == "others") & ~table["control"]].iloc[0]
+    assert f"others      {one['ce_increase']:+.4f} [{one['ce_increase_low']:+.4f}, " in text
+    median = xr.open_zarr(study / "cosines.zarr")["cosine"].isel(pair=0).sel(quantile=0.5).item()
+    assert f" {median:.3f}" in text and text.count("SAEs of heads, L1") >= 4 and "mean share of each head" in text
+
+
 def test_figures_are_there(plan: Plan) -> None:
     (key,) = plan.stages["figures"]
     folder = plan.folder("figures", key)

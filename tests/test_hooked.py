@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeflow.config import ModelConfig
+from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.hooked import convert
 from saeflow.loading import load_model
 from saeflow.models import ModelError, read_geometry
@@ -56,6 +57,17 @@ def test_its_geometry_and_hooks_are_those_of_the_model(made: Path) -> None:
     _, cache = model.run_with_cache(IDS, return_cache_object=False)
     for hook, size in geometry.block_hooks().items():
         assert tuple(cache[f"blocks.1.{hook}"].shape) == (2, 40, *size), hook
+
+
+@torch.no_grad()
+def test_its_attention_is_the_sum_of_its_heads(made: Path) -> None:
+    for fold_ln in (False, True):
+        model = opened(made, fold_ln=fold_ln).to(torch.float64)
+        _, cache = model.run_with_cache(IDS)
+        attention = read_attention(model, 1)
+        written = head_outputs(cache["blocks.1.attn.hook_z"].flatten(0, 1), attention.W_O).sum(1) + attention.b_O
+        wanted = cache["blocks.1.hook_attn_out"].flatten(0, 1)
+        torch.testing.assert_close(written, wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saeflow import faithfulness, jacobian_figures
 from saeflow.heads import figures as head_figures
-from saeflow.heads.plotting import HeadStudy
+from saeflow.heads.folder import HeadStudy
 from saeflow.jacobian_figures import Studies
 from saeflow.palette import COLOURS, MARKERS
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from saeflow.job import progress
+
 METHODS = ("pseudo_inverse", "omp", "nn_omp", "nn_lasso")
 
 
@@ -167,7 +169,7 @@ def decomposition_table(
     `coefficients`.
     """
     rows = []
-    for (latent, head), v in directions.items():
+    for (latent, head), v in progress(directions.items(), "decomposing"):
         for name, by_head in dictionaries.items():
             for method in METHODS:
                 for m, one in sorted(decompose(v, by_head[head], method, most).items()):

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from saeflow.heads import latent_figures, output_figures
-from saeflow.heads.plotting import HeadStudy
+from saeflow.heads.folder import HeadStudy
 
 FIGURES: dict[str, Callable[[list[HeadStudy]], tuple[Figure, pd.DataFrame]]] = {
     "heads_norms": output_figures.norms,

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 import xarray as xr
 
 from saeflow.heads.geometry import pair_coordinates, pairs_of
+from saeflow.job import progress
 
 CHUNK = 256
 EDGES = np.linspace(-1, 1, 201)
@@ -128,7 +129,7 @@ def interference_dataset(
     rotated = [one @ R for one, R in zip(atoms, rotations, strict=True)]
     found: list[PairInterference] = []
     null: list[PairInterference] = []
-    for g, h in pairs_of(len(atoms)):
+    for g, h in progress(pairs_of(len(atoms)), "interference"):
         versions = [(atoms[g], atoms[h]), (rotated[g], rotated[h])]
         for held, one in zip((found, null), interference(latents[g], latents[h], versions, top), strict=True):
             held.append(one)

@@ -8,9 +8,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from saeflow.heads.decomposition import METHODS
+from saeflow.heads.folder import HeadStudy
 from saeflow.heads.plotting import (
     NULL,
-    HeadStudy,
     colours,
     concat,
     grid_of,

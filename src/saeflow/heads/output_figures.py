@@ -10,9 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from saeflow.heads.cross_terms import MODEL, NO_HEADS
+from saeflow.heads.folder import HeadStudy
 from saeflow.heads.plotting import (
     NULL,
-    HeadStudy,
     colours,
     concat,
     grid_of,

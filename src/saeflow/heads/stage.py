@@ -19,8 +19,10 @@ from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.fitting import check_fit, model_config
 from saeflow.heads.dashboards import dashboards
 from saeflow.heads.decomposed import Decomposed, decompose_latents
+from saeflow.heads.folder import HeadStudy
 from saeflow.heads.geometry import decoder_norms, principal_angles, spectra
 from saeflow.heads.interference import interference_dataset
+from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
 from saeflow.heads.store import write_dataset
 from saeflow.heads.study import Study, by_head, measure
@@ -108,6 +110,7 @@ def heads_job(job: Job) -> dict[str, Any]:
                 (own / "dashboards.html").write_text(page, encoding="utf-8")
                 sources.to_parquet(own / "attribution.parquet")
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (out / "table.txt").write_text(report(HeadStudy(out, summary)))
     return summary
 
 
