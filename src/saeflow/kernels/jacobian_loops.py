@@ -6,18 +6,14 @@ inner products, or, on the way back, for all k x k multiples that are added. A, 
 out, so that no two of them add to one number, and sums do not depend on how many threads there are.
 """
 
-from itertools import chain
-
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from saeflow.kernels.loops import compiled
+from saeflow.kernels.vectors import make_tile, prefetch
 
 STRIP = 512  # columns whose inner products are taken at a time
 TILE = 8  # targets, and rows of a buffer, are padded to a multiple of it
+_tile, _narrow_tile = make_tile(TILE, 2, wide=True), make_tile(TILE, 1, wide=False)
 
 
 @compiled
@@ -100,95 +96,7 @@ def _fetch(rows, which, size, column, count):
     """
     for i in range(len(which)):
         for c in range(column, column + count, 64 // rows.itemsize):
-            _prefetch(rows, which[i] * size + c)
-
-
-@intrinsic
-def _prefetch(typing_context, numbers, place):
-    """The processor's instruction, which numba does not offer."""
-
-    def generate(context, builder, signature, arguments):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        declared = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        prefetch = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), byte)
-        to_read, into_second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
-        builder.call(prefetch, [address, to_read, into_second_level, data])
-        return context.get_dummy_value()
-
-    return types.void(numbers, types.intp), generate
-
-
-def _make_tile(wide):
-    """Adds the products of TILE targets and two vectors of columns, or one column, by sums that stay in registers.
-
-    numba's own loops read and write the sums for every few sources. All arrays are flat:
-    sums[targets[first + j] + c] += scale[c] sum_i G[place + i by_source + j by_target] rows[sources[i] + c].
-    """
-
-    @intrinsic
-    def tile(typing_context, sums, targets, first, rows, sources, G, place, by_source, by_target, scale, column):
-        def generate(context, builder, signature, arguments):
-            number = context.get_value_type(signature.args[0].dtype)
-            size = context.get_abi_sizeof(number)
-            lanes, vectors = (64 // size, 2) if wide else (1, 1)
-            vector = ir.VectorType(number, lanes)
-            arrays = [
-                context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
-                for kind, value in zip(signature.args, arguments, strict=True)
-            ]
-            sums, targets, first, rows, sources, G, place, by_source, by_target, scale, column = arrays
-
-            def index(value):
-                return ir.Constant(ir.IntType(64), value)
-
-            def load(array, at, kind=None):
-                address = builder.gep(array.data, [at])
-                if kind is None:
-                    return builder.load(address)
-                return builder.load(builder.bitcast(address, kind.as_pointer()), align=size)
-
-            def load_all(array, at):
-                return [load(array, builder.add(at, index(v * lanes)), vector) for v in range(vectors)]
-
-            def spread(value):
-                nothing, zeros = (
-                    ir.Constant(vector, ir.Undefined),
-                    ir.Constant(ir.VectorType(ir.IntType(32), lanes), None),
-                )
-                alone = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
-                return builder.shuffle_vector(alone, nothing, zeros)
-
-            def multiply_add(x, y, total):
-                return builder.fadd(total, builder.fmul(x, y, flags=("contract",)), flags=("contract",))
-
-            totals = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(TILE)]
-            for total in chain(*totals):
-                builder.store(ir.Constant(vector, None), total)
-            with cgutils.for_range(builder, sources.nitems) as loop:
-                read = load_all(rows, builder.add(load(sources, loop.index), column))
-                for j, of_target in enumerate(totals):
-                    at = builder.add(builder.mul(loop.index, by_source), builder.mul(by_target, index(j)))
-                    factor = spread(load(G, builder.add(place, at)))
-                    for value, total in zip(read, of_target, strict=True):
-                        builder.store(multiply_add(factor, value, builder.load(total)), total)
-            scales = load_all(scale, column)
-            for j, of_target in enumerate(totals):
-                at = builder.add(load(targets, builder.add(first, index(j))), column)
-                for v, old in enumerate(load_all(sums, at)):
-                    new = multiply_add(scales[v], builder.load(of_target[v]), old)
-                    address = builder.gep(sums.data, [builder.add(at, index(v * lanes))])
-                    builder.store(new, builder.bitcast(address, vector.as_pointer()), align=size)
-            return context.get_dummy_value()
-
-        arguments = (sums, targets, first, rows, sources, G, place, by_source, by_target, scale, column)
-        return types.void(*arguments), generate
-
-    return tile
-
-
-_tile, _narrow_tile = _make_tile(wide=True), _make_tile(wide=False)
+            prefetch(rows, which[i] * size + c)
 
 
 @compiled
