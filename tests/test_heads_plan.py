@@ -6,6 +6,7 @@ import pytest
 from test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
+from saeflow.cost import training_operations
 from saeflow.expand import compose
 from saeflow.plan import Plan
 
@@ -74,6 +75,15 @@ def test_one_head_can_be_trained_alone(home: Path) -> None:  # noqa: F811
     whole = plan_of(home, "site=attn_z", "dictionary=topk")
     (instance,) = whole.stages["train"].values()
     assert "head" not in instance.config
+
+
+def test_heads_take_a_hth_of_the_arithmetic(home: Path) -> None:  # noqa: F811
+    """Of one dictionary with as many latents in all; and one head a Hth of that."""
+    heads = plan_of(home, "site=attn_z", "dictionary=heads_topk", "dictionary.k=4")
+    concat = plan_of(home, "site=attn_z", "dictionary=topk", "dictionary.k=16")
+    alone = plan_of(home, "site=attn_z", "dictionary=topk", "dictionary.k=4", "site.head=1")
+    counted = [training_operations(p, next(iter(p.stages["train"].values()))) for p in (concat, heads, alone)]
+    assert counted[0] == pytest.approx(4 * counted[1]) and counted[1] == pytest.approx(4 * counted[2])
 
 
 def test_a_blind_set_shows_heads_as_one(home: Path) -> None:  # noqa: F811

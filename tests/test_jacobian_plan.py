@@ -88,7 +88,11 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
         assert config["hook_name"] == f"blocks.{layer}.ln2.hook_normalized"
     bytes_each = 300_000_000 // 2048 * 2048 * d * 2
     assert explain(plan).bytes_to_cache == pytest.approx(2 * bytes_each, rel=1e-3)
-    assert "2 trainings, 2 Jacobian studies" in sentence(explain(plan))
+    found = explain(plan)
+    assert "2 trainings, 2 Jacobian studies" in sentence(found) and "device.flops" in sentence(found)
+    encoders, products = 2 * 2 * 4096 * d * d_sae, 2 * 2 * 2 * d * d_sae * 4 * d  # of a step; products and gradients
+    assert found.operations > 73_242 * (2 * encoders + products)
+    assert found.operations < 1.2 * 73_242 * (2 * encoders + products)
 
 
 def test_the_papers_first_weights() -> None:

@@ -268,6 +268,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["model=local"], "model.path has to be given: add model.path="),
         (["corpus.path=/no/such/file"], "corpus.path=/no/such/file: no such file or folder"),
         (["device.train=gpu"], "device.train=gpu: use cpu, cuda"),
+        (["device.flops=fast"], "device.flops=fast: set it to floating-point operations a second"),
         (["training.n_tokens=many"], "training.n_tokens='many' must be of type int"),
         (["dictionary=topk"], "nothing is left of the sweep of experiment=default with dictionary=topk"),
         (["model=pythia-70m"], "model.hub=EleutherAI/pythia-70m-deduped is not in the local .* scripts/fetch.py"),

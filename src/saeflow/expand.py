@@ -436,3 +436,6 @@ def _check_device(device: dict[str, Any]) -> None:
         name = str(device.get(stage))
         if name.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise ConfigError(f"device.{stage}={name}: use cpu, cuda, cuda:N or mps")
+    flops = device.get("flops")
+    if not isinstance(flops, int | float) or flops <= 0:
+        raise ConfigError(f"device.flops={flops}: set it to floating-point operations a second, such as 1.0e+11")

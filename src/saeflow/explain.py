@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow.config import ConfigError
+from saeflow.cost import training_operations
 from saeflow.plan import RECEIPT, Instance, Plan
 from saeflow.shards import predicted_bytes
 
@@ -33,6 +34,10 @@ class Explanation(NamedTuple):
     """What is new in what they read, nearest change first: `dictionary.l1_coefficient=0.002 is new`."""
     bytes_to_cache: int
     bytes_in_all: int
+    operations: float
+    """Floating-point operations of the missing trainings."""
+    rate: float
+    """Of them a second, `device.flops`."""
 
 
 def explain(plan: Plan) -> Explanation:
@@ -49,7 +54,10 @@ def explain(plan: Plan) -> Explanation:
             for reason in _what_is_new(instance, known):
                 reasons[reason] = None
     sizes = {stage: sum(map(_predicted, instances)) for stage, instances in missing.items()}
-    return Explanation(missing, list(reasons), sizes["activations"], sum(sizes.values()))
+    operations = sum(training_operations(plan, i) for i in missing["train"])
+    return Explanation(
+        missing, list(reasons), sizes["activations"], sum(sizes.values()), operations, float(plan.device["flops"])
+    )
 
 
 def sentence(explanation: Explanation) -> str:
@@ -66,7 +74,13 @@ def sentence(explanation: Explanation) -> str:
     why = explanation.reasons[:MAX_REASONS]
     more = len(explanation.reasons) - len(why)
     reason = (", ".join(why) + (f", and {more} more" if more else "")) if why else "an artifact was removed"
-    return f"{', '.join(counts) or 'no other stage'}: {reason}; {cached}; {readable(explanation.bytes_in_all)} in all"
+    told = f"{', '.join(counts) or 'no other stage'}: {reason}; {cached}; {readable(explanation.bytes_in_all)} in all"
+    if explanation.operations:
+        hours = explanation.operations / explanation.rate / 3600
+        least = f"{hours:.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        rate = f"device.flops={explanation.rate:.0e}"
+        told += f"; {explanation.operations:.1e} operations of training, at least {least} at {rate}"
+    return told
 
 
 def check_disk(plan: Plan) -> None:

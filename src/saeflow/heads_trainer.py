@@ -6,6 +6,7 @@ it would get alone, but for rounding.
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from saeflow.batched import BatchedTrainer
@@ -39,6 +40,9 @@ class HeadsTrainer:
             raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
         self.heads = [Trainer(s, training, one, one, device) for s, one in zip(specs, sides, strict=True)]
         self.batched = BatchedTrainer(self.heads)
+        scales = (torch.as_tensor(head.scale_in, dtype=torch.float32, device=device) for head in self.heads)
+        self.scale = torch.stack([scale.expand(specs[0].d_in) for scale in scales])[:, None]
+        """(H, 1, d_head)"""
 
     @property
     def parts(self) -> dict[str, Trainer]:
@@ -58,7 +62,9 @@ class HeadsTrainer:
         Raises `TrainingError`, at the next row of metrics, when the loss of a head stops being finite.
         """
         logged = self.heads[0]._logged()
-        self.batched.take(self._split(batch))
+        z = batch[0].to(self.device, non_blocking=True).unflatten(1, (len(self.heads), -1)).transpose(0, 1)
+        x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        self.batched.apply(torch.mul(z, self.scale, out=x), x)
         if logged:
             rows = {name: head.metrics.rows[-1] for name, head in self.parts.items()}
             row = {name: value for name, value in self.heads[0].metrics.rows[-1].items() if name in OF_ALL}

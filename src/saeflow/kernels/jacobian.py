@@ -36,9 +36,11 @@ from saeflow.kernels.sparse import Pattern
 CHUNK_ELEMENTS = 1 << 20  # of J on a CPU: 4 MiB in float32
 CHUNK_ELEMENTS_ON_GPU = 1 << 24  # of one gathered (tokens, k, m) operand
 TOKENS_THROUGH_ANY = 512  # whose passes through a block without closed form are kept for the way back
-COLUMNS = 512  # hidden units whose gradients are added up at a time
+COLUMNS = 256  # hidden units whose gradients are added up first; then as many as were done before
 WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
 
+Task = Callable[[int, int], None]
+"""Work on a run of columns."""
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 """J (N, k_out, k_in) -> what each token's costs (N,), and its derivative, of J's shape, perhaps in J's memory; see
 `kernels.penalties`."""
@@ -157,12 +159,12 @@ def add_penalty(
     rows_in, A, D_rows = _only_active(D, input.latents)
     rows_out, B, E_rows = _only_active(E, output.latents)
     products = make_products(D_rows, E_rows, block)
-    J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
-    for some, part in jacobian_chunks(products, around, A, B):
-        J[some] = part
-    costs, G = score(mask_inactive(J, input.values, output.values))
-    del J  # G takes as much memory
-    mask_inactive(G, input.values, output.values)
+    G, costs = products.WE.new_empty(len(A), B.shape[1], A.shape[1]), []
+    for some, J in jacobian_chunks(products, around, A, B):
+        values = input.values[some], output.values[some]
+        cost, slope = score(mask_inactive(J, *values))
+        G[some] = mask_inactive(slope, *values)
+        costs.append(cost)
     found_in = _Gradient(g_D, rows_in, D_rows)
     found_out = _Gradient(g_E, rows_out, E_rows)
     g_around = None
@@ -172,7 +174,7 @@ def add_penalty(
         g_around = _on_device(block, products, around, A, B, G, found_in.rows, found_out.rows, around_too)
     found_in.add()
     found_out.add()
-    return costs.sum(), g_around
+    return torch.cat(costs).sum(), g_around
 
 
 def _only_active(rows: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -211,37 +213,40 @@ def _in_loops(
     g_D: Tensor,
     g_E: Tensor,
 ) -> None:
-    """Some columns at a time, whose sums may stay in the processor's last cache."""
+    """Overwrites `products`: the sums of some columns take the place of columns that are done."""
     along, drifts, m = _along(products, around, A), _drifts(around), products.WE.shape[1]
     if around.direction is not None:
         starts = torch.arange(0, A.numel() + 1, A.shape[1])
         tokens, order, starts = Pattern(A.flatten(), starts, len(products.D)).by_latent
         g_along = _gradient_along(products, around, B, G).flatten()
         g_D += sum_rows(around.direction, tokens, starts, g_along[order])
-    G = _padded(G)
-    by_input, by_output = G.numpy(), G.transpose(1, 2).numpy()
-    width = min(COLUMNS, m)
-    space = [_empty(g, len(g) * width) for g in (*[g_D] * len(products.WD), g_E)]
-    for start in range(0, m, width):
-        columns = slice(start, min(start + width, m))
-        size = columns.stop - start
-        *g_WD, g_WE = (part[: len(part) // width * size].view(-1, size).zero_() for part in space)
-        tasks = [
-            partial(jacobian_loops.toward_decoder, *_arrays(products.WE, slope, A, B), by_input, start, out.numpy())
-            for slope, out in zip(around.slopes, g_WD, strict=True)
-        ]
-        arrays = _arrays(products.WD, around.slopes, drifts, along, A, B)
-        tasks.append(partial(jacobian_loops.toward_encoder, *arrays, by_output, start, g_WE.numpy()))
-        loops.all_in_threads(tasks, size)
-        for g, W in zip(g_WD, block.W_in, strict=True):
+    G, targets_in, targets_out = _padded(G), _padded_latents(A), _padded_latents(B)
+    flat = drifts[:, :0, :0], along[:0]  # of the output SAE's rows nothing is taken
+
+    def toward_D(E: Tensor, slope: Tensor, start: int, out: Tensor) -> Task:
+        arrays = _arrays(E[None], slope[None], *flat, B, targets_in, G)
+        return partial(jacobian_loops.add_rows, *arrays, G.shape[2], 1, start, out.numpy())
+
+    def toward_E(D: Tensor, slopes: Tensor, drifts: Tensor, start: int, out: Tensor) -> Task:
+        arrays = _arrays(D, slopes, drifts, along, A, targets_out, G)
+        return partial(jacobian_loops.add_rows, *arrays, 1, G.shape[2], start, out.numpy())
+
+    start, size = 0, min(COLUMNS, m)
+    g_WD, g_WE = _empty(g_D, len(products.WD), len(g_D), size), _empty(g_E, len(g_E), size)
+    while start < m:
+        sums = [g[:, :size].zero_() for g in (*g_WD, g_WE)]
+        tasks = [toward_D(products.WE, slope, start, g) for slope, g in zip(around.slopes, g_WD, strict=True)]
+        loops.all_in_threads([*tasks, toward_E(products.WD, around.slopes, drifts, start, g_WE)], size)
+        columns = slice(start, start + size)
+        for g, W in zip(sums, block.W_in, strict=False):
             g_D.addmm_(g, W[:, columns].T)
-        g_E.addmm_(g_WE, block.W_out[columns])
+        g_E.addmm_(sums[-1], block.W_out[columns])
+        start += size
+        size = min(start, m - start)
+        g_WD, g_WE = products.WD, products.WE
     if products.skip:
-        D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1).contiguous()
-        to_D = partial(jacobian_loops.toward_decoder, *_arrays(E, ones, A, B), by_input, 0, g_D.numpy())
-        arrays = _arrays(D[None], ones[None], drifts[:, :0, :0], along, A, B)
-        to_E = partial(jacobian_loops.toward_encoder, *arrays, by_output, 0, g_E.numpy())
-        loops.all_in_threads([to_D, to_E], D.shape[1])
+        D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1)
+        loops.all_in_threads([toward_D(E, ones, 0, g_D), toward_E(D[None], ones[None], flat[0], 0, g_E)], D.shape[1])
 
 
 def _on_device(
@@ -355,6 +360,12 @@ def _padded(G: Tensor) -> Tensor:
     """(N, i, j), with zeros added until both are multiples of what the loops take at once."""
     more = [-size % jacobian_loops.TILE for size in G.shape[1:]]
     return torch.nn.functional.pad(G, (0, more[1], 0, more[0])) if any(more) else G.contiguous()
+
+
+def _padded_latents(latents: Tensor) -> Tensor:
+    """(N, k), the first repeated to a multiple of what the loops take at once; nothing is added to it."""
+    more = -latents.shape[1] % jacobian_loops.TILE
+    return torch.cat([latents, latents[:, :1].expand(-1, more)], dim=1) if more else latents
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

@@ -21,8 +21,11 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from saeflow.kernels.vectors import make_adder
+
 compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 FEWEST = 1 << 18  # numbers worth a thread
+_add_wide, _add_narrow, _add_number = make_adder(8, True), make_adder(1, True), make_adder(1, False)
 
 
 def serve(tensor: Tensor) -> bool:
@@ -166,6 +169,38 @@ def sieved_above(
             kept += not value <= threshold
         counts[r] = kept - total
         total = kept
+    return total
+
+
+@compiled
+def sieved_top_k_of_heads(
+    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k, base, values, columns, first, last
+):
+    """`sieved_top_k` of H heads, which all arrays have in front; row t of head h is row h C + t. Columns of head h are
+    numbered from `base` + h n."""
+    C, n = products.shape[1:]
+    for h in range(first // C, (last + C - 1) // C):
+        a, b = max(first - h * C, 0), min(last - h * C, C)
+        rows = products[h], x[h], x_norms[h], x_rests[h]
+        sieved_top_k(*rows, encoder[h], norms[h], rests[h], b_enc[h], k, values[h], columns[h], a, b)
+        columns[h, a:b] += base + h * n
+
+
+@compiled
+def sieved_above_of_heads(
+    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, base, values, columns, counts, first, last
+):
+    """`sieved_above` of H heads, as `sieved_top_k_of_heads`; counts (H, C)."""
+    C, n = products.shape[1:]
+    total = 0
+    for h in range(first // C, (last + C - 1) // C):
+        a, b = max(first - h * C, 0), min(last - h * C, C)
+        rows = products[h], x[h], x_norms[h], x_rests[h]
+        found = sieved_above(
+            *rows, encoder[h], norms[h], rests[h], b_enc[h], threshold, values[total:], columns[total:], counts[h], a, b
+        )
+        columns[total : total + found] += base + h * n
+        total += found
     return total
 
 
@@ -452,16 +487,14 @@ def _dots(x, rows, indices, start, end, out):
 @compiled
 def _add_rows(rows, indices, values, start, end, total):
     """total += sum of values[j] rows[indices[j]] for j from `start` to `end - 1`."""
-    width = rows.shape[1]
-    j = start
-    while j + 4 <= end:  # four at once: the total is read and written less often
-        r0, r1, r2, r3 = rows[indices[j]], rows[indices[j + 1]], rows[indices[j + 2]], rows[indices[j + 3]]
-        v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-        for c in range(width):
-            total[c] += v0 * r0[c] + v1 * r1[c] + v2 * r2[c] + v3 * r3[c]
-        j += 4
-    while j < end:
-        row, value = rows[indices[j]], values[j]
-        for c in range(width):
-            total[c] += value * row[c]
-        j += 1
+    width, lanes = rows.shape[1], 64 // rows.itemsize
+    column = 0
+    while column + 8 * lanes <= width:
+        _add_wide(total, rows, width, indices, values, start, end, column)
+        column += 8 * lanes
+    while column + lanes <= width:
+        _add_narrow(total, rows, width, indices, values, start, end, column)
+        column += lanes
+    while column < width:
+        _add_number(total, rows, width, indices, values, start, end, column)
+        column += 1
