@@ -24,7 +24,9 @@ from saeflow.heads.decomposition import (
     unit,
 )
 from saeflow.heads.interference import EDGES, interference, interference_dataset
+from saeflow.heads.lifting import lifted_table
 from saeflow.heads.shares import AGREEING, MEASURES, ActiveSums, compare_measures, ranks, shares
+from saeflow.heads.study import l0_histograms
 
 N, D = 300, 24
 
@@ -152,6 +154,43 @@ def _dataset(values: np.ndarray, active: np.ndarray) -> "object":
     return xr.Dataset(
         {"value": (dims, values), "share": (dims, shares(values)), "active": ("latent", active)}, coordinates
     )
+
+
+# -------------------------------------------------------------------- lifted latents
+def test_a_lifted_latent_is_found_in_another_heads_atoms() -> None:
+    """Head 1's atoms span head 0's, head 2 writes elsewhere; rotated, head 1 is any other."""
+    generator = np.random.default_rng(0)
+    W_O = generator.standard_normal((3, 4, D))
+    W_O[1] = generator.standard_normal((4, 4)) @ W_O[0]
+    W_O[2] -= W_O[2] @ np.linalg.pinv(W_O[0]) @ W_O[0]
+    atoms = [unit(generator.standard_normal((20, 4))) @ W for W in W_O]
+    atoms[1][7] = 3 * atoms[0][2]
+    rotations = np.linalg.qr(generator.standard_normal((3, D, D)))[0]
+    chosen = [np.array([2, 5]), np.array([0]), np.array([], dtype=np.int64)]
+    names = ["head", "latent", "other_head", "rotated", "n_atoms"]
+    table = lifted_table(chosen, atoms, W_O, rotations, (1, 3)).set_index(names)
+    assert len(table) == 3 * 2 * 2 * 2
+    assert table.loc[(0, 2, 1, False, 1), "residual"] == pytest.approx(0, abs=1e-9)
+    inside = table["in_row_space"].xs(False, level="rotated").xs(1, level="n_atoms")
+    np.testing.assert_allclose(inside.loc[[(0, 2, 1), (0, 5, 1), (1, 0, 0)]], 1, atol=1e-9)
+    np.testing.assert_allclose(inside.loc[[(0, 2, 2), (0, 5, 2)]], 0, atol=1e-9)
+    assert table.loc[(0, 5, 2, False, 3), "residual"] == pytest.approx(1)
+    v = unit(atoms[0])[5]
+    basis = np.linalg.qr((W_O[1] @ rotations[1]).T)[0]
+    found = table.loc[(0, 5, 1, True, 3)]
+    assert found["in_row_space"] == pytest.approx(np.linalg.norm(basis.T @ v))
+    assert found["residual"] >= np.sqrt(1 - found["in_row_space"] ** 2) - 1e-9
+    wanted = decompose(v, unit(atoms[1]) @ rotations[1], "nn_omp", 3)
+    assert found["residual"] == pytest.approx(min(one.residual for one in wanted.values()))
+
+
+def test_l0_is_counted_by_token() -> None:
+    each = [activations(20, 1), activations(15, 2)]
+    held = l0_histograms(each)["tokens"]
+    counts = [(f.toarray() > 0).sum(1) for f in each]
+    for head, wanted in zip((-1, 0, 1), (counts[0] + counts[1], *counts), strict=True):
+        assert held.sel(head=head).values.tolist() == np.bincount(wanted, minlength=held.sizes["l0"]).tolist()
+    assert l0_histograms(each[:1])["head"].values.tolist() == [-1]
 
 
 # -------------------------------------------------------------------- agreement

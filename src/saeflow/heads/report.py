@@ -87,6 +87,11 @@ def _of_heads(study: HeadStudy, key: str) -> str:
     pairs["if independent"] = (held["from_means"] / held["weight"]).values
     top = study.table("interference", key)
     top = top.reindex(top["interference"].abs().sort_values(ascending=False, kind="stable").index).head(5)
+    lifted = study.table("lifted", key)
+    pair = ["head", "other_head", "rotated"]
+    by_pair = lifted.pivot_table(index=pair, columns="n_atoms", values="residual", aggfunc="median")
+    by_pair["in_row_space"] = lifted.groupby(pair)["in_row_space"].median()
+    by_pair = by_pair.groupby("rotated").median().reset_index()
     names = ["head", "latent", "other_head", "other_latent", "interference", "cosine", "tokens_together"]
     return "\n".join(
         [
@@ -97,6 +102,9 @@ def _of_heads(study: HeadStudy, key: str) -> str:
             _text(pairs, 4),
             "pairs of latents that interfere most",
             _text(top[names], 4),
+            "latents of a head in another's lifted atoms: median residual by number of atoms, and part of the norm "
+            "that lies in its row space (medians over pairs of heads)",
+            _text(by_pair.rename_axis(columns=None), 3),
         ]
     )
 
@@ -112,7 +120,8 @@ def _of_concat(study: HeadStudy, key: str) -> str:
         }
     )
     parts = [
-        f"{study.says(key)} ({key}), {held.attrs['n_latents']} latents",
+        f"{study.says(key)} ({key}), {held.attrs['n_latents']} latents, rank "
+        f"{study.summary['dictionaries'][key]['rank_W_dec']}",
         "mean share of each head",
         _text(shares, 3),
         f"do measures agree? (same top head by chance: {held.attrs['chance_of_top']:.2f})",

@@ -4,6 +4,7 @@ Dictionaries come in two kinds: `heads`, one for each head (`BlockDiagonal`), an
 Each `concat` is decomposed in the `heads` whose L0, summed over heads, is nearest to its own (in log).
 """
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -11,21 +12,24 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 import xarray as xr
+from threadpoolctl import threadpool_limits
 
 from saeflow.config import ConfigError, HeadsConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.fitting import check_fit, model_config
 from saeflow.heads.dashboards import dashboards
-from saeflow.heads.decomposed import Decomposed, decompose_latents
+from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
 from saeflow.heads.folder import HeadStudy
-from saeflow.heads.geometry import decoder_norms, principal_angles, spectra
+from saeflow.heads.geometry import decoder_norms, principal_angles, rank, spectra
 from saeflow.heads.interference import interference_dataset
+from saeflow.heads.lifting import lifted_table
 from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
 from saeflow.heads.store import write_dataset
-from saeflow.heads.study import Study, by_head, measure
+from saeflow.heads.study import Study, by_head, l0_histograms, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.job import Job
 from saeflow.loading import load_model
@@ -139,7 +143,7 @@ def _nearest(dictionaries: dict[str, Any], l0: float) -> str | None:
 def _write_heads(
     out: Path, one: BlockDiagonal, latents: sp.csc_array, attention: Attention, config: HeadsConfig
 ) -> dict[str, Any]:
-    """Norms, spectra and interference of one dictionary of heads."""
+    """Norms, spectra, interference and L0 of one dictionary of heads; latents of each head in the atoms of others."""
     norms = decoder_norms(one.heads)
     values = spectra(one.heads, attention.W_O)
     write_dataset(out / "norms.zarr", norms)
@@ -150,6 +154,13 @@ def _write_heads(
     found, pairs = interference_dataset(by_head(latents, n_heads), atoms, rotations, config.top_pairs)
     write_dataset(out / "interference.zarr", found)
     pairs.to_parquet(out / "interference.parquet")
+    each = by_head(latents, n_heads)
+    per_head = dataclasses.replace(config, n_latents=max(1, config.n_latents // n_heads))
+    chosen = [choose_latents(np.diff(f.indptr), per_head) for f in each]
+    with threadpool_limits(1):  # on matrices this small a second thread costs more than it brings
+        others = lifted_table(chosen, atoms, attention.W_O.double().numpy(), rotations, (1, 4, config.max_atoms))
+    others.to_parquet(out / "lifted.parquet")
+    write_dataset(out / "l0.zarr", l0_histograms(each))
     return {
         "mean_decoder_norm": float(norms["decoder_norm"].mean()),
         "rank_D": values["rank"].sel(matrix="D").values.tolist(),
@@ -163,14 +174,17 @@ def _write_heads(
 def _write_concat(
     out: Path, one: Dictionary, study: Study, key: str, attention: Attention, config: HeadsConfig
 ) -> dict[str, Any]:
-    """Head shares of one dictionary of all heads."""
+    """Head shares and L0 of one dictionary of all heads."""
     n_heads = len(attention.W_O)
     held = study.active[key].dataset(decoder_by_head(one, n_heads).double().numpy(), attention.W_O.double().numpy())
     compared = compare_measures(held, config.min_active)
     write_dataset(out / "shares.zarr", held)
     write_dataset(out / "measures.zarr", compared)
+    write_dataset(out / "l0.zarr", l0_histograms([study.latents[key]]))
+    singular_values = torch.linalg.svdvals(one.W_dec.double()).numpy()
     between = {"measure_a": "decoder", "measure_b": "dfa"}
     return {
+        "rank_W_dec": rank(singular_values, tuple(one.W_dec.shape)),
         "ranked_latents": compared.attrs["n_latents"],
         "decoder_dfa_rank_correlation": _number(compared["rank_correlation"].sel(between)),
         "decoder_dfa_top_agreement": _number(compared["top_agreement"].sel(between)),
