@@ -29,8 +29,8 @@ WAYS = ("orthogonal", "others", "row_spaces")
 def orthogonal(outputs: Tensor) -> Tensor:
     """(N, H, D) -> (N, H, D): the nearest outputs with the same norms and no cross terms, computed in float64.
 
-    A head that writes nothing at a token stays so. Where outputs are linearly dependent (to 1e-7) the nearest is not
-    unique, and the dependent part is left as it is.
+    Where outputs are linearly dependent, to rounding, the nearest is not unique: that part of them is left, and
+    so is a head whose norm is less than 1 / 3000 of the largest.
     """
     exact = outputs.double()
     norms = exact.norm(dim=2, keepdim=True)
@@ -39,7 +39,8 @@ def orthogonal(outputs: Tensor) -> Tensor:
     known = size > 1e-14 * size[:, -1:].clamp(min=1e-300)
     inverse_root = torch.where(known, size.clamp(min=1e-300).rsqrt(), torch.zeros_like(size))
     polar = basis * inverse_root[:, None, :] @ basis.transpose(1, 2) @ scaled
-    return (norms * polar).to(outputs.dtype)
+    left = basis * ~known[:, None, :] @ basis.transpose(1, 2) @ exact
+    return (norms * polar + left).to(outputs.dtype)
 
 
 def others(outputs: Tensor) -> Tensor:
