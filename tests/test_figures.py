@@ -114,3 +114,22 @@ def test_every_dictionary_is_a_point_and_every_level_a_line(tables: Tables) -> N
 def test_unknown_figure_is_refused_by_name(tables: Tables, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no figure 'paretto'; there are: sparsity_faithfulness"):
         draw("paretto", tables, tmp_path)
+
+
+def test_heads_have_panels_of_their_own_and_recipes_names(tables: Tables) -> None:
+    """A head is compared with ablations of itself; what differs in the sparsity alone is said to."""
+    rows = tables.evaluations[tables.evaluations["activation"] == "topk"]
+    several = [rows.assign(hook_head_index=None, sparsity=s, kind=k) for s in ("decoder_norm", "unit_norm")
+               for k in ("sae", "heads")]  # fmt: skip
+    several += [rows.assign(hook_head_index=h, sparsity="decoder_norm") for h in (0, 1)]
+    figure, table = sparsity_faithfulness(tables._replace(evaluations=pd.concat(several, ignore_index=True)))
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["layer 2, mlp_out", "layer 2, mlp_out, head 0", "layer 2, mlp_out, head 1"]
+    names = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert names == [
+        "TopK SAE", "TopK SAE, unit norm", "TopK SAEs by head", "TopK SAEs by head, unit norm", "TopK SAE of one head",
+        "clean model", "mean ablation", "zero ablation",
+    ]  # fmt: skip
+    assert (
+        len(table) == 18 and len({line.get_color() for line in figure.axes[0].get_lines()}) == 5
+    )  # and the levels' grey

@@ -198,8 +198,10 @@ def take_steps(
     activity = activity.view(H, -1)
     sparsity = (activity * norms.view(H, -1)).sum(dim=1) / N
     loss = squared_error + l1 * sparsity if relu else squared_error
-    ends = active.starts[::N].tolist()
-    own = [active._replace(values=active.values[a:b], latents=active.latents[a:b]) for a, b in pairwise(ends)]
+    own: list[Active | None] = [None] * H
+    if count or objective.activation == "batchtopk":  # asking where heads begin waits for a GPU
+        bounds = pairwise(active.starts[::N].tolist())
+        own = [active._replace(values=active.values[a:b], latents=active.latents[a:b]) for a, b in bounds]
     found = [
         Step(
             loss[h],
@@ -207,11 +209,11 @@ def take_steps(
             sparsity[h],
             squares[h],
             activity[h],
-            (own[h].values > 0).sum() if count else None,
-            _smallest(objective, own[h], norms),
+            None if one is None else (one.values > 0).sum(),
+            None if one is None else _smallest(objective, one, norms),
             Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
         )
-        for h in range(H)
+        for h, one in enumerate(own)
     ]
     return found, gradients
 
