@@ -28,10 +28,13 @@ def figures(jobs: list[Job]) -> str:
             part = "" if folder == made else folder.name
             curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=made.name, part=part))
     training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
-    resamples = [
-        pd.read_parquet(f / "resamples.parquet").assign(dictionary_key=key)
-        for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
-    ]
+    resamples, l0 = (
+        [
+            pd.read_parquet(f / f"{name}.parquet").assign(dictionary_key=key)
+            for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
+        ]
+        for name in ("resamples", "l0")
+    )
     tables = Tables(
         evaluations,
         training,
@@ -40,6 +43,7 @@ def figures(jobs: list[Job]) -> str:
         pd.concat(resamples),
         evaluations["confidence"].max(),
         pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
+        pd.concat(l0),
         tuple(read_head_studies(job.inputs("heads"))),
     )
     with job.writing() as folder:

@@ -8,7 +8,7 @@ import pytest
 
 from saeflow import jacobian_figures
 from saeflow.faithfulness import PAIRED
-from saeflow.figures import FIGURES, Tables, draw, sparsity_faithfulness
+from saeflow.figures import FIGURES, Tables, draw, l0_histograms, sparsity_faithfulness
 from saeflow.heads import figures as head_figures
 
 
@@ -79,7 +79,10 @@ def tables() -> Tables:
     stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
     stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
     stacks = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]
-    return Tables(evaluations, training, jacobians, None, resamples.drop(columns="noise"), 0.9, pd.DataFrame(stacks))
+    counts = pd.DataFrame({"l0": range(5), "tokens": [9, 20, 30, 20, 1], "tokens_without_bos": [0, 20, 30, 20, 1]})
+    l0 = evaluations[["dictionary_key"]].merge(counts, how="cross")
+    resamples = resamples.drop(columns="noise")
+    return Tables(evaluations, training, jacobians, None, resamples, 0.9, pd.DataFrame(stacks), l0)
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES.keys() - jacobian_figures.FIGURES.keys() - head_figures.FIGURES.keys()))
@@ -98,8 +101,18 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         "paired_differences": 28 * len(PAIRED),
         "notebook_004": 3,
         "stacks": 2,
+        "l0_histograms": 40,
     }
     assert len(table) == lines[name] > 0
+
+
+def test_histograms_of_l0_are_shares_of_the_tokens(tables: Tables) -> None:
+    figure, _ = l0_histograms(tables)
+    panels = [axis for axis in figure.axes if axis.axison]
+    assert len(panels) == 4  # kinds of dictionary
+    for axis in panels:
+        for patch in axis.patches:
+            assert patch.get_data().values.sum() == pytest.approx(100) and patch.get_data().edges[0] == -0.5
 
 
 def test_every_dictionary_is_a_point_and_every_level_a_line(tables: Tables) -> None:

@@ -26,7 +26,6 @@ from saeflow.heads.decomposition import (
 from saeflow.heads.interference import EDGES, interference, interference_dataset
 from saeflow.heads.lifting import lifted_table
 from saeflow.heads.shares import AGREEING, MEASURES, ActiveSums, compare_measures, ranks, shares
-from saeflow.heads.study import l0_histograms
 
 N, D = 300, 24
 
@@ -182,15 +181,6 @@ def test_a_lifted_latent_is_found_in_another_heads_atoms() -> None:
     assert found["residual"] >= np.sqrt(1 - found["in_row_space"] ** 2) - 1e-9
     wanted = decompose(v, unit(atoms[1]) @ rotations[1], "nn_omp", 3)
     assert found["residual"] == pytest.approx(min(one.residual for one in wanted.values()))
-
-
-def test_l0_is_counted_by_token() -> None:
-    each = [activations(20, 1), activations(15, 2)]
-    held = l0_histograms(each)["tokens"]
-    counts = [(f.toarray() > 0).sum(1) for f in each]
-    for head, wanted in zip((-1, 0, 1), (counts[0] + counts[1], *counts), strict=True):
-        assert held.sel(head=head).values.tolist() == np.bincount(wanted, minlength=held.sizes["l0"]).tolist()
-    assert l0_histograms(each[:1])["head"].values.tolist() == [-1]
 
 
 # -------------------------------------------------------------------- agreement

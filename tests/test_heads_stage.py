@@ -42,8 +42,10 @@ SIZES = [
     "heads.resamples=20",
     "evaluation.resamples=5",
 ]
-FIGURES = "figures=[heads_l0,heads_norms,heads_spectra,heads_cosines,heads_cross_terms,heads_angles,heads_interference,\
+FIGURES = (
+    "figures=[l0_histograms,heads_norms,heads_spectra,heads_cosines,heads_cross_terms,heads_angles,heads_interference,\
 heads_shares,heads_measures,heads_decomposition,heads_agreement,heads_attribution]"
+)
 PER_HEAD = "dictionary.normalize_activations=per_head"
 H, HEAD = 4, 8
 
@@ -96,7 +98,7 @@ def test_datasets_have_names_coordinates_and_units(study: Path) -> None:
     found = {p.relative_to(study).as_posix(): xr.open_zarr(p) for p in sorted(study.rglob("*.zarr"))}
     names = {Path(name).name for name in found}
     assert names == {
-        f"{n}.zarr" for n in ("cosines", "angles", "l0", "norms", "spectra", "interference", "shares", "measures")
+        f"{n}.zarr" for n in ("cosines", "angles", "norms", "spectra", "interference", "shares", "measures")
     }
     for name, one in found.items():
         for variable in one.data_vars.values():

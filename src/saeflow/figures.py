@@ -69,6 +69,8 @@ class Tables(NamedTuple):
     """Of the intervals."""
     stacks: pd.DataFrame = NONE
     """One row a set of layers: `summary.json` of its stack."""
+    l0: pd.DataFrame = NONE
+    """One row a number of active latents and dictionary: `l0.parquet` with `dictionary_key`."""
     heads: tuple[HeadStudy, ...] = ()
     """Studies of heads, one a layer."""
 
@@ -341,6 +343,35 @@ def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+def l0_histograms(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Share of the tokens, BOS left out, by number of active latents: one panel a kind of dictionary and place."""
+    evaluations = _with_series(tables.evaluations)[["dictionary_key", "place", "series", "amount", "amount_name"]]
+    table = tables.l0.merge(evaluations, on="dictionary_key", sort=False)
+    panels = list(table.groupby(["place", "series"], sort=True))
+    columns = min(len(panels), 4)
+    n_rows = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(n_rows, columns, figsize=(max(3.2, 2.4 * columns), 2.5 * n_rows), squeeze=False)
+    for axis in grid.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((place, series), rows) in zip(grid.flat, panels, strict=False):
+        amounts = sorted(rows["amount"].unique())
+        colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(amounts)))
+        for amount, colour in zip(amounts, colours, strict=True):
+            label: str | None = f"{rows['amount_name'].iloc[0]} = {amount:g}"
+            for _, one in rows[rows["amount"] == amount].groupby("dictionary_key"):
+                tokens = one.sort_values("l0")["tokens_without_bos"].to_numpy()
+                shown = int(np.searchsorted(tokens.cumsum(), 0.999 * tokens.sum())) + 1
+                share = 100 * tokens[:shown] / tokens.sum()
+                axis.stairs(share, np.arange(shown + 1) - 0.5, color=colour, label=label)
+                label = None
+        axis.set(xlabel="active latents of a token", title=f"{series}\n{place}")
+        axis.legend(handlelength=1.0)
+    for line in grid:
+        line[0].set_ylabel("tokens (%)")
+    figure.tight_layout()
+    return figure, table
+
+
 FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "sparsity_faithfulness": sparsity_faithfulness,
     "matched_l0": matched_l0,
@@ -348,6 +379,7 @@ FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "paired_differences": paired_differences,
     "notebook_004": notebook_004,
     "stacks": stacks,
+    "l0_histograms": l0_histograms,
     "training_curves": training_curves,
     "jacobian_histogram": jacobian_histogram,
 }

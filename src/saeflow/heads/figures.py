@@ -9,7 +9,6 @@ from saeflow.heads import latent_figures, output_figures
 from saeflow.heads.folder import HeadStudy
 
 FIGURES: dict[str, Callable[[list[HeadStudy]], tuple[Figure, pd.DataFrame]]] = {
-    "heads_l0": output_figures.l0,
     "heads_norms": output_figures.norms,
     "heads_spectra": output_figures.spectra,
     "heads_cosines": output_figures.cosines,

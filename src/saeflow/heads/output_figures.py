@@ -5,8 +5,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -60,44 +58,6 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
     legend(figure, [*head_handles(n_heads), folded])
     return figure, concat(tables)
-
-
-def l0(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
-    """Active latents per token, BOS left out: all heads together, of both kinds of dictionary, and each head."""
-    figure, grid = grid_of(len(studies), 2, width=3.4)
-    tables = []
-    for (left, right), study in zip(grid, studies, strict=True):
-        for key in (*study.of_kind("heads"), *study.of_kind("concat")):
-            one = study.dataset("l0", key)
-            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=key))
-        for kind, colour in (("concat", COLOURS[1]), ("heads", COLOURS[0])):
-            shown = study.chosen(kind)
-            if shown is not None:
-                _l0_line(left, study.dataset("l0", shown).sel(head=-1), colour, study.says(shown))
-        left.legend()
-        shown = study.chosen("heads")
-        if shown is None:
-            nothing(right, "no dictionaries of heads")
-            continue
-        held = study.dataset("l0", shown)
-        for head, colour in enumerate(colours(held.sizes["head"] - 1)):
-            _l0_line(right, held.sel(head=head), colour, f"head {head}")
-        right.legend()
-        right.set_title(study.says(shown))
-        left.set(title=f"{study.name}: all heads together", ylabel="tokens (%)")
-        for axis in (left, right):
-            axis.set_xlabel("active latents per token")
-            axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
-    figure.tight_layout()
-    return figure, concat(tables)
-
-
-def _l0_line(axis: Axes, held: xr.Dataset, colour: Any, label: str) -> None:
-    """Whole numbers, up to what 99.9 % of the tokens have."""
-    tokens = held["tokens"].values
-    shown = int(np.searchsorted(tokens.cumsum(), 0.999 * tokens.sum())) + 1
-    edges = np.arange(shown + 1) - 0.5
-    axis.stairs(100 * tokens[:shown] / tokens.sum(), edges, color=colour, label=label)
 
 
 def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:

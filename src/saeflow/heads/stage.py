@@ -29,7 +29,7 @@ from saeflow.heads.lifting import lifted_table
 from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
 from saeflow.heads.store import write_dataset
-from saeflow.heads.study import Study, by_head, l0_histograms, measure
+from saeflow.heads.study import Study, by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.job import Job
 from saeflow.loading import load_model
@@ -143,7 +143,7 @@ def _nearest(dictionaries: dict[str, Any], l0: float) -> str | None:
 def _write_heads(
     out: Path, one: BlockDiagonal, latents: sp.csc_array, attention: Attention, config: HeadsConfig
 ) -> dict[str, Any]:
-    """Norms, spectra, interference and L0 of one dictionary of heads; latents of each head in the atoms of others."""
+    """Norms, spectra and interference of one dictionary of heads; latents of each head in the atoms of others."""
     norms = decoder_norms(one.heads)
     values = spectra(one.heads, attention.W_O)
     write_dataset(out / "norms.zarr", norms)
@@ -160,7 +160,6 @@ def _write_heads(
     with threadpool_limits(1):  # on matrices this small a second thread costs more than it brings
         others = lifted_table(chosen, atoms, attention.W_O.double().numpy(), rotations, (1, 4, config.max_atoms))
     others.to_parquet(out / "lifted.parquet")
-    write_dataset(out / "l0.zarr", l0_histograms(each))
     return {
         "mean_decoder_norm": float(norms["decoder_norm"].mean()),
         "rank_D": values["rank"].sel(matrix="D").values.tolist(),
@@ -174,13 +173,12 @@ def _write_heads(
 def _write_concat(
     out: Path, one: Dictionary, study: Study, key: str, attention: Attention, config: HeadsConfig
 ) -> dict[str, Any]:
-    """Head shares and L0 of one dictionary of all heads."""
+    """Head shares of one dictionary of all heads."""
     n_heads = len(attention.W_O)
     held = study.active[key].dataset(decoder_by_head(one, n_heads).double().numpy(), attention.W_O.double().numpy())
     compared = compare_measures(held, config.min_active)
     write_dataset(out / "shares.zarr", held)
     write_dataset(out / "measures.zarr", compared)
-    write_dataset(out / "l0.zarr", l0_histograms([study.latents[key]]))
     singular_values = torch.linalg.svdvals(one.W_dec.double()).numpy()
     between = {"measure_a": "decoder", "measure_b": "dfa"}
     return {

@@ -120,14 +120,3 @@ def by_head(latents: sp.csc_array, n_heads: int) -> list[sp.csc_array]:
     """Activations of a `BlockDiagonal` (N, H n) as those of each head (N, n)."""
     size = latents.shape[1] // n_heads
     return [latents[:, head * size : (head + 1) * size] for head in range(n_heads)]
-
-
-def l0_histograms(each: list[sp.csc_array]) -> xr.Dataset:
-    """How many tokens have how many active latents, by head, and over all of `each` (N, n) together (head -1)."""
-    counts = [np.bincount(f.indices, minlength=f.shape[0]) for f in each]
-    counts = [sum(counts, np.zeros(each[0].shape[0], dtype=np.int64)), *(counts if len(each) > 1 else [])]
-    size = max(int(c.max()) for c in counts) + 1
-    tokens = np.stack([np.bincount(c, minlength=size) for c in counts])
-    about = {"units": "tokens", "description": "by number of active latents, BOS left out; head -1: all heads together"}
-    coordinates = {"head": np.arange(-1, len(counts) - 1), "l0": np.arange(size)}
-    return xr.Dataset({"tokens": (("head", "l0"), tokens, about)}, coordinates)
