@@ -1,5 +1,6 @@
 """The study of heads as the workflow makes it: what it writes, and its numbers against the model and the evaluation."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from test_architectures import TINY, run_all
 from test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.dictionaries import load_dictionary
+from saeflow.dictionaries import load_dictionary, save_dictionary
 from saeflow.expand import compose
+from saeflow.figures import NONE, Tables, draw
 from saeflow.heads.attribution import bias
 from saeflow.heads.dashboards import in_row, top_contexts
 from saeflow.heads.decomposition import METHODS
+from saeflow.heads.folder import read_head_studies
 from saeflow.heads.removal import removals
 from saeflow.heads.stage import heads_job
 from saeflow.heads.study import Study
@@ -42,10 +45,9 @@ SIZES = [
     "heads.resamples=20",
     "evaluation.resamples=5",
 ]
-FIGURES = (
-    "figures=[l0_histograms,heads_norms,heads_spectra,heads_cosines,heads_cross_terms,heads_angles,heads_interference,\
-heads_shares,heads_measures,heads_decomposition,heads_agreement,heads_attribution]"
-)
+DRAWN = ("norms", "spectra", "cosines", "cross_terms", "angles", "interference", "shares", "measures", "decomposition")
+DRAWN += ("agreement", "attribution")
+FIGURES = f"figures=[l0_histograms,{','.join(f'heads_{name}' for name in DRAWN)}]"
 PER_HEAD = "dictionary.normalize_activations=per_head"
 H, HEAD = 4, 8
 
@@ -269,6 +271,33 @@ def test_a_study_is_made_where_there_are_dictionaries_of_heads_or_a_figure_of_th
     assert studies("dictionary=heads", "site=attn_z", "site.hook_name=blocks.1.attn.hook_q") == 0
     assert studies("dictionary=topk", "figures=[heads_shares]") == 0
     assert studies("dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD, "figures=[heads_shares]") == 0
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_study_without_live_dictionaries_of_heads(plan: Plan, study: Path, dead: bool) -> None:
+    """One dictionary of all heads, as if read from elsewhere; and with it one of heads that never fires."""
+    (instance,) = plan.stages["heads"].values()
+    (concat,) = (key for key in instance.needs["train"] if key.startswith("sae"))
+    keys = [concat]
+    if dead:
+        made = load_dictionary(plan.folder("train", next(key for key in instance.needs["train"] if key != concat)))
+        keys.append("dead")
+        for h, one in enumerate(made.heads):  # type: ignore[attr-defined]
+            one.b_enc -= 1e6
+            (plan.folder("train", "dead") / f"head_{h}").mkdir(parents=True)
+            save_dictionary(one, plan.folder("train", "dead") / f"head_{h}")
+    alone = dataclasses.replace(instance, key=f"alone{dead}", needs=instance.needs | {"train": keys})
+    summary = heads_job(Job(alone, plan, "cpu"))
+    folder = plan.folder("heads", alone.key)
+    both = [pd.read_parquet(f / "dictionaries" / concat / "attribution.parquet") for f in (folder, study)]
+    pd.testing.assert_frame_equal(*both)
+    assert not (folder / "dictionaries" / concat / "decomposition.parquet").exists()
+    if dead:
+        held = summary["dictionaries"]["dead"]
+        assert held["l0"] == 0 and held["interference_over_weight"] is None
+    tables = Tables(NONE, NONE, NONE, heads=tuple(read_head_studies([folder])))
+    for name in DRAWN:
+        draw(f"heads_{name}", tables, folder)
 
 
 def test_settings_out_of_range_are_refused(home: Path) -> None:  # noqa: F811

@@ -93,29 +93,37 @@ def read_values(model: "HookedTransformer", layer: int, row: np.ndarray) -> Valu
     return Values(*(cache[name][0].cpu() for name in names))
 
 
-def dashboards(
-    model: "HookedTransformer", attention: Attention, study: Study, concat: Dictionary, whole: BlockDiagonal,
-    keys: tuple[str, str], shares: xr.Dataset, agreed: pd.DataFrame, config: HeadsConfig,
-    text: Callable[[int], str],
-) -> tuple[str, pd.DataFrame]:  # fmt: skip
-    """The page of the first `config.dashboards` latents that were decomposed, and their attributions by source.
+class Beside(NamedTuple):
+    """The dictionaries of single heads whose atoms are shown beside latents."""
 
-    `keys` of the two dictionaries in the study; `shares` and `agreed` are what the stage made of them; `text` of a
-    token id. The table has a row for every head and source token of each text shown.
+    key: str
+    whole: BlockDiagonal
+    agreement: pd.DataFrame
+    """`Decomposed.agreement`"""
+
+
+def dashboards(
+    model: "HookedTransformer", attention: Attention, study: Study, key: str, concat: Dictionary, chosen: np.ndarray,
+    shares: xr.Dataset, beside: Beside | None, config: HeadsConfig, text: Callable[[int], str],
+) -> tuple[str, pd.DataFrame]:  # fmt: skip
+    """The page of the first `config.dashboards` of the `chosen` latents, and their attributions by source.
+
+    `key` of the dictionary in the study, `shares` what the stage made of it; `text` of a token id. The table has a row
+    for every head and source token of each text shown.
     """
     n_heads = len(attention.W_O)
     encoder, decoder = encoder_by_head(concat, n_heads), decoder_by_head(concat, n_heads)
-    chosen = list(dict.fromkeys(agreed["latent"]))[: config.dashboards]
-    on_device = attention.to(model.cfg.device)
-    w = encoder[:, :, chosen].to(model.cfg.device)
-    read = de_embedding(model, on_device, w).cpu()  # (H, m, V)
-    directions = torch.einsum("mhd,hde->me", decoder[chosen], attention.W_O).to(model.cfg.device)
+    latents = chosen[: config.dashboards].tolist()
+    w = encoder[:, :, latents].to(model.cfg.device)
+    read = de_embedding(model, attention.to(model.cfg.device), w).cpu()  # (H, m, V)
+    directions = torch.einsum("mhd,hde->me", decoder[latents], attention.W_O).to(model.cfg.device)
     promoted = logit_effects(model, directions).cpu()
     values = functools.cache(lambda row: read_values(model, attention.layer, study.rows[row]))
     shown = _Shown(study, config, functools.cache(text))
-    parts, rows = [], []
-    for m, i in enumerate(chosen):
-        column = study.latents[keys[0]][:, [i]]
+    parts = []
+    rows = [_sources_table(-1, 0, Context(0, 0, 0.0), np.zeros((n_heads, 1)))[:0]]  # columns, whatever is shown
+    for m, i in enumerate(latents):
+        column = study.latents[key][:, [i]]
         left = [f"<h3>latent {i}, active on {column.nnz:,} tokens</h3>"]
         left.append(_share_table(shares.sel(latent=i), read[:, m], shown.text))
         left.append(_promoted(promoted[m], shown.text))
@@ -125,27 +133,33 @@ def dashboards(
             left.append(shown.line(context, given.sum(0), f"attribution, sum {given.sum():.3g}"))
             left.append(shown.sources(context, given))
             rows.append(_sources_table(i, number, context, given))
-        right = []
-        for _, atom in agreed[agreed["latent"] == i].head(ATOMS).iterrows():
-            number = int(atom["head"]) * whole.heads[0].d_sae + int(atom["atom"])
-            column = study.latents[keys[1]][:, [number]]
-            right.append(f"<h3>head {int(atom['head'])}, latent {int(atom['atom'])}</h3>")
-            agrees = f"Jaccard {atom['jaccard']:.2f}, correlation {atom['correlation']:.2f}"
-            right.append(
-                f'<p class="note">coefficient {atom["coefficient"]:.3g}, cosine {atom["cosine"]:.2f}; fires on '
-                f"{column.nnz:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
-            )
-            for context in top_contexts(study, column, config.contexts):
-                right.append(shown.line(context, in_row(study, column, context.row), f"activation {context.value:.3g}"))
+        right = _atoms(shown, beside, i) if beside is not None else []
         both = "".join(f"<div>{chr(10).join(side)}</div>" for side in (left, right))
         parts.append(f'<section id="latent-{i}"><div class="beside">{both}</div></section>')
-    title = f"Latents of {keys[0]} in atoms of single heads, {keys[1]}"
+    title = f"Latents of {key}" + (f" in atoms of single heads, {beside.key}" if beside is not None else "")
     begin = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(ABOUT)}</p>"
     )
-    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-    return "\n".join([begin, *parts]) + "\n</html>\n", table
+    return "\n".join([begin, *parts]) + "\n</html>\n", pd.concat(rows, ignore_index=True)
+
+
+def _atoms(shown: "_Shown", beside: Beside, latent: int) -> list[str]:
+    """The first atoms of a latent, and the texts on which they are most active."""
+    parts = []
+    for _, atom in beside.agreement[beside.agreement["latent"] == latent].head(ATOMS).iterrows():
+        number = int(atom["head"]) * beside.whole.heads[0].d_sae + int(atom["atom"])
+        column = shown.study.latents[beside.key][:, [number]]
+        agrees = f"Jaccard {atom['jaccard']:.2f}, correlation {atom['correlation']:.2f}"
+        parts.append(f"<h3>head {int(atom['head'])}, latent {int(atom['atom'])}</h3>")
+        parts.append(
+            f'<p class="note">coefficient {atom["coefficient"]:.3g}, cosine {atom["cosine"]:.2f}; fires on '
+            f"{column.nnz:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
+        )
+        for context in top_contexts(shown.study, column, shown.config.contexts):
+            active = in_row(shown.study, column, context.row)
+            parts.append(shown.line(context, active, f"activation {context.value:.3g}"))
+    return parts
 
 
 ABOUT = (

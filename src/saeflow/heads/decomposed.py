@@ -59,14 +59,12 @@ def decompose_latents(
     whole: BlockDiagonal,
     study: Study,
     keys: tuple[str, str],
+    chosen: np.ndarray,
     attention: Attention,
     config: HeadsConfig,
-) -> Decomposed | None:
-    """`keys` of the two dictionaries in the study. None where no latent is active on enough tokens."""
+) -> Decomposed:
+    """The `chosen` latents of `concat` in the atoms of `whole`; `keys` of the two dictionaries in the study."""
     n_heads, d_head, _ = attention.W_O.shape
-    chosen = choose_latents(study.active[keys[0]].count, config)
-    if not len(chosen):
-        return None
     decoder = decoder_by_head(concat, n_heads).double().numpy()
     own = {h: unit(one.W_dec.double().numpy()) for h, one in enumerate(whole.heads)}
     dictionaries = {

@@ -44,13 +44,14 @@ class HeadStudy(NamedTuple):
         return sorted((key for key in held if held[key]["kind"] == kind), key=lambda key: -held[key]["l0"])
 
     def chosen(self, kind: str) -> str | None:
-        """The dictionary of a kind that figures of one dictionary show."""
-        keys, held = self.of_kind(kind), self.summary["dictionaries"]
+        """The dictionary of a kind that figures of one dictionary show; none that never fires."""
+        held = self.summary["dictionaries"]
+        keys = [key for key in self.of_kind(kind) if held[key]["l0"] > 0]
         if kind == "heads":
             concat = self.chosen("concat")
             if concat is not None and "decomposed_in" in held[concat]:
                 return str(held[concat]["decomposed_in"])
-        return min(keys, key=lambda key: abs(np.log(max(held[key]["l0"], 1e-9) / WANTED_L0))) if keys else None
+        return min(keys, key=lambda key: abs(np.log(held[key]["l0"] / WANTED_L0))) if keys else None
 
     def says(self, key: str) -> str:
         held = self.summary["dictionaries"][key]

@@ -23,6 +23,7 @@ from saeflow.job import progress
 
 CHUNK = 256
 EDGES = np.linspace(-1, 1, 201)
+TOP = ("latent", "other_latent", "interference", "cosine", "mean_product", "tokens_together")
 
 
 class PairInterference(NamedTuple):
@@ -66,8 +67,8 @@ def interference(
             both = (f[:, some] > 0).astype(np.int64).T @ (f_other > 0).astype(np.int64)
             tops.append(_largest(*found[0], together, both.toarray(), live[some], live_other, top))
     means, means_other = (np.asarray(one.mean(axis=0)).ravel() for one in (f, f_other))
-    pairs = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True) if tops else pd.DataFrame()
-    none = pd.DataFrame()
+    none = pd.DataFrame({name: np.zeros(0) for name in TOP})
+    pairs = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True) if tops else none
     return [tally.result(means, means_other, none if i else pairs) for i, tally in enumerate(tallies)]
 
 

@@ -54,4 +54,5 @@ def lifted_table(
                     residual = min((one.residual for k, one in path.items() if k <= m), default=1.0)
                     held = {"head": g, "latent": i, "other_head": h, "rotated": rotated, "in_row_space": inside}
                     rows.append(held | {"n_atoms": m, "residual": residual})
-    return pd.DataFrame(rows)
+    names = ["head", "latent", "other_head", "rotated", "in_row_space", "n_atoms", "residual"]
+    return pd.DataFrame(rows, columns=names)

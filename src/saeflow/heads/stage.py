@@ -20,7 +20,7 @@ from saeflow.config import ConfigError, HeadsConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.fitting import check_fit, model_config
-from saeflow.heads.dashboards import dashboards
+from saeflow.heads.dashboards import Beside, dashboards
 from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.geometry import decoder_norms, principal_angles, rank, spectra
@@ -28,7 +28,7 @@ from saeflow.heads.interference import interference_dataset
 from saeflow.heads.lifting import lifted_table
 from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
-from saeflow.heads.store import write_dataset
+from saeflow.heads.store import read_dataset, write_dataset
 from saeflow.heads.study import Study, by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.job import Job
@@ -94,26 +94,27 @@ def heads_job(job: Job) -> dict[str, Any]:
                 held |= _write_concat(own, one, study, key, attention, config)
             summary["dictionaries"][key] = held
         for key, held in summary["dictionaries"].items():
-            matched = _nearest(summary["dictionaries"], held["l0"]) if held["kind"] == "concat" else None
+            if held["kind"] != "concat":
+                continue
+            own, one = out / "dictionaries" / key, dictionaries[key]
+            chosen = choose_latents(study.active[key].count, config)
+            if not len(chosen):
+                log.warning("%s has no latent that is active on %d tokens or more", key, config.min_active)
+                continue
+            beside = None
+            matched = _nearest(summary["dictionaries"], held["l0"])
             if matched is not None:
-                held |= {"decomposed_in": matched}
-                made = decompose_latents(
-                    dictionaries[key], dictionaries[matched], study, (key, matched), attention, config
-                )
-                if made is None:
-                    log.warning("%s has no latent that is active on %d tokens or more", key, config.min_active)
-                    continue
-                held |= made.summary
-                own = out / "dictionaries" / key
+                whole = dictionaries[matched]
+                assert isinstance(whole, BlockDiagonal)
+                made = decompose_latents(one, whole, study, (key, matched), chosen, attention, config)
+                held |= {"decomposed_in": matched} | made.summary
                 _write_decomposition(own, made)
-                shares = xr.open_zarr(own / "shares.zarr").load()
-                page, sources = dashboards(
-                    model, attention, study, dictionaries[key], dictionaries[matched], (key, matched), shares,
-                    made.agreement, config, text,
-                )  # fmt: skip
-                (own / "dashboards.html").write_text(page, encoding="utf-8")
-                sources.to_parquet(own / "attribution.parquet")
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+                beside = Beside(matched, whole, made.agreement)
+            shares = read_dataset(own / "shares.zarr")
+            page, sources = dashboards(model, attention, study, key, one, chosen, shares, beside, config, text)
+            (own / "dashboards.html").write_text(page, encoding="utf-8")
+            sources.to_parquet(own / "attribution.parquet")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
         (out / "table.txt").write_text(report(HeadStudy(out, summary)))
     return summary
 
@@ -165,8 +166,8 @@ def _write_heads(
         "rank_D": values["rank"].sel(matrix="D").values.tolist(),
         "rank_W_O": values["rank"].sel(matrix="W_O").values.tolist(),
         "rank_D_W_O": values["rank"].sel(matrix="D_W_O").values.tolist(),
-        "interference_over_weight": float(found["total"].sum() / found["weight"].sum()),
-        "interference_over_weight_rotated": float(found["total_rotated"].sum() / found["weight_rotated"].sum()),
+        "interference_over_weight": _number(found["total"].sum() / found["weight"].sum()),
+        "interference_over_weight_rotated": _number(found["total_rotated"].sum() / found["weight_rotated"].sum()),
     }
 
 
