@@ -76,7 +76,7 @@ def sentence(explanation: Explanation) -> str:
     told = f"{', '.join(counts) or 'no other stage'}: {reason}; {cached}; {readable(explanation.bytes_in_all)} in all"
     if explanation.operations:
         seconds = explanation.operations / explanation.rate
-        unit, size = next(one for one in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= one[1] or one[1] == 1)
+        unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
         least = f"{seconds / size:.2g} {unit}"
         rate = f"device.flops={explanation.rate:.0e}"
         told += f"; {explanation.operations:.1e} operations of training, at least {least} at {rate}"
