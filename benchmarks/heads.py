@@ -35,6 +35,7 @@ K = 4
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
 parser.add_argument("--steps", type=int, help="of a run; default: 60 and 600")
+parser.add_argument("--repeats", type=int, default=3, help="of whole runs")
 parser.add_argument("--rounds", type=int, default=9, help="of bare steps")
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--without", nargs="*", default=[], choices=["runs", "steps"])
@@ -109,7 +110,8 @@ def runs(size: str) -> tuple[dict[str, float], float]:
             configs |= {f"head_{h}": (own | {"kind": "sae"}, h) for h in range(H)}
             plan = plan_of(results, configs, training)
             plan.freeze(results / "plan.json")
-            taken = {key: run(results, key) for key in ("heads", "concat", *(f"head_{h}" for h in range(H)))}
+            rounds = [{key: run(results, key) for key in configs} for _ in range(args.repeats)]
+            taken = {key: statistics.median(each[key] for each in rounds) for key in configs}
             for name in ("heads", "concat"):
                 times[name][steps] = taken[name]
             times["separate"][steps] = sum(taken[f"head_{h}"] for h in range(H))

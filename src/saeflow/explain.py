@@ -76,8 +76,9 @@ def sentence(explanation: Explanation) -> str:
     reason = (", ".join(why) + (f", and {more} more" if more else "")) if why else "an artifact was removed"
     told = f"{', '.join(counts) or 'no other stage'}: {reason}; {cached}; {readable(explanation.bytes_in_all)} in all"
     if explanation.operations:
-        hours = explanation.operations / explanation.rate / 3600
-        least = f"{hours:.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        seconds = explanation.operations / explanation.rate
+        unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
+        least = f"{seconds / size:.2g} {unit}"
         rate = f"device.flops={explanation.rate:.0e}"
         told += f"; {explanation.operations:.1e} operations of training, at least {least} at {rate}"
     return told

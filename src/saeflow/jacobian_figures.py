@@ -296,41 +296,36 @@ def jacobian_thresholds(studies: Studies) -> tuple[Figure, pd.DataFrame]:
 
 
 def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
-    """Histogram and CDF of |J|: as it is on a linear and a logarithmic axis, and divided by its token's RMS."""
+    """Histogram and CDF of |J|: as it is on a linear and a logarithmic axis, and divided by its token's RMS.
+
+    Drawn is the panel with the most coefficients, as curves of several hide each other; the data have all.
+    """
     linear, logarithmic = studies.of("histogram"), studies.of("log_histogram")
     entries = studies.summaries.set_index("jacobian_key")["entries_per_token"]
     scale = 100 / linear["jacobian_key"].map(entries)
     for name in ("count_per_token", "above_per_token"):
         linear[name] *= scale
+    keep = ["panel", "jacobian_coefficient", "seed", *studies.tables["log_histogram"].columns]
+    data = logarithmic.loc[logarithmic["fraction"] > 0, keep]
+    panel, logarithmic = max(_panels(logarithmic), key=lambda one: one[1]["jacobian_coefficient"].nunique())
+    linear = linear[linear["panel"] == panel]
     linear = linear.rename(columns={"count_low": "count_per_token_low", "count_high": "count_per_token_high"})
     linear = linear.rename(columns={"above_low": "above_per_token_low", "above_high": "above_per_token_high"})
     colours = _coefficients(logarithmic)
-    panels = [name for name, _ in _panels(logarithmic)]
     figure, grid = plt.subplots(2, 3, figsize=(8.2, 4.6), sharex="col")
-    for panel in panels:
-        dashes = DASHES[panels.index(panel) % len(DASHES)]
-        for coefficient, colour in colours.items():
-
-            def mine(rows: pd.DataFrame, panel: str = panel, coefficient: float = coefficient) -> pd.DataFrame:
-                return rows[(rows["panel"] == panel) & (rows["jacobian_coefficient"] == coefficient)]
-
-            here = mine(linear)
-            if here.empty:
-                continue
-            counts, above = (_over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
-            grid[0][0].plot(counts["bin_left"], counts["value"], dashes, color=colour)
-            grid[1][0].plot(above["bin_left"], 100 - above["value"], dashes, color=colour)
-            for place, norm in ((1, "none"), (2, "rms")):
-                here = mine(logarithmic)
-                here = here[here["normalisation"] == norm]
-                bars, cdf = _over_seeds(here, "bin_right", "fraction"), _over_seeds(here, "bin_right", "cdf")
-                axis, below = grid[0][place], grid[1][place]
-                axis.plot(bars["bin_right"], 100 * bars["value"], dashes, color=colour)
-                axis.fill_between(
-                    bars["bin_right"], 100 * bars["low"], 100 * bars["high"], color=colour, alpha=0.2, lw=0
-                )
-                below.plot(cdf["bin_right"], 100 * cdf["value"], dashes, color=colour)
-                below.fill_between(cdf["bin_right"], 100 * cdf["low"], 100 * cdf["high"], color=colour, alpha=0.2, lw=0)
+    for coefficient, colour in colours.items():
+        here = linear[linear["jacobian_coefficient"] == coefficient]
+        counts, above = (_over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
+        grid[0][0].plot(counts["bin_left"], counts["value"], color=colour)
+        grid[1][0].plot(above["bin_left"], 100 - above["value"], color=colour)
+        for place, norm in ((1, "none"), (2, "rms")):
+            mine = logarithmic["jacobian_coefficient"] == coefficient
+            here = logarithmic[mine & (logarithmic["normalisation"] == norm)]
+            for axis, name in zip(grid[:, place], ("fraction", "cdf"), strict=True):
+                curve = _over_seeds(here, "bin_right", name)
+                axis.plot(curve["bin_right"], 100 * curve["value"], color=colour)
+                low, high = 100 * curve["low"], 100 * curve["high"]
+                axis.fill_between(curve["bin_right"], low, high, color=colour, alpha=0.2, lw=0)
     used = logarithmic[logarithmic["fraction"] > 1e-4]
     for place, norm in ((1, "none"), (2, "rms")):
         mine_used = used[used["normalisation"] == norm]
@@ -341,10 +336,10 @@ def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     grid[1][0].set_ylabel("entries at most that large (%)")
     for axis, norm in zip(grid[1], ("none", "none", "rms"), strict=True):
         axis.set_xlabel(NORMS[norm])
+    figure.suptitle(panel)
     figure.tight_layout(w_pad=1.5)
-    _key(figure, colours, panels)
-    keep = ["panel", "jacobian_coefficient", "seed", *studies.tables["log_histogram"].columns]
-    return figure, logarithmic.loc[logarithmic["fraction"] > 0, keep]
+    _key(figure, colours, [panel])
+    return figure, data
 
 
 def jacobian_global(studies: Studies) -> tuple[Figure, pd.DataFrame]:

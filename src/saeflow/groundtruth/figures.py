@@ -14,20 +14,25 @@ from saeflow.groundtruth.network import HOOKS
 from saeflow.job import Job
 from saeflow.palette import COLOURS, MARKERS
 
+FIGURES = {"recovery": ("l0", "amount"), "recovery_width": ("d_sae", "d_sae")}
+"""By what recovery is drawn, and what dictionaries have in common that are one point of a curve."""
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
 def draw_job(job: Job) -> str:
     """Draws what the `figures` stage of such an experiment asks for. Raises `ValueError` for a figure of another."""
     table = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("recover")])
-    unknown = set(job.config["figures"]) - {"recovery"}
-    if unknown:
-        raise ValueError(f"an experiment with model=tracr has the figure recovery, not {', '.join(sorted(unknown))}")
+    wanted = job.config["figures"]
+    if unknown := set(wanted) - set(FIGURES):
+        raise ValueError(
+            f"an experiment with model=tracr has the figures {', '.join(FIGURES)}, not {', '.join(sorted(unknown))}"
+        )
     stable = stability_table(job, table)
     with job.writing() as folder:
-        draw(table, folder)
+        for name in wanted:
+            draw(name, table, folder)
         stable.to_csv(folder / "stability.csv", index=False, float_format="%.6g")
-    return f"wrote recovery (.png, .pdf, .csv) and stability.csv to {job.path}/"
+    return f"wrote {', '.join(wanted)} (.png, .pdf, .csv) and stability.csv to {job.path}/"
 
 
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
@@ -51,17 +56,17 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*same, "n", "stability"])
 
 
-def draw(table: pd.DataFrame, folder: Path) -> None:
+def draw(name: str, table: pd.DataFrame, folder: Path) -> None:
     with plt.rc_context(STYLE):
-        figure = recovery_figure(table)
-        figure.savefig(folder / "recovery.png", bbox_inches="tight")
-        figure.savefig(folder / "recovery.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+        figure = recovery_figure(table, *FIGURES[name])
+        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+        figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
         plt.close(figure)
-    table.to_csv(folder / "recovery.csv", index=False, float_format="%.6g")
+    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
 
 
-def recovery_figure(table: pd.DataFrame) -> Figure:
-    """Recovery and share of mixtures against L0; a colour a model's training, a marker a dictionary kind."""
+def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") -> Figure:
+    """Recovery and share of mixtures, `by` L0 or width; a colour a model's training, a marker a dictionary kind."""
     table = table.copy()
     table["series"] = [_series(row) for row in table.to_dict("records")]
     hooks = sorted(table["hook_name_out"].unique(), key=_depth)
@@ -72,13 +77,18 @@ def recovery_figure(table: pd.DataFrame) -> Figure:
         here = table[table["hook_name_out"] == hook]
         for (method, kind), rows in here.groupby(["method", "series"]):
             colour, marker = COLOURS[methods.index(str(method))], MARKERS[series.index(str(kind))]
-            means = rows.groupby("amount")[["l0", "recovery", "mixtures"]].mean().sort_values("l0")
+            means = (
+                rows.groupby(point)[list({by, "recovery", "mixtures"} - {point})].mean().reset_index().sort_values(by)
+            )
             for axis, value in zip(grid[:, column], ("recovery", "mixtures"), strict=True):
-                axis.plot(means["l0"], means[value], color=colour, linewidth=0.8)
-                axis.scatter(rows["l0"], rows[value], color=colour, marker=marker, s=14, alpha=0.8, zorder=3)
-                axis.scatter(rows["l0"], rows[f"{value}_random"], color="0.6", marker="x", s=10, linewidth=0.7)
+                axis.plot(means[by], means[value], color=colour, linewidth=0.8)
+                axis.scatter(rows[by], rows[value], color=colour, marker=marker, s=14, alpha=0.8, zorder=3)
+                axis.scatter(rows[by], rows[f"{value}_random"], color="0.6", marker="x", s=10, linewidth=0.7)
         grid[0][column].set_title(f"layer {hook.split('.')[1]}, {hook.split('.')[-1].removeprefix('hook_')}")
-        grid[1][column].set_xlabel("L0")
+        grid[1][column].set_xlabel("L0" if by == "l0" else "latents")
+        if by != "l0":
+            for axis in grid[:, column]:
+                axis.set_xscale("log", base=2)
     grid[0][0].set(ylabel="recovery of true variables", ylim=(-0.03, 1.03))
     grid[1][0].set(ylabel="share of latents\nthat are mixtures", ylim=(-0.03, 1.03))
     figure.tight_layout()
