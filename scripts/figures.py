@@ -26,7 +26,8 @@ def figures(jobs: list[Job]) -> str:
     for made in job.inputs("train"):
         for folder in part_folders(made):
             part = "" if folder == made else folder.name
-            curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=made.name, part=part))
+            curve = pd.read_parquet(folder / "metrics.parquet").rename(columns={"sparsity": "sparsity_term"})
+            curves.append(curve.assign(train_key=made.name, part=part))
     training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
     resamples, l0 = (
         [

@@ -60,6 +60,13 @@ def test_both_recipes_are_one_sweep(home: Path) -> None:  # noqa: F811
             assert dictionary["normalize_activations"] == "none"
 
 
+def test_the_study_of_recipes_is_a_plan(home: Path) -> None:  # noqa: F811
+    plan = plan_of(home, "experiment=heads_recipes")
+    assert {stage: len(plan.stages[stage]) for stage in ("activations", "train", "baseline", "evaluate")} == {
+        "activations": 1, "train": 12, "baseline": 5, "evaluate": 36,
+    }  # fmt: skip
+
+
 def test_the_keys_of_other_dictionaries_stay_what_they_were(home: Path) -> None:  # noqa: F811
     for instance in plan_of(home, "dictionary=relu").stages["train"].values():
         assert "apply_b_dec_to_input" not in instance.config["dictionary"]
