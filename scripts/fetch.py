@@ -1,29 +1,35 @@
 """Downloads a model or a dataset of the Hugging Face hub into the local cache, where the workflow finds it offline.
 
 python scripts/fetch.py EleutherAI/pythia-70m-deduped [--revision REVISION]
+python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l  (TransformerLens's own format)
 python scripts/fetch.py --dataset roneneldan/TinyStories [--revision REVISION]
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from saeflow.corpus import CorpusError, corpus_files
-from saeflow.models import MODEL_FILES
+from saeflow.models import MODEL_FILES, ModelError, read_geometry, read_keys
 
 DATASET_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")  # what saeflow.corpus reads
 
 
-def fetch(name: str, dataset: bool, revision: str | None) -> str:
+def fetch(name: str, dataset: bool, revision: str | None, to: str | None) -> str:
     """Returns a line that says where the files are. Exits with what to do where they cannot be had."""
     from huggingface_hub import errors, snapshot_download
 
     kind, patterns = ("dataset", DATASET_FILES) if dataset else ("model", MODEL_FILES)
     try:
+        if to is not None:
+            return fetch_hooked(name, revision, Path(to))
         folder = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns))
         if not dataset:
             return f"fetched {folder}; use it as model.hub={name}" + (f" model.revision={revision}" if revision else "")
         corpus_files(folder)
         return f"fetched {folder}; use it as corpus=local corpus.path={folder}"
+    except ModelError as error:
+        sys.exit(f"{name}: {error}")
     except CorpusError:
         sys.exit(
             f"the dataset {name} has no file of these: {', '.join(patterns)}; stream it with corpus.dataset={name}"
@@ -43,10 +49,27 @@ def fetch(name: str, dataset: bool, revision: str | None) -> str:
         )
 
 
+def fetch_hooked(name: str, revision: str | None, to: Path) -> str:
+    """Makes a folder of a model in TransformerLens's own format. Raises `ModelError` where it is none."""
+    from huggingface_hub import snapshot_download
+
+    from saeflow.hooked import convert
+
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "*final.pth"]))
+    tokenizer = read_keys(folder / "config.json").get("tokenizer_name")
+    if tokenizer is None:
+        raise ModelError("--to is for models of TransformerLens's own format, and config.json names no tokenizer_name")
+    files = [pattern for pattern in MODEL_FILES if "token" in pattern]
+    convert(folder, Path(snapshot_download(tokenizer, allow_patterns=files)), to)
+    read_geometry(to)
+    return f"made {to} of {name} and the tokenizer {tokenizer}; use it as model=local model.path={to}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name on the hub, such as EleutherAI/pythia-70m-deduped")
     parser.add_argument("--dataset", action="store_true", help="a dataset, not a model")
     parser.add_argument("--revision", help="branch, tag or commit; default: main")
+    parser.add_argument("--to", help="folder to make of a model in TransformerLens's own format")
     arguments = parser.parse_args()
-    print(fetch(arguments.name, arguments.dataset, arguments.revision))
+    print(fetch(arguments.name, arguments.dataset, arguments.revision, arguments.to))

@@ -9,7 +9,9 @@ def figures(jobs: list[Job]) -> str:
     import pandas as pd
 
     from saeflow.figures import Tables, draw
+    from saeflow.heads.folder import read_head_studies
     from saeflow.jacobian_figures import read_histograms, read_studies
+    from saeflow.layouts import part_folders
 
     (job,) = jobs
     if job.inputs("recover"):  # an experiment on a model whose algorithm is known
@@ -19,18 +21,21 @@ def figures(jobs: list[Job]) -> str:
     evaluations = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate")])
     evaluations["part"] = evaluations["part"].fillna("")  # input or output, of what was trained as a pair
     identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
-    identity += ["hook_name", "hook_name_out", "jacobian_coefficient"]
+    identity += ["hook_name", "hook_name_out", "hook_head_index", "sparsity", "jacobian_coefficient"]
     curves = []
-    for folder in job.dictionaries():
-        if not (folder / "metrics.parquet").is_file():  # read from elsewhere
-            continue
-        key, part = (folder.parent.name, folder.name) if folder.parent.name != "train" else (folder.name, "")
-        curves.append(pd.read_parquet(folder / "metrics.parquet").assign(train_key=key, part=part))
+    for made in job.inputs("train"):
+        for folder in part_folders(made):
+            part = "" if folder == made else folder.name
+            curve = pd.read_parquet(folder / "metrics.parquet").rename(columns={"sparsity": "sparsity_term"})
+            curves.append(curve.assign(train_key=made.name, part=part))
     training = pd.concat(curves).merge(evaluations[identity], on=["train_key", "part"]) if curves else pd.DataFrame()
-    resamples = [
-        pd.read_parquet(f / "resamples.parquet").assign(dictionary_key=key)
-        for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
-    ]
+    resamples, l0 = (
+        [
+            pd.read_parquet(f / f"{name}.parquet").assign(dictionary_key=key)
+            for f, key in zip(job.inputs("evaluate"), evaluations["dictionary_key"], strict=True)
+        ]
+        for name in ("resamples", "l0")
+    )
     tables = Tables(
         evaluations,
         training,
@@ -39,6 +44,8 @@ def figures(jobs: list[Job]) -> str:
         pd.concat(resamples),
         evaluations["confidence"].max(),
         pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("stack")]),
+        pd.concat(l0),
+        tuple(read_head_studies(job.inputs("heads"))),
     )
     with job.writing() as folder:
         for name in job.config["figures"]:

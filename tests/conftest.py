@@ -147,6 +147,30 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     return save_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"), tokenizer_folder)
 
 
+@pytest.fixture(scope="session")
+def hooked_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 2 layers in TransformerLens's own format, as on the hub: `config.json` and a pickled state.
+
+    Its config has the keys of NeelNanda/GELU_1L512W_C4_Code that matter, with other sizes.
+    """
+    import torch
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    keys = {"n_layers": 2, "d_model": 32, "d_mlp": 64, "d_head": 8, "n_heads": 4, "n_ctx": 64, "d_vocab": 300}
+    config = HookedTransformerConfig(**keys, act_fn="gelu", normalization_type="LN", seed=0, device="cpu")
+    model = HookedTransformer(config, move_to_device=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise if name.endswith(".w") else noise)
+    folder = tmp_path_factory.mktemp("hooked")
+    torch.save(model.state_dict(), folder / "tiny_1000_final.pth")  # noqa: TID251 -- as the hub has it
+    keys |= {"act_fn": "gelu", "normalization": "LN", "shortformer_pos": False, "attn_only": False, "ln_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps(keys | {"tokenizer_name": "some/tokenizer", "lr_hidden": 0.002}))
+    return folder
+
+
 @pytest.fixture(params=["neox", "gpt2", "llama"])
 def model_folder(request: pytest.FixtureRequest) -> Path:
     """Each of the three tiny models in turn."""

@@ -28,6 +28,7 @@ POINT = {
     "dictionary": {"kind": "sae", "activation": "topk", "k": 4},
     "training": {"n_tokens": 8192},
     "jacobian": {},
+    "heads": {},
     "evaluation": {},
     "seed": 0,
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeflow.faithfulness import NOTEBOOK_004, front_at, matched_l0, notebook_004, paired_differences
+from saeflow.faithfulness import NOTEBOOK_004, matched_ce, matched_l0, notebook_004, paired_differences
 
 
 def front(kind: str) -> pd.DataFrame:
@@ -13,12 +13,12 @@ def front(kind: str) -> pd.DataFrame:
 
 
 def test_matched_differences_are_those_of_the_reference() -> None:
-    """At the SAEs' L0 of 110, 55 and 31.5 the transcoders lie lower by 0.0046, 0.0067 and 0.0034 nats."""
-    sae, transcoder = front("sae"), front("transcoder")
-    at = sae["l0"].to_numpy()
-    lower = sae["ce_replaced"] - front_at(transcoder["l0"].to_numpy(), transcoder["ce_replaced"].to_numpy(), at)
-    assert np.isnan(lower[0])  # 505 is beyond the transcoders
-    np.testing.assert_allclose(lower[1:], [0.0046, 0.0067, 0.0034], atol=6e-5)
+    """At the SAEs' L0 of 31.5, 55 and 110 (not 505) the transcoders lie lower by 0.0034, 0.0067 and 0.0046 nats."""
+    fronts = [front("sae"), front("transcoder")]
+    table = matched_l0(*fronts, draws(fronts, np.zeros(3)), 0.9)
+    at_sae = table[table["at_point_of"] == "one"]
+    np.testing.assert_allclose(at_sae["l0"], [31.498, 55.069, 109.873], atol=1e-3)
+    np.testing.assert_allclose(-at_sae["difference"], [0.0034, 0.0067, 0.0046], atol=6e-5)
 
 
 def draws(fronts: list[pd.DataFrame], noise: np.ndarray) -> pd.DataFrame:
@@ -26,9 +26,31 @@ def draws(fronts: list[pd.DataFrame], noise: np.ndarray) -> pd.DataFrame:
     out = []
     for i, rows in enumerate(fronts):
         for row in rows.itertuples():
-            ce = row.ce_replaced + noise * (1.1 if i == len(fronts) - 1 else 1.0)
-            out.append(pd.DataFrame({"dictionary_key": row.dictionary_key, "l0": row.l0, "ce_replaced": ce}))
+            own = noise * (0.1 if i == len(fronts) - 1 else 0.0)
+            ce = {"ce_replaced": row.ce_replaced + noise + own, "ce_increase": row.ce_replaced - 3.3 + own}
+            out.append(pd.DataFrame({"dictionary_key": row.dictionary_key, "l0": row.l0} | ce))
     return pd.concat(out)
+
+
+def test_fronts_matched_in_ce_are_the_same_fronts_read_the_other_way() -> None:
+    """Two lines CE = a - b log L0 with their slopes alike: where one lies lower by c, the other needs exp(c / b) of L0.
+    The interval is paired: noise that both share moves nothing, one's own moves the ratio."""
+    l0 = np.array([5.0, 20.0, 80.0])
+    one = pd.DataFrame({"dictionary_key": list("abc"), "l0": l0, "ce_increase": 0.5 - 0.1 * np.log(l0)})
+    other = pd.DataFrame({"dictionary_key": list("def"), "l0": 2 * l0, "ce_increase": 0.53 - 0.1 * np.log(2 * l0)})
+    fronts = [rows.assign(ce_replaced=3.3 + rows["ce_increase"]) for rows in (one, other)]
+    noise = np.random.default_rng(0).normal(scale=0.01, size=500)
+    table = matched_ce(*fronts, draws(fronts, noise), 0.9)
+    np.testing.assert_allclose(table["ratio"], np.exp(0.3), rtol=1e-9)
+    wanted = np.exp(0.3 + np.quantile(0.1 * noise, [0.05, 0.95]) / 0.1)
+    np.testing.assert_allclose(table["low"], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(table["high"], wanted[1], rtol=1e-6)
+    assert set(table["at_point_of"].dropna()) == {"one", "other"} and table["ce_increase"].is_monotonic_increasing
+    names = {n: f"{n}_rest" for n in ("l0", "ce_replaced", "ce_increase")}
+    rest = [rows.rename(columns=names) for rows in (*fronts, draws(fronts, noise))]
+    pd.testing.assert_frame_equal(matched_ce(*rest, 0.9, positions="_rest"), table)
+    by_l0 = matched_l0(*rest, 0.9, positions="_rest")
+    np.testing.assert_allclose(by_l0["difference"], 0.03, rtol=1e-6)
 
 
 def test_the_interval_of_a_matched_difference_is_paired() -> None:

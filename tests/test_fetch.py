@@ -23,6 +23,12 @@ REPOSITORIES = {
         "tokenizer.json": b"{}",
         "README.md": b"text",
     },
+    "models/some/hooked": {
+        "config.json": json.dumps({"tokenizer_name": "some/tokenizer"}).encode(),
+        "tiny_1000_final.pth": b"not weights",
+        "tiny_500.pth": b"a checkpoint",
+    },
+    "models/some/tokenizer": {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "README.md": b"text"},
     "datasets/some/data": {"train.jsonl": b'{"text": "one"}', "picture.png": b"pixels"},
     "datasets/some/pictures": {"picture.png": b"pixels"},
 }
@@ -118,6 +124,26 @@ def test_fetched_dataset_is_read_as_a_local_corpus(tmp_path, hub):
 def test_what_the_hub_does_not_have_is_said(tmp_path, hub, arguments, message):
     done = fetch(tmp_path, hub, *arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_of_transformer_lens_becomes_a_folder(tmp_path, hub, hooked_source, tokenizer_folder, monkeypatch):
+    files = {p.name: p.read_bytes() for p in hooked_source.iterdir()}
+    monkeypatch.setitem(REPOSITORIES, "models/some/hooked", files | {"tiny_500.pth": b"a checkpoint"})
+    tokenizer = {p.name: p.read_bytes() for p in tokenizer_folder.iterdir()}
+    monkeypatch.setitem(REPOSITORIES, "models/some/tokenizer", tokenizer)
+    done = fetch(tmp_path, hub, "some/hooked", "--to", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"use it as model=local model.path={tmp_path / 'made'}\n")
+    names = sorted(p.name for p in (tmp_path / "made").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_weights_that_are_no_weights_are_not_opened(tmp_path, hub):
+    done = fetch(tmp_path, hub, "some/hooked", "--to", str(tmp_path / "made"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "some/hooked: " in done.stderr and "is not a file of weights alone, and is not opened" in done.stderr
+    done = fetch(tmp_path, hub, "some/model", "--to", str(tmp_path / "made"))
+    assert done.returncode == 1 and "--to is for models of TransformerLens's own format" in done.stderr
 
 
 def test_unreachable_hub_says_how_to_go_on_without_it(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 from saeflow import jacobian_figures
 from saeflow.faithfulness import PAIRED
-from saeflow.figures import FIGURES, Tables, draw, sparsity_faithfulness
+from saeflow.figures import FIGURES, Tables, draw, l0_histograms, sparsity_faithfulness
+from saeflow.heads import figures as head_figures
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def tables() -> Tables:
             **{f"{name}_low": evaluations[name] - 0.01, f"{name}_high": evaluations[name] + 0.01}
         )
     steps = pd.DataFrame({"tokens": [1000, 2000, 3000], "fvu": [0.9, 0.5, 0.3], "l0": [300.0, 100.0, 50.0]})
-    identity = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
+    evaluations["part"] = ""
+    identity = ["train_key", "part", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name"]
     identity += ["hook_name", "hook_name_out"]
     training = evaluations[identity].merge(steps, how="cross")
     edges = np.linspace(0, 0.5, 51)
@@ -72,13 +74,18 @@ def tables() -> Tables:
     noise = pd.DataFrame({"noise": np.random.default_rng(0).normal(scale=0.005, size=20)})
     resamples = evaluations[["dictionary_key", *PAIRED]].merge(noise, how="cross")
     resamples["ce_replaced"] += resamples["noise"] * evaluations["amount"].mean()
+    resamples["ce_increase"] = resamples["ce_replaced"] - 3.5
+    resamples["ce_increase_without_bos"] = resamples["ce_increase"]
     stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
     stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
     stacks = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]
-    return Tables(evaluations, training, jacobians, None, resamples.drop(columns="noise"), 0.9, pd.DataFrame(stacks))
+    counts = pd.DataFrame({"l0": range(5), "tokens": [9, 20, 30, 20, 1], "tokens_without_bos": [0, 20, 30, 20, 1]})
+    l0 = evaluations[["dictionary_key"]].merge(counts, how="cross")
+    resamples = resamples.drop(columns="noise")
+    return Tables(evaluations, training, jacobians, None, resamples, 0.9, pd.DataFrame(stacks), l0)
 
 
-@pytest.mark.parametrize("name", sorted(FIGURES.keys() - jacobian_figures.FIGURES.keys()))
+@pytest.mark.parametrize("name", sorted(FIGURES.keys() - jacobian_figures.FIGURES.keys() - head_figures.FIGURES.keys()))
 def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
@@ -88,8 +95,24 @@ def test_figure_has_its_table_and_is_deterministic(name: str, tables: Tables, tm
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     lines = {"sparsity_faithfulness": 8, "training_curves": 24, "jacobian_histogram": 50}
-    lines |= {"matched_l0": len(table), "paired_differences": 28 * len(PAIRED), "notebook_004": 3, "stacks": 2}
+    lines |= {
+        "matched_l0": len(table),
+        "matched_ce": len(table),
+        "paired_differences": 28 * len(PAIRED),
+        "notebook_004": 3,
+        "stacks": 2,
+        "l0_histograms": 40,
+    }
     assert len(table) == lines[name] > 0
+
+
+def test_histograms_of_l0_are_shares_of_the_tokens(tables: Tables) -> None:
+    figure, _ = l0_histograms(tables)
+    panels = [axis for axis in figure.axes if axis.axison]
+    assert len(panels) == 4  # kinds of dictionary
+    for axis in panels:
+        for patch in axis.patches:
+            assert patch.get_data().values.sum() == pytest.approx(100) and patch.get_data().edges[0] == -0.5
 
 
 def test_every_dictionary_is_a_point_and_every_level_a_line(tables: Tables) -> None:
@@ -104,3 +127,22 @@ def test_every_dictionary_is_a_point_and_every_level_a_line(tables: Tables) -> N
 def test_unknown_figure_is_refused_by_name(tables: Tables, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no figure 'paretto'; there are: sparsity_faithfulness"):
         draw("paretto", tables, tmp_path)
+
+
+def test_heads_have_panels_of_their_own_and_recipes_names(tables: Tables) -> None:
+    """A head is compared with ablations of itself; what differs in the sparsity alone is said to."""
+    rows = tables.evaluations[tables.evaluations["activation"] == "topk"]
+    several = [rows.assign(hook_head_index=None, sparsity=s, kind=k) for s in ("decoder_norm", "unit_norm")
+               for k in ("sae", "heads")]  # fmt: skip
+    several += [rows.assign(hook_head_index=h, sparsity="decoder_norm") for h in (0, 1)]
+    figure, table = sparsity_faithfulness(tables._replace(evaluations=pd.concat(several, ignore_index=True)))
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["layer 2, mlp_out", "layer 2, mlp_out, head 0", "layer 2, mlp_out, head 1"]
+    names = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert names == [
+        "TopK SAE", "TopK SAE, unit norm", "TopK SAEs by head", "TopK SAEs by head, unit norm", "TopK SAE of one head",
+        "clean model", "mean ablation", "zero ablation",
+    ]  # fmt: skip
+    assert (
+        len(table) == 18 and len({line.get_color() for line in figure.axes[0].get_lines()}) == 5
+    )  # and the levels' grey

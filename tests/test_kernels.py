@@ -15,7 +15,7 @@ from saeflow.kernels import loops, select, sparse
 from saeflow.kernels import rows as rows_module
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.select import Active, batch_top_k, positive, top_k
-from saeflow.kernels.sparse import Pattern, decode, dense_decode, dense_encode, encode, sum_by_latent
+from saeflow.kernels.sparse import Pattern, decode, dense_decode, dense_encode, encode, side_by_side, sum_by_latent
 from saeflow.kernels.step import (
     Objective,
     Weights,
@@ -810,3 +810,39 @@ def test_a_recorded_relu_step_has_room_for_more_and_for_fewer_pairs(route):
         rooms.add(mine.recorded.room if mine.recorded else 0)
     assert len(rooms) > 3
     assert all(torch.equal(a, b) for a, b in zip(mine.weights.parameters(), theirs.weights.parameters(), strict=True))
+
+
+# -------------------------------------------------------------------- heads at once
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=seeds,
+    H=st.integers(1, 5),
+    N=st.integers(1, 20),
+    n=st.integers(2, 40),
+    k=st.sampled_from((None, 1, 2)),
+    scaled=st.booleans(),
+    several=st.integers(2, 5),
+    threads=st.integers(1, 3),
+)
+def test_selecting_from_heads_at_once_is_selecting_from_each(seed, H, N, n, k, scaled, several, threads, route):
+    """Whichever heads share a product, and however rows are dealt out to threads."""
+    if route != "sieve":
+        pytest.skip("heads are taken at once only there")
+    draw = drawing(seed, dtype=torch.float32)
+    x, encoder, b_enc = draw(H, N, 6), draw(H, n, 6), draw(H, n)
+    scale = draw(H, n).abs() + 0.1 if scaled and k else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "WORKSPACE", several * N * n)
+        patch.setattr(loops, "FEWEST", 8)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        assert select.at_once(x, encoder)
+        found = select.of_heads(x, encoder, b_enc, k, scale)
+        heads = [
+            positive(x[h], encoder[h], b_enc[h])
+            if k is None
+            else top_k(x[h], encoder[h], b_enc[h], k, None if scale is None else scale[h])
+            for h in range(H)
+        ]
+    wanted = side_by_side(heads, n)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine, theirs) if mine.dtype == torch.int64 else torch.allclose(mine, theirs, rtol=1e-6)

@@ -57,6 +57,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "baseline": 1,
         "evaluate": 2,
         "stack": 0,
+        "heads": 0,
         "blind": 0,
         "recover": 0,
         "figures": 1,
@@ -242,7 +243,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
         (
             ["dictionary=top"],
-            "no config 'dictionary/top'; dictionary can be: batchtopk, foreign, jacobian, pair, relu, skip_transcoder",
+            "no config 'dictionary/top'; dictionary can be: batchtopk, concat, foreign, heads, heads_topk, jacobian",
         ),
         (["experiment=none_such"], "experiment can be: "),
         (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),

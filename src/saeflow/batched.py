@@ -12,8 +12,9 @@ from torch import Tensor
 
 from saeflow.config import ConfigError
 from saeflow.kernels.adam import Adam
-from saeflow.kernels.step import Weights, clip_norm_, normalise_rows_, remove_parallel_, take_steps
+from saeflow.kernels.step import Weights, clip_norms_, normalise_rows_, remove_parallel_, take_steps
 from saeflow.trainer import Trainer
+from saeflow.training_metrics import TrainingError
 
 
 class BatchedTrainer:
@@ -50,11 +51,15 @@ class BatchedTrainer:
 
     def take(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
         """One step of all: a batch for each member, (x,) or (x, y), of equally many tokens."""
+        scaled = [member._scaled(batch) for member, batch in zip(self.members, batches, strict=True)]
+        x = torch.stack([mine for mine, _ in scaled])
+        self.apply(x, x if self.members[0].spec.kind == "sae" else torch.stack([target for _, target in scaled]))
+
+    def apply(self, x: Tensor, y: Tensor) -> None:
+        """`take` of batches in training's units: x (H, N, d), and y (H, N, p), which is x for SAEs."""
         members, first = self.members, self.members[0]
-        scaled = [member._scaled(batch) for member, batch in zip(members, batches, strict=True)]
-        x, y = (torch.stack(side) for side in zip(*scaled, strict=True))
-        for member, (mine, target) in zip(members, scaled, strict=True):
-            member._look_ahead(mine, target)
+        for h, member in enumerate(members):
+            member._look_ahead(x[h], y[h])
         lr, _ = first._rates()
         l1 = [member._rates()[1] for member in members]
         sparse = all(member.sparse for member in members)
@@ -65,10 +70,13 @@ class BatchedTrainer:
         if first.spec.sparsity == "unit_norm":
             remove_parallel_(stacked.W_dec.flatten(0, 1), W_dec)
         if first.training.clip_grad_norm is not None:
-            for h in range(len(members)):
-                clip_norm_([g[h] for g in gradients], first.training.clip_grad_norm)
+            clip_norms_(gradients, first.training.clip_grad_norm)
         self.optimiser.step(gradients, lr)
         if first.spec.sparsity == "unit_norm":
             normalise_rows_(W_dec)
         for h, member in enumerate(members):
-            member._record(found[h], y[h], lr, l1[h])
+            try:
+                member._record(found[h], y[h], lr, l1[h])
+            except TrainingError as error:
+                head = member.spec.hook_head_index
+                raise TrainingError(f"dictionary {h}: {error}" if head is None else f"head {head}: {error}") from error

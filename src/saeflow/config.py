@@ -127,7 +127,7 @@ class ActivationsConfig:
 @dataclass(frozen=True)
 class SiteConfig:
     """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`. `head`: of a hook with
-    heads, the one that a foreign dictionary is of."""
+    heads, the one that an SAE is of (`kind=sae`, or foreign)."""
 
     hook_name: str
     hook_name_out: str | None = None
@@ -164,7 +164,8 @@ def amount_of(k: int | None, l1_coefficient: float | None, options: dict[str, An
 @dataclass(frozen=True)
 class DictionaryConfig:
     """`kind`: an SAE, a transcoder from `hook_name` to `hook_name_out`, or two TopK SAEs, one at each: a `pair` of
-    ordinary ones, or a `jacobian` pair, trained as one so that the Jacobian between their latents is sparse.
+    ordinary ones, or a `jacobian` pair, trained as one so that the Jacobian between their latents is sparse; or, of a
+    hook with `heads`, an SAE of each head, trained as one, whose k, L1 coefficient and size are those of each.
 
     `squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
     used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
@@ -174,6 +175,7 @@ class DictionaryConfig:
     keeps the k N largest of a batch of N tokens, and after training whatever exceeds the mean threshold of that.
     `skip` adds a linear map from a transcoder's input to its output. `normalize_activations`: training sees the input
     times sqrt(d_in) over its mean norm (SAELens), or each head of it times sqrt(d_head) over that head's RMS norm.
+    `apply_b_dec_to_input`: whether an SAE subtracts `b_dec` from its input (SAELens, Kissane), or not (April recipe).
 
     With `activation=saelens` it is SAELens's training class of the name `saelens`, on our trainer; `options` are that
     class's own. It brings its first weights and its loss, so `squared_error` and `sparsity` say nothing there.
@@ -188,7 +190,7 @@ class DictionaryConfig:
     SAEs that they would be alone.
     """
 
-    kind: Literal["sae", "transcoder", "pair", "jacobian", "foreign"]
+    kind: Literal["sae", "transcoder", "pair", "jacobian", "heads", "foreign"]
     activation: Literal["topk", "batchtopk", "relu", "saelens", "foreign"]
     k: int | None = None
     l1_coefficient: float | None = None
@@ -197,6 +199,7 @@ class DictionaryConfig:
     squared_error: Literal["sum", "mean", "target_norm"] = "sum"
     sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
     normalize_activations: Literal["none", "expected_average_only_in", "per_head"] = "none"
+    apply_b_dec_to_input: bool = True
     skip: bool = False
     saelens: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -240,6 +243,10 @@ class DictionaryConfig:
         if self.kind == "jacobian":  # or a latent could shrink its Jacobian by growing
             wanted = "unit_norm with kind=jacobian"
             _require(self.sparsity == "unit_norm", "dictionary.sparsity", self.sparsity, wanted)
+        if self.kind == "heads":  # of a head, what is stored with the activations has only the RMS norm
+            scaling = self.normalize_activations
+            legal = scaling != "expected_average_only_in"
+            _require(legal, "dictionary.normalize_activations", scaling, "none or per_head with kind=heads")
         if self.skip:
             _require(self.kind == "transcoder", "dictionary.kind", self.kind, "transcoder with dictionary.skip=true")
 
@@ -255,9 +262,10 @@ class DictionaryConfig:
         legal = self.activation == "saelens" and self.saelens in SAELENS
         wanted = f"one of {', '.join(SAELENS)} with activation=saelens, else null and without dictionary.options"
         _require(legal, "dictionary.saelens", self.saelens, wanted)
-        _require(
-            self.kind == "sae" and not self.skip, "dictionary.kind", self.kind, "sae: SAELens trains no transcoder"
-        )
+        legal = self.kind == "sae" and not self.skip
+        _require(legal, "dictionary.kind", self.kind, "sae with activation=saelens, and dictionary.skip false")
+        legal = self.apply_b_dec_to_input
+        _require(legal, "dictionary.apply_b_dec_to_input", legal, "true with activation=saelens")
         legal = self.normalize_activations != "per_head"
         _require(
             legal, "dictionary.normalize_activations", self.normalize_activations, "none or expected_average_only_in"
@@ -392,6 +400,40 @@ class JacobianConfig:
 
 
 @dataclass(frozen=True)
+class HeadsConfig:
+    """How a layer's heads and their dictionaries are studied, on the first `n_tokens` held-out tokens, `batch_rows`
+    rows at a time. The model is run without cross terms between heads on `loss_tokens` of them, with intervals from
+    `resamples` resamples of the documents.
+
+    Of every two heads the `top_pairs` pairs of latents that interfere most are kept. Latents of a dictionary on all
+    heads count where they are active on `min_active` tokens or more; `n_latents` of these, drawn at random, are
+    decomposed in the heads' dictionaries with up to `max_atoms` atoms, and `dashboards` of those shown, each with
+    `contexts` texts of `window` tokens to either side. `seed` decides all draws.
+    """
+
+    n_tokens: int = 65536
+    batch_rows: int = 16
+    loss_tokens: int = 16384
+    resamples: int = 1000
+    top_pairs: int = 32
+    min_active: int = 12
+    n_latents: int = 64
+    max_atoms: int = 16
+    dashboards: int = 12
+    contexts: int = 4
+    window: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "batch_rows", "loss_tokens", "resamples", "top_pairs", "min_active", "n_latents"):
+            _require(getattr(self, name) > 0, f"heads.{name}", getattr(self, name), "1 or more")
+        for name in ("max_atoms", "contexts", "window"):
+            _require(getattr(self, name) > 0, f"heads.{name}", getattr(self, name), "1 or more")
+        for name in ("dashboards", "seed"):
+            _require(getattr(self, name) >= 0, f"heads.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals hold `confidence` of `resamples`
     draws of the documents."""
@@ -437,6 +479,7 @@ class PointConfig:
     dictionary: DictionaryConfig
     training: TrainingConfig
     jacobian: JacobianConfig
+    heads: HeadsConfig
     evaluation: EvaluationConfig
     seed: int
 
@@ -446,18 +489,23 @@ class PointConfig:
             raise ConfigError(
                 "a model of a case is studied on the rows of that case: use model=tracr with corpus=tracr"
             )
-        if self.dictionary.kind == "sae" and self.site.hook_name_out is not None:
+        if self.dictionary.kind in ("sae", "heads") and self.site.hook_name_out is not None:
+            use = "site=attn_z" if self.dictionary.kind == "heads" else "site=mlp_in, site=mlp_out or another with one"
+            hooks = f"{self.site.hook_name} and {self.site.hook_name_out}"
             raise ConfigError(
-                f"dictionary.kind=sae reads one hook, but this site has two ({self.site.hook_name} and "
-                f"{self.site.hook_name_out}); use site=mlp_in, site=mlp_out or another with one"
+                f"dictionary.kind={self.dictionary.kind} reads one hook, but this site has two ({hooks}); use {use}"
             )
-        _require(
-            self.site.head is None or self.dictionary.kind == "foreign",
-            "site.head",
-            self.site.head,
-            "null, but for a foreign dictionary",
-        )
-        if self.dictionary.kind not in ("sae", "foreign") and self.site.hook_name_out is None:
+        if self.site.head is not None:
+            legal = self.dictionary.kind in ("sae", "foreign")
+            _require(legal, "site.head", self.site.head, f"null with dictionary.kind={self.dictionary.kind}")
+            scaling = self.dictionary.normalize_activations
+            legal = scaling != "expected_average_only_in" and self.dictionary.activation != "saelens"
+            wanted = "none or per_head with site.head, and activation none of SAELens's"
+            _require(legal, "dictionary.normalize_activations", scaling, wanted)
+        if self.dictionary.kind == "heads":
+            legal = self.training.revive in ("none", "resample")
+            _require(legal, "training.revive", self.training.revive, "none or resample with dictionary.kind=heads")
+        if self.dictionary.kind not in ("sae", "heads", "foreign") and self.site.hook_name_out is None:
             raise ConfigError(
                 f"dictionary.kind={self.dictionary.kind} needs a site with hook_name and hook_name_out: use site=mlp"
             )

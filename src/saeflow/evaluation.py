@@ -58,6 +58,8 @@ class Evaluation(NamedTuple):
     """`positions` is `bos` or `rest`: disjoint, so that rows can be added."""
     fired: np.ndarray
     """(2, n): on how many tokens each latent fires; first those of BOS, then the others."""
+    by_l0: np.ndarray
+    """(2, most + 1): how many tokens have an L0 of 0, 1, ...; first those of BOS, then the others."""
     resamples: dict[str, np.ndarray]
     """Each metric, resampled over documents: (resamples,)."""
     summary: dict[str, Any]
@@ -73,14 +75,20 @@ def evaluate(
     """Evaluates every study on `rows` (sequence, position) of token ids."""
     adders = [Adder(prepend_bos) for _ in studies]
     fired = [np.zeros((2, s.dictionary.d_sae), dtype=np.int64) for s in studies]
+    by_l0 = [np.zeros((2, s.dictionary.d_sae + 1), dtype=np.int64) for s in studies]
     for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "evaluating"):
         is_bos = torch.zeros_like(tokens, dtype=torch.bool)
         is_bos[:, 0] = prepend_bos
+        is_bos = is_bos.flatten()
         with fused_attention(model):
-            for i, one in enumerate(_evaluate_batch(model, studies, tokens, is_bos.flatten())):
+            for i, one in enumerate(_evaluate_batch(model, studies, tokens, is_bos)):
                 adders[i].add(document, one.per_token)
                 fired[i] += one.fired.cpu().numpy()
-    return [_evaluation(s.baseline, a, f, config) for s, a, f in zip(studies, adders, fired, strict=True)]
+                l0 = one.per_token["l0"].flatten().long()
+                for counts, chosen in zip(by_l0[i], (is_bos, ~is_bos), strict=True):
+                    counts += torch.bincount(l0[chosen], minlength=len(counts)).cpu().numpy()
+    measured = zip(studies, adders, fired, by_l0, strict=True)
+    return [_evaluation(s.baseline, adder, f, counts, config) for s, adder, f, counts in measured]
 
 
 class _Measured(NamedTuple):
@@ -119,7 +127,9 @@ def _evaluate_batch(
     return measured
 
 
-def _evaluation(baseline: Baseline, adder: Adder, fired: np.ndarray, config: EvaluationConfig) -> Evaluation:
+def _evaluation(
+    baseline: Baseline, adder: Adder, fired: np.ndarray, by_l0: np.ndarray, config: EvaluationConfig
+) -> Evaluation:
     own = adder.sums()
     batches = joined(baseline.sums.batches, own.batches)
     documents = joined(baseline.sums.documents, own.documents)
@@ -130,7 +140,9 @@ def _evaluation(baseline: Baseline, adder: Adder, fired: np.ndarray, config: Eva
     for table, part in zip((everything, resamples), _metrics(documents, centred, config, rest), strict=True):
         table |= {_without_bos(k): v for k, v in part.items() if not k.startswith("explained_variance_legacy")}
     latents = firing(fired.sum(0), everything["n_tokens"])
-    return Evaluation(batches, documents, fired, resamples, everything | latents | {"confidence": config.confidence})
+    by_l0 = by_l0[:, : int(np.flatnonzero(by_l0.sum(0)).max()) + 1]
+    summary = everything | latents | {"confidence": config.confidence}
+    return Evaluation(batches, documents, fired, by_l0, resamples, summary)
 
 
 def _without_bos(name: str) -> str:
@@ -219,6 +231,8 @@ def write_evaluation(evaluation: Evaluation, summary: dict[str, Any], folder: Pa
     n_tokens = evaluation.summary["n_tokens"]
     latents = {"latent": np.arange(len(at_rest)), "fired": at_bos + at_rest, "fired_without_bos": at_rest}
     pq.write_table(pa.table(latents | {"frequency": (at_bos + at_rest) / n_tokens}), folder / "latents.parquet")
+    l0 = {"l0": np.arange(evaluation.by_l0.shape[1]), "tokens": evaluation.by_l0.sum(0)}
+    pq.write_table(pa.table(l0 | {"tokens_without_bos": evaluation.by_l0[1]}), folder / "l0.parquet")
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
 
 
@@ -243,6 +257,7 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
         "hook_name_out",
         "hook_head_index",
         "d_sae",
+        "sparsity",
         "seed",
     )
     name, amount = spec.amount

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +38,7 @@ def compose(
     for tree in sweep.points():
         expander.add(build(PointConfig, tree))
     expander.add_stacks(sweep.stacks)
+    expander.add_heads(sweep.figures)
     if sweep.blind is not None:
         expander.add_blind(build(BlindConfig, sweep.blind, "blind."))
     expander.add_figures(sweep.figures)
@@ -52,6 +54,7 @@ class _Expander:
         self._folders: dict[Any, tuple[Path, models.Geometry, str, str]] = {}
         self._corpora: dict[Any, dict[str, Any]] = {}
         self._stacks: dict[str, dict[int, _Placed]] = {}
+        self._at_heads: dict[str, list[_Placed]] = {}
 
     def add(self, point: PointConfig) -> None:
         folder, geometry, weights, tokenizer = self._model(point)
@@ -64,6 +67,8 @@ class _Expander:
         if point.dictionary.kind != "jacobian":  # what does not concern a dictionary is not in its key
             for group in ("dictionary", "training"):
                 tree[group] = {name: v for name, v in tree[group].items() if not name.startswith("jacobian_")}
+        if point.dictionary.apply_b_dec_to_input:  # as always before there was a choice: old keys stay what they are
+            del tree["dictionary"]["apply_b_dec_to_input"]
         how = {name: tree["training"].pop(name) for name in HOW_TRAINING_RUNS}
         sources = {"model": str(folder), "corpus": point.corpus.path or "", "training": canonical(how)}
         processing = {k: tree["model"][k] for k in ("fold_ln", "center_writing_weights", "center_unembed")}
@@ -100,7 +105,7 @@ class _Expander:
             needs = {"tokens": [tokens["train"]]} | made
             return instance("activations", name, needs, hook_name=hook, n_rows=train_rows, size=size)
 
-        hook, hook_out = point.site.hook_name, point.site.hook_name_out
+        hook, hook_out, head = point.site.hook_name, point.site.hook_name_out, point.site.head
         d = point.dictionary
         name, value = d.amount
         amount = f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
@@ -109,40 +114,45 @@ class _Expander:
         def trained(hook: str, hook_out: str | None) -> str:
             name = f"{d.saelens or dictionary['kind']}-{_short(hook)}-{amount}-seed{point.seed}"
             extra = {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out}
+            if head is not None:
+                name, extra["head"] = name.replace("-seed", f"-head{head}-seed"), head
             return instance("train", name, {"activations": [column(h) for h in (hook, hook_out) if h]}, **extra)
 
         if d.kind == "foreign":
             key = self._foreign(point, {"model": tree["model"]}, sources)
             means = column(hook_out or hook)
-            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], point.site.head, {})
+            _evaluated(instance, {"foreign": [key]}, means, tokens["held_out"], head, {})
             self._note(point, tree, _Placed("foreign", key, means, tokens["held_out"], sources))
             return
-        dictionaries: list[
-            tuple[str, dict[str, str], str]
-        ]  # each to evaluate: its key, its part of that, where it writes
+        dictionaries: list[_Part]
         if d.kind == "pair":
             assert hook_out is not None
-            dictionaries = [(trained(h, None), {}, h) for h in (hook, hook_out)]
+            dictionaries = [_Part(trained(h, None), h) for h in (hook, hook_out)]
         elif d.kind == "jacobian":
             assert hook_out is not None
             amount += f"-lambda{d.jacobian_coefficient:g}"
             key = trained(hook, hook_out)
-            dictionaries = [(key, {"part": "input"}, hook), (key, {"part": "output"}, hook_out)]
+            dictionaries = [_Part(key, hook, "input"), _Part(key, hook_out, "output")]
+        elif d.kind == "heads":
+            whole = _Part(trained(hook, None), hook)
+            heads = range(geometry.hook_size(hook)[0])
+            dictionaries = [whole, *(whole._replace(name=f"head_{h}", head=h) for h in heads)]
         else:
-            dictionaries = [(trained(hook, hook_out), {}, hook_out or hook)]
+            dictionaries = [_Part(trained(hook, hook_out), hook_out or hook, head=head)]
         if d.kind in ("pair", "jacobian"):
-            keys = list(dict.fromkeys(key for key, _, _ in dictionaries))
+            keys = list(dict.fromkeys(part.key for part in dictionaries))
             instance("jacobian", f"{_short(hook)}-{amount}", {"train": keys, "tokens": [tokens["held_out"]]})
         elif d.kind == "transcoder" and point.jacobian.transcoders:
-            needs = {"train": [dictionaries[0][0]], "tokens": [tokens["held_out"]]}
+            needs = {"train": [dictionaries[0].key], "tokens": [tokens["held_out"]]}
             instance("jacobian", f"transcoder-{_short(hook)}-{amount}", needs)
-        for key, part, writes in dictionaries:
+        for key, writes, name, of_head in dictionaries:
+            part = {"part": name} if name else {}
             if made:
                 needs = {"train": [key], "tokens": [tokens["held_out"]]} | made
                 instance("recover", "-".join([key.rsplit("-", 1)[0], *part.values()]), needs, **part)
                 continue
-            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], None, part)
-            if d.kind not in ("pair", "jacobian"):
+            _evaluated(instance, {"train": [key]}, column(writes), tokens["held_out"], of_head, part)
+            if d.kind not in ("pair", "jacobian") and not name:
                 self._note(point, tree, _Placed("train", key, column(writes), tokens["held_out"], sources))
 
     def _foreign(self, point: PointConfig, model: dict[str, Any], sources: dict[str, str]) -> str:
@@ -165,7 +175,8 @@ class _Expander:
         return self._instance("foreign", f"{name}-{_short(site.hook_name)}", config, {}, sources)
 
     def _note(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
-        """Keeps a dictionary for the stacks: those of one stack differ in the layer alone."""
+        """Keeps a dictionary for studies of heads, and for stacks: those of one stack differ in the layer alone."""
+        self._note_heads(point, tree, placed)
         layer = point.site.layer
         if layer is None:
             return
@@ -177,6 +188,32 @@ class _Expander:
         at_layer = self._stacks.setdefault(group, {})
         if at_layer.setdefault(layer, placed).key != placed.key:
             at_layer[layer] = placed._replace(key="")  # several, such as foreign ones: which belongs to the stack?
+
+    def _note_heads(self, point: PointConfig, tree: dict[str, Any], placed: "_Placed") -> None:
+        """Keeps a dictionary for the study of its layer's heads, where it is of all of them.
+
+        SAELens's own classes are left out: they have no weights in these terms.
+        """
+        hook, head = point.site.hook_name, point.site.head
+        of_layer = re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook) and head is None
+        if of_layer and point.dictionary.activation != "saelens":
+            config = _project(tree, STAGES["heads"].reads)
+            group = canonical([config, hook, placed.held_out])
+            held = self._at_heads.setdefault(group, [])
+            placed = placed._replace(of_heads=point.dictionary.kind == "heads")
+            if placed.key not in [one.key for one in held]:
+                held.append(placed)
+
+    def add_heads(self, figures: list[str]) -> None:
+        """One study for all dictionaries of a layer's heads, if some are of single heads or a figure asks for it."""
+        asked = any(name.startswith("heads_") for name in figures)
+        for group, placed in self._at_heads.items():
+            config, hook, held_out = json.loads(group)
+            if not asked and not any(one.of_heads for one in placed):
+                continue
+            needs = {stage: sorted(p.key for p in placed if p.stage == stage) for stage in ("train", "foreign")}
+            needs = {stage: keys for stage, keys in needs.items() if keys} | {"tokens": [held_out]}
+            self._instance("heads", _short(hook), config | {"hook_name": hook}, needs, placed[0].sources)
 
     def add_stacks(self, wanted: list[Any]) -> None:
         """For every group of dictionaries that differ in the layer alone, the sets of layers `wanted`."""
@@ -204,8 +241,11 @@ class _Expander:
             raise ConfigError("stacks: no dictionary of this experiment is of a layer; sweep site.layer")
 
     def add_blind(self, blind: BlindConfig) -> None:
-        """One set of all dictionaries of one model and one set of held-out tokens, each with its evaluation."""
-        evaluations = self.plan.stages["evaluate"].values()
+        """One set of all dictionaries of one model and one set of held-out tokens, each with its evaluation.
+
+        Those of heads are shown as the one that they are together: its features are theirs.
+        """
+        evaluations = [e for e in self.plan.stages["evaluate"].values() if "head_" not in e.config.get("part", "")]
         shared = {canonical([e.config["model"], e.needs["tokens"]]) for e in evaluations}
         if len(shared) != 1 or len(evaluations) < 2:
             raise ConfigError("blind: it takes two dictionaries or more of one model, on the same held-out tokens")
@@ -224,11 +264,11 @@ class _Expander:
         """One instance: all figures of the experiment, from all that it measured."""
         needs = {
             s: sorted(self.plan.stages[s])
-            for s in ("train", "foreign", "jacobian", "evaluate", "stack", "recover")
+            for s in ("train", "foreign", "jacobian", "evaluate", "stack", "heads", "recover")
             if self.plan.stages[s]
         }
         made_from = {"training_curves": "train", "stacks": "stack"}
-        made_from |= {f: "jacobian" for f in figures if f.startswith("jacobian")}
+        made_from |= {f: stage for stage in ("jacobian", "heads") for f in figures if f.startswith(stage)}
         wanted = [f for f in figures if f not in made_from or self.plan.stages[made_from[f]]]
         self._instance("figures", self.plan.experiment, {"figures": wanted}, needs, {})
 
@@ -294,10 +334,21 @@ class _Expander:
             if hook is None:
                 continue
             size = geometry.hook_size(hook)
-            d_in = size[0] if len(size) == 1 else size[0] * size[1]
+            head = point.site.head
+            heads = point.dictionary.kind == "heads" or head is not None
+            if len(size) == 1 and (heads or point.dictionary.normalize_activations == "per_head"):
+                key = "dictionary.normalize_activations=per_head"
+                if heads:
+                    key = "dictionary.kind=heads" if head is None else f"site.head={head}"
+                legal = ", ".join(name for name, held in geometry.block_hooks().items() if len(held) == 2)
+                raise ConfigError(f"{key} needs a hook with heads, and {hook} has none; these have: {legal}")
+            if head is not None and not 0 <= head < size[0]:
+                raise ConfigError(f"site.head={head} is out of range: {hook} has heads 0 to {size[0] - 1}")
+            d_in = size[-1] if heads else math.prod(size)
             d_sae = point.dictionary.d_sae or d_in * (point.dictionary.expansion or 1)
             if point.dictionary.k is not None and point.dictionary.k > d_sae:
-                raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {hook}")
+                where = f"each head of {hook}" if heads else hook
+                raise ConfigError(f"dictionary.k={point.dictionary.k} is more than d_sae={d_sae} at {where}")
         rows = point.tokens.held_out_tokens // point.tokens.context_size
         usable = rows * (point.tokens.context_size - 1)
         pair = point.dictionary.kind in ("pair", "jacobian")
@@ -317,6 +368,15 @@ class _Expander:
             )
 
 
+class _Part(NamedTuple):
+    """What is evaluated of a training: all of it, or a part by name."""
+
+    key: str
+    writes: str
+    name: str = ""
+    head: int | None = None
+
+
 class _Placed(NamedTuple):
     """A dictionary of one layer that is evaluated."""
 
@@ -325,6 +385,8 @@ class _Placed(NamedTuple):
     means: str
     held_out: str
     sources: dict[str, str]
+    of_heads: bool = False
+    """Whether it consists of one for each head."""
 
 
 def _layers(stack: Any, there: list[int]) -> list[int]:

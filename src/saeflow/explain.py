@@ -19,6 +19,7 @@ NOUNS = {
     "baseline": ("baseline", "baselines"),
     "evaluate": ("evaluation", "evaluations"),
     "stack": ("stack of dictionaries", "stacks of dictionaries"),
+    "heads": ("study of heads", "studies of heads"),
     "blind": ("blind set of features", "blind sets of features"),
     "recover": ("comparison with the truth", "comparisons with the truth"),
     "figures": ("set of figures", "sets of figures"),

@@ -1,10 +1,11 @@
-"""Comparisons of dictionaries evaluated on the same tokens: at equal L0, in pairs, and as notebook 004 has them.
+"""Comparisons of dictionaries evaluated on the same tokens: at equal L0 or CE, in pairs, and as notebook 004 has them.
 
 All from summaries and resampled metrics: draw r took the same documents for every dictionary, so that a difference of
 two dictionaries is taken draw by draw, and its interval is that of the paired difference.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -28,57 +29,89 @@ NOTEBOOK_004 = {
 """(kind, L1 coefficient): (l0, ce_loss), as notebook 004 prints them for layer 15 of Pythia-410M."""
 
 
-def front_at(l0: np.ndarray, ce: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """CE of a front at some L0: linear between its points in log L0, NaN outside them. `l0`, `ce` (points,)."""
-    order = np.argsort(l0)
-    inside = np.interp(np.log(at), np.log(l0[order]), ce[order])
-    return np.where((at < l0.min() * (1 - 1e-12)) | (at > l0.max() * (1 + 1e-12)), np.nan, inside)
-
-
 def matched_l0(
-    one: pd.DataFrame, other: pd.DataFrame, resamples: pd.DataFrame, confidence: float, n_points: int = 40
+    one: pd.DataFrame,
+    other: pd.DataFrame,
+    resamples: pd.DataFrame,
+    confidence: float,
+    n_points: int = 40,
+    positions: str = "",
 ) -> pd.DataFrame:
     """CE of the front `other` minus that of `one` at equal L0, over the range of L0 that both cover.
 
     `one`, `other`: rows of evaluations (`dictionary_key`, `l0`, `ce_replaced`); `resamples`: those columns, one row a
     draw and dictionary. At the L0 of every point of either, and `n_points` between. A draw moves L0 and CE of all
-    points; where it ends a front a little short, the front's last segment is continued.
+    points; where it ends a front a little short, the front's last segment is continued. With
+    `positions="_without_bos"` both metrics are those without BOS.
     """
-    low, high = max(one["l0"].min(), other["l0"].min()), min(one["l0"].max(), other["l0"].max())
+    x, y = f"l0{positions}", f"ce_replaced{positions}"
+    grid = _matched(one, other, resamples, confidence, n_points, x, y, np.log)
+    return grid.rename(columns={x: "l0"})
+
+
+def matched_ce(
+    one: pd.DataFrame,
+    other: pd.DataFrame,
+    resamples: pd.DataFrame,
+    confidence: float,
+    n_points: int = 40,
+    positions: str = "",
+) -> pd.DataFrame:
+    """L0 of the front `other` over that of `one` at equal CE, as `ratio`, over the range of CE that both cover.
+
+    Both fronts are those of `matched_l0`, read the other way: log L0 is linear in CE between their points. CE is said,
+    and held equal in each draw, as the increase over the clean model on the same documents (`ce_increase`), which
+    harder documents do not raise for all alike.
+    """
+    x, y = f"ce_increase{positions}", "log_l0"
+    one, other, resamples = (t.assign(log_l0=np.log(t[f"l0{positions}"])) for t in (one, other, resamples))
+    grid = _matched(one, other, resamples, confidence, n_points, x, y, lambda ce: ce)
+    grid[["ratio", "low", "high"]] = np.exp(grid[["difference", "low", "high"]].astype(float))
+    return grid.rename(columns={x: "ce_increase"})[["ce_increase", "ratio", "low", "high", "at_point_of"]]
+
+
+def _matched(
+    one: pd.DataFrame,
+    other: pd.DataFrame,
+    resamples: pd.DataFrame,
+    confidence: float,
+    n_points: int,
+    x: str,
+    y: str,
+    scale: Callable[[np.ndarray], np.ndarray],
+) -> pd.DataFrame:
+    """`difference` of the fronts in y at equal x, where y is linear in `scale` of x between the points of a front."""
+    columns = [x, "difference", "low", "high", "at_point_of"]
+    low, high = max(one[x].min(), other[x].min()), min(one[x].max(), other[x].max())
     if not low < high:
-        return pd.DataFrame(columns=["l0", "difference", "low", "high", "at_point_of"])
+        return pd.DataFrame(columns=columns)
+    between = np.geomspace(low, high, n_points) if low > 0 else np.linspace(low, high, n_points)
     points = pd.concat([one.assign(at_point_of="one"), other.assign(at_point_of="other")])
-    points = points[(points["l0"] >= low) & (points["l0"] <= high)][["l0", "at_point_of"]]
-    grid = pd.concat([points, pd.DataFrame({"l0": np.geomspace(low, high, n_points)})]).sort_values("l0")
-    at = grid["l0"].to_numpy()
-    grid["difference"] = _front(other, at) - _front(one, at)
+    points = points[(points[x] >= low) & (points[x] <= high)][[x, "at_point_of"]]
+    grid = pd.concat([points, pd.DataFrame({x: between})]).sort_values(x)
+    at = scale(grid[x].to_numpy())
+    fronts = [_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in (one, other)]
+    grid["difference"] = fronts[1] - fronts[0]
 
     def drawn(rows: pd.DataFrame) -> np.ndarray:
         """(draws, at)"""
-        tables = {
-            n: resamples.pivot(columns="dictionary_key", values=n)[rows["dictionary_key"]]
-            for n in ("l0", "ce_replaced")
-        }
-        both = zip(tables["l0"].to_numpy(), tables["ce_replaced"].to_numpy(), strict=True)
-        return np.stack([_extended(l0, ce, at) for l0, ce in both])
+        tables = (resamples.pivot(columns="dictionary_key", values=n)[rows["dictionary_key"]] for n in (x, y))
+        both = zip(*(table.to_numpy() for table in tables), strict=True)
+        return np.stack([_extended(scale(a), b, at) for a, b in both])
 
     differences = drawn(other) - drawn(one)
     bounds = [interval(column, confidence) or (np.nan, np.nan) for column in differences.T]
     grid["low"], grid["high"] = zip(*bounds, strict=True)
-    return grid[["l0", "difference", "low", "high", "at_point_of"]].reset_index(drop=True)
+    return grid[columns].reset_index(drop=True)
 
 
-def _front(rows: pd.DataFrame, at: np.ndarray) -> np.ndarray:
-    return front_at(rows["l0"].to_numpy(), rows["ce_replaced"].to_numpy(), at)
-
-
-def _extended(l0: np.ndarray, ce: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """`front_at`, with the ends' own segments continued: a draw moves the ends of a front a little."""
-    order = np.argsort(l0)
-    x, y, wanted = np.log(l0[order]), ce[order], np.log(at)
-    segment = np.clip(np.searchsorted(x, wanted) - 1, 0, len(x) - 2)
+def _extended(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The line through points at some x, with the ends' own segments continued: a draw moves the ends a little."""
+    order = np.argsort(x)
+    x, y = x[order], y[order]
+    segment = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
     slope = (y[segment + 1] - y[segment]) / (x[segment + 1] - x[segment])
-    return y[segment] + slope * (wanted - x[segment])
+    return y[segment] + slope * (at - x[segment])
 
 
 def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confidence: float) -> pd.DataFrame:

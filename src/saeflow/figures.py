@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saeflow import faithfulness, jacobian_figures
+from saeflow.heads import figures as head_figures
+from saeflow.heads.folder import HeadStudy
 from saeflow.jacobian_figures import Studies
+from saeflow.palette import COLOURS, MARKERS
 
-# Okabe and Ito's colours, safe for colour-blind readers; every series has a marker of its own too, for print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -43,9 +43,12 @@ KINDS = {
     ("transcoder", "relu"): "ReLU + L1 transcoder",
     ("sae", "jumprelu"): "BatchTopK SAE",  # what it is once trained
     ("transcoder", "jumprelu"): "BatchTopK transcoder",
+    ("heads", "topk"): "TopK SAEs by head",
+    ("heads", "relu"): "ReLU + L1 SAEs by head",
+    ("heads", "jumprelu"): "BatchTopK SAEs by head",
 }
 
-
+LEVELS = {"ce_clean": "clean model", "ce_mean": "mean ablation", "ce_zero": "zero ablation"}
 NONE = pd.DataFrame()
 
 
@@ -66,28 +69,33 @@ class Tables(NamedTuple):
     """Of the intervals."""
     stacks: pd.DataFrame = NONE
     """One row a set of layers: `summary.json` of its stack."""
+    l0: pd.DataFrame = NONE
+    """One row a number of active latents and dictionary: `l0.parquet` with `dictionary_key`."""
+    heads: tuple[HeadStudy, ...] = ()
+    """Studies of heads, one a layer."""
 
 
 def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """L0 against CE loss, one panel a spliced hook, one line a dictionary kind; clean and ablated levels as lines.
+    """L0 against CE loss, one panel a hook or head, one line a dictionary kind; clean and ablated levels as lines.
 
     Bars are the intervals of the increase over the clean model on the same documents.
     A hook at which a single dictionary was evaluated has no front to show: it is in the table only, unless all are so.
     """
     table = _with_series(tables.evaluations)
-    table["spliced_hook"] = table["hook_name_out"].fillna(table["hook_name"])
-    table = table.sort_values(["spliced_hook", "series", "l0"])
-    counts = table.groupby("spliced_hook").size()
+    table = table.sort_values(["hook_name_out", "head", "series", "l0"])
+    counts = table.groupby("place", sort=False).size()
     hooks = list(counts.index[counts > 1]) or list(counts.index)
     columns = min(len(hooks), 4)
     n_rows = math.ceil(len(hooks) / columns)
     figure, grid = plt.subplots(n_rows, columns, figsize=(max(4.2, 3.2 * columns), 3.2 * n_rows), squeeze=False)
     names = [*KINDS.values(), *(f"skip {name}" for name in KINDS.values())]
     names += sorted(set(table["series"]) - set(names))
+    if ((table["head"] >= 0) | (table["kind"] == "heads")).any():  # more kinds than colours: only those that there are
+        names = list(dict.fromkeys(table["series"]))
     for axis in grid.flat[len(hooks) :]:
         axis.set_axis_off()
     for axis, hook in zip(grid.flat, hooks, strict=False):
-        rows = table[table["spliced_hook"] == hook]
+        rows = table[table["place"] == hook]
         for series, points in rows.groupby("series", sort=False):
             i = names.index(str(series))
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
@@ -96,54 +104,87 @@ def sparsity_faithfulness(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             if points["ce_increase_low"].notna().all():
                 bounds = [(points[f"ce_increase_{end}"] - points["ce_increase"]).abs() for end in ("low", "high")]
                 axis.errorbar(points["l0"], points["ce_replaced"], bounds, fmt="none", color=colour, linewidth=0.8)
-        for column, style, label in (
-            ("ce_clean", "-", "clean model"),
-            ("ce_mean", "--", "mean ablation"),
-            ("ce_zero", ":", "zero ablation"),
-        ):
+        for (column, label), style in zip(LEVELS.items(), ("-", "--", ":"), strict=True):
             axis.axhline(rows[column].iloc[0], color="0.35", linestyle=style, linewidth=1, label=label)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
+        axis.set(xlabel="L0: active latents per token", title=str(hook))
         axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
     figure.tight_layout()
-    grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    _legend_of_all(grid)
     return figure, table
 
 
 def matched_l0(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Difference in CE loss of two kinds of dictionary at equal L0, with its interval, one panel a spliced hook."""
-    evaluations = _with_series(tables.evaluations)
-    found = []
-    for hook, rows in evaluations.groupby("hook_name_out", sort=True):
-        groups = [(str(name), group) for name, group in rows.groupby("series", sort=False) if len(group) > 1]
-        for (name, one), (other_name, other) in itertools.combinations(groups, 2):
-            between = faithfulness.matched_l0(one, other, tables.resamples, tables.confidence)
-            if len(between):
-                found.append(between.assign(hook=hook, one=name, other=other_name))
-    columns = ["hook", "one", "other", "l0", "difference", "low", "high", "at_point_of"]
-    table = pd.concat(found)[columns] if found else pd.DataFrame(columns=columns)
-    hooks = list(table["hook"].unique())
-    figure, grid = plt.subplots(1, max(1, len(hooks)), figsize=(max(4.2, 3.2 * len(hooks)), 3.0), squeeze=False)
-    if not hooks:
-        grid[0][0].text(0.5, 0.5, "no two kinds of dictionary\ncover the same L0", ha="center", va="center")
-        grid[0][0].set_axis_off()
-        return figure, table
-    pairs = list(dict.fromkeys(zip(table["one"], table["other"], strict=True)))
-    for axis, hook in zip(grid[0], hooks, strict=True):
-        for (one, other), line in table[table["hook"] == hook].groupby(["one", "other"], sort=False):
-            i = pairs.index((one, other))
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            axis.plot(line["l0"], line["difference"], color=colour, label=f"{other}\nminus {one}")
-            axis.fill_between(line["l0"], line["low"], line["high"], color=colour, alpha=0.2)
-            points = line[line["at_point_of"].notna()]
-            axis.plot(points["l0"], points["difference"], marker, color=colour)
+    """Difference in CE loss of two kinds of dictionary at equal L0, with its interval, one panel a spliced hook.
+
+    Drawn from all tokens; the table has it without BOS too.
+    """
+    figure, axes, table = _matched(tables, faithfulness.matched_l0, "l0", "difference", "minus")
+    for axis in axes:
         axis.axhline(0, color="0.35", linewidth=1)
         _log_axis(axis, "x")
-        axis.set(xlabel="L0: active latents per token", title=_readable(hook))
-    grid[0][0].set_ylabel("difference in CE loss\n(nats per token)")
+        axis.set(xlabel="L0: active latents per token")
+    if axes:
+        axes[0].set_ylabel("difference in CE loss\n(nats per token)")
     figure.tight_layout()
-    grid[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure, table
+
+
+def matched_ce(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """L0 of one kind of dictionary over that of another at equal CE loss, with its interval, one panel a spliced hook.
+
+    Drawn from all tokens; the table has it without BOS too.
+    """
+    figure, axes, table = _matched(tables, faithfulness.matched_ce, "ce_increase", "ratio", "over")
+    for axis in axes:
+        axis.axhline(1, color="0.35", linewidth=1)
+        axis.set(xlabel="increase in CE loss (nats per token)")
+    if axes:
+        axes[0].set_ylabel("ratio of L0\n(active latents per token)")
+    figure.tight_layout()
+    return figure, table
+
+
+def _matched(
+    tables: Tables, compare: Callable[..., pd.DataFrame], x: str, y: str, between: str
+) -> tuple[Figure, list[Axes], pd.DataFrame]:
+    """Every two kinds of dictionary that write at one place, compared along their fronts."""
+    evaluations = _with_series(tables.evaluations).sort_values(["hook_name_out", "head"], kind="stable")
+    found = []
+    for place, rows in evaluations.groupby("place", sort=False):
+        groups = [(str(name), group) for name, group in rows.groupby("series", sort=False) if len(group) > 1]
+        for (name, one), (other_name, other) in itertools.combinations(groups, 2):
+            for positions, suffix in (("all", ""), ("without BOS", "_without_bos")):
+                compared = compare(one, other, tables.resamples, tables.confidence, positions=suffix)
+                if len(compared):
+                    names = {"place": place, "hook": rows["hook_name_out"].iloc[0], "one": name, "other": other_name}
+                    found.append(compared.assign(**names, positions=positions))
+    columns = ["place", "hook", "one", "other", "positions", x, y, "low", "high", "at_point_of"]
+    table = pd.concat(found)[columns] if found else pd.DataFrame(columns=columns)
+    shown = table[table["positions"] == "all"]
+    places = list(shown["place"].unique())
+    n_columns = max(1, min(len(places), 4))
+    n_rows = max(1, math.ceil(len(places) / n_columns))
+    size = max(4.2, 3.2 * n_columns), 3.0 * n_rows
+    figure, grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
+    for axis in grid.flat[len(places) :]:
+        axis.set_axis_off()
+    if not places:
+        grid[0][0].text(0.5, 0.5, "no two kinds of dictionary\ncover the same range", ha="center", va="center")
+        return figure, [], table
+    pairs = list(dict.fromkeys(zip(shown["one"], shown["other"], strict=True)))
+    axes = list(grid.flat[: len(places)])
+    for axis, place in zip(axes, places, strict=True):
+        for (one, other), line in shown[shown["place"] == place].groupby(["one", "other"], sort=False):
+            i = pairs.index((one, other))
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axis.plot(line[x], line[y], color=colour, label=f"{other}\n{between} {one}")
+            axis.fill_between(line[x], line["low"], line["high"], color=colour, alpha=0.2)
+            points = line[line["at_point_of"].notna()]
+            axis.plot(points[x], points[y], marker, color=colour)
+        axis.set_title(str(place))
+    _legend_of_all(grid)
+    return figure, axes, table
 
 
 MOST_PAIRED = 32
@@ -154,7 +195,7 @@ def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
     Cells whose interval holds 0 are white. The first 32 dictionaries are shown; the table has all, and more metrics.
     """
-    rows = _with_series(tables.evaluations).sort_values(["hook_name_out", "series", "amount"])
+    rows = _with_series(tables.evaluations).sort_values(["head", "hook_name_out", "series", "amount"])
     table = faithfulness.paired_differences(rows, tables.resamples, tables.confidence)
     shown = rows.head(MOST_PAIRED)
     keys, n = list(shown["dictionary_key"]), len(shown)
@@ -173,10 +214,10 @@ def paired_differences(tables: Tables) -> tuple[Figure, pd.DataFrame]:
             dark = clear[i, j] and abs(values[i, j]) > 0.6 * largest
             text = f"{values[i, j]:.0f}" if abs(values[i, j]) >= 9.5 else f"{values[i, j]:.1f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
-    names = ("hook_name", "series", "amount_name", "amount")
+    names = ("hook_name", "head", "series", "amount_name", "amount")
     labels = [
-        f"{_readable(h)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
-        for h, s, n, a in zip(*(shown[c] for c in names), strict=True)
+        f"{_place(h, i)}: {s}" + (f", {n} = {a:g}" if pd.notna(a) else "")
+        for h, i, s, n, a in zip(*(shown[c] for c in names), strict=True)
     ]
     axis.set_yticks(range(n), labels, fontsize=6)
     axis.set_xticks(range(n), labels, fontsize=6, rotation=90)
@@ -246,7 +287,7 @@ def training_curves(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         amounts = sorted(rows["amount"].unique())
         colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(amounts)))
         for amount, colour in zip(amounts, colours, strict=True):
-            for _, curve in rows[rows["amount"] == amount].groupby("train_key"):
+            for _, curve in rows[rows["amount"] == amount].groupby(["train_key", "part"]):
                 label = f"{curve['amount_name'].iloc[0]} = {amount:g}"
                 axes[0][column].plot(curve["tokens"] / 1e3, curve["fvu"], color=colour, label=label)
                 axes[1][column].plot(curve["tokens"] / 1e3, curve["l0"], color=colour)
@@ -292,12 +333,8 @@ def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     lines = np.arange(len(table))[::-1]
     bounds = [(table[f"ce_increase_{end}"] - table["ce_increase"]).abs().fillna(0) for end in ("low", "high")]
     axis.errorbar(table["ce_replaced"], lines, xerr=bounds, fmt="o", color=COLOURS[0], label="dictionaries")
-    for column, marker, label in (
-        ("clean", "|", "clean model"),
-        ("mean", "s", "mean ablation"),
-        ("zero", "x", "zero ablation"),
-    ):
-        axis.plot(table[f"ce_{column}"], lines, marker, color="0.35", markerfacecolor="none", label=label)
+    for (column, label), marker in zip(LEVELS.items(), "|sx", strict=True):
+        axis.plot(table[column], lines, marker, color="0.35", markerfacecolor="none", label=label)
     several = table["group"].nunique() > 1
     names = [f"layers {', '.join(map(str, layers))}" for layers in table["layers"]]
     axis.set_yticks(lines, [f"{g}: {n}" if several else n for g, n in zip(table["group"], names, strict=True)])
@@ -306,16 +343,48 @@ def stacks(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+def l0_histograms(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Share of the tokens, BOS left out, by number of active latents: one panel a kind of dictionary and place."""
+    evaluations = _with_series(tables.evaluations)[["dictionary_key", "place", "series", "amount", "amount_name"]]
+    table = tables.l0.merge(evaluations, on="dictionary_key", sort=False)
+    panels = list(table.groupby(["place", "series"], sort=True))
+    columns = min(len(panels), 4)
+    n_rows = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(n_rows, columns, figsize=(max(3.2, 2.4 * columns), 2.5 * n_rows), squeeze=False)
+    for axis in grid.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, ((place, series), rows) in zip(grid.flat, panels, strict=False):
+        amounts = sorted(rows["amount"].unique())
+        colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(amounts)))
+        for amount, colour in zip(amounts, colours, strict=True):
+            label: str | None = f"{rows['amount_name'].iloc[0]} = {amount:g}"
+            for _, one in rows[rows["amount"] == amount].groupby("dictionary_key"):
+                tokens = one.sort_values("l0")["tokens_without_bos"].to_numpy()
+                shown = int(np.searchsorted(tokens.cumsum(), 0.999 * tokens.sum())) + 1
+                share = 100 * tokens[:shown] / tokens.sum()
+                axis.stairs(share, np.arange(shown + 1) - 0.5, color=colour, label=label)
+                label = None
+        axis.set(xlabel="active latents of a token", title=f"{series}\n{place}")
+        axis.legend(handlelength=1.0)
+    for line in grid:
+        line[0].set_ylabel("tokens (%)")
+    figure.tight_layout()
+    return figure, table
+
+
 FIGURES: dict[str, Callable[[Tables], tuple[Figure, pd.DataFrame]]] = {
     "sparsity_faithfulness": sparsity_faithfulness,
     "matched_l0": matched_l0,
+    "matched_ce": matched_ce,
     "paired_differences": paired_differences,
     "notebook_004": notebook_004,
     "stacks": stacks,
+    "l0_histograms": l0_histograms,
     "training_curves": training_curves,
     "jacobian_histogram": jacobian_histogram,
 }
 FIGURES |= {name: partial(lambda f, tables: f(tables.studies), f) for name, f in jacobian_figures.FIGURES.items()}
+FIGURES |= {name: partial(lambda f, tables: f(list(tables.heads)), f) for name, f in head_figures.FIGURES.items()}
 
 
 def draw(name: str, tables: Tables, folder: Path) -> None:
@@ -331,22 +400,44 @@ def draw(name: str, tables: Tables, folder: Path) -> None:
 
 
 def _with_series(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the name of the dictionary kind; says L1 for the coefficient's name."""
+    """Adds the name of the dictionary kind, the head (-1: all) and the place; says L1 for the coefficient's name."""
     table = table.copy()
-    columns = (table[c] for c in ("saelens", "skip", "kind", "activation", "source"))
+    head = table["hook_head_index"] if "hook_head_index" in table else pd.Series(np.nan, table.index)
+    table["head"] = head.fillna(-1).astype(int)
+    table["place"] = [_place(*row) for row in zip(table["hook_name_out"], table["head"], strict=True)]
+    columns = (table[c] for c in ("saelens", "skip", "kind", "activation", "source", "head"))
     table["series"] = [_series(*row) for row in zip(*columns, strict=True)]
+    if "sparsity" in table:  # said where it is what tells two apart
+        for name, rows in table.groupby("series"):
+            if rows["sparsity"].nunique() > 1:
+                unit_norm = rows.index[rows["sparsity"] == "unit_norm"]
+                table.loc[unit_norm, "series"] = f"{name}, unit norm"
     table["amount_name"] = table["amount_name"].replace({"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"})
     table["amount_name"] = table["amount_name"].str.replace("_", " ")
     return table
 
 
-def _series(saelens: object, skip: bool, kind: str, activation: str, source: str) -> str:
+def _series(saelens: object, skip: bool, kind: str, activation: str, source: str, head: int) -> str:
     if isinstance(saelens, str):  # pandas says NaN for None beside names
         return f"SAELens {saelens.replace('_', ' ')}"
     name = KINDS.get((kind, activation.replace("batchtopk", "jumprelu")), "SAELens SAE")
     if source:  # made elsewhere, where what is a JumpReLU here may not have been a BatchTopK
         return f"{source} ({name.replace('BatchTopK', 'JumpReLU')})"
-    return ("skip " if skip else "") + name
+    return ("skip " if skip else "") + name + (" of one head" if head >= 0 else "")
+
+
+def _legend_of_all(grid: np.ndarray) -> None:
+    """One legend for all panels, right of the first row."""
+    entries: dict[str, Any] = {}
+    for axis in grid.flat:
+        entries |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    entries |= {level: entries.pop(level) for level in LEVELS.values() if level in entries}  # last
+    grid[0][-1].legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def _place(hook_name: str, head: int) -> str:
+    """Where a dictionary writes, as a title."""
+    return _readable(hook_name) + (f", head {head}" if head >= 0 else "")
 
 
 def _readable(hook_name: str) -> str:

@@ -69,7 +69,7 @@ class Job:
 
     def dictionaries(self) -> list[Path]:
         """Folders of the dictionaries that this instance needs: a pair that was trained as one has two, or the named
-        `part` of it is meant."""
+        `part` is meant. Those of heads are one."""
         folders = self.inputs("train") + self.inputs("foreign")
         if "part" in self.config:
             return [folders[0] / self.config["part"]]

@@ -1,4 +1,4 @@
-"""Which library's layout a dictionary on disk has, by the names of its files: what the plan needs to know of it."""
+"""The layout of a dictionary on disk, by the names of its files: whose it is, and of how many parts."""
 
 from pathlib import Path
 
@@ -9,6 +9,18 @@ LAYOUTS = {
     "dictionary_learning": ("config.json", "ae.pt"),
     "sparsify": ("cfg.json", "sae.safetensors"),
 }
+
+
+def head_folders(folder: Path) -> list[Path]:
+    """Those of the dictionaries of the heads that `folder` consists of, in order; none where it is no such folder."""
+    found = (path for path in folder.glob("head_*") if path.name[5:].isdecimal())
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def part_folders(folder: Path) -> list[Path]:
+    """Folders of the dictionaries that were trained as one: the two of a pair, those of heads, or `folder` itself."""
+    pair = [folder / "input", folder / "output"]
+    return pair if pair[0].is_dir() else head_folders(folder) or [folder]
 
 
 def foreign_format(path: Path) -> str:

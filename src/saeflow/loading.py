@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from saeflow.config import ModelConfig
 from saeflow.models import (
     GROUND_TRUTH,
+    HOOKED,
     RMS_NORM,
     Geometry,
     ModelError,
@@ -32,6 +33,10 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
         from saeflow.groundtruth.folder import load_hooked
 
         return load_hooked(folder).to(device, print_details=False)
+    if geometry.architecture == HOOKED:
+        from saeflow.hooked import load_hooked_format
+
+        return load_hooked_format(folder, model).to(device, print_details=False)
     if geometry.architecture in RMS_NORM and model.center_writing_weights:
         raise ModelError(
             f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "

@@ -22,6 +22,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
@@ -211,32 +212,53 @@ def read_geometry(folder: Path) -> Geometry:
             raise ModelError(f"{folder}/config.json has none of the keys {', '.join(names)}")
         return default
 
-    architecture = (config.get("architectures") or ["unknown"])[0]
+    named = config.get("architectures")
+    architecture = named[0] if named else _own_format(folder, config)
     if architecture == "GPTNeoXForCausalLM":
         parallel, gated = config.get("use_parallel_residual", True), False
     elif architecture == "GPT2LMHeadModel":
         parallel, gated = False, False
     elif architecture in RMS_NORM:
         parallel, gated = False, True
-    elif architecture == GROUND_TRUTH:
+    elif architecture in (GROUND_TRUTH, HOOKED):
         parallel, gated = False, False
     else:
         raise ModelError(
-            f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2"
+            f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2, "
+            "and TransformerLens's own format"
         )
-    d_model, n_heads = get("hidden_size", "n_embd"), get("num_attention_heads", "n_head")
+    d_model, n_heads = get("hidden_size", "n_embd", "d_model"), get("num_attention_heads", "n_head", "n_heads")
     return Geometry(
         architecture=architecture,
-        n_layers=get("num_hidden_layers", "n_layer"),
+        n_layers=get("num_hidden_layers", "n_layer", "n_layers"),
         d_model=d_model,
         n_heads=n_heads,
         n_key_value_heads=get("num_key_value_heads", default=n_heads),
-        d_head=get("head_dim", default=d_model // n_heads),
-        d_mlp=get("intermediate_size", "n_inner", default=4 * d_model),
+        d_head=get("head_dim", "d_head", default=d_model // n_heads),
+        d_mlp=get("intermediate_size", "n_inner", "d_mlp", default=4 * d_model),
         parallel=parallel,
         gated=gated,
-        n_ctx=get("max_position_embeddings", "n_positions"),
+        n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
     )
+
+
+def _own_format(folder: Path, config: dict[str, Any]) -> str:
+    """`HOOKED` for a config of TransformerLens's own format. Raises `ModelError` for what of it is not supported."""
+    if not {"d_model", "n_heads", "d_head", "d_vocab", "act_fn"} <= config.keys():
+        return "unknown"
+    norm = config.get("normalization", config.get("normalization_type"))
+    wrong = {"attn_only": config.get("attn_only"), "shortformer_pos": config.get("shortformer_pos")}
+    wrong |= {
+        "architecture": config.get("architecture"),
+        "normalization": norm if norm not in ("LN", "LNPre") else None,
+    }
+    for key, value in wrong.items():
+        if value:
+            raise ModelError(
+                f"{folder}: config.json is of TransformerLens's own format with {key}={value}, which is not supported; "
+                "supported are blocks of attention and MLP with LayerNorm and learned positions, such as gelu-2l"
+            )
+    return HOOKED
 
 
 def config_file(folder: Path) -> Path:

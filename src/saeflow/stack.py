@@ -114,7 +114,7 @@ def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) 
 
     def replace(value: Tensor, hook: Any, dictionary: Dictionary) -> Tensor:
         spec = dictionary.spec
-        x = flattened(value if spec.kind == "sae" else read.pop(spec.hook_name), spec.hook_head_index)
+        x = flattened(read.pop(spec.hook_name) if spec.kind == "transcoder" else value, spec.hook_head_index)
         f = dictionary.encode(x)
         l0[spec.hook_name_out] = (f != 0).sum(1).view(B, P)
         return _put(value, dictionary.decode(f, x), spec.hook_head_index)

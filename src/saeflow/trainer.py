@@ -77,6 +77,12 @@ class Side:
             return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float()
         return math.sqrt(d) / self.mean_norm if normalize_activations == "expected_average_only_in" else 1.0
 
+    def of_heads(self) -> list["Side"]:
+        """Each head of a hook with heads, whose mean norm stands for here by its root mean square norm."""
+        assert self.head_norms is not None
+        means = self.mean.view(len(self.head_norms), -1)
+        return [Side(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)]
+
 
 class Trainer:
     """Trains one dictionary on batches that it is given in order."""
@@ -119,7 +125,7 @@ class Trainer:
         """Makes what is trained, and its optimiser."""
         spec, training, device = self.spec, self.training, self.device
         mean = (side_out.mean.to(device) * self.scale_out).cpu()
-        drawn = initial_weights(spec, mean, spec.seed or 0, training.initial)
+        drawn = initial_weights(spec, mean, spec.random_seed, training.initial)
         self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
         self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
         assert spec.activation != "jumprelu" and spec.activation != "saelens"
@@ -238,14 +244,18 @@ class Trainer:
 
     def resample(self, batches: Batches) -> None:
         """Sets dead latents anew, judged on batches that come after all those of training."""
-        dead = self._dead_now()
-        if not len(dead):
-            return
-        samples: list[tuple[Tensor, Tensor, Tensor]] = []
-        for batch in batches.iterate(self.n_steps, self.training.resample_batches):
-            x, y = self._scaled(batch)
-            samples.append((x, y, squared_norms(self.objective, self.weights, x, y, self.sparse)))
-        generator = torch.Generator().manual_seed((self.spec.seed or 0) * 1_000_003 + self.step)
+        if len(dead := self.dead_now()):
+            judged = batches.iterate(self.n_steps, self.training.resample_batches)
+            self.reset(dead, [self.judge(batch) for batch in judged])
+
+    def judge(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one batch, in training's units: x (N, d), y (N, p) and the squared error of each token (N,)."""
+        x, y = self._scaled(batch)
+        return x, y, squared_norms(self.objective, self.weights, x, y, self.sparse)
+
+    def reset(self, dead: Tensor, samples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Sets the latents `dead` (m,) anew, by batches that were judged."""
+        generator = torch.Generator().manual_seed(self.spec.random_seed * 1_000_003 + self.step)
         rows = [m for moments in (self.optimiser.first, self.optimiser.second) for m in moments[:3]]
         x, y, losses = (torch.cat(part) for part in zip(*samples, strict=True))
         resample(
@@ -277,7 +287,7 @@ class Trainer:
         if revive not in ("auxk", "ghost"):
             return None
         if self.step % REFRESH_STEPS == 0:
-            self.dead = self._dead_now()
+            self.dead = self.dead_now()
         if not len(self.dead):
             return None
         dead = self.dead
@@ -285,7 +295,8 @@ class Trainer:
             return lambda situation: ghost(situation, dead)
         return lambda situation: auxk(situation, dead, self.training.auxk_coefficient, self.objective.by_norm)
 
-    def _dead_now(self) -> Tensor:
+    def dead_now(self) -> Tensor:
+        """Latents that have not fired for long, (m,)."""
         return (self.metrics.idle_steps >= self.metrics.dead_after).nonzero()[:, 0]
 
     def _follow_threshold(self, smallest: Tensor) -> None:

@@ -23,6 +23,7 @@ from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.fitting import model_config
+from saeflow.heads_trainer import HeadsTrainer
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.job import Job, Preempted, progress
 from saeflow.loggers import open_loggers
@@ -41,15 +42,21 @@ class Member:
     """One dictionary of a job."""
 
     job: Job
-    trainer: Trainer | JacobianTrainer
+    trainer: Trainer | JacobianTrainer | HeadsTrainer
     checkpoints: Checkpoints
     reads: list[int]
     """Which of the job's columns."""
+    entries: slice
+    """Which of a column's: those of one head, or all."""
     failure: TrainingError | None = None
 
     @property
     def at_work(self) -> bool:
         return self.failure is None and self.trainer.step < self.trainer.n_steps
+
+    def own(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What it reads of a batch of the job's columns."""
+        return tuple(batch[i][:, self.entries] for i in self.reads)
 
     def save(self) -> None:
         if self.failure is None and self.trainer.step:
@@ -58,14 +65,13 @@ class Member:
 
 @dataclass
 class Selected:
-    """Batches of some of the columns."""
+    """What a member reads of batches."""
 
     batches: Batches
-    reads: list[int]
+    member: Member
 
     def iterate(self, start: int, n_steps: int) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self.batches.iterate(start, n_steps):
-            yield tuple(batch[i] for i in self.reads)
+        return map(self.member.own, self.batches.iterate(start, n_steps))
 
 
 def train(jobs: list[Job]) -> str:
@@ -120,8 +126,8 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
                     continue  # killed between two checkpoints, members may go on from different steps
                 try:
                     if member.trainer.resamples_next():
-                        member.trainer.resample(Selected(batches, member.reads))
-                    member.trainer.take(tuple(batch[i] for i in member.reads))
+                        member.trainer.resample(Selected(batches, member))
+                    member.trainer.take(member.own(batch))
                 except TrainingError as error:
                     member.failure = error
                 if member.trainer.step == member.trainer.n_steps:
@@ -170,11 +176,15 @@ def _member(
             logger.log(row)
 
     specs = specs_of_job(job, [columns[folder] for folder in mine])
-    trainer: Trainer | JacobianTrainer
-    if len(specs) == 1:
-        trainer = make_trainer(specs[0], options, sides[mine[0]], sides[mine[-1]], job.device, log_row)
+    trainer: Trainer | JacobianTrainer | HeadsTrainer
+    config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
+    head, ends = job.config.get("head"), (mine[0], mine[-1])
+    if config.kind == "heads":
+        trainer = HeadsTrainer(specs, options, sides[mine[0]], job.device, log_row)
+    elif len(specs) == 1:
+        side_in, side_out = (sides[folder] if head is None else sides[folder].of_heads()[head] for folder in ends)
+        trainer = make_trainer(specs[0], options, side_in, side_out, job.device, log_row)
     else:
-        config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
         block = _block(job)
         trainer = JacobianTrainer(
             (specs[0], specs[1]), config, options, (sides[mine[0]], sides[mine[1]]), block, job.device, log_row
@@ -184,7 +194,10 @@ def _member(
     if state is not None:
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
-    return Member(job, trainer, checkpoints, [list(columns).index(folder) for folder in mine])
+    reads = [list(columns).index(folder) for folder in mine]
+    d_head = specs[0].d_in
+    entries = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
+    return Member(job, trainer, checkpoints, reads, entries)
 
 
 def _write(member: Member) -> str:
@@ -197,16 +210,24 @@ def _write(member: Member) -> str:
             write_metrics(part.metrics.rows, folder / name / "metrics.parquet")
         if isinstance(trainer, JacobianTrainer):
             write_metrics(trainer.rows, folder / "jacobian.parquet")
-    said = []
-    for name, part in trainer.parts.items():
-        last = part.metrics.rows[-1]
-        said.append(
-            f"{name and name + ': '}L0 {last['l0']:.1f}, explained variance {last['explained_variance']:.3f}, "
-            f"{last['dead']} of {part.spec.d_sae} latents dead"
-        )
+    last = {name: part.metrics.rows[-1] for name, part in trainer.parts.items()}
+    if isinstance(trainer, HeadsTrainer):
+        l0, variance = ([row[name] for row in last.values()] for name in ("l0", "explained_variance"))
+        said = [
+            f"L0 {sum(l0):.1f} in all, {min(l0):.1f} to {max(l0):.1f} a head, explained variance "
+            f"{min(variance):.3f} to {max(variance):.3f}, {sum(row['dead'] for row in last.values())} of "
+            f"{sum(part.spec.d_sae for part in trainer.heads)} latents dead"
+        ]
+    else:
+        said = [
+            f"{name and name + ': '}L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, "
+            f"{row['dead']} of {trainer.parts[name].spec.d_sae} latents dead"
+            for name, row in last.items()
+        ]
     if isinstance(trainer, JacobianTrainer):
         said.append(f"mean |J| {trainer.rows[-1]['jacobian_l1']:.2g}")
-    return f"{job.instance.key}: {last['tokens']:,} tokens, {'; '.join(said)}: {job.path}"
+    tokens = next(iter(last.values()))["tokens"]
+    return f"{job.instance.key}: {tokens:,} tokens, {'; '.join(said)}: {job.path}"
 
 
 def _block(job: Job) -> Block | ModuleBlock:
@@ -236,11 +257,12 @@ def _side(column: Column) -> Side:
 
 
 def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
-    """What the job is to train, one dictionary or the two of a pair, checked against the columns that it got."""
+    """What the job is to train, one dictionary, the two of a pair or those of all heads, checked against the columns
+    that it got."""
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
     wanted = [h for h in (job.config["hook_name"], job.config["hook_name_out"]) if h]
     given = [c.hook_name for c in columns]
-    if wanted != given or len(wanted) != (1 if config.kind == "sae" else 2):
+    if wanted != given or len(wanted) != (1 if config.kind in ("sae", "heads") else 2):
         raise ConfigError(f"a dictionary of kind {config.kind} at {wanted} was given the activations of {given}")
     if len({c.n_tokens for c in columns}) > 1:
         raise ConfigError(f"the columns of {given} hold {[c.n_tokens for c in columns]} tokens; they must be the same")
@@ -258,6 +280,14 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
         prepend_bos=tokens.config["tokens"]["prepend_bos"],
     )
     d, p, seed = columns[0].d, columns[-1].d, job.config["seed"]
+    head = job.config.get("head")
+    if config.kind == "heads" or head is not None:
+        if len(columns[0].size) != 2:
+            raise ConfigError(f"a dictionary of heads needs a hook with heads, and {wanted[0]} has none")
+        n_heads, d_head = columns[0].size
+        one = dataclasses.replace(config, kind="sae")
+        which = range(n_heads) if head is None else [head]
+        return [make_spec(one, d_head, d_head, wanted[0], wanted[0], seed, origin, h) for h in which]
     if config.kind != "jacobian":
         return [make_spec(config, d, p, wanted[0], wanted[-1], seed, origin)]
     alone = dataclasses.replace(config, kind="sae", jacobian_coefficient=None, options={})
@@ -273,8 +303,18 @@ def _origin_of(job: Job) -> Instance:
 
 
 def make_spec(
-    config: DictionaryConfig, d_in: int, d_out: int, hook_name: str, hook_name_out: str, seed: int, origin: Origin
+    config: DictionaryConfig,
+    d_in: int,
+    d_out: int,
+    hook_name: str,
+    hook_name_out: str,
+    seed: int,
+    origin: Origin,
+    head: int | None = None,
 ) -> Spec:
+    """The spec of one dictionary; `head`: of a hook with heads, the one that it reads and writes."""
+    if config.kind == "heads":
+        raise DictionaryError("dictionaries of heads are one SAE a head")
     if config.kind == "pair" or config.kind == "jacobian":
         raise DictionaryError(f"a {config.kind} is two SAEs, one a hook")
     if config.kind == "foreign" or config.activation == "foreign":
@@ -287,8 +327,9 @@ def make_spec(
         d_sae=config.d_sae or d_in * (config.expansion or 0),
         hook_name=hook_name,
         hook_name_out=hook_name_out,
+        hook_head_index=head,
         k=config.k,
-        apply_b_dec_to_input=config.kind == "sae",  # SAELens's default for standard and TopK SAEs
+        apply_b_dec_to_input=config.kind == "sae" and config.apply_b_dec_to_input,
         l1_coefficient=config.l1_coefficient,
         squared_error=config.squared_error,
         sparsity=config.sparsity,

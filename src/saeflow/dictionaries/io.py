@@ -1,7 +1,8 @@
 """Dictionaries on disk, in SAELens's format: `cfg.json` and `sae_weights.safetensors`.
 
 Written without importing SAELens (that takes ten seconds); its `SAE.load_from_disk` opens them and computes the same.
-What SAELens has no field for stands in `metadata.saeflow`. A TopK transcoder has no class in SAELens, but a TopK SAE
+A dictionary of heads is a folder of such folders, one a head: `head_0`, `head_1`, .... What SAELens has no field for
+stands in `metadata.saeflow`. A TopK transcoder has no class in SAELens, but a TopK SAE
 that does not subtract `b_dec` from its input computes the same wherever d_in = d_out, and SAELens splices by
 `metadata.hook_name_out`, so it is written as one. Where d_in != d_out no class of SAELens can hold it: it is written as
 architecture `topk_transcoder`, which SAELens refuses by that name and `load_dictionary` opens.
@@ -17,8 +18,10 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
+from saeflow.layouts import head_folders
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load
@@ -26,8 +29,13 @@ _TRAINING = ("l1_coefficient", "squared_error", "sparsity", "normalize_activatio
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
-    """Writes `cfg.json` and `sae_weights.safetensors` into an existing folder."""
+    """Writes `cfg.json` and `sae_weights.safetensors` into an existing folder, or a folder a head."""
     folder = Path(folder)
+    if isinstance(dictionary, BlockDiagonal):
+        for h, head in enumerate(dictionary.heads):
+            (folder / f"head_{h}").mkdir()
+            save_dictionary(head, folder / f"head_{h}")
+        return
     if dictionary.spec.activation == "saelens":
         from saeflow.saelens import SAELensDictionary
 
@@ -44,6 +52,8 @@ def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
     Raises `DictionaryError` for a folder that does not hold a dictionary that can be used here.
     """
     folder = Path(folder)
+    if heads := head_folders(folder):
+        return BlockDiagonal([load_dictionary(head, device) for head in heads])
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise DictionaryError(f"{folder} holds no dictionary: it has no {name}; train it first (rule train)")

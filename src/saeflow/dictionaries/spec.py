@@ -38,7 +38,8 @@ class Spec:
     What concerns training alone (`l1_coefficient` to `options`) is None where a dictionary was made elsewhere.
     """
 
-    kind: Literal["sae", "transcoder"]
+    kind: Literal["sae", "transcoder", "heads"]
+    """`heads`: the SAEs of all heads of a hook as one."""
     activation: Literal["topk", "batchtopk", "relu", "jumprelu", "saelens"]
     """`saelens`: what only SAELens can compute."""
     d_in: int
@@ -73,6 +74,12 @@ class Spec:
         """What decides how sparse it is, and its value; see `saeflow.config.amount_of`."""
         return amount_of(self.k, self.l1_coefficient, self.options)
 
+    @property
+    def random_seed(self) -> int:
+        """Of all that training draws: heads of one seed do not start alike."""
+        head = self.hook_head_index
+        return (self.seed or 0) + (0 if head is None else 1_000_003 * (head + 1))
+
     def __post_init__(self) -> None:
         if min(self.d_in, self.d_out, self.d_sae) < 1:
             raise DictionaryError(f"sizes must be 1 or more: d_in={self.d_in}, d_out={self.d_out}, d_sae={self.d_sae}")
@@ -80,7 +87,7 @@ class Spec:
             raise DictionaryError(
                 f"dictionary.k={self.k} is out of range: it must be 1 to d_sae={self.d_sae} with {self.activation}"
             )
-        if self.kind == "sae" and (self.d_in, self.hook_name) != (self.d_out, self.hook_name_out):
+        if self.kind != "transcoder" and (self.d_in, self.hook_name) != (self.d_out, self.hook_name_out):
             raise DictionaryError(
                 f"an SAE reads and writes one hook, but {self.hook_name} ({self.d_in} wide) and {self.hook_name_out} "
                 f"({self.d_out} wide) are two; use kind=transcoder"

@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saeflow.figures import COLOURS, KINDS, MARKERS, STYLE
+from saeflow.figures import KINDS, STYLE
 from saeflow.groundtruth.network import HOOKS
 from saeflow.job import Job
+from saeflow.palette import COLOURS, MARKERS
 
 FIGURES = {"recovery": ("l0", "amount"), "recovery_width": ("d_sae", "d_sae")}
 """By what recovery is drawn, and what dictionaries have in common that are one point of a curve."""

@@ -173,6 +173,38 @@ def sieved_above(
 
 
 @compiled
+def sieved_top_k_of_heads(
+    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k, base, values, columns, first, last
+):
+    """`sieved_top_k` of H heads, which all arrays have in front; row t of head h is row h C + t. Columns of head h are
+    numbered from `base` + h n."""
+    C, n = products.shape[1:]
+    for h in range(first // C, (last + C - 1) // C):
+        a, b = max(first - h * C, 0), min(last - h * C, C)
+        rows = products[h], x[h], x_norms[h], x_rests[h]
+        sieved_top_k(*rows, encoder[h], norms[h], rests[h], b_enc[h], k, values[h], columns[h], a, b)
+        columns[h, a:b] += base + h * n
+
+
+@compiled
+def sieved_above_of_heads(
+    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, base, values, columns, counts, first, last
+):
+    """`sieved_above` of H heads, as `sieved_top_k_of_heads`; counts (H, C)."""
+    C, n = products.shape[1:]
+    total = 0
+    for h in range(first // C, (last + C - 1) // C):
+        a, b = max(first - h * C, 0), min(last - h * C, C)
+        rows = products[h], x[h], x_norms[h], x_rests[h]
+        found = sieved_above(
+            *rows, encoder[h], norms[h], rests[h], b_enc[h], threshold, values[total:], columns[total:], counts[h], a, b
+        )
+        columns[total : total + found] += base + h * n
+        total += found
+    return total
+
+
+@compiled
 def _bounds(products, x_norm, x_rest, norms, rests, b_enc, d, lower, upper):
     """Bounds of what x . w_i + b_i is in float32, given the product of both rounded to bfloat16, for every latent i.
 

@@ -92,6 +92,43 @@ def batch_top_k(
     return _valued(found, x, encoder, b_enc, scale, bf16)
 
 
+def at_once(x: Tensor, encoder: Tensor) -> bool:
+    """Whether `of_heads` takes several of the heads of x (H, N, d) and encoder (H, n, d) at once: small ones."""
+    fit = 2 * x.shape[1] * encoder.shape[1] <= WORKSPACE
+    return fit and loops.serve(x) and x.dtype == torch.float32 and multiplies_bfloat16()
+
+
+def of_heads(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int | None, scale: Tensor | None = None) -> Active:
+    """`top_k` of H heads as one pattern, or, without k, `positive`. Only `at_once`.
+
+    x (H, N, d), encoder (H, n, d), b_enc and scale (H, n). Row t of head h is row h N + t, its latent i column h n + i.
+    """
+    (H, N, _), n = x.shape, b_enc.shape[1]
+    weighed, bias = (encoder, b_enc) if scale is None else (encoder * scale[..., None], b_enc * scale)
+    x16, x_norms = _rounded(x.flatten(0, 1))
+    encoder16, norms = _rounded(weighed.flatten(0, 1))
+    tokens = x.numpy(), *(t.reshape(H, N) for t in x_norms)
+    latents = weighed.numpy(), *(t.reshape(H, n) for t in norms), bias.numpy()
+    several = WORKSPACE // (N * n)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, H, several):
+        some = slice(start, start + several)
+        product = torch.bmm(x16.view(x.shape)[some], encoder16.view(encoder.shape)[some].mT).view(torch.uint16).numpy()
+        sieve = product, *(t[some] for t in tokens), *(t[some] for t in latents)
+        C = len(product) * N
+        if k is None:
+            loop = partial(loops.sieved_above_of_heads, *sieve, np.float32(0), start * n)
+            parts.append(_above(loop, np.empty((len(product), N), np.int64), n, np.float32))
+        else:
+            values, columns = np.empty((len(product), N, k), np.float32), np.empty((len(product), N, k), np.int64)
+            loop = partial(loops.sieved_top_k_of_heads, *sieve, k, start * n, values, columns)
+            loops.in_threads(loop, C, product.size)
+            flat = [torch.from_numpy(t).view(-1) for t in (values, columns)]
+            parts.append((flat[0], flat[1], torch.full((C,), k)))
+    found = _joined(parts)
+    return found if scale is None else found._replace(values=found.values / scale.view(-1)[found.latents])
+
+
 # ---------------------------------------------------------------------------------- the product and selection from it
 class _OnDevice:
     """By operations of torch. `product` (C, n) of C tokens has no negative numbers."""
@@ -131,18 +168,22 @@ class _InLoops:
 
     def above(self, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         C, n = self.product.shape
-        counts = np.empty(C, np.int64)
-        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        loop = self._loop(loops.above, loops.sieved_above)
+        loop = partial(self._loop(loops.above, loops.sieved_above), self.dtype.type(threshold))
+        return _above(loop, np.empty(C, np.int64), n, self.dtype)
 
-        def of(first: int, last: int) -> None:
-            values, columns = np.empty((last - first) * n, self.dtype), np.empty((last - first) * n, np.int64)
-            total = loop(self.dtype.type(threshold), values, columns, counts, first, last)
-            found[first] = values[:total], columns[:total]
 
-        loops.in_threads(of, C, self.product.size)
-        values, columns = (_cat([torch.from_numpy(found[first][i]) for first in sorted(found)]) for i in (0, 1))
-        return values, columns, torch.from_numpy(counts)
+def _above(loop: Any, counts: np.ndarray, n: int, dtype: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a loop that lists what is above a threshold in rows of n numbers, and fills `counts`, a number a row."""
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(first: int, last: int) -> None:
+        values, columns = np.empty((last - first) * n, dtype), np.empty((last - first) * n, np.int64)
+        total = loop(values, columns, counts, first, last)
+        found[first] = values[:total], columns[:total]
+
+    loops.in_threads(of, counts.size, counts.size * n)
+    values, columns = (_cat([torch.from_numpy(found[first][i]) for first in sorted(found)]) for i in (0, 1))
+    return values, columns, torch.from_numpy(counts).view(-1)
 
 
 def _products(

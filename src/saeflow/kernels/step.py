@@ -12,6 +12,7 @@ latent i's decoder row or 1. `loss_as_written` is that, densely; its autograd gr
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from saeflow.kernels import loops
 from saeflow.kernels.rows import inner_products, sum_bags, sum_rows
-from saeflow.kernels.select import Active, batch_top_k, positive, top_k
+from saeflow.kernels.select import Active, at_once, batch_top_k, of_heads, positive, top_k
 from saeflow.kernels.sparse import Pattern, side_by_side
 
 
@@ -160,8 +161,9 @@ def take_steps(
     """`take_step` of H dictionaries of one shape at once: weights, x (H, N, d) and y (H, N, p) with heads in front.
 
     `l1` (H,). After the products, taken head by head, all H are one pattern of H N tokens and H n latents, so that a
-    step makes as many calls for H small dictionaries as for one. On the dense road each goes alone. Also returns the
-    gradients with heads in front; those of each step are parts of them.
+    step makes as many calls for H small dictionaries as for one. On the dense road each goes alone. Active pairs are
+    counted only where `count` says so. Also returns the gradients with heads in front; those of each step are parts of
+    them.
     """
     H, N, _ = x.shape
     relu = objective.activation == "relu"
@@ -173,14 +175,14 @@ def take_steps(
     norms = _norms(objective, weights)
     price = (l1 / N if relu else torch.zeros_like(l1))[:, None]
     centred = x - weights.b_dec[:, None] if objective.centred else x
-    heads = [_select(objective, centred[h], weights.encoder[h], weights.b_enc[h], norms[h]) for h in range(H)]
+    active = _select_of_heads(objective, centred, weights.encoder, weights.b_enc, norms)
     flat = [weights.encoder, weights.W_dec, norms, norms * price]
     encoder, W_dec, norms, penalty = (t.flatten(0, 1) for t in flat)
-    f = _Sparse(centred.flatten(0, 1), side_by_side(heads, weights.b_enc.shape[1]), len(encoder))
+    f = _Sparse(centred.flatten(0, 1), active, len(encoder))
     error = weights.b_dec[:, None] - y
     if weights.W_skip is not None:
         error.baddbmm_(x, weights.W_skip.mT)
-    w = torch.stack([token_weights(target, objective.squared_error) for target in y])
+    w = token_weights(y, objective.squared_error)
     squares = f.reconstruct_(error.flatten(0, 1), W_dec, w.flatten(), penalty).view(H, N)
     g_encoder, g_b_enc, g_W_dec, activity = f.gradients(error.flatten(0, 1), w.flatten(), W_dec)
     if relu and objective.by_norm:
@@ -196,6 +198,10 @@ def take_steps(
     activity = activity.view(H, -1)
     sparsity = (activity * norms.view(H, -1)).sum(dim=1) / N
     loss = squared_error + l1 * sparsity if relu else squared_error
+    own: list[Active | None] = [None] * H
+    if count or objective.activation == "batchtopk":  # asking where heads begin waits for a GPU
+        bounds = pairwise(active.starts[::N].tolist())
+        own = [active._replace(values=active.values[a:b], latents=active.latents[a:b]) for a, b in bounds]
     found = [
         Step(
             loss[h],
@@ -203,11 +209,11 @@ def take_steps(
             sparsity[h],
             squares[h],
             activity[h],
-            (heads[h].values > 0).sum(),
-            _smallest(objective, heads[h], norms.view(H, -1)[h]),
+            None if one is None else (one.values > 0).sum(),
+            None if one is None else _smallest(objective, one, norms),
             Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
         )
-        for h in range(H)
+        for h, one in enumerate(own)
     ]
     return found, gradients
 
@@ -271,14 +277,14 @@ def loss_as_written(objective: Objective, weights: Weights, x: Tensor, y: Tensor
 
 
 def token_weights(y: Tensor, squared_error: str) -> Tensor:
-    """Target y (N, p) -> weights (N,) of the tokens' squared errors.
+    """Target y (N, p) -> weights (N,) of the tokens' squared errors; or both with heads in front.
 
     `sum`: over p, mean over N. `mean`: over both. `target_norm`: mean over both of the error divided by ||y_t||.
     """
-    N, p = y.shape
+    N, p = y.shape[-2:]
     if squared_error == "target_norm":
-        return (N * p * y.norm(dim=1)).clamp_(min=1e-6).reciprocal_()  # a target of 0 has no scale
-    return y.new_full((N,), {"sum": 1 / N, "mean": 1 / (N * p)}[squared_error])
+        return (N * p * y.norm(dim=-1)).clamp_(min=1e-6).reciprocal_()  # a target of 0 has no scale
+    return y.new_full(y.shape[:-1], {"sum": 1 / N, "mean": 1 / (N * p)}[squared_error])
 
 
 def normalise_rows_(rows: Tensor) -> Tensor:
@@ -301,6 +307,14 @@ def clip_norm_(gradients: list[Tensor], largest: float) -> None:
     """
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_(max=1.0))
+
+
+def clip_norms_(gradients: list[Tensor], largest: float) -> None:
+    """`clip_norm_` of H dictionaries, each by itself; gradients with heads in front."""
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    factors = (largest / (norms + 1e-6)).clamp_(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 class _Sparse:
@@ -388,6 +402,16 @@ def _select(objective: Objective, x: Tensor, encoder: Tensor, b_enc: Tensor, nor
     scale = norms.clamp(min=1e-12) if objective.by_norm else None
     which = top_k if objective.activation == "topk" else batch_top_k
     return which(x, encoder, b_enc, objective.k, scale, objective.bf16)
+
+
+def _select_of_heads(objective: Objective, x: Tensor, encoder: Tensor, b_enc: Tensor, norms: Tensor) -> Active:
+    """`_select` of heads as one pattern: row t of head h is row h N + t, its latent i column h n + i."""
+    if objective.activation != "batchtopk" and at_once(x, encoder):
+        k = objective.k if objective.activation == "topk" else None
+        scale = norms.clamp(min=1e-12) if objective.by_norm and k else None
+        return of_heads(x, encoder, b_enc, k, scale)
+    heads = [_select(objective, *head) for head in zip(x, encoder, b_enc, norms, strict=True)]
+    return side_by_side(heads, b_enc.shape[1])
 
 
 def _smallest(objective: Objective, active: Active, norms: Tensor) -> Tensor | None:

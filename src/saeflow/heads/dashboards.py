@@ -1,0 +1,232 @@
+"""Latents of a dictionary on all heads beside the atoms of single heads that they decompose into: a static HTML page.
+
+Left the latent: what each head has of it, which tokens each head reads for it and which it promotes, and the texts on
+which it is most active, each with its direct feature attribution, by source token and by head. Right its first atoms,
+with how well they agree with it, on the texts on which they are most active themselves. Orange is above 0, blue below;
+the darker, the larger relative to the largest of its line. Each table and line says its numbers on hovering.
+"""
+
+import functools
+import html
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+import xarray as xr
+from torch import Tensor
+
+from saeflow.config import HeadsConfig
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.heads.attribution import by_source, de_embedding, logit_effects
+from saeflow.heads.shares import MEASURES
+from saeflow.heads.study import Study
+from saeflow.heads.weights import Attention, decoder_by_head, encoder_by_head
+from saeflow.jacobian_pages import visible
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+ATOMS, SOURCES, TOKENS = 3, 6, 8  # shown of each latent
+_STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em; color: #111; }
+section { border-top: 1px solid #999; margin-top: 1.5em; break-inside: avoid; }
+.beside { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 2em; }
+table { border-collapse: collapse; margin: .4em 0; font-size: 12px; }
+th, td { padding: .1em .5em; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
+td.tokens { text-align: left; font-family: ui-monospace, monospace; white-space: normal; }
+.text { font: 12px/1.8 ui-monospace, monospace; white-space: pre-wrap; margin: .1em 0; }
+.text span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+.at { outline: 1.5px solid #a33; }
+.note { font-size: 12px; color: #555; margin: 0 0 .5em; }
+h2 { font-size: 1.1em; } h3 { font-size: 1em; margin: .6em 0 .2em; }
+"""
+
+
+class Context(NamedTuple):
+    """A text on which a latent is active: a row, and the position of its largest activation there."""
+
+    row: int
+    position: int
+    value: float
+
+
+def top_contexts(study: Study, column: sp.csc_array, most: int) -> list[Context]:
+    """The rows with the largest activations of one latent (N, 1), the largest first; of equal ones the earlier."""
+    tokens, values = column.indices, column.data
+    found: dict[int, Context] = {}
+    for i in np.lexsort((tokens, -values)):
+        row, position = study.place(tokens[i])
+        found.setdefault(row, Context(row, position, float(values[i])))
+        if len(found) == most:
+            break
+    return list(found.values())
+
+
+def in_row(study: Study, column: sp.csc_array, row: int) -> np.ndarray:
+    """Activations of one latent (N, 1) at every position of a row, 0 at BOS."""
+    width = study.rows.shape[1] - study.first
+    dense = np.zeros(study.rows.shape[1])
+    mine = (column.indices >= row * width) & (column.indices < (row + 1) * width)
+    dense[column.indices[mine] - row * width + study.first] = column.data[mine]
+    return dense
+
+
+class Values(NamedTuple):
+    """Of one row of text, at the layer."""
+
+    pattern: Tensor
+    """(H, P, P)"""
+    v: Tensor
+    """(P, G, d)"""
+
+
+@torch.no_grad()
+def read_values(model: "HookedTransformer", layer: int, row: np.ndarray) -> Values:
+    """Attention pattern and values of a row of token ids (P,)."""
+    names = [f"blocks.{layer}.attn.{name}" for name in ("hook_pattern", "hook_v")]
+    tokens = torch.from_numpy(row.astype(np.int64))[None].to(model.cfg.device)
+    _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=layer + 1, return_cache_object=False)
+    return Values(*(cache[name][0].cpu() for name in names))
+
+
+class Beside(NamedTuple):
+    """The dictionaries of single heads whose atoms are shown beside latents."""
+
+    key: str
+    whole: BlockDiagonal
+    agreement: pd.DataFrame
+    """`Decomposed.agreement`"""
+
+
+def dashboards(
+    model: "HookedTransformer", attention: Attention, study: Study, key: str, concat: Dictionary, chosen: np.ndarray,
+    shares: xr.Dataset, beside: Beside | None, config: HeadsConfig, text: Callable[[int], str],
+) -> tuple[str, pd.DataFrame]:  # fmt: skip
+    """The page of the first `config.dashboards` of the `chosen` latents, and their attributions by source.
+
+    `key` of the dictionary in the study, `shares` what the stage made of it; `text` of a token id. The table has a row
+    for every head and source token of each text shown.
+    """
+    n_heads = len(attention.W_O)
+    encoder, decoder = encoder_by_head(concat, n_heads), decoder_by_head(concat, n_heads)
+    latents = chosen[: config.dashboards].tolist()
+    w = encoder[:, :, latents].to(model.cfg.device)
+    read = de_embedding(model, attention.to(model.cfg.device), w).cpu()  # (H, m, V)
+    directions = torch.einsum("mhd,hde->me", decoder[latents], attention.W_O).to(model.cfg.device)
+    promoted = logit_effects(model, directions).cpu()
+    values = functools.cache(lambda row: read_values(model, attention.layer, study.rows[row]))
+    shown = _Shown(study, config, functools.cache(text))
+    parts = []
+    rows = [_sources_table(-1, 0, Context(0, 0, 0.0), np.zeros((n_heads, 1)))[:0]]  # columns, whatever is shown
+    for m, i in enumerate(latents):
+        column = study.latents[key][:, [i]]
+        left = [f"<h3>latent {i}, active on {column.nnz:,} tokens</h3>"]
+        left.append(_share_table(shares.sel(latent=i), read[:, m], shown.text))
+        left.append(_promoted(promoted[m], shown.text))
+        for number, context in enumerate(top_contexts(study, column, config.contexts)):
+            given = by_source(*values(context.row), encoder[:, :, i])[:, context.position].numpy()  # (H, P)
+            left.append(shown.line(context, in_row(study, column, context.row), f"activation {context.value:.3g}"))
+            left.append(shown.line(context, given.sum(0), f"attribution, sum {given.sum():.3g}"))
+            left.append(shown.sources(context, given))
+            rows.append(_sources_table(i, number, context, given))
+        right = _atoms(shown, beside, i) if beside is not None else []
+        both = "".join(f"<div>{chr(10).join(side)}</div>" for side in (left, right))
+        parts.append(f'<section id="latent-{i}"><div class="beside">{both}</div></section>')
+    title = f"Latents of {key}" + (f" in atoms of single heads, {beside.key}" if beside is not None else "")
+    begin = (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(ABOUT)}</p>"
+    )
+    return "\n".join([begin, *parts]) + "\n</html>\n", pd.concat(rows, ignore_index=True)
+
+
+def _atoms(shown: "_Shown", beside: Beside, latent: int) -> list[str]:
+    """The first atoms of a latent, and the texts on which they are most active."""
+    parts = []
+    for _, atom in beside.agreement[beside.agreement["latent"] == latent].head(ATOMS).iterrows():
+        number = int(atom["head"]) * beside.whole.heads[0].d_sae + int(atom["atom"])
+        column = shown.study.latents[beside.key][:, [number]]
+        agrees = f"Jaccard {atom['jaccard']:.2f}, correlation {atom['correlation']:.2f}"
+        parts.append(f"<h3>head {int(atom['head'])}, latent {int(atom['atom'])}</h3>")
+        parts.append(
+            f'<p class="note">coefficient {atom["coefficient"]:.3g}, cosine {atom["cosine"]:.2f}; fires on '
+            f"{column.nnz:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
+        )
+        for context in top_contexts(shown.study, column, shown.config.contexts):
+            active = in_row(shown.study, column, context.row)
+            parts.append(shown.line(context, active, f"activation {context.value:.3g}"))
+    return parts
+
+
+ABOUT = (
+    "Left a latent of the dictionary on all heads, right its first atoms in the heads' own dictionaries (non-negative "
+    "orthogonal matching pursuit over all heads). Under each text of the latent its direct feature attribution: what "
+    "each source token gives to the pre-activation at the outlined token, by all heads. Orange above 0, blue below."
+)
+
+
+class _Shown(NamedTuple):
+    study: Study
+    config: HeadsConfig
+    text: Callable[[int], str]
+
+    def line(self, context: Context, values: np.ndarray, label: str) -> str:
+        """The text around a context, each token shaded by `values` (P,) over the largest of those shown."""
+        ids = self.study.rows[context.row]
+        first = max(0, context.position - self.config.window)
+        end = min(len(ids), context.position + self.config.window + 1)
+        largest = float(np.abs(values[first:end]).max()) or 1.0
+        parts = []
+        for position in range(first, end):
+            value = float(values[position])
+            colour = "213,94,0" if value > 0 else "0,114,178"
+            style = f' style="background:rgba({colour},{abs(value) / largest:.2f})"' if value else ""
+            at = ' class="at"' if position == context.position else ""
+            token = html.escape(visible(self.text(int(ids[position]))))
+            parts.append(f'<span{at}{style} title="{position}: {value:.3g}">{token}</span>')
+        return f'<div class="text">{"".join(parts)}</div><p class="note">{html.escape(label)}</p>'
+
+    def sources(self, context: Context, given: np.ndarray) -> str:
+        """The largest terms of `given` (H, P), and what each head adds."""
+        ids = self.study.rows[context.row]
+        heads, positions = np.unravel_index(np.argsort(-np.abs(given), axis=None)[:SOURCES], given.shape)
+        terms = [
+            f"{given[h, s]:+.2f} head {h} ← “{visible(self.text(int(ids[s])))}” ({context.position - s} back)"
+            for h, s in zip(heads, positions, strict=True)
+        ]
+        by_head = ", ".join(f"{h}: {value:+.2f}" for h, value in enumerate(given.sum(1)))
+        return f'<p class="note">by head {by_head}<br>{html.escape("; ".join(terms))}</p>'
+
+
+def _sources_table(latent: int, number: int, context: Context, given: np.ndarray) -> pd.DataFrame:
+    n_heads = len(given)
+    end = context.position + 1
+    columns: dict[str, Any] = {"latent": latent, "context": number, "row": context.row, "position": context.position}
+    columns |= {"activation": context.value, "head": np.repeat(np.arange(n_heads), end)}
+    columns |= {"source": np.tile(np.arange(end), n_heads), "attribution": given[:, :end].ravel()}
+    return pd.DataFrame(columns)
+
+
+def _share_table(shares: xr.Dataset, read: Tensor, text: Callable[[int], str]) -> str:
+    """Shares of one latent by head, and the tokens whose embeddings each head reads most, `read` (H, V)."""
+    names = [name.replace("_", " ") for name in MEASURES]
+    head = "<th>head</th>" + "".join(f"<th>{name}</th>" for name in names) + "<th>reads</th>"
+    lines = []
+    for h, of_head in enumerate(read):
+        cells = "".join(f"<td>{100 * float(s):.0f} %</td>" for s in shares["share"].sel(head=h).values)
+        lines.append(f'<tr><td>{h}</td>{cells}<td class="tokens">{_tokens(of_head, text)}</td></tr>')
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _promoted(logits: Tensor, text: Callable[[int], str]) -> str:
+    up, down = _tokens(logits, text), _tokens(-logits, text)
+    return f'<p class="note">promotes {up}<br>demotes {down}</p>'
+
+
+def _tokens(values: Tensor, text: Callable[[int], str]) -> str:
+    ids = torch.argsort(values, descending=True, stable=True)[:TOKENS].tolist()
+    return html.escape(" ".join(f"“{visible(text(i))}”" for i in ids))

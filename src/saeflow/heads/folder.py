@@ -1,0 +1,70 @@
+"""A finished study of heads on disk, as figures and the report read it.
+
+What is of one dictionary is shown of the one of all heads whose L0 is nearest to 20 (what Kissane et al. aim for) and
+of the one of single heads that it is decomposed in.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from saeflow.heads.store import read_dataset
+
+WANTED_L0 = 20
+
+
+class HeadStudy(NamedTuple):
+    """One artifact of the stage."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.summary['layer']}"
+
+    def dataset(self, name: str, dictionary: str | None = None) -> xr.Dataset:
+        return read_dataset(self.file(f"{name}.zarr", dictionary))
+
+    def table(self, name: str, dictionary: str | None = None) -> pd.DataFrame:
+        return pd.read_parquet(self.file(f"{name}.parquet", dictionary))
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Keys of the dictionaries of a kind, the sparsest last."""
+        held = self.summary["dictionaries"]
+        return sorted((key for key in held if held[key]["kind"] == kind), key=lambda key: -held[key]["l0"])
+
+    def chosen(self, kind: str) -> str | None:
+        """The dictionary of a kind that figures of one dictionary show; none that never fires."""
+        held = self.summary["dictionaries"]
+        keys = [key for key in self.of_kind(kind) if held[key]["l0"] > 0]
+        if kind == "heads":
+            concat = self.chosen("concat")
+            if concat is not None and "decomposed_in" in held[concat]:
+                return str(held[concat]["decomposed_in"])
+        return min(keys, key=lambda key: abs(np.log(held[key]["l0"] / WANTED_L0))) if keys else None
+
+    def says(self, key: str) -> str:
+        held = self.summary["dictionaries"][key]
+        of = "SAEs of heads" if held["kind"] == "heads" else "SAE of all heads"
+        name = {"l1_coefficient": "L1"}.get(held["amount_name"], held["amount_name"])
+        amount = f", {name} = {held['amount']:g}" if held["amount"] is not None else ""
+        return f"{of}{amount}, L0 {held['l0']:.0f}"
+
+    def file(self, name: str, dictionary: str | None) -> Path:
+        return self.folder / "dictionaries" / dictionary / name if dictionary else self.folder / name
+
+
+def read_head_studies(folders: Iterable[Path]) -> list[HeadStudy]:
+    """Their summaries; datasets are read when a figure wants them."""
+    found = [HeadStudy(folder, json.loads((folder / "summary.json").read_text())) for folder in folders]
+    return sorted(found, key=lambda study: (study.summary["layer"], study.key))

@@ -1,0 +1,250 @@
+"""Figures of latents: their heads' shares, their decomposition in single heads' atoms, their attribution."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from saeflow.heads.decomposition import METHODS
+from saeflow.heads.folder import HeadStudy
+from saeflow.heads.plotting import (
+    NULL,
+    colours,
+    concat,
+    grid_of,
+    head_handles,
+    legend,
+    nothing,
+    with_chosen,
+)
+from saeflow.heads.shares import AGREEING, MEASURES
+from saeflow.palette import COLOURS, MARKERS
+
+NAMES = {
+    "decoder": "decoder",
+    "decoder_squared": "decoder²",
+    "encoder": "encoder",
+    "lifted": "after W_O",
+    "dfa": "attribution",
+    "dfa_centred": "attribution,\ncentred",
+}
+METHOD_NAMES = {"pseudo_inverse": "pseudo-inverse", "omp": "OMP", "nn_omp": "OMP, ≥ 0", "nn_lasso": "lasso, ≥ 0"}
+DICTIONARIES = {"own": "own head's dictionary", "other_head": "another head's", "random": "random atoms"}
+DISTANCES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 127), (128, 10**9))
+
+
+def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Mean share of each head by every measure, one panel a dictionary of all heads: the "head 5" question."""
+    most = min(3, max((len(study.of_kind("concat")) for study in studies), default=0))
+    figure, grid = grid_of(len(studies), max(1, most), width=3.4, sharey="row")
+    tables = []
+    for line, study in zip(grid, studies, strict=True):
+        keys = study.of_kind("concat")
+        shown = (
+            keys if len(keys) <= most else [keys[i] for i in np.linspace(0, len(keys) - 1, most).round().astype(int)]
+        )
+        if not shown:
+            nothing(line[0], "no dictionary of all heads")
+        for axis in line[max(1, len(shown)) :]:
+            axis.set_axis_off()
+        for key in keys:
+            one = study.dataset("measures", key)[["mean_share", "top_share"]]
+            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=key))
+        for axis, key in zip(line, shown, strict=False):
+            held = study.dataset("measures", key)
+            n_heads = held.sizes["head"]
+            width = 0.84 / n_heads
+            for head, colour in enumerate(colours(n_heads)):
+                at = np.arange(len(MEASURES)) + (head - (n_heads - 1) / 2) * width
+                axis.bar(at, 100 * held["mean_share"].sel(head=head), 0.92 * width, color=colour)
+            axis.axhline(0, color="0.35", linewidth=0.8)
+            axis.axhline(100 / n_heads, color="0.35", linewidth=0.8, linestyle=":")
+            axis.set_xticks(range(len(MEASURES)), [NAMES[m] for m in MEASURES], rotation=40, ha="right")
+            axis.set_title(f"{study.name}: {study.says(key)}")
+        line[0].set_ylabel("mean share of a head (%)")
+    figure.tight_layout()
+    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
+    equal = Line2D([], [], color="0.35", linestyle=":", label="equal shares")
+    legend(figure, [*head_handles(n_heads), equal])
+    return figure, concat(tables)
+
+
+def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Do the measures order heads alike? Spearman's rank correlation, and how often the top head is the same."""
+    figure, grid = grid_of(len(studies), 2, width=3.7, height=3.1)
+    tables = []
+    labels = [NAMES[m].replace("\n", " ") for m in AGREEING]
+    for row, study, key in with_chosen(studies, "concat"):
+        for other in study.of_kind("concat"):
+            one = study.dataset("measures", other)[["rank_correlation", "top_agreement"]]
+            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=other))
+        if key is None:
+            for axis in grid[row]:
+                nothing(axis, "no dictionary of all heads")
+            continue
+        held = study.dataset("measures", key)
+        chance = held.attrs["chance_of_top"]
+        for axis, name, title, low in (
+            (grid[row][0], "rank_correlation", "rank correlation over heads", -1.0),
+            (grid[row][1], "top_agreement", f"same top head (by chance {chance:.2f})", 0.0),
+        ):
+            values = held[name].values
+            image = axis.imshow(values, cmap="RdBu_r" if low else "Blues", vmin=low, vmax=1)
+            for i, j in np.ndindex(values.shape):
+                dark = abs(values[i, j]) > 0.6
+                axis.text(
+                    j,
+                    i,
+                    f"{values[i, j]:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
+            axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+            axis.set_yticks(range(len(labels)), labels)
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+            axis.set_title(title)
+            figure.colorbar(image, ax=axis, shrink=0.75)
+        grid[row][1].set_yticks([])
+        grid[row][0].set_ylabel(f"{study.name}: {study.says(key)}", fontsize=7)
+    figure.tight_layout()
+    return figure, concat(tables)
+
+
+def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Residual against number of atoms by method, in the heads' own dictionaries and in both nulls; above each latent's
+    top head, below all heads at once. Lines are medians over latents, bands quartiles."""
+    parts = {"top_head": "top head's part", "all_heads": "all heads at once"}
+    figure, grid = grid_of(2 * len(studies), len(METHODS), width=2.0, height=2.1, sharex=True, sharey=True)
+    tables = []
+    for row, study, key in with_chosen(studies, "concat"):
+        decomposed = [k for k in study.of_kind("concat") if "best_cosine" in study.summary["dictionaries"][k]]
+        tables += [study.table("curves", k).assign(study=study.key, dictionary_key=k) for k in decomposed]
+        for offset, (of, name) in enumerate(parts.items()):
+            line = grid[2 * row + offset]
+            if key not in decomposed:
+                for axis in line:
+                    nothing(axis, "nothing decomposed")
+                continue
+            held = study.table("curves", key)
+            for axis, method in zip(line, METHODS, strict=True):
+                for i, dictionary in enumerate(DICTIONARIES):
+                    mine = held[(held["of"] == of) & (held["method"] == method) & (held["dictionary"] == dictionary)]
+                    colour = NULL if dictionary == "random" else COLOURS[i]
+                    axis.fill_between(mine["n_atoms"], mine["low"], mine["high"], color=colour, alpha=0.2, linewidth=0)
+                    axis.plot(mine["n_atoms"], mine["median"], color=colour, marker=MARKERS[i], markersize=2.5)
+                if row == offset == 0:
+                    axis.set_title(METHOD_NAMES[method])
+                axis.set_ylim(0, 1)
+            line[0].set_ylabel(f"{study.name}, {name}\nrelative residual")
+    for axis in grid[-1]:
+        axis.set_xlabel("atoms")
+    figure.tight_layout()
+    handles = [
+        Line2D([], [], color=NULL if d == "random" else COLOURS[i], marker=MARKERS[i], label=label)
+        for i, (d, label) in enumerate(DICTIONARIES.items())
+    ]
+    legend(figure, handles)
+    return figure, concat(tables)
+
+
+def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Do a latent and the atoms that it decomposes into fire alike? By order of the atom, beside the average atom of
+    its head and the best of all."""
+    figure, grid = grid_of(len(studies), 2, width=3.2)
+    tables = []
+    for row, study, key in with_chosen(studies, "concat"):
+        decomposed = [k for k in study.of_kind("concat") if "best_cosine" in study.summary["dictionaries"][k]]
+        tables += [study.table("agreement", k).assign(study=study.key, dictionary_key=k) for k in decomposed]
+        if key not in decomposed:
+            for axis in grid[row]:
+                nothing(axis, "nothing decomposed")
+            continue
+        held = study.table("agreement", key)
+        for axis, name, label in zip(
+            grid[row],
+            ("correlation", "jaccard"),
+            ("correlation of activations", "Jaccard index of firing"),
+            strict=True,
+        ):
+            by_rank = held.groupby("rank")[name].quantile(np.array([0.25, 0.5, 0.75])).unstack()
+            axis.fill_between(by_rank.index, by_rank[0.25], by_rank[0.75], color=COLOURS[0], alpha=0.2, linewidth=0)
+            axis.plot(by_rank.index, by_rank[0.5], color=COLOURS[0], marker="o", label="the atom: median, quartiles")
+            others = held.groupby("rank")[f"{name}_mean_of_head"].median()
+            axis.plot(others.index, others, color=NULL, marker="s", label="average atom of its head")
+            best = held.drop_duplicates("latent")[f"{name}_best"].median()
+            axis.axhline(best, color=COLOURS[1], linestyle="--", label="best of all atoms, median")
+            axis.set(
+                xlabel="order of the atom in the decomposition", ylabel=label, title=f"{study.name}: {study.says(key)}"
+            )
+            axis.set_ylim(min(0.0, float(by_rank.min().min())), None)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.tight_layout()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3)
+    return figure, concat(tables)
+
+
+def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Direct feature attribution of the latents shown in the dashboards, at their strongest tokens: what each head
+    gives to each latent, and from how far back."""
+    figure, grid = plt.subplots(
+        len(studies), 2, figsize=(7.4, 3.0 * len(studies)), squeeze=False, width_ratios=[1, 1.25]
+    )
+    tables = []
+    for row, study, key in with_chosen(studies, "concat"):
+        left, right = grid[row]
+        if key is None or not study.file("attribution.parquet", key).is_file():
+            nothing(left, "nothing attributed")
+            right.set_axis_off()
+            continue
+        held = study.table("attribution", key)
+        by_head = held.groupby(["latent", "context", "head"])["attribution"].sum()
+        by_head = (
+            (by_head / by_head.abs().groupby(["latent", "context"]).transform("sum")).groupby(["latent", "head"]).mean()
+        )
+        wide = by_head.unstack()
+        image = left.imshow(wide, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        left.set_yticks(range(len(wide)), wide.index)
+        left.set_xticks(range(wide.shape[1]), wide.columns)
+        left.set(xlabel="head", ylabel="latent", title=f"{study.name}: share of the attribution")
+        left.spines[:].set_visible(False)
+        figure.colorbar(image, ax=left)
+        distance = _by_distance(held)
+        tables += [
+            by_head.rename("value").reset_index().assign(study=study.key, of="head"),
+            distance.assign(study=study.key, of="distance"),
+        ]
+        names = list(dict.fromkeys(distance["distance"]))
+        bottom = np.zeros(len(names))
+        for head, colour in enumerate(colours(study.summary["n_heads"])):
+            values = (
+                distance[distance["head"] == head].set_index("distance")["value"].reindex(names).fillna(0).to_numpy()
+            )
+            right.bar(np.arange(len(names)), 100 * values, 0.8, bottom=100 * bottom, color=colour, label=f"head {head}")
+            bottom += values
+        right.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        right.set(xlabel="source token", ylabel="share of |attribution| (%)", title=study.says(key))
+        right.legend(ncols=2)
+    figure.tight_layout()
+    return figure, concat(tables)
+
+
+def _by_distance(held: pd.DataFrame) -> pd.DataFrame:
+    """Share of |attribution| by distance of the source and head; position 0 by itself."""
+    back = held["position"] - held["source"]
+    names = {0: "the same", 1: "1 back"}
+    label = pd.Series("", index=held.index)
+    for low, high in DISTANCES:
+        name = names.get(low) or (f"{low} to {high}" if high < 10**9 else f"{low} and more")
+        label[(back >= low) & (back <= high)] = name
+    label[held["source"] == 0] = "position 0"
+    size = held["attribution"].abs().groupby([label, held["head"]]).sum()
+    table = (size / size.sum()).rename("value").rename_axis(["distance", "head"]).reset_index()
+    order = [names.get(low) or (f"{low} to {high}" if high < 10**9 else f"{low} and more") for low, high in DISTANCES]
+    order = [*order, "position 0"]
+    return table.sort_values("distance", key=lambda c: c.map(order.index), kind="stable").reset_index(drop=True)

@@ -1,0 +1,262 @@
+"""Figures of what heads write: geometry, cosines, interference, the loss without cross terms. A row for each layer."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from saeflow.heads.cross_terms import MODEL, NO_HEADS
+from saeflow.heads.folder import HeadStudy
+from saeflow.heads.plotting import (
+    NULL,
+    colours,
+    concat,
+    grid_of,
+    head_handles,
+    legend,
+    nothing,
+    pair_names,
+    with_chosen,
+)
+from saeflow.palette import COLOURS
+
+WAYS = {
+    "orthogonal": "heads made orthogonal",
+    "others": "projection on the\nother heads' sum removed",
+    "row_spaces": "projection on the other\nheads' row spaces removed",
+}
+BOX = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Norms of decoder rows as trained, by head, one panel a dictionary; folded, all of them are 1."""
+    most = max((len(study.of_kind("heads")) for study in studies), default=0)
+    figure, grid = grid_of(len(studies), min(4, max(1, most)), sharex="row")
+    tables = []
+    for line, study in zip(grid, studies, strict=True):
+        keys = study.of_kind("heads")
+        held = {key: study.dataset("norms", key) for key in keys}
+        top = max((float(np.quantile(one["decoder_norm"], 0.995)) for one in held.values()), default=1.0)
+        edges = np.linspace(0, 1.05 * max(top, 1), 41)
+        for axis in line[len(keys) :]:
+            axis.set_axis_off()
+        for axis, (key, one) in zip(line, held.items(), strict=False):
+            for head, colour in enumerate(colours(one.sizes["head"])):
+                values = one["decoder_norm"].sel(head=head).values
+                axis.stairs(np.histogram(np.minimum(values, edges[-1]), edges)[0], edges, color=colour)
+            axis.axvline(1, color="0.35", linestyle="--", linewidth=1)
+            axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.says(key)}")
+        line[0].set_ylabel("latents of a head")
+        for key, one in held.items():
+            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=key))
+    figure.tight_layout()
+    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
+    folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
+    legend(figure, [*head_handles(n_heads), folded])
+    return figure, concat(tables)
+
+
+def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Singular values of D_h, W_O[h] and D_h W_O[h] over the largest of each, by head."""
+    titles = {"D": "dictionary D", "W_O": "output weights W_O", "D_W_O": "D W_O: atoms in the stream"}
+    figure, grid = grid_of(len(studies), 3, sharey="row")
+    tables = []
+    for row, study, key in with_chosen(studies, "heads"):
+        for other in study.of_kind("heads"):
+            one = study.dataset("spectra", other)
+            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=other))
+        if key is None:
+            for axis in grid[row]:
+                nothing(axis, "no dictionaries of heads")
+            continue
+        held = study.dataset("spectra", key)
+        lowest = 1.0
+        for axis, (matrix, title) in zip(grid[row], titles.items(), strict=True):
+            ranks = held["rank"].sel(matrix=matrix).values
+            for head, colour in enumerate(colours(held.sizes["head"])):
+                values = held["singular_value"].sel(matrix=matrix, head=head).values
+                values = values[: int(ranks[head])] / values[0]
+                axis.plot(np.arange(1, len(values) + 1), values, color=colour)
+                lowest = min(lowest, values[-1])
+            said = f"rank {ranks.min()}" + (f" to {ranks.max()}" if ranks.min() < ranks.max() else "")
+            axis.set(xlabel="index", title=f"{title}: {said} of {held.attrs['d_head']}", yscale="log")
+        grid[row][0].set_ylabel(f"{study.name}\nsingular value / largest")
+        if lowest > 0.1:
+            grid[row][0].set_ylim(0.08, 1.2)
+    figure.tight_layout()
+    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
+    legend(figure, head_handles(n_heads))
+    return figure, concat(tables)
+
+
+def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Principal angles between the row spaces of W_O of every two heads, and of random subspaces."""
+    figure, grid = grid_of(1, max(1, len(studies)), width=3.2)
+    tables = []
+    for axis, study in zip(grid[0], studies, strict=True):
+        held = study.dataset("angles")
+        index = held["index"].values + 1
+        n = held.sizes["pair"]
+        for pair in range(n):
+            axis.plot(index, np.degrees(held["angle_random"][pair]), color=NULL, linewidth=0.8)
+        for pair, (name, colour) in enumerate(zip(pair_names(held), colours(n), strict=True)):
+            label = f"heads {name}" if n <= 6 else None
+            axis.plot(index, np.degrees(held["angle"][pair]), color=colour, label=label)
+        axis.plot([], [], color=NULL, label="random subspaces")
+        axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
+        axis.legend(loc="lower left")
+        tables.append(held.to_dataframe().reset_index().assign(study=study.key))
+    figure.tight_layout()
+    return figure, concat(tables)
+
+
+def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """The notebook's line and box: cosine of two heads' outputs by position in one text and over all, and its spread
+    over all texts for every pair, beside randomly rotated heads."""
+    most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
+    wide = min(9.0, max(3.2, 0.55 * most))
+    figure, grid = plt.subplots(
+        len(studies), 2, figsize=(3.4 + wide, 2.7 * len(studies)), squeeze=False, width_ratios=[3.4, wide], sharey="row"
+    )
+    tables = []
+    for (left, right), study in zip(grid, studies, strict=True):
+        held = study.dataset("cosines")
+        position = held["position"].values[held.attrs["first_position"] :]
+        one = held.isel(pair=0).sel(position=position)
+        bands = one["cosine_by_position"]
+        left.fill_between(position, bands.sel(quantile=0.05), bands.sel(quantile=0.95), color=COLOURS[0], alpha=0.2)
+        left.plot(position, bands.sel(quantile=0.5), color=COLOURS[0], label="median over texts, 5 to 95 %")
+        left.plot(position, one["cosine_in_row"][0], "-", color="0.25", linewidth=0.5, label="one text")
+        left.set(xlabel="position", ylabel=f"{study.name}\ncosine of two heads' outputs")
+        left.set_title(f"heads {pair_names(held)[0]}")
+        left.legend(loc="lower right")
+        for offset, name, colour in ((-0.17, "cosine", COLOURS[0]), (0.17, "cosine_rotated", NULL)):
+            boxes = [
+                dict(
+                    zip(
+                        ("whislo", "q1", "med", "q3", "whishi"),
+                        held[name][pair].sel(quantile=list(BOX)).values,
+                        strict=True,
+                    )
+                )
+                for pair in range(held.sizes["pair"])
+            ]
+            drawn = right.bxp(
+                [box | {"fliers": []} for box in boxes],
+                positions=np.arange(len(boxes)) + offset,
+                widths=0.28,
+                showfliers=False,
+                patch_artist=True,
+                medianprops={"color": "black"},
+                boxprops={"facecolor": colour, "linewidth": 0.6},
+                whiskerprops={"linewidth": 0.8},
+                capprops={"linewidth": 0.8},
+                manage_ticks=False,
+            )
+            drawn["boxes"][0].set_label({"cosine": "heads", "cosine_rotated": "randomly rotated heads"}[name])
+        small = 5 if held.sizes["pair"] > 15 else None
+        right.set_xticks(range(held.sizes["pair"]), pair_names(held), fontsize=small, rotation=90 if small else 0)
+        for axis in (left, right):
+            axis.axhline(0, color="0.35", linewidth=0.8)
+        right.set(xlabel="pair of heads", title="all texts: median, quartiles, 5 to 95 %")
+        right.legend(loc="lower right")
+        low, high = left.get_ylim()
+        left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
+        columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
+        tables.append(held[columns].to_dataframe().reset_index().assign(study=study.key))
+    figure.tight_layout()
+    return figure, concat(tables)
+
+
+def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """CE increase when cross terms between heads are removed, beside a random change of the same size; one panel the
+    model's own heads, one the reconstructions of a dictionary of heads."""
+    figure, grid = grid_of(len(studies), 2, width=3.6, height=1.9, sharey=True)
+    tables = []
+    for row, study, key in with_chosen(studies, "heads"):
+        table = study.table("cross_terms")
+        tables.append(table.assign(study=study.key))
+        for axis, source in zip(grid[row], (MODEL, key), strict=True):
+            mine = table[table["source"] == source]
+            if mine.empty:
+                nothing(axis, "no dictionaries of heads")
+                continue
+            whole = float(mine.loc[mine["way"] == NO_HEADS, "ce_increase"].iloc[0])
+            for control, marker, colour, label, offset in (
+                (False, "o", COLOURS[1], "cross terms removed", 0.12),
+                (True, "s", NULL, "random change of that size", -0.12),
+            ):
+                rows = mine[(mine["control"] == control) & mine["way"].isin(WAYS)].set_index("way").loc[list(WAYS)]
+                y = np.arange(len(rows))[::-1] + offset
+                ends = [(rows[f"ce_increase_{e}"] - rows["ce_increase"]).abs().fillna(0) for e in ("low", "high")]
+                axis.errorbar(rows["ce_increase"], y, xerr=ends, fmt=marker, color=colour, label=label, capsize=2)
+            axis.axvline(0, color="0.35", linewidth=0.8)
+            axis.set_xscale("symlog", linthresh=1e-3)
+            axis.axvline(whole, color="0.35", linestyle=":", linewidth=1)
+            axis.set_xticks([-1e-3, 0, 1e-3, 1e-2, 1e-1, 1], ["-0.001", "0", "0.001", "0.01", "0.1", "1"])
+            axis.set_xlim(-2e-3, 2 * max(whole, 0.1))
+            axis.set(xlabel="increase in CE loss (nats per token)")
+            of = "the model's heads" if source == MODEL else study.says(str(source))
+            axis.set_title(f"{study.name}: {of}")
+        grid[row][0].set_yticks(range(len(WAYS)), list(WAYS.values())[::-1])
+        grid[row][0].set_ylim(-0.5, len(WAYS) - 0.5)
+    figure.tight_layout()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    dotted = Line2D([], [], color="0.35", linestyle=":", label="all heads set to 0")
+    figure.legend(
+        [*handles, dotted], [*labels, "all heads set to 0"], loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3
+    )
+    return figure, concat(tables)
+
+
+def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Cosines between lifted atoms of different heads: of all pairs, weighted by how they fire together, and with heads
+    rotated; and by pair of heads what interference adds up to."""
+    most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
+    wide = min(9.0, max(3.2, 0.55 * most))
+    figure, grid = plt.subplots(
+        len(studies), 2, figsize=(3.4 + wide, 2.7 * len(studies)), squeeze=False, width_ratios=[3.4, wide]
+    )
+    tables = []
+    for row, study, key in with_chosen(studies, "heads"):
+        for other in study.of_kind("heads"):
+            sums = study.dataset("interference", other).drop_dims("bin")
+            tables.append(sums.to_dataframe().reset_index().assign(study=study.key, dictionary=other))
+        left, right = grid[row]
+        if key is None:
+            nothing(left, "no dictionaries of heads")
+            right.set_axis_off()
+            continue
+        held = study.dataset("interference", key)
+        centre = held["bin"].values
+        edges = np.append(centre - (centre[1] - centre[0]) / 2, centre[-1] + (centre[1] - centre[0]) / 2)
+        coarse = edges[::4]
+        for name, label, colour, style in (
+            ("plain_rotated", "rotated heads", "0.35", ":"),
+            ("plain", "all pairs of latents", COLOURS[0], "--"),
+            ("weighted", "weighted by co-activation", COLOURS[1], "-"),
+        ):
+            counts = held[name].sum("pair").values.reshape(-1, 4).sum(1)
+            density = counts / max(counts.sum(), 1e-30) / (coarse[1] - coarse[0])
+            left.stairs(density, coarse, color=colour, linestyle=style, label=label, linewidth=1.2)
+        left.set(xlabel="cosine of two heads' lifted atoms", ylabel=f"{study.name}\ndensity", yscale="log")
+        left.set(ylim=(1e-4, 300), xlim=(-1, 1), title=study.says(key))
+        left.legend(loc="upper left")
+        at = np.arange(held.sizes["pair"])
+        for place, suffix, colour, label in ((-0.2, "", COLOURS[1], "heads"), (0.2, "_rotated", NULL, "rotated heads")):
+            weight = held["weight" + suffix].values
+            right.bar(at + place, held["total" + suffix] / weight, 0.36, color=colour, label=label)
+            means = held["from_means" + suffix].values / weight
+            right.plot(at + place, means, "_", color="black", markersize=8, label=None if suffix else "if independent")
+        small = 5 if len(at) > 15 else None
+        right.set_xticks(at, pair_names(held), fontsize=small, rotation=90 if small else 0)
+        right.axhline(0, color="0.35", linewidth=0.8)
+        right.set(xlabel="pair of heads", ylabel="mean cosine,\nweighted by co-activation")
+    figure.tight_layout()
+    handles: list[Any] = [Patch(color=c, label=label) for c, label in ((COLOURS[1], "heads"), (NULL, "rotated heads"))]
+    legend(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
+    return figure, concat(tables)

@@ -1,0 +1,154 @@
+"""The numbers of a study of heads as text, for the terminal: `table.txt`."""
+
+import math
+
+import pandas as pd
+import xarray as xr
+
+from saeflow.heads.cross_terms import MODEL, NO_HEADS
+from saeflow.heads.folder import HeadStudy
+from saeflow.heads.removal import WAYS
+from saeflow.heads.shares import AGREEING
+
+ATOMS = (1, 2, 4, 8, 16)
+
+
+def report(study: HeadStudy) -> str:
+    """Of a finished folder: everything that docs/heads.md cites."""
+    s = study.summary
+    parts = [
+        f"layer {s['layer']}: {s['n_heads']} heads of {s['d_head']} in {s['d_model']} dimensions, "
+        f"{s['n_tokens']:,} held-out tokens of {s['n_documents']} documents",
+        _cosines(study),
+        _angles(study),
+        _cross_terms(study),
+        *(_of_heads(study, key) for key in study.of_kind("heads")),
+        *(_of_concat(study, key) for key in study.of_kind("concat")),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _text(table: pd.DataFrame, digits: int = 3, index: bool = False) -> str:
+    return table.to_string(index=index, float_format=lambda value: f"{value:.{digits}f}")
+
+
+def _cosines(study: HeadStudy) -> str:
+    held = study.dataset("cosines")
+    table = pd.DataFrame({"head": held["head"], "other": held["other_head"]})
+    for name, label in (("cosine", ""), ("cosine_rotated", " rotated")):
+        for quantile in (0.05, 0.5, 0.95):
+            table[f"{100 * quantile:.0f} %{label}"] = held[name].sel(quantile=quantile).values
+    return "cosine of two heads' outputs, quantiles over tokens; rotated: each head by a random rotation\n" + _text(
+        table
+    )
+
+
+def _angles(study: HeadStudy) -> str:
+    held = study.dataset("angles")
+    table = pd.DataFrame({"head": held["head"], "other": held["other_head"]})
+    for name, label in (("angle", ""), ("angle_random", " random")):
+        degrees = held[name] * 180 / math.pi
+        table["smallest" + label], table["median" + label] = degrees.min("index").values, degrees.median("index").values
+    return "principal angles of the row spaces of W_O, degrees; random: of random subspaces\n" + _text(table, 1)
+
+
+def _cross_terms(study: HeadStudy) -> str:
+    table = study.table("cross_terms")
+    lines = ["CE loss without cross terms between heads: increase in nats, 95 % interval; beyond: over the control"]
+    for source in dict.fromkeys(table["source"]):
+        mine = table[table["source"] == source].set_index(["way", "control"])
+        name = "the model's heads" if source == MODEL else study.says(str(source))
+        zeroed = mine.loc[(NO_HEADS, False), "ce_increase"]
+        lines.append(f"{name}: CE {mine['ce_before'].iloc[0]:.4f}, all heads zeroed +{zeroed:.4f}")
+        for way in WAYS:
+            row, control = mine.loc[(way, False)], mine.loc[(way, True), "ce_increase"]
+            lines.append(
+                f"  {way:11s} {_interval(row, 'ce_increase')}, random change {control:+.4f}, beyond "
+                f"{_interval(row, 'ce_beyond_control')}, size {row['relative_change']:.3f}"
+            )
+    return "\n".join(lines)
+
+
+def _interval(row: pd.Series, name: str) -> str:
+    return f"{row[name]:+.4f} [{row[f'{name}_low']:+.4f}, {row[f'{name}_high']:+.4f}]"
+
+
+def _of_heads(study: HeadStudy, key: str) -> str:
+    norms, spectra = study.dataset("norms", key), study.dataset("spectra", key)
+    table = pd.DataFrame({"head": norms["head"], "mean norm": norms["decoder_norm"].mean("latent")})
+    for matrix in spectra["matrix"].values:
+        table[f"rank {matrix}"] = spectra["rank"].sel(matrix=matrix).values
+        table[f"participation {matrix}"] = spectra["participation"].sel(matrix=matrix).values
+    held = study.dataset("interference", key)
+    pairs = pd.DataFrame({"head": held["head"], "other": held["other_head"]})
+    for suffix, label in (("", ""), ("_rotated", " rotated")):
+        pairs["rms cosine" + label] = held["mean_square" + suffix].values ** 0.5
+        pairs["weighted" + label] = (held["total" + suffix] / held["weight" + suffix]).values
+    pairs["if independent"] = (held["from_means"] / held["weight"]).values
+    top = study.table("interference", key)
+    top = top.reindex(top["interference"].abs().sort_values(ascending=False, kind="stable").index).head(5)
+    lifted = study.table("lifted", key)
+    pair = ["head", "other_head", "rotated"]
+    by_pair = lifted.pivot_table(index=pair, columns="n_atoms", values="residual", aggfunc="median")
+    by_pair["in_row_space"] = lifted.groupby(pair)["in_row_space"].median()
+    by_pair = by_pair.groupby("rotated").median().reset_index()
+    names = ["head", "latent", "other_head", "other_latent", "interference", "cosine", "tokens_together"]
+    return "\n".join(
+        [
+            f"{study.says(key)} ({key})",
+            _text(table, 2),
+            "cosines of lifted atoms between heads, root mean square and weighted by co-activation "
+            f"(random directions: rms {held.attrs['d_model'] ** -0.5:.3f})",
+            _text(pairs, 4),
+            "pairs of latents that interfere most",
+            _text(top[names], 4),
+            "latents of a head in another's lifted atoms: median residual by number of atoms, and part of the norm "
+            "that lies in its row space (medians over pairs of heads)",
+            _text(by_pair.rename_axis(columns=None), 3),
+        ]
+    )
+
+
+def _of_concat(study: HeadStudy, key: str) -> str:
+    held = study.dataset("measures", key)
+    shares = _frame(held["mean_share"]).rename_axis("head").reset_index()
+    between = pd.DataFrame(
+        {
+            "decoder and": list(AGREEING[1:]),
+            "rank correlation": held["rank_correlation"].sel(measure_a="decoder").values[1:],
+            "same top head": held["top_agreement"].sel(measure_a="decoder").values[1:],
+        }
+    )
+    parts = [
+        f"{study.says(key)} ({key}), {held.attrs['n_latents']} latents, rank "
+        f"{study.summary['dictionaries'][key]['rank_W_dec']}",
+        "mean share of each head",
+        _text(shares, 3),
+        f"do measures agree? (same top head by chance: {held.attrs['chance_of_top']:.2f})",
+        _text(between, 2),
+    ]
+    summary = study.summary["dictionaries"][key]
+    if "best_cosine" in summary:
+        curves = study.table("curves", key)
+        curves = curves[curves["n_atoms"].isin(ATOMS)]
+        wide = curves.pivot(index=["of", "method", "dictionary"], columns="n_atoms", values="median").reset_index()
+        agreed = study.table("agreement", key)
+        of = ("jaccard", "correlation")
+        names = ["cosine", *(f"{name}{more}" for name in of for more in ("", "_mean_of_head", "_best"))]
+        first = agreed.groupby("rank")[names].mean().head(4).reset_index()
+        cosines = ", ".join(f"{name} {value:.2f}" for name, value in summary["best_cosine"].items())
+        parts += [
+            f"{summary['decomposed_latents']} latents decomposed in {study.says(summary['decomposed_in'])}; best "
+            f"cosine of an atom with the top head's part: {cosines}",
+            "median relative residual by number of atoms",
+            _text(wide.rename_axis(columns=None), 3),
+            "agreement with the atoms by their order (means)",
+            _text(first.rename_axis(columns=None), 3),
+        ]
+    return "\n".join(parts)
+
+
+def _frame(values: xr.DataArray) -> pd.DataFrame:
+    table = values.to_pandas()
+    assert isinstance(table, pd.DataFrame)
+    return table.rename_axis(columns=None)

@@ -1,0 +1,200 @@
+"""The job: everything about the heads of one layer and the dictionaries of them that an experiment has.
+
+Dictionaries come in two kinds: `heads`, one for each head (`BlockDiagonal`), and `concat`, one of all heads together.
+Each `concat` is decomposed in the `heads` whose L0, summed over heads, is nearest to its own (in log).
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import xarray as xr
+from threadpoolctl import threadpool_limits
+
+from saeflow.config import ConfigError, HeadsConfig
+from saeflow.dictionaries import Dictionary, load_dictionary
+from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.fitting import check_fit, model_config
+from saeflow.heads.dashboards import Beside, dashboards
+from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
+from saeflow.heads.folder import HeadStudy
+from saeflow.heads.geometry import decoder_norms, principal_angles, rank, spectra
+from saeflow.heads.interference import interference_dataset
+from saeflow.heads.lifting import lifted_table
+from saeflow.heads.report import report
+from saeflow.heads.shares import compare_measures
+from saeflow.heads.store import read_dataset, write_dataset
+from saeflow.heads.study import Study, by_head, measure
+from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
+from saeflow.job import Job
+from saeflow.loading import load_model
+from saeflow.models import read_geometry
+from saeflow.packing import load_tokenizer
+from saeflow.tokens import open_tokens
+
+log = logging.getLogger("saeflow")
+
+
+def heads_job(job: Job) -> dict[str, Any]:
+    """Makes the study that a job names; returns its summary. Raises `FitError` for dictionaries of another model."""
+    folder, config = job.source("model"), HeadsConfig(**job.config["heads"])
+    geometry = read_geometry(folder)
+    hook = job.config["hook_name"]
+    if geometry.n_heads < 2:
+        raise ConfigError(f"{folder} has {geometry.n_heads} head a layer, and heads are compared with one another")
+    dictionaries, left_out = _open(job, folder, geometry)
+    rows = open_tokens(job.input("tokens"))
+    n_rows = min(rows.n_rows, -(-config.n_tokens // rows.context_size))
+    tokens, document, _ = rows.rows(0, n_rows)
+    model = load_model(folder, model_config(folder, job.config["model"]), job.device)
+    attention = read_attention(model, int(hook.split(".")[1]))
+    log.info("%d dictionaries, %d tokens", len(dictionaries), tokens.size)
+    study = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
+    cosines = study.cosines["cosine"].sel(quantile=0.5), study.cosines["cosine_rotated"].sel(quantile=0.5)
+    summary: dict[str, Any] = {
+        "layer": attention.layer,
+        "hook_name": hook,
+        "n_heads": geometry.n_heads,
+        "n_key_value_heads": geometry.n_key_value_heads,
+        "d_head": geometry.d_head,
+        "d_model": geometry.d_model,
+        "n_tokens": int(tokens.size),
+        "n_documents": len(np.unique(document)),
+        "median_cosine": float(cosines[0].median()),
+        "median_cosine_rotated": float(cosines[1].median()),
+        "left_out": left_out,
+        "dictionaries": {},
+    }
+    tokenizer = load_tokenizer(folder).tokenizer
+
+    def text(token: int) -> str:
+        return str(tokenizer.decode([token], skip_special_tokens=False))
+
+    attention = attention.to("cpu")
+    dictionaries = {key: one.to("cpu") for key, one in dictionaries.items()}
+    with job.writing() as out:
+        write_dataset(out / "cosines.zarr", study.cosines)
+        write_dataset(out / "angles.zarr", principal_angles(attention.W_O))
+        study.cross_terms.to_parquet(out / "cross_terms.parquet")
+        for key, one in dictionaries.items():
+            own = out / "dictionaries" / key
+            own.mkdir(parents=True)
+            kind = "heads" if isinstance(one, BlockDiagonal) else "concat"
+            name, amount = one.spec.amount
+            held = {"kind": kind, "amount_name": name, "amount": amount, "d_sae": one.d_sae, "seed": one.spec.seed}
+            held |= {"l0": study.latents[key].nnz / study.latents[key].shape[0]}
+            if isinstance(one, BlockDiagonal):
+                held |= _write_heads(own, one, study.latents[key], attention, config)
+            else:
+                held |= _write_concat(own, one, study, key, attention, config)
+            summary["dictionaries"][key] = held
+        for key, held in summary["dictionaries"].items():
+            if held["kind"] != "concat":
+                continue
+            own, one = out / "dictionaries" / key, dictionaries[key]
+            chosen = choose_latents(study.active[key].count, config)
+            if not len(chosen):
+                log.warning("%s has no latent that is active on %d tokens or more", key, config.min_active)
+                continue
+            beside = None
+            matched = _nearest(summary["dictionaries"], held["l0"])
+            if matched is not None:
+                whole = dictionaries[matched]
+                assert isinstance(whole, BlockDiagonal)
+                made = decompose_latents(one, whole, study, (key, matched), chosen, attention, config)
+                held |= {"decomposed_in": matched} | made.summary
+                _write_decomposition(own, made)
+                beside = Beside(matched, whole, made.agreement)
+            shares = read_dataset(own / "shares.zarr")
+            page, sources = dashboards(model, attention, study, key, one, chosen, shares, beside, config, text)
+            (own / "dashboards.html").write_text(page, encoding="utf-8")
+            sources.to_parquet(own / "attribution.parquet")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        (out / "table.txt").write_text(report(HeadStudy(out, summary)))
+    return summary
+
+
+def _open(job: Job, model_folder: Path, geometry: Any) -> tuple[dict[str, Dictionary], list[str]]:
+    """The dictionaries by key, and those that only SAELens can compute, which have no part in this."""
+    found, left_out = {}, []
+    for path in job.inputs("train") + job.inputs("foreign"):
+        one = load_dictionary(path, job.device)
+        check_fit(one, path, model_folder, job.config["model"], geometry)
+        if one.spec.activation == "saelens":
+            log.warning("%s is left out: only SAELens can compute it, and it has no weights in these terms", path)
+            left_out.append(path.name)
+        else:
+            found[path.name] = one
+    if not found:
+        raise ConfigError(f"none of the dictionaries can be studied here: {', '.join(left_out)}")
+    return found, left_out
+
+
+def _nearest(dictionaries: dict[str, Any], l0: float) -> str | None:
+    """The `heads` of the L0 nearest to `l0`."""
+    heads = {key: one["l0"] for key, one in dictionaries.items() if one["kind"] == "heads" and one["l0"] > 0}
+    return min(heads, key=lambda key: abs(np.log(heads[key] / max(l0, 1e-9)))) if heads else None
+
+
+def _write_heads(
+    out: Path, one: BlockDiagonal, latents: sp.csc_array, attention: Attention, config: HeadsConfig
+) -> dict[str, Any]:
+    """Norms, spectra and interference of one dictionary of heads; latents of each head in the atoms of others."""
+    norms = decoder_norms(one.heads)
+    values = spectra(one.heads, attention.W_O)
+    write_dataset(out / "norms.zarr", norms)
+    write_dataset(out / "spectra.zarr", values)
+    n_heads, _, D = attention.W_O.shape
+    rotations = random_rotations(n_heads, D, config.seed).numpy()
+    atoms = [a.numpy() for a in lifted(one.heads, attention.W_O)]
+    found, pairs = interference_dataset(by_head(latents, n_heads), atoms, rotations, config.top_pairs)
+    write_dataset(out / "interference.zarr", found)
+    pairs.to_parquet(out / "interference.parquet")
+    each = by_head(latents, n_heads)
+    per_head = dataclasses.replace(config, n_latents=max(1, config.n_latents // n_heads))
+    chosen = [choose_latents(np.diff(f.indptr), per_head) for f in each]
+    with threadpool_limits(1):  # on matrices this small a second thread costs more than it brings
+        others = lifted_table(chosen, atoms, attention.W_O.double().numpy(), rotations, (1, 4, config.max_atoms))
+    others.to_parquet(out / "lifted.parquet")
+    return {
+        "mean_decoder_norm": float(norms["decoder_norm"].mean()),
+        "rank_D": values["rank"].sel(matrix="D").values.tolist(),
+        "rank_W_O": values["rank"].sel(matrix="W_O").values.tolist(),
+        "rank_D_W_O": values["rank"].sel(matrix="D_W_O").values.tolist(),
+        "interference_over_weight": _number(found["total"].sum() / found["weight"].sum()),
+        "interference_over_weight_rotated": _number(found["total_rotated"].sum() / found["weight_rotated"].sum()),
+    }
+
+
+def _write_concat(
+    out: Path, one: Dictionary, study: Study, key: str, attention: Attention, config: HeadsConfig
+) -> dict[str, Any]:
+    """Head shares of one dictionary of all heads."""
+    n_heads = len(attention.W_O)
+    held = study.active[key].dataset(decoder_by_head(one, n_heads).double().numpy(), attention.W_O.double().numpy())
+    compared = compare_measures(held, config.min_active)
+    write_dataset(out / "shares.zarr", held)
+    write_dataset(out / "measures.zarr", compared)
+    singular_values = torch.linalg.svdvals(one.W_dec.double()).numpy()
+    between = {"measure_a": "decoder", "measure_b": "dfa"}
+    return {
+        "rank_W_dec": rank(singular_values, tuple(one.W_dec.shape)),
+        "ranked_latents": compared.attrs["n_latents"],
+        "decoder_dfa_rank_correlation": _number(compared["rank_correlation"].sel(between)),
+        "decoder_dfa_top_agreement": _number(compared["top_agreement"].sel(between)),
+    }
+
+
+def _number(value: xr.DataArray) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _write_decomposition(out: Path, made: Decomposed) -> None:
+    made.table.to_parquet(out / "decomposition.parquet")
+    made.curves.to_parquet(out / "curves.parquet")
+    made.agreement.to_parquet(out / "agreement.parquet")

@@ -1,0 +1,109 @@
+"""The dictionaries of all heads of a hook in training, from one read of it: an SAE a head, their steps taken as one.
+
+Each head has its own scaling, loss, firing statistics and resampling, and starts from weights of its own; it gets what
+it would get alone, but for rounding.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from saeflow.batched import BatchedTrainer
+from saeflow.config import TrainingConfig
+from saeflow.dictionaries.spec import Spec
+from saeflow.trainer import Batches, Side, Trainer
+from saeflow.training_metrics import TrainingError
+
+OF_ALL = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
+
+
+class HeadsTrainer:
+    """Trains the SAEs of H heads on batches of all of them; does what a `Trainer` does."""
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        training: TrainingConfig,
+        side: Side,
+        device: str = "cpu",
+        on_row: Callable[[dict[str, float]], None] = lambda row: None,
+    ) -> None:
+        """`specs` of head 0, 1, ...; `side` of the whole hook. `on_row` gets one row of all heads, as `head_h.<name>`.
+
+        Raises `TrainingError` for a head whose activations are all 0.
+        """
+        self.training, self.device, self.on_row = training, device, on_row
+        sides = side.of_heads()
+        silent = [h for h, one in enumerate(sides) if one.mean_norm == 0]
+        if silent:
+            raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
+        self.heads = [Trainer(s, training, one, one, device) for s, one in zip(specs, sides, strict=True)]
+        self.batched = BatchedTrainer(self.heads)
+        scales = (torch.as_tensor(head.scale_in, dtype=torch.float32, device=device) for head in self.heads)
+        self.scale = torch.stack([scale.expand(specs[0].d_in) for scale in scales])[:, None]
+        """(H, 1, d_head)"""
+
+    @property
+    def parts(self) -> dict[str, Trainer]:
+        return {f"head_{h}": head for h, head in enumerate(self.heads)}
+
+    @property
+    def step(self) -> int:
+        return self.heads[0].step
+
+    @property
+    def n_steps(self) -> int:
+        return self.heads[0].n_steps
+
+    def take(self, batch: tuple[Tensor, ...]) -> None:
+        """One step on batch number `self.step`: z (N, H d_head), raw, heads side by side.
+
+        Raises `TrainingError`, at the next row of metrics, when the loss of a head stops being finite.
+        """
+        logged = self.heads[0]._logged()
+        z = batch[0].to(self.device, non_blocking=True).unflatten(1, (len(self.heads), -1)).transpose(0, 1)
+        x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        self.batched.apply(torch.mul(z, self.scale, out=x), x)
+        if logged:
+            rows = {name: head.metrics.rows[-1] for name, head in self.parts.items()}
+            row = {name: value for name, value in self.heads[0].metrics.rows[-1].items() if name in OF_ALL}
+            each = {f"{part}.{n}": v for part, own in rows.items() for n, v in own.items() if n not in OF_ALL}
+            self.on_row(row | {"l0": sum(own["l0"] for own in rows.values())} | each)
+
+    def _split(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        return [(z,) for z in batch[0].tensor_split(len(self.heads), dim=1)]
+
+    def resamples_next(self) -> bool:
+        """Whether `resample` is to be called before the next step."""
+        return self.heads[0].resamples_next()
+
+    def resample(self, batches: Batches) -> None:
+        """As `Trainer.resample`, of each head, from one read of the batches."""
+        dead = [head.dead_now() for head in self.heads]
+        if not any(map(len, dead)):
+            return
+        samples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.heads]
+        for batch in batches.iterate(self.n_steps, self.training.resample_batches):
+            for h, own in enumerate(self._split(batch)):
+                if len(dead[h]):
+                    samples[h].append(self.heads[h].judge(own))
+        for head, latents, judged in zip(self.heads, dead, samples, strict=True):
+            if len(latents):
+                head.reset(latents, judged)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the coming steps and the metrics depend on."""
+        # heads share memory, of which a checkpoint wants a copy each
+        return {f"{part}.{key}": t.clone() for part, head in self.parts.items() for key, t in head.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from `state`. Raises `TrainingError` for another dictionary's."""
+        held = {key.split(".")[0] for key in state}
+        if held != set(self.parts):
+            raise TrainingError(
+                f"this is the state of another dictionary: of {', '.join(sorted(held))}, not of {len(self.heads)} heads"
+            )
+        for name, part in self.parts.items():
+            mine = f"{name}."
+            part.restore({key.removeprefix(mine): t for key, t in state.items() if key.startswith(mine)})
