@@ -263,7 +263,8 @@ class DictionaryConfig:
         wanted = f"one of {', '.join(SAELENS)} with activation=saelens, else null and without dictionary.options"
         _require(legal, "dictionary.saelens", self.saelens, wanted)
         legal = self.kind == "sae" and not self.skip
-        _require(legal, "dictionary.kind", self.kind, "sae with activation=saelens, and dictionary.skip false")
+        wanted = "sae with activation=saelens: SAELens trains no transcoder, and heads one by one"
+        _require(legal, "dictionary.kind", self.kind, wanted)
         legal = self.apply_b_dec_to_input
         _require(legal, "dictionary.apply_b_dec_to_input", legal, "true with activation=saelens")
         legal = self.normalize_activations != "per_head"
