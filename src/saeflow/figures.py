@@ -451,6 +451,6 @@ def _log_axis(axis: Axes, which: str) -> None:
     """A log scale that says 0.2 and 50 rather than powers of ten: the ranges are short."""
     axis.set(**{f"{which}scale": "log"})
     ticks = axis.xaxis if which == "x" else axis.yaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
