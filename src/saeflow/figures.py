@@ -392,10 +392,14 @@ def draw(name: str, tables: Tables, folder: Path) -> None:
     if name not in FIGURES:
         raise ValueError(f"no figure {name!r}; there are: {', '.join(FIGURES)}")
     with plt.rc_context(STYLE):
-        figure, table = FIGURES[name](tables)
-        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
-        figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})  # equal bytes
-        plt.close(figure)
+        save_figure(*FIGURES[name](tables), folder, name)
+
+
+def save_figure(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:
+    """Writes `<name>.png`, `.pdf` and, of the table, `.csv`; closes the figure. To be called in the figure's style."""
+    figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+    figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})  # equal bytes
+    plt.close(figure)
     table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.config import ModelConfig
+from saeflow.loading import processed
 from saeflow.models import MODEL_FILES, ModelError, config_file, read_keys
-from saeflow.randomise import randomise
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -56,23 +56,12 @@ def load_hooked_format(folder: Path, model: ModelConfig) -> "HookedTransformer":
     from transformer_lens import HookedTransformer
 
     config = _config(read_keys(config_file(folder)), model.fold_ln)
-    hooked = HookedTransformer(config, move_to_device=False)
     try:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights of {folder} cannot be read ({error}); fetch the model again") from error
     _check(folder, state, HookedTransformer(_config(read_keys(config_file(folder)), False), move_to_device=False))
-    if model.randomise != "none":
-        state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)
-    hooked.load_and_process_state_dict(
-        state,
-        fold_ln=model.fold_ln,
-        center_writing_weights=model.center_writing_weights,
-        center_unembed=model.center_unembed,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
-    return hooked.eval().requires_grad_(False)
+    return processed(config, state, model)
 
 
 def _config(keys: dict[str, Any], fold_ln: bool) -> Any:

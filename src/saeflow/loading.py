@@ -1,5 +1,6 @@
 """Opens a Hugging Face folder in TransformerLens, offline, and makes sure that it computes what transformers does."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,15 +60,22 @@ def _convert(
 ) -> "HookedTransformer":
     """TransformerLens's model of the weights, processed; `randomised`: of others in their place."""
     import torch
-    from transformer_lens import HookedTransformer, loading_from_pretrained
-
-    from saeflow.randomise import randomise
+    from transformer_lens import loading_from_pretrained
 
     config = _hooked_config(folder, geometry, model.fold_ln)
     state = loading_from_pretrained.get_pretrained_state_dict(
         str(folder), config, hf_model=original, dtype=torch.float32
     )
-    if randomised and model.randomise != "none":
+    return processed(config, state, model if randomised else dataclasses.replace(model, randomise="none"))
+
+
+def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "HookedTransformer":
+    """TransformerLens's model of a state dict: randomised and processed as `model` says, without gradients."""
+    from transformer_lens import HookedTransformer
+
+    from saeflow.randomise import randomise
+
+    if model.randomise != "none":
         state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)
     hooked = HookedTransformer(config, move_to_device=False)
     hooked.load_and_process_state_dict(

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saeflow.figures import KINDS, STYLE
+from saeflow.figures import KINDS, STYLE, save_figure
 from saeflow.groundtruth.network import HOOKS
 from saeflow.job import Job
 from saeflow.palette import COLOURS, MARKERS
@@ -29,8 +28,9 @@ def draw_job(job: Job) -> str:
         )
     stable = stability_table(job, table)
     with job.writing() as folder:
-        for name in wanted:
-            draw(name, table, folder)
+        with plt.rc_context(STYLE):
+            for name in wanted:
+                save_figure(recovery_figure(table, *FIGURES[name]), table, folder, name)
         stable.to_csv(folder / "stability.csv", index=False, float_format="%.6g")
     return f"wrote {', '.join(wanted)} (.png, .pdf, .csv) and stability.csv to {job.path}/"
 
@@ -54,15 +54,6 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
             ]
             found.append(dict(zip(same, names, strict=True)) | {"n": len(rows), "stability": stability(decoders)})
     return pd.DataFrame(found, columns=[*same, "n", "stability"])
-
-
-def draw(name: str, table: pd.DataFrame, folder: Path) -> None:
-    with plt.rc_context(STYLE):
-        figure = recovery_figure(table, *FIGURES[name])
-        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
-        figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
-        plt.close(figure)
-    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") -> Figure:

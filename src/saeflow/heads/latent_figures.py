@@ -14,7 +14,7 @@ from saeflow.heads.plotting import (
     colours,
     concat,
     grid_of,
-    head_handles,
+    head_legend,
     legend,
     nothing,
     with_chosen,
@@ -65,9 +65,8 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set_title(f"{study.name}: {study.says(key)}")
         line[0].set_ylabel("mean share of a head (%)")
     figure.tight_layout()
-    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
     equal = Line2D([], [], color="0.35", linestyle=":", label="equal shares")
-    legend(figure, [*head_handles(n_heads), equal])
+    head_legend(figure, studies, equal)
     return figure, concat(tables)
 
 

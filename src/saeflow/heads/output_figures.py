@@ -16,7 +16,7 @@ from saeflow.heads.plotting import (
     colours,
     concat,
     grid_of,
-    head_handles,
+    head_legend,
     legend,
     nothing,
     pair_names,
@@ -54,9 +54,8 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         for key, one in held.items():
             tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=key))
     figure.tight_layout()
-    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
     folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
-    legend(figure, [*head_handles(n_heads), folded])
+    head_legend(figure, studies, folded)
     return figure, concat(tables)
 
 
@@ -88,8 +87,7 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         if lowest > 0.1:
             grid[row][0].set_ylim(0.08, 1.2)
     figure.tight_layout()
-    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
-    legend(figure, head_handles(n_heads))
+    head_legend(figure, studies)
     return figure, concat(tables)
 
 

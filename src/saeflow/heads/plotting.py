@@ -35,6 +35,11 @@ def head_handles(n: int) -> list[Line2D]:
     return [Line2D([], [], color=colour, label=f"head {h}") for h, colour in enumerate(colours(n))]
 
 
+def head_legend(figure: Figure, studies: list[HeadStudy], *more: Line2D) -> None:
+    """A colour for each head of the studies, and `more`."""
+    legend(figure, [*head_handles(max((study.summary["n_heads"] for study in studies), default=0)), *more])
+
+
 def pair_names(dataset: xr.Dataset) -> list[str]:
     return [f"{g}, {h}" for g, h in zip(dataset["head"].values, dataset["other_head"].values, strict=True)]
 

@@ -245,7 +245,7 @@ def _in_loops(
         size = min(start, m - start)
         g_WD, g_WE = products.WD, products.WE
     if products.skip:
-        D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1)
+        D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1).contiguous()
         loops.all_in_threads([toward_D(E, ones, 0, g_D), toward_E(D[None], ones[None], flat[0], 0, g_E)], D.shape[1])
 
 

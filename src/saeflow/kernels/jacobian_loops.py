@@ -53,6 +53,7 @@ def add_rows(W, slopes, drifts, along, S, T, G, by_source, by_target, start, out
     whole = first + (last - first) // step * step
     for t in range(len(S)):
         targets[:] = T[t] * out.shape[1]
+        begin = t * G.shape[1] * G.shape[2]
         for b in range(len(W)):
             sources[:] = (b * n + S[t]) * m + start
             scale = slopes[b, t, start : start + last]
@@ -66,26 +67,15 @@ def add_rows(W, slopes, drifts, along, S, T, G, by_source, by_target, start, out
                     _fetch(rows, S[t + 1], m, start + first, step)
                     _fetch(sums, T[t + 1], out.shape[1], first, step)
                 for j in range(0, len(targets), TILE):
-                    place = t * G[t].size + j * by_target
+                    place = begin + j * by_target
                     _tile(sums, targets, j, rows, sources, numbers, place, by_source, by_target, scale, c)
             for c in range(whole, last):
                 for j in range(0, len(targets), TILE):
-                    place = t * G[t].size + j * by_target
+                    place = begin + j * by_target
                     _narrow_tile(sums, targets, j, rows, sources, numbers, place, by_source, by_target, scale, c)
             if drifts.shape[1]:
-                _add_drifts(
-                    scale,
-                    drifts[b, t, start:],
-                    along[t],
-                    T[t],
-                    numbers,
-                    t * G[t].size,
-                    by_source,
-                    by_target,
-                    out,
-                    first,
-                    last,
-                )
+                drift = drifts[b, t, start:]
+                _add_drifts(scale, drift, along[t], T[t], numbers, begin, by_source, by_target, out, first, last)
 
 
 @compiled
