@@ -11,7 +11,8 @@ Last line: {"einsum_over_block", "max_relative_error", "block_over_forward_per_t
 * Step: `JacobianTrainer.take` (d 512, d_mlp 2048, d_sae 8192, k 32, 4,096 tokens) with the whole penalty, with the
   penalty on 1/32 of the tokens, and with coefficient 0. `original_over_step`: against the formulation of the paper's
   code: dense decoders, gathers from full products, three-operand einsum, autograd, Adam, from the same weights on the
-  same batches; it must find the same penalty. `peak_bytes_over_lambda0`: growth of a process's memory to its peak.
+  same batches; it must find the same penalty. `peak_bytes_over_lambda0`: growth of a process's memory to its peak,
+  median of some processes, as what glibc's allocator leaves unused differs from one to the next.
 """
 
 import argparse
@@ -43,8 +44,8 @@ from torch.nn import functional as F  # noqa: E402
 from saeflow.config import DictionaryConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
-from saeflow.job import keep_freed_memory  # noqa: E402
 from saeflow.kernels.jacobian import Around, Products, jacobian_blocks  # noqa: E402
+from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.mlp import MLP, Block  # noqa: E402
 from saeflow.trainer import Side  # noqa: E402
 from saeflow.training import make_spec  # noqa: E402
@@ -181,7 +182,7 @@ def step() -> dict[str, float]:
         name: statistics.median(values[2:] if name != "original" else values[1:]) for name, values in times.items()
     }
     print(median, file=sys.stderr)
-    peaks = [peak_of_process(coefficient) for coefficient in (1.0, 0.0)]
+    peaks = [statistics.median(peak_of_process(c) for _ in range(args.rounds)) for c in (1.0, 0.0)]
     print(f"peak {peaks}", file=sys.stderr)
     return {
         "step_over_lambda0": median["step"] / median["lambda0"],

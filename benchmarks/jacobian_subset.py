@@ -30,8 +30,8 @@ from saeflow.config import DictionaryConfig, ModelConfig, TrainingConfig  # noqa
 from saeflow.corpus import read_documents  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
-from saeflow.job import keep_freed_memory  # noqa: E402
 from saeflow.kernels.jacobian import jacobian_blocks, make_products, mask_inactive  # noqa: E402
+from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.loading import load_model  # noqa: E402
 from saeflow.mlp import read_block  # noqa: E402
 from saeflow.packing import load_tokenizer  # noqa: E402

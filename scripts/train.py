@@ -2,14 +2,16 @@
 
 import os
 
-from saeflow.job import Job, keep_freed_memory, run
+from saeflow.job import Job, run
 
 
 def train_together(jobs: list[Job]) -> str:
-    keep_freed_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside those of our loops
-    from saeflow.training import train  # torch must not be imported before `run` has set the number of threads
+    # torch must not be imported before `run` has set the number of threads
+    from saeflow.kernels.memory import keep_freed_memory
+    from saeflow.training import train
 
+    keep_freed_memory()
     return train(jobs)
 
 

@@ -19,7 +19,13 @@ from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked
 from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
 from saeflow.groundtruth.folder import load_hooked, read_model, write_model
-from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, mlp_jacobians
+from saeflow.groundtruth.jacobians import (
+    compare_jacobians,
+    effective_inputs,
+    mlp_jacobians,
+    through,
+    true_jacobians,
+)
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.job import Job
 from saeflow.models import ModelError, read_geometry
@@ -201,6 +207,66 @@ def test_jacobian_of_the_mlp_itself_is_the_truth_and_of_random_latents_is_not(nu
     assert compare_jacobians(network, clean, identity("blocks.0.hook_mlp_out", case.compiled.config["d_model"])) == {}
 
 
+def around_mlp(d: int, layer: int = 0, **fields: Any) -> list[Spec]:
+    hooks = (f"blocks.{layer}.hook_resid_mid", f"blocks.{layer}.hook_mlp_out")
+    return [Spec(kind="sae", d_in=d, d_out=d, hook_name=hook, hook_name_out=hook, **fields) for hook in hooks]
+
+
+@pytest.mark.parametrize(("number", "layer"), [(12, 1), (13, 0), (4, 1)])
+def test_jacobian_of_the_true_pair_is_all_that_a_pair_can_have(number: int, layer: int) -> None:
+    case = get_case(number)
+    network = Network(case.compiled.config, case.compiled.weights)
+    clean = network(torch.from_numpy(case.rows(100)))
+    d, known = case.compiled.config["d_model"], true_jacobians(network, clean, layer)
+    hooks = (f"blocks.{layer}.hook_resid_mid", f"blocks.{layer}.hook_mlp_out")
+    input, output = (identity(hook, d, (1.0, -1.0)) for hook in hooks)
+    found = compare_jacobians(network, clean, output, input)
+    assert found["jacobian_cosine"] == pytest.approx(known["jacobian_cosine_directions"], abs=1e-5)
+    assert known["jacobian_cosine_directions"] > 0.3
+    assert 1 <= found["effective_inputs"] <= known["effective_inputs_true"] + 1e-6  # some inputs are at 0
+    g = torch.Generator().manual_seed(0)
+    input.W_enc.copy_(torch.randn(input.W_enc.shape, generator=g))
+    input.W_dec.copy_(input.W_enc.T / d)
+    assert compare_jacobians(network, clean, output, input)["jacobian_cosine"] < found["jacobian_cosine"] - 0.1
+
+
+def test_jacobian_through_a_pair_matches_autograd_and_the_kernel() -> None:
+    """Chain of the input SAE at x, the MLP at x, and the output SAE at what the MLP gives, against the sparse Jacobian
+    of the study put between encoder and decoder."""
+    from saeflow.jacobian_maps import Pair
+    from saeflow.mlp import MLP, Block
+
+    case = get_case(13)
+    config = small_config(case)
+    network, d = Network(config, initial_weights(config, 0)), config["d_model"]
+    clean = network(torch.from_numpy(case.rows(20)))
+    g = torch.Generator().manual_seed(0)
+
+    def random(spec: Spec) -> Dictionary:
+        W_enc, b_enc, W_dec, b_dec = (torch.randn(size, generator=g) for size in ((d, 60), (60,), (60, d), (d,)))
+        return build(spec, W_enc, b_enc, W_dec / 8, b_dec)
+
+    input, output = (random(spec) for spec in around_mlp(d, activation="topk", k=5, d_sae=60))
+    x, y = (clean.at(dictionary.spec.hook_name).flatten(0, 1) for dictionary in (input, output))
+    J = mlp_jacobians(network, 0, x)
+    found = through(input, x) @ J @ through(output, y)
+
+    p = {name.split(".")[-1]: w for name, w in network.parameters.items() if name.startswith("blocks.0.mlp.")}
+    blocks = list(Pair(Block(MLP(config["act_fn"], **p)), input, output).blocks([x, y]))
+    sparse = torch.zeros(len(x), 60, 60)
+    for some, J_k, inputs, outputs, *_ in blocks:
+        there = torch.arange(len(x))[some, None, None]
+        sparse[there, outputs[:, :, None], inputs[:, None]] = J_k
+    wanted = torch.einsum("in,Mmn,mo->Mio", input.W_enc, sparse, output.W_dec)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    jacobian = torch.autograd.functional.jacobian
+    for i in range(3):
+        by_input = jacobian(lambda v: input.forward(v[None])[0], x[i]).T
+        by_output = jacobian(lambda v: output.forward(v[None])[0], y[i]).T
+        torch.testing.assert_close(found[i], by_input @ J[i] @ by_output, rtol=1e-4, atol=1e-4)
+
+
 def test_known_jacobians_are_as_sparse_as_their_blocks() -> None:
     """A linear map of two numbers has two inputs where both hidden units of a sign are on; a pair map three: x_i, y_j
     and `one`, with weights of equal size."""
@@ -237,10 +303,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     from saeflow.groundtruth.stage import make_model, recover_jobs, write_case_rows
     from saeflow.training import train
 
+    around = "model.tracr.method:compiled,site:mlp_before_norm,site.layer:0"
+    pair = "dictionary:jacobian,dictionary.k:4,dictionary.l1_coefficient:null,dictionary.squared_error:mean"
     plan = planned(
         tmp_path_factory.mktemp("truth"),
-        "sweep=[{model.tracr.method:compiled,site.hook_name:[blocks.0.hook_resid_pre,blocks.1.hook_attn_out]}]",
+        "sweep=[{model.tracr.method:compiled,site.hook_name:[blocks.0.hook_resid_pre,blocks.1.hook_attn_out]},"
+        f"{{dictionary:transcoder,{around}}},{{{pair},dictionary.jacobian_coefficient:[0,1],{around}}}]",
         "training.n_tokens=40_000",
+        "training.revive=none",
+        "jacobian.n_tokens=1280",
+        "figures=[recovery,true_jacobian]",
     )
 
     def jobs(stage: str) -> list[Job]:
@@ -251,7 +323,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     for job in jobs("tokens"):
         write_case_rows(job)
     cache_jobs(jobs("activations"))
-    train(jobs("train"))
+    for job in jobs("train"):
+        train([job])
     recover_jobs(jobs("recover"))
     (figures,) = jobs("figures")
     return plan, draw_job(figures)
@@ -261,10 +334,16 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
     plan, said = finished
     assert "wrote recovery" in said
     for stage, table in plan.stages.items():
-        assert all(plan.done(stage, key) for key in table), stage
+        assert stage == "jacobian" or all(plan.done(stage, key) for key in table), stage  # it was not run
     (folder,) = (plan.folder("figures", key) for key in plan.stages["figures"])
-    assert (folder / "recovery.png").stat().st_size > 10_000
-    assert len(pd.read_csv(folder / "recovery.csv")) == 2
+    for name in ("recovery", "true_jacobian"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+    table = pd.read_csv(folder / "recovery.csv")
+    assert sorted(table["part"].dropna()) == ["input", "input", "output", "output"] and len(table) == 2 + 1 + 4
+    assert set(table["train_key"]) == set(plan.stages["train"])
+    compared = table[table["jacobian_cosine"].notna()]
+    assert sorted(compared["jacobian_coefficient"].fillna(-1)) == [-1, 0, 1]  # a transcoder, and each pair once
+    assert (compared["jacobian_cosine"] > 0.5).all() and (compared["jacobian_cosine_directions"] > 0.5).all()
     for key in plan.stages["recover"]:
         folder = plan.folder("recover", key)
         summary = json.loads((folder / "summary.json").read_text())

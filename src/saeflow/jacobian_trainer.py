@@ -129,7 +129,7 @@ class JacobianTrainer:
             args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients
             if isinstance(self.block, ModuleBlock):
                 return add_penalty_of_any(self.block, raw, *args)
-            return add_penalty(self.block.weights(), self.block.around(raw), *args)[0]
+            return add_penalty(self.block.weights(), self.block.around_in_parts(raw), *args)[0]
         assert isinstance(self.block, Block)
         with torch.enable_grad():
             leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights_in))  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ it holds times and hosts, so it is the one file that differs between two runs; a
 """
 
 import argparse
-import ctypes
 import dataclasses
 import datetime
 import importlib.metadata
@@ -168,19 +167,6 @@ def limit_threads(threads: int) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, for a job that takes and frees the same megabytes at every step.
-
-    Otherwise it gives them back to the system each time, and the page faults of taking them again cost more than many
-    of the operations. Without glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-        mallopt(m_mmap_threshold, 32 << 20)  # the largest that it takes
-        mallopt(m_trim_threshold, 1 << 30)
 
 
 def _versions() -> dict[str, str]:

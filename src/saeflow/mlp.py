@@ -24,11 +24,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saeflow.config import ConfigError
+from saeflow.kernels import loops
 from saeflow.kernels.jacobian import Around, BlockWeights
+from saeflow.kernels.memory import empty
 from saeflow.models import block_of_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+
+
+PART = 512  # tokens
 
 
 def _gelu_slope(z: Tensor, approximate: str = "none") -> Tensor:
@@ -138,6 +143,24 @@ class Block:
             return Around(slopes)
         drifts = torch.stack([y @ W for W in self.weights().W_in])
         return Around(slopes / scale, drifts, y / x.shape[1])
+
+    @torch.no_grad()
+    def around_in_parts(self, x: Tensor) -> Around:
+        """`around` for the loops, some tokens at a time: nothing but the result takes memory."""
+        if not loops.serve(x):
+            return self.around(x)
+        whole: Around | None = None
+        for start in range(0, len(x), PART):
+            some = slice(start, start + PART)
+            part = self.around(x[some])
+            if whole is None:
+                shapes = (None if t is None else (*t.shape[:-2], len(x), t.shape[-1]) for t in part)
+                whole = Around(*(None if shape is None else empty(x, *shape) for shape in shapes))  # type: ignore[arg-type]
+            for out, found in zip(whole, part, strict=True):
+                if out is not None and found is not None:
+                    out[..., some, :] = found
+        assert whole is not None
+        return whole
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The MLP's input and the norm's scale (N, 1)."""

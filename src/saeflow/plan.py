@@ -46,7 +46,7 @@ STAGES = {
     "stack": Stage(reads=("evaluation", "model")),
     "heads": Stage(reads=("heads", "model")),
     "blind": Stage(reads=("model",)),
-    "recover": Stage(reads=("model",), batched=True),
+    "recover": Stage(reads=("model",), version=2, batched=True),
     "figures": Stage(reads=()),
 }
 

@@ -1,20 +1,21 @@
-"""The figure of an experiment on models whose algorithm is known, in the style of all others."""
+"""The figures of an experiment on models whose algorithm is known, in the style of all others."""
 
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from saeflow.figures import KINDS, STYLE, save_figure
 from saeflow.groundtruth.network import HOOKS
 from saeflow.job import Job
 from saeflow.palette import COLOURS, MARKERS
 
-FIGURES = {"recovery": ("l0", "amount"), "recovery_width": ("d_sae", "d_sae")}
-"""By what recovery is drawn, and what dictionaries have in common that are one point of a curve."""
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
@@ -30,7 +31,7 @@ def draw_job(job: Job) -> str:
     with job.writing() as folder:
         with plt.rc_context(STYLE):
             for name in wanted:
-                save_figure(recovery_figure(table, *FIGURES[name]), table, folder, name)
+                save_figure(FIGURES[name](table), table, folder, name)
         stable.to_csv(folder / "stability.csv", index=False, float_format="%.6g")
     return f"wrote {', '.join(wanted)} (.png, .pdf, .csv) and stability.csv to {job.path}/"
 
@@ -57,23 +58,14 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") -> Figure:
-    """Recovery and share of mixtures, `by` L0 or width; a colour a model's training, a marker a dictionary kind."""
-    table = table.copy()
-    table["series"] = [_series(row) for row in table.to_dict("records")]
+    """Recovery and share of mixtures, `by` L0 or width; dictionaries with the same `point` are one point of a curve."""
+    table = _with_series(table)
     hooks = sorted(table["hook_name_out"].unique(), key=_depth)
-    series = sorted(table["series"].unique())
-    methods = [method for method in METHODS if method in set(table["method"])]
     figure, grid = plt.subplots(2, len(hooks), figsize=(1.9 * len(hooks) + 1.2, 4.0), sharey="row", squeeze=False)
     for column, hook in enumerate(hooks):
-        here = table[table["hook_name_out"] == hook]
-        for (method, kind), rows in here.groupby(["method", "series"]):
-            colour, marker = COLOURS[methods.index(str(method))], MARKERS[series.index(str(kind))]
-            means = (
-                rows.groupby(point)[list({by, "recovery", "mixtures"} - {point})].mean().reset_index().sort_values(by)
-            )
+        for colour, marker, rows in _groups(table, table["hook_name_out"] == hook):
             for axis, value in zip(grid[:, column], ("recovery", "mixtures"), strict=True):
-                axis.plot(means[by], means[value], color=colour, linewidth=0.8)
-                axis.scatter(rows[by], rows[value], color=colour, marker=marker, s=14, alpha=0.8, zorder=3)
+                _draw_curve(axis, rows, by, value, point, colour, marker)
                 axis.scatter(rows[by], rows[f"{value}_random"], color="0.6", marker="x", s=10, linewidth=0.7)
         grid[0][column].set_title(f"layer {hook.split('.')[1]}, {hook.split('.')[-1].removeprefix('hook_')}")
         grid[1][column].set_xlabel("L0" if by == "l0" else "latents")
@@ -83,12 +75,67 @@ def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") 
     grid[0][0].set(ylabel="recovery of true variables", ylim=(-0.03, 1.03))
     grid[1][0].set(ylabel="share of latents\nthat are mixtures", ylim=(-0.03, 1.03))
     figure.tight_layout()
-    handles = [plt.Line2D([], [], color=COLOURS[i], label=METHODS[m]) for i, m in enumerate(methods)]
-    for i, name in enumerate(series):
-        handles.append(plt.Line2D([], [], color="0.2", marker=MARKERS[i], linestyle="", label=name))
-    handles.append(plt.Line2D([], [], color="0.6", marker="x", linestyle="", label="random directions"))
-    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.55))
+    _key(figure, table, Line2D([], [], color="0.6", marker="x", linestyle="", label="random directions"))
     return figure
+
+
+def true_jacobian_figure(table: pd.DataFrame) -> Figure:
+    """How far the derivative of what stands in for an MLP is the MLP's, by L0 and by what else is measured: how well
+    the MLP's output is explained."""
+    table = _with_series(table[table["jacobian_cosine"].notna()])
+    if table.empty:
+        raise ValueError("figure true_jacobian needs transcoders or Jacobian pairs around an MLP: use tracr_mlp")
+    layers = sorted(table["hook_name_out"].unique(), key=_depth)
+    figure, grid = plt.subplots(len(layers), 2, figsize=(5.4, 2.3 * len(layers) + 0.3), sharey=True, squeeze=False)
+    for axes, hook in zip(grid, layers, strict=True):
+        for colour, marker, rows in _groups(table, table["hook_name_out"] == hook):
+            for axis, by in zip(axes, ("l0", "fvu"), strict=True):
+                _draw_curve(axis, rows, by, "jacobian_cosine", "amount", colour, marker)
+        axes[0].set(ylabel="cosine of the Jacobian\nwith the true one", ylim=(-0.03, 1.03))
+        axes[0].set_title(f"MLP of layer {hook.split('.')[1]}")
+        axes[1].set_xscale("log")
+    grid[-1][0].set_xlabel("L0")
+    grid[-1][1].set_xlabel("unexplained variance of the MLP's output")
+    figure.tight_layout()
+    _key(figure, table)
+    return figure
+
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "recovery": recovery_figure,
+    "recovery_width": partial(recovery_figure, by="d_sae", point="d_sae"),
+    "true_jacobian": true_jacobian_figure,
+}
+
+
+def _with_series(table: pd.DataFrame) -> pd.DataFrame:
+    """With what the markers tell apart, for all panels alike."""
+    return table.assign(series=[_series(row) for row in table.to_dict("records")])
+
+
+def _groups(table: pd.DataFrame, some: pd.Series) -> Iterator[tuple[Any, str, pd.DataFrame]]:
+    """Colour of a model's training, marker of a dictionary kind, rows."""
+    methods, series = _methods(table), sorted(table["series"].unique())
+    for (method, kind), rows in table[some].groupby(["method", "series"]):
+        yield COLOURS[methods.index(str(method))], MARKERS[series.index(str(kind))], rows
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    return [method for method in METHODS if method in set(table["method"])]
+
+
+def _draw_curve(axis: Axes, rows: pd.DataFrame, by: str, value: str, point: str, colour: Any, marker: str) -> None:
+    """A curve through the means of the rows that are one `point`, and all rows."""
+    means = rows.groupby(point)[list({by, value} - {point})].mean().reset_index().sort_values(by)
+    axis.plot(means[by], means[value], color=colour, linewidth=0.8)
+    axis.scatter(rows[by], rows[value], color=colour, marker=marker, s=14, alpha=0.8, zorder=3)
+
+
+def _key(figure: Figure, table: pd.DataFrame, *more: Line2D) -> None:
+    handles = [Line2D([], [], color=COLOURS[i], label=METHODS[m]) for i, m in enumerate(_methods(table))]
+    for i, name in enumerate(sorted(table["series"].unique())):
+        handles.append(Line2D([], [], color="0.2", marker=MARKERS[i], linestyle="", label=name))
+    figure.legend(handles=[*handles, *more], loc="center left", bbox_to_anchor=(1.0, 0.55))
 
 
 def _series(row: dict[Hashable, Any]) -> str:

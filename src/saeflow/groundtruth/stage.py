@@ -75,7 +75,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.groundtruth.contexts import page, top_contexts
     from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
     from saeflow.groundtruth.folder import read_model
-    from saeflow.groundtruth.jacobians import compare_jacobians, effective_inputs, mlp_jacobians
+    from saeflow.groundtruth.jacobians import compare_jacobians, true_jacobians
     from saeflow.groundtruth.labels import label, without_leaks
     from saeflow.groundtruth.predicates import predicates, states
     from saeflow.groundtruth.recovery import random_latents, recovery
@@ -91,9 +91,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         clean = network(torch.from_numpy(rows))
     summaries = []
     for job in jobs:
-        folder = job.input("train")
-        if "part" in job.config:
-            folder = folder / job.config["part"]
+        whole, part = job.input("train"), job.config.get("part")
+        folder = whole / part if part else whole
         dictionary = load_dictionary(folder)
         check_fit(dictionary, folder, model_folder, job.config["model"], read_geometry(model_folder))
         spec = dictionary.spec
@@ -103,16 +102,15 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         labels, contexts = label(f, against), top_contexts(case, rows, f)
         name, amount = spec.amount
         names = ("kind", "activation", "skip", "saelens", "hook_name", "hook_name_out", "d_sae", "seed")
-        summary = {"train_key": folder.name, "model_key": model_folder.name, "case": case.number}
+        summary = {"train_key": whole.name, "model_key": model_folder.name, "case": case.number}
         summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
-        summary |= {"part": job.config.get("part"), "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
+        summary |= {"part": part, "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
         summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
         summary |= faithfulness(network, truth, dictionary) | interchange_through(network, truth, dictionary)
-        summary |= compare_jacobians(network, clean, dictionary)
+        input = load_dictionary(whole / "input") if part == "output" else None
+        summary |= compare_jacobians(network, clean, dictionary, input)
         if model["method"] == "compiled" and spec.hook_name_out.endswith("hook_mlp_out"):
-            layer = int(spec.hook_name_out.split(".")[1])
-            before = clean.at(f"blocks.{layer}.hook_resid_mid").flatten(0, 1)
-            summary["effective_inputs_true"] = effective_inputs(mlp_jacobians(network, layer, before))
+            summary |= true_jacobians(network, clean, int(spec.hook_name_out.split(".")[1]))
         summary |= recovery(case, rows, spec.hook_name_out, f)
         random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
         summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from saeflow.kernels import jacobian_loops, loops
+from saeflow.kernels.memory import empty, give_back_freed_memory
 from saeflow.kernels.rows import inner_products, sum_rows
 from saeflow.kernels.sparse import Pattern
 
@@ -37,6 +38,7 @@ CHUNK_ELEMENTS = 1 << 20  # of J on a CPU: 4 MiB in float32
 CHUNK_ELEMENTS_ON_GPU = 1 << 24  # of one gathered (tokens, k, m) operand
 TOKENS_THROUGH_ANY = 512  # whose passes through a block without closed form are kept for the way back
 COLUMNS = 256  # hidden units whose gradients are added up first; then as many as were done before
+TOO_LARGE_FOR_PIECES = 1 << 24  # numbers of the products that memory freed by others does not hold: 64 MiB in float32
 WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
 
 Task = Callable[[int, int], None]
@@ -85,17 +87,10 @@ class Products(NamedTuple):
 @torch.no_grad()
 def make_products(D: Tensor, E: Tensor, block: BlockWeights) -> Products:
     branches, _, m = block.W_in.shape
-    WD, WE = _empty(D, branches, len(D), m), _empty(E, len(E), m)
+    WD, WE = empty(D, branches, len(D), m), empty(E, len(E), m)
     for out, W in zip(WD, block.W_in, strict=True):
         torch.mm(D, W, out=out)
     return Products(D, E, WD, torch.mm(E, block.W_out.T, out=WE), block.skip)
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    """NumPy asks the system for large pages, which torch does not: rows all over a large matrix are found faster."""
-    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(shape, dtype=like.numpy().dtype))
 
 
 @torch.no_grad()
@@ -158,6 +153,8 @@ def add_penalty(
     """
     rows_in, A, D_rows = _only_active(D, input.latents)
     rows_out, B, E_rows = _only_active(E, output.latents)
+    if loops.serve(D) and (len(D_rows) + len(E_rows)) * block.W_out.shape[0] >= TOO_LARGE_FOR_PIECES:
+        give_back_freed_memory()
     products = make_products(D_rows, E_rows, block)
     G, costs = products.WE.new_empty(len(A), B.shape[1], A.shape[1]), []
     for some, J in jacobian_chunks(products, around, A, B):
@@ -232,7 +229,7 @@ def _in_loops(
         return partial(jacobian_loops.add_rows, *arrays, 1, G.shape[2], start, out.numpy())
 
     start, size = 0, min(COLUMNS, m)
-    g_WD, g_WE = _empty(g_D, len(products.WD), len(g_D), size), _empty(g_E, len(g_E), size)
+    g_WD, g_WE = empty(g_D, len(products.WD), len(g_D), size), empty(g_E, len(g_E), size)
     while start < m:
         sums = [g[:, :size].zero_() for g in (*g_WD, g_WE)]
         tasks = [toward_D(products.WE, slope, start, g) for slope, g in zip(around.slopes, g_WD, strict=True)]
