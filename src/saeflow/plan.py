@@ -206,8 +206,8 @@ def _cost(instance: Instance) -> float:
     if dictionary["kind"] == "jacobian":
         return 8.0
     if dictionary["activation"] != "relu":
-        return 1.0 + (dictionary.get("k") or 0) / 100
-    return 2.6 if dictionary["kind"] == "sae" else 2.3
+        return 1.0 + (dictionary.get("k") or 0) / 50
+    return 2.5 if dictionary["kind"] == "sae" else 2.0
 
 
 def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str]]:

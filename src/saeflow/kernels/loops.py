@@ -21,11 +21,14 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from saeflow.kernels.vectors import make_adder
+from saeflow.kernels.vectors import bits_of, count_bits, make_adder, make_dots, trailing_zeros
 
 compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 FEWEST = 1 << 18  # numbers worth a thread
+LISTED = 8  # columns that are listed at a time: lists need room for so many more
+DOTS = 8  # inner products that are taken at a time
 _add_wide, _add_narrow, _add_number = make_adder(8, True), make_adder(1, True), make_adder(1, False)
+_eight_dots = make_dots(DOTS)
 
 
 def serve(tensor: Tensor) -> bool:
@@ -95,8 +98,8 @@ def top_k(rows, k, values, columns, first, last):
     Of equal values those with the lowest columns; zeros come last.
     """
     n = rows.shape[1]
-    found_columns, found_values = np.empty(n, np.int64), np.empty(n, rows.dtype)
-    mask = np.zeros((n + 7) // 8 * 8, np.bool_)
+    found_columns, found_values = np.empty(n + LISTED, np.int64), np.empty(n, rows.dtype)
+    mask = np.zeros(_in_words(n), np.bool_)
     bound = rows.dtype.type(0)
     for r in range(first, last):
         bound = _bound_for(rows[r], k, bound)
@@ -114,9 +117,9 @@ def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k,
     See `_bounds` for what rules a latent out; the others' inner products are taken, and the k largest of them kept.
     """
     n = products.shape[1]
-    found_columns, found_values = np.empty(n, np.int64), np.empty(n, np.float32)
+    found_columns, found_values = np.empty(n + LISTED, np.int64), np.empty(n, np.float32)
     lower, upper = np.empty(n, np.float32), np.empty(n, np.float32)
-    mask = np.zeros((n + 7) // 8 * 8, np.bool_)
+    mask = np.zeros(_in_words(n), np.bool_)
     share = np.float32(0)
     for r in range(first, last):
         _bounds(products[r], x_norms[r], x_rests[r], norms, rests, b_enc, x.shape[1], lower, upper)
@@ -134,9 +137,10 @@ def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k,
 def above(rows, threshold, values, columns, counts, first, last):
     """rows (C, n) -> what exceeds `threshold` in rows `first` to `last - 1`, in values and columns; counts (C,).
 
-    Returns how many that are. `values` and `columns` must have room for all; what is not written to takes no memory.
+    Returns how many that are. `values` and `columns` must have room for all, and for `LISTED` more; what is not written
+    to takes no memory.
     """
-    mask = np.zeros((rows.shape[1] + 7) // 8 * 8, np.bool_)
+    mask = np.zeros(_in_words(rows.shape[1]), np.bool_)
     total = 0
     for r in range(first, last):
         _mark_above(rows[r], threshold, mask)
@@ -152,7 +156,7 @@ def sieved_above(
     products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, values, columns, counts, first, last
 ):
     """As `above`, of x encoder^T + b_enc, in float32, of which `products` (C, n) is the bfloat16 product."""
-    mask = np.zeros((products.shape[1] + 7) // 8 * 8, np.bool_)
+    mask = np.zeros(_in_words(products.shape[1]), np.bool_)
     total = 0
     for r in range(first, last):
         a, b = _rates(x_norms[r], x_rests[r], x.shape[1])
@@ -267,6 +271,11 @@ def _bound_for(row, k, guess):
 
 
 @compiled
+def _in_words(n):
+    return (n + 63) // 64 * 64
+
+
+@compiled
 def _mark_above(row, bound, mask):
     for c in range(len(row)):
         mask[c] = not row[c] <= bound
@@ -274,16 +283,19 @@ def _mark_above(row, bound, mask):
 
 @compiled
 def _list_marked(mask, columns):
-    """Writes where a mask, of some multiple of eight bytes, is set; returns how many places that are."""
-    words = mask.view(np.uint64)
-    count = np.uint64(0)
-    for w in range(len(words)):
-        word = words[w]
-        while word:
-            columns[count] = np.uint64(8 * w) + (_trailing_zeros(word) >> np.uint64(3))
-            count += np.uint64(1)
-            word &= word - np.uint64(1)
-    return np.int64(count)
+    """Writes where a mask, of some multiple of 64, is set, and up to `LISTED` numbers after that; returns how many
+    places that are. Several are written without asking whether there are so many: a wrong guess costs more."""
+    total = 0
+    for start in range(0, len(mask), 64):
+        word = bits_of(mask, start)
+        end = total + count_bits(word)
+        while total < end:
+            for i in range(LISTED):
+                columns[total + i] = start + trailing_zeros(word)
+                word &= word - np.uint64(1)
+            total += LISTED
+        total = end
+    return total
 
 
 @compiled
@@ -327,12 +339,13 @@ def _keep_largest(columns, values, count, k, bound, mask, kept_values, kept_colu
     if above != k:  # then several equal `high`, and not all of them are kept
         bound, ties = high, k - _count_above(values[:count], high)
     kept = 0
-    for j in range(count):
-        tie = ties > 0 and values[j] == bound
-        if kept < k and (tie or not values[j] <= bound):
-            ties -= tie
-            kept_values[kept], kept_columns[kept] = values[j], columns[j]
-            kept += 1
+    for j in range(count):  # in place, and without branches that are hard to guess
+        value = values[j]
+        tie = ties > 0 and value == bound
+        ties -= tie
+        values[kept], columns[kept] = value, columns[j]
+        kept += tie or not value <= bound
+    kept_values[:], kept_columns[:] = values[:k], columns[:k]
 
 
 @compiled
@@ -342,16 +355,6 @@ def _count_above(row, bound):
         if not row[c] <= bound:
             count += 1
     return count
-
-
-@intrinsic
-def _trailing_zeros(typing_context, word):
-    """Of a word that is not 0: the processor's instruction, which numba does not offer."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.uint64(types.uint64), generate
 
 
 @intrinsic
@@ -407,10 +410,7 @@ def inner_products(g, rows, indices, starts, out, first, last):
 def sum_bags(values, starts, out):
     """out[b] = the sum of the values of bag b."""
     for b in range(len(out)):
-        total = values.dtype.type(0)
-        for j in range(starts[b], starts[b + 1]):
-            total += values[j]
-        out[b] = total
+        out[b] = _sum(values[starts[b] : starts[b + 1]])
 
 
 @compiled
@@ -434,51 +434,53 @@ def reconstruct(values, latents, starts, W_dec, double_w, penalty, error, square
 
 
 @compiled
-def transpose_values(values, g_values, latents, starts, double_w, tokens, sorted_values, sorted_g, latent_starts, sums):
-    """As `transpose`, with the numbers of the pairs instead of their places: fills sorted_values (P,), times double_w
-    of their tokens, and sorted_g (P,). sums (n, 2) get those of values and g_values."""
-    sums[:] = 0
+def transpose_values(values, g_values, latents, starts, tokens, sorted_values, sorted_g, latent_starts):
+    """As `transpose`, with the pairs' numbers instead of their places: fills sorted_values (P,), sorted_g (P,)."""
     free = _count_by_latent(latents, latent_starts)
     for t in range(len(starts) - 1):
         for j in range(starts[t], starts[t + 1]):
-            latent = latents[j]
-            place = free[latent]
-            free[latent] = place + 1
-            tokens[place] = t
-            sorted_values[place], sorted_g[place] = values[j] * double_w[t], g_values[j]
-            sums[latent, 0] += values[j]
-            sums[latent, 1] += g_values[j]
+            place = free[latents[j]]
+            free[latents[j]] = place + 1
+            tokens[place], sorted_values[place], sorted_g[place] = t, values[j], g_values[j]
 
 
 @compiled
-def gradients(tokens, sorted_values, sorted_g, starts, error, x, encoder, W_dec, first, last):
-    """Gradients of latents `first` to `last - 1`, from the pairs by latent: encoder (n, d), W_dec (n, p)."""
+def gradients(tokens, sorted_values, sorted_g, starts, error, x, encoder, W_dec, sums, first, last):
+    """Gradients of latents `first` to `last - 1`, from the pairs by latent: encoder (n, d), W_dec (n, p), where error
+    (N, p) is the gradient of y_hat; sums (2, n) of values and of their gradients."""
     for i in range(first, last):  # two loops: the rows of one matrix may fit into the cache
         W_dec[i, :] = 0
         _add_rows(error, tokens, sorted_values, starts[i], starts[i + 1], W_dec[i])
+        sums[0, i] = _sum(sorted_values[starts[i] : starts[i + 1]])
     for i in range(first, last):
         encoder[i, :] = 0
         _add_rows(x, tokens, sorted_g, starts[i], starts[i + 1], encoder[i])
+        sums[1, i] = _sum(sorted_g[starts[i] : starts[i + 1]])
+
+
+@compiled
+def _sum(values):
+    total = values.dtype.type(0)
+    for value in values:
+        total += value
+    return total
 
 
 @compiled
 def _dots(x, rows, indices, start, end, out):
     """out[j] = x . rows[indices[j]] for j from `start` to `end - 1`."""
-    zero = rows.dtype.type(0)
+    width = rows.shape[1]
+    whole = width // (64 // rows.itemsize) * (64 // rows.itemsize)
     j = start
-    while j + 4 <= end:
-        r0, r1, r2, r3 = rows[indices[j]], rows[indices[j + 1]], rows[indices[j + 2]], rows[indices[j + 3]]
-        t0, t1, t2, t3 = zero, zero, zero, zero
-        for c in range(len(x)):
-            t0 += x[c] * r0[c]
-            t1 += x[c] * r1[c]
-            t2 += x[c] * r2[c]
-            t3 += x[c] * r3[c]
-        out[j], out[j + 1], out[j + 2], out[j + 3] = t0, t1, t2, t3
-        j += 4
+    while j + DOTS <= end:
+        _eight_dots(x, rows, width, indices, j, whole, out)
+        for i in range(j, j + DOTS if whole < width else j):
+            for c in range(whole, width):
+                out[i] += x[c] * rows[indices[i], c]
+        j += DOTS
     while j < end:
-        row, total = rows[indices[j]], zero
-        for c in range(len(x)):
+        row, total = rows[indices[j]], rows.dtype.type(0)
+        for c in range(width):
             total += x[c] * row[c]
         out[j] = total
         j += 1

@@ -177,7 +177,8 @@ def _above(loop: Any, counts: np.ndarray, n: int, dtype: Any) -> tuple[Tensor, T
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def of(first: int, last: int) -> None:
-        values, columns = np.empty((last - first) * n, dtype), np.empty((last - first) * n, np.int64)
+        size = (last - first) * n + loops.LISTED
+        values, columns = np.empty(size, dtype), np.empty(size, np.int64)
         total = loop(values, columns, counts, first, last)
         found[first] = values[:total], columns[:total]
 

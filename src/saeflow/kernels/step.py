@@ -358,13 +358,14 @@ class _Sparse:
     def _gradients_in_loops(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
         values, n = self.values, len(W_dec)
         tokens, starts = np.empty(len(values), np.int32), np.empty(n + 1, np.int64)
-        encoder, W_dec, sums = error.new_empty(n, self.x.shape[1]), torch.empty_like(W_dec), error.new_empty(n, 2)
-        by_token = values, self.g_values, self.pattern.latents, self.pattern.starts, 2 * w
+        encoder, W_dec, sums = error.new_empty(n, self.x.shape[1]), torch.empty_like(W_dec), error.new_empty(2, n)
+        by_token = values, self.g_values, self.pattern.latents, self.pattern.starts
         by_latent = tokens, *np.empty((2, len(values)), values.numpy().dtype), starts
-        loops.transpose_values(*(t.numpy() for t in by_token), *by_latent, sums.numpy())
-        work = partial(loops.gradients, *by_latent, *(t.numpy() for t in (error, self.x, encoder, W_dec)))
+        loops.transpose_values(*(t.numpy() for t in by_token), *by_latent)
+        g = error * (2 * w)[:, None]
+        work = partial(loops.gradients, *by_latent, *(t.numpy() for t in (g, self.x, encoder, W_dec, sums)))
         loops.in_threads(work, n, len(values) * error.shape[1], starts)
-        return encoder, sums[:, 1].contiguous(), W_dec, sums[:, 0].contiguous()
+        return encoder, sums[1], W_dec, sums[0]
 
 
 class _Dense:

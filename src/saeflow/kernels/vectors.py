@@ -75,6 +75,15 @@ class Emitter:
         for vector, total in zip(vectors, sums, strict=True):
             self.builder.store(self.multiply_add(factor, vector, self.builder.load(total)), total)
 
+    def halved(self, vectors: list[Any], share: int) -> Any:
+        """Of one or two vectors in which each run of `share` lanes stands for a number, their sum: one vector with half
+        as many lanes a number, in the same order."""
+        lanes = range(sum(vector.type.count for vector in vectors))
+        places = [[i for i in lanes if i % share // (share // 2) == half] for half in (0, 1)]
+        kind = ir.VectorType(INT32, len(places[0]))
+        halves = (self.builder.shuffle_vector(vectors[0], vectors[-1], ir.Constant(kind, some)) for some in places)
+        return self.builder.fadd(*halves)
+
 
 def make_tile(targets: int, vectors: int, wide: bool) -> Any:
     """Adds products of several targets and columns. All arrays are flat:
@@ -129,6 +138,72 @@ def make_adder(vectors: int, wide: bool) -> Any:
         return types.void(total, rows, width, indices, values, start, end, column), generate
 
     return adder
+
+
+def make_dots(count: int) -> Any:
+    """Inner products with several rows: out[start + j] = sum_c x[c] rows[indices[start + j], c] for `count` (a power of
+    two, at most 8) j, and the first `columns` c, a multiple of what 64 bytes hold. `width`: of a row."""
+
+    @intrinsic
+    def dots(typing_context, x, rows, width, indices, start, columns, out):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(context, builder, signature, arguments, True)
+            x, rows, width, indices, start, columns, out = emit.arguments
+            sums = emit.sums(count)
+            begins = [emit.times(emit.number(indices, emit.plus(start, j)), width) for j in range(count)]
+            nothing, step = ir.Constant(WORD, 0), ir.Constant(WORD, emit.lanes)
+            with cgutils.for_range_slice(builder, nothing, columns, step) as (column, _):
+                (own,) = emit.vectors(x, column, 1)
+                emit.add(own, [emit.vectors(rows, emit.plus(at, column), 1)[0] for at in begins], sums)
+            found = [builder.load(total) for total in sums]
+            share = emit.lanes  # lanes of each row, whose sum is its product
+            while len(found) > 1:
+                found = [emit.halved([a, b], share) for a, b in zip(found[::2], found[1::2], strict=True)]
+                share //= 2
+            while share > 1:
+                found = [emit.halved(found, share)]
+                share //= 2
+            address = builder.gep(out.data, [start])
+            builder.store(found[0], builder.bitcast(address, found[0].type.as_pointer()), align=emit.size)
+            return context.get_dummy_value()
+
+        return types.void(x, rows, width, indices, start, columns, out), generate
+
+    return dots
+
+
+@intrinsic
+def bits_of(typing_context, mask, place):  # type: ignore[no-untyped-def]
+    """64 booleans of a mask as the bits of a word, the first the lowest."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        vector = ir.VectorType(ir.IntType(8), 64)
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+        found = builder.icmp_unsigned("!=", builder.load(address, align=1), ir.Constant(vector, None))
+        return builder.bitcast(found, WORD)
+
+    return types.uint64(mask, types.intp), generate
+
+
+@intrinsic
+def count_bits(typing_context, word):  # type: ignore[no-untyped-def]
+    """Of a word, how many are set."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def trailing_zeros(typing_context, word):  # type: ignore[no-untyped-def]
+    """Of a word: the processor's instruction, which numba does not offer; 64 where all are."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), generate
 
 
 @intrinsic
