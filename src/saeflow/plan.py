@@ -180,8 +180,8 @@ class Plan:
                     groups.setdefault((self._batch_group(instance), most), []).append(key)
             new = []
             for (_, most), keys in groups.items():
-                if name == "train":  # those that read the same columns side by side
-                    keys = sorted(keys, key=lambda key: table[key].needs["activations"])
+                if name == "train":  # those that read the same columns side by side, the longest first
+                    keys = sorted(keys, key=lambda key: (table[key].needs["activations"], -_cost(table[key])))
                 new += _even_parts(keys, [_cost(table[key]) for key in keys], most)
             self.batches[name] = kept + new
 
@@ -207,7 +207,7 @@ def _cost(instance: Instance) -> float:
         return 8.0
     if dictionary["activation"] != "relu":
         return 1.0 + (dictionary.get("k") or 0) / 50
-    return 2.5 if dictionary["kind"] == "sae" else 2.0
+    return 2.7 if dictionary["kind"] == "sae" else 2.1
 
 
 def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str]]:

@@ -439,8 +439,9 @@ def transpose_values(values, g_values, latents, starts, tokens, sorted_values, s
     free = _count_by_latent(latents, latent_starts)
     for t in range(len(starts) - 1):
         for j in range(starts[t], starts[t + 1]):
-            place = free[latents[j]]
-            free[latents[j]] = place + 1
+            latent = np.uint64(latents[j])  # numba asks of what has a sign whether it counts from the end
+            place = np.uint64(free[latent])
+            free[latent] += 1
             tokens[place], sorted_values[place], sorted_g[place] = t, values[j], g_values[j]
 
 
