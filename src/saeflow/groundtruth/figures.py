@@ -85,9 +85,9 @@ def true_jacobian_figure(table: pd.DataFrame) -> Figure:
     table = _with_series(table[table["jacobian_cosine"].notna()])
     if table.empty:
         raise ValueError("figure true_jacobian needs transcoders or Jacobian pairs around an MLP: use tracr_mlp")
-    layers = sorted(table["hook_name_out"].unique(), key=_depth)
-    figure, grid = plt.subplots(len(layers), 2, figsize=(5.4, 2.3 * len(layers) + 0.3), sharey=True, squeeze=False)
-    for axes, hook in zip(grid, layers, strict=True):
+    hooks = sorted(table["hook_name_out"].unique(), key=_depth)
+    figure, grid = plt.subplots(len(hooks), 2, figsize=(5.4, 2.3 * len(hooks) + 0.3), sharey=True, squeeze=False)
+    for axes, hook in zip(grid, hooks, strict=True):
         for colour, marker, rows in _groups(table, table["hook_name_out"] == hook):
             for axis, by in zip(axes, ("l0", "fvu"), strict=True):
                 _draw_curve(axis, rows, by, "jacobian_cosine", "amount", colour, marker)
