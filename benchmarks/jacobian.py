@@ -1,7 +1,7 @@
 """The Jacobian of a pair against notebook 003's einsum, and a Jacobian pair's training step against what it adds to.
 
 Last line: {"einsum_over_block", "max_relative_error", "block_over_forward_per_token", "step_over_lambda0",
-"subset_step_over_lambda0", "original_over_step", "peak_bytes_over_lambda0", ...}.
+"subset_step_over_lambda0", "original_over_step", "peak_bytes_over_lambda0", "step_over_products", ...}.
 
 * Block: the notebook's setting (d 768, d_mlp 3072, d_sae 49152, k 32, 64 tokens). Its einsum gathers strided columns;
   ours is `jacobian_blocks`. Both have the products of weights given. `max_relative_error`: of ours, to the einsum in
@@ -11,8 +11,10 @@ Last line: {"einsum_over_block", "max_relative_error", "block_over_forward_per_t
 * Step: `JacobianTrainer.take` (d 512, d_mlp 2048, d_sae 8192, k 32, 4,096 tokens) with the whole penalty, with the
   penalty on 1/32 of the tokens, and with coefficient 0. `original_over_step`: against the formulation of the paper's
   code: dense decoders, gathers from full products, three-operand einsum, autograd, Adam, from the same weights on the
-  same batches; it must find the same penalty. `peak_bytes_over_lambda0`: growth of a process's memory to its peak,
-  median of some processes, as what glibc's allocator leaves unused differs from one to the next.
+  same batches; it must find the same penalty. `step_over_products`: over the two encoders' products, dense and in
+  float32, which the pair with coefficient 0 need not take; the arithmetic of the step is 2.75 times theirs.
+  `peak_bytes_over_lambda0`: growth of a process's memory to its peak, median of some processes, as what glibc's
+  allocator leaves unused differs from one to the next.
 """
 
 import argparse
@@ -166,9 +168,11 @@ def step() -> dict[str, float]:
     arms = {"lambda0": trainer_of(0.0), "step": trainer_of(1.0), "subset": trainer_of(1.0, 1 / 32)}
     data = batches(arms["step"].block)
     original = None if "original" in args.without else Original(arms["step"])
+    encoders = [part.weights.encoder for part in arms["step"].parts.values()]
     times: dict[str, list[float]] = {}
     for round_ in range(args.rounds + 2):
         batch = data[round_ % len(data)]
+        times.setdefault("products", []).append(timed_once(partial(products, batch[0], encoders)))
         for name, trainer in arms.items():
             costs = watch(trainer) if name == "step" and round_ == 0 else []
             times.setdefault(name, []).append(timed_once(partial(trainer.take, batch)))
@@ -189,6 +193,7 @@ def step() -> dict[str, float]:
         "subset_step_over_lambda0": median["subset"] / median["lambda0"],
         **({"original_over_step": median["original"] / median["step"]} if original is not None else {}),
         "peak_bytes_over_lambda0": peaks[0] / peaks[1],
+        "step_over_products": median["step"] / median["products"],
         "step_s": median["step"],
     }  # fmt: skip
 
@@ -199,6 +204,11 @@ def timed_once(work: Callable[[], object]) -> float:
     work()
     synchronise()
     return time.perf_counter() - started
+
+
+def products(x: Tensor, encoders: list[Tensor]) -> None:
+    for encoder in encoders:
+        x @ encoder.T
 
 
 def watch(trainer: JacobianTrainer) -> list[float]:

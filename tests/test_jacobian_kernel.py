@@ -192,7 +192,7 @@ def test_few_tokens_leave_out_the_rows_of_silent_latents() -> None:
     with pytest.MonkeyPatch.context() as patch:
         make = kernel.make_products
         patch.setattr(
-            kernel, "make_products", lambda D, E, block: (sizes.append((len(D), len(E))), make(D, E, block))[1]
+            kernel, "make_products", lambda D, E, *rest: (sizes.append((len(D), len(E))), make(D, E, *rest))[1]
         )
         _, J, g_D, g_E, _ = p.penalty("l1")
     assert sizes == [(len(p.input.latents.unique()), len(p.output.latents.unique()))]

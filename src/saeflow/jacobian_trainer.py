@@ -35,6 +35,7 @@ from saeflow.kernels.jacobian import (
     make_products,
     mask_inactive,
 )
+from saeflow.kernels.memory import Space
 from saeflow.kernels.penalties import PENALTIES
 from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
@@ -71,6 +72,7 @@ class JacobianTrainer:
         assert isinstance(scales[0], float) and isinstance(scales[1], float)  # an MLP's sites have no heads
         self.scale_in, self.units = scales[0], scales[1] / scales[0]
         """`units`: a Jacobian for raw activations, over one for those that the SAEs see."""
+        self.space = Space()
         self.rows: list[dict[str, float]] = []
         """About the Jacobian, one for each row of the SAEs' metrics."""
 
@@ -129,7 +131,7 @@ class JacobianTrainer:
             args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients
             if isinstance(self.block, ModuleBlock):
                 return add_penalty_of_any(self.block, raw, *args)
-            return add_penalty(self.block.weights(), self.block.around_in_parts(raw), *args)[0]
+            return add_penalty(self.block.weights(), self.block.around_in_parts(raw), *args, space=self.space)[0]
         assert isinstance(self.block, Block)
         with torch.enable_grad():
             leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights_in))  # type: ignore[arg-type]
@@ -139,7 +141,7 @@ class JacobianTrainer:
         detached = Around(*(None if t is None else t.detach() for t in around))  # type: ignore[arg-type]
         cost, towards = add_penalty(
             self.block.weights(), detached, weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients,
-            around_too=True,
+            around_too=True, space=self.space,
         )  # fmt: skip
         assert towards is not None
         pairs = [(t, g) for t, g in zip(around, towards, strict=True) if t is not None]

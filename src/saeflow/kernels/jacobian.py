@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from saeflow.kernels import jacobian_loops, loops
-from saeflow.kernels.memory import empty, give_back_freed_memory
+from saeflow.kernels.memory import Space, empty, give_back_freed_memory
 from saeflow.kernels.rows import inner_products, sum_rows
 from saeflow.kernels.sparse import Pattern
 
 CHUNK_ELEMENTS = 1 << 20  # of J on a CPU: 4 MiB in float32
 CHUNK_ELEMENTS_ON_GPU = 1 << 24  # of one gathered (tokens, k, m) operand
 TOKENS_THROUGH_ANY = 512  # whose passes through a block without closed form are kept for the way back
-COLUMNS = 256  # hidden units whose gradients are added up first; then as many as were done before
+COLUMNS = 512  # hidden units whose gradients are added up first; then as many as were done before
 TOO_LARGE_FOR_PIECES = 1 << 24  # numbers of the products that memory freed by others does not hold: 64 MiB in float32
 WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
 
@@ -85,9 +85,11 @@ class Products(NamedTuple):
 
 
 @torch.no_grad()
-def make_products(D: Tensor, E: Tensor, block: BlockWeights) -> Products:
+def make_products(D: Tensor, E: Tensor, block: BlockWeights, space: Space | None = None) -> Products:
+    """In `space`, they are those of this step only."""
     branches, _, m = block.W_in.shape
-    WD, WE = empty(D, branches, len(D), m), empty(E, len(E), m)
+    space = space or Space()
+    WD, WE = space.empty("WD", D, branches, len(D), m), space.empty("WE", E, len(E), m)
     for out, W in zip(WD, block.W_in, strict=True):
         torch.mm(D, W, out=out)
     return Products(D, E, WD, torch.mm(E, block.W_out.T, out=WE), block.skip)
@@ -145,17 +147,19 @@ def add_penalty(
     g_D: Tensor,
     g_E: Tensor,
     around_too: bool = False,
+    space: Space | None = None,
 ) -> tuple[Tensor, Around | None]:
     """The sum () of what the tokens' Jacobians cost; adds its gradients to `g_D`, `g_E` (n, d).
 
     Where a latent is silent J is 0. With `around_too` also the gradients towards `around`, for a Jacobian that is taken
-    where parameters decide. Which latents are active, and the block's own weights, are constants.
+    where parameters decide. Which latents are active, and the block's own weights, are constants. `space`: for the
+    products, which the next step may then have.
     """
     rows_in, A, D_rows = _only_active(D, input.latents)
     rows_out, B, E_rows = _only_active(E, output.latents)
     if loops.serve(D) and (len(D_rows) + len(E_rows)) * block.W_out.shape[0] >= TOO_LARGE_FOR_PIECES:
         give_back_freed_memory()
-    products = make_products(D_rows, E_rows, block)
+    products = make_products(D_rows, E_rows, block, space)
     G, costs = products.WE.new_empty(len(A), B.shape[1], A.shape[1]), []
     for some, J in jacobian_chunks(products, around, A, B):
         values = input.values[some], output.values[some]

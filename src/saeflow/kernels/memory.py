@@ -4,6 +4,7 @@ Without glibc the first two do nothing.
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,3 +40,19 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return like.new_empty(shape)
     return torch.from_numpy(np.empty(shape, dtype=like.numpy().dtype))
+
+
+class Space:
+    """Memory on the CPU that is used again at each step, by name: taken anew, the system would clear it each time."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """`empty`, where what had this name before is over."""
+        if like.device.type != "cpu":
+            return empty(like, *shape)
+        size, held = math.prod(shape), self.held.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self.held[name] = empty(like, size)
+        return held[:size].view(shape)
