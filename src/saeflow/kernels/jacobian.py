@@ -21,7 +21,7 @@ nothing of size N k m: J itself is kept, N k k. Gradients are sums in a fixed or
 Shapes: N tokens, d model width, m = d_mlp, n latents, k active ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -232,19 +232,26 @@ def _in_loops(
         arrays = _arrays(D, slopes, drifts, along, A, targets_out, G)
         return partial(jacobian_loops.add_rows, *arrays, 1, G.shape[2], start, out.numpy())
 
-    start, size = 0, min(COLUMNS, m)
-    g_WD, g_WE = empty(g_D, len(products.WD), len(g_D), size), empty(g_E, len(g_E), size)
-    while start < m:
-        sums = [g[:, :size].zero_() for g in (*g_WD, g_WE)]
-        tasks = [toward_D(products.WE, slope, start, g) for slope, g in zip(around.slopes, g_WD, strict=True)]
-        loops.all_in_threads([*tasks, toward_E(products.WD, around.slopes, drifts, start, g_WE)], size)
+    def add(start: int, size: int, g_WD: Iterable[Tensor], g_WE: Iterable[Tensor]) -> None:
+        """What columns from `start` on add, in the first columns of the memory given for each branch, and for WE."""
+        tasks = [toward_D(products.WE, slope, start, g) for slope, g in zip(around.slopes, g_WD, strict=False)]
+        tasks += [toward_E(products.WD, around.slopes, drifts, start, g) for g in g_WE]
+        for g in (*g_WD, *g_WE):
+            g[:, :size].zero_()
+        loops.all_in_threads(tasks, size)
         columns = slice(start, start + size)
-        for g, W in zip(sums, block.W_in, strict=False):
-            g_D.addmm_(g, W[:, columns].T)
-        g_E.addmm_(sums[-1], block.W_out[columns])
-        start += size
-        size = min(start, m - start)
-        g_WD, g_WE = products.WD, products.WE
+        for g, W in zip(g_WD, block.W_in, strict=False):
+            g_D.addmm_(g[:, :size], W[:, columns].T)
+        for g in g_WE:
+            g_E.addmm_(g[:, :size], block.W_out[columns])
+
+    done = min(COLUMNS, m)
+    add(0, done, [], [empty(g_E, len(g_E), done)])
+    add(0, done, products.WD, [])  # which that was the last to read
+    while done < m:
+        size = min(done, m - done)
+        add(done, size, products.WD, [products.WE])
+        done += size
     if products.skip:
         D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1).contiguous()
         loops.all_in_threads([toward_D(E, ones, 0, g_D), toward_E(D[None], ones[None], flat[0], 0, g_E)], D.shape[1])
