@@ -14,7 +14,7 @@ from saeflow.kernels import jacobian as kernel
 from saeflow.kernels import loops
 from saeflow.kernels.jacobian import Around, Kept
 from saeflow.kernels.penalties import PENALTIES
-from saeflow.mlp import MLP, Block
+from saeflow.mlp import MLP, PART, Block
 
 F64 = torch.float64
 
@@ -97,6 +97,16 @@ def problem(
 
 KINDS = [(gated, norm, skip) for gated in (False, True) for norm in ("none", "layer", "rms") for skip in (False, True)]
 KINDS = [kind for kind in KINDS if kind[1] != "none" or not kind[2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_in_parts_is_around_at_once(kind: tuple[bool, str, bool]) -> None:
+    block = problem(*kind).block
+    x = torch.randn(2 * PART + 5, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for found, wanted in zip(block.around_in_parts(x), block.around(x), strict=True):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @given(

@@ -149,17 +149,14 @@ class Block:
         """`around` for the loops, some tokens at a time: nothing but the result takes memory."""
         if not loops.serve(x):
             return self.around(x)
-        whole: Around | None = None
+        part = self.around(x[:PART])
+        shapes = (None if t is None else (*t.shape[:-2], len(x), t.shape[-1]) for t in part)
+        whole = Around(*(None if shape is None else empty(x, *shape) for shape in shapes))  # type: ignore[arg-type]
         for start in range(0, len(x), PART):
-            some = slice(start, start + PART)
-            part = self.around(x[some])
-            if whole is None:
-                shapes = (None if t is None else (*t.shape[:-2], len(x), t.shape[-1]) for t in part)
-                whole = Around(*(None if shape is None else empty(x, *shape) for shape in shapes))  # type: ignore[arg-type]
+            part = self.around(x[start : start + PART]) if start else part
             for out, found in zip(whole, part, strict=True):
                 if out is not None and found is not None:
-                    out[..., some, :] = found
-        assert whole is not None
+                    out[..., start : start + PART, :] = found
         return whole
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """The jobs: a case's rows as tokens, a model of a case as a model folder, dictionaries compared with the truth."""
 
 import json
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     truth, against = Truth(case, rows), predicates(case, rows)
     with torch.no_grad():
         clean = network(torch.from_numpy(rows))
+    known = cache(partial(true_jacobians, network, clean))
     summaries = []
     for job in jobs:
         whole, part = job.input("train"), job.config.get("part")
@@ -110,7 +112,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         input = load_dictionary(whole / "input") if part == "output" else None
         summary |= compare_jacobians(network, clean, dictionary, input)
         if model["method"] == "compiled" and spec.hook_name_out.endswith("hook_mlp_out"):
-            summary |= true_jacobians(network, clean, int(spec.hook_name_out.split(".")[1]))
+            summary |= known(int(spec.hook_name_out.split(".")[1]))
         summary |= recovery(case, rows, spec.hook_name_out, f)
         random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
         summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}
