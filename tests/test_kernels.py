@@ -622,6 +622,22 @@ def test_bounds_from_the_bfloat16_product_hold(seed, d, tail, size, bias, route)
         assert (upper - lower).max() <= 0.05 * (x[t].norm() * encoder.norm(dim=1) + b_enc.abs()).max()
 
 
+@pytest.mark.parametrize("d", [7, 64, 100])
+@pytest.mark.parametrize("k", [3, 8, 21])
+def test_what_is_selected_does_not_depend_on_how_rows_were_sliced(d, k, route):
+    if route != "sieve":
+        pytest.skip("only the sieve takes inner products of its own")
+    draw = drawing(0, dtype=torch.float32)
+    x, encoder, b_enc = draw(40, d), draw(333, d), draw(333)
+    (part,) = select._products(x, encoder, b_enc, None, False)
+    values, columns = part.top_k(k)
+    alone, their_columns = torch.empty_like(values), torch.empty_like(columns)
+    for row in range(40):
+        arrays = alone.numpy(), their_columns.numpy()
+        loops.sieved_top_k(part.product, *part.sieve, k, *arrays, row, row + 1)
+    assert torch.equal(values, alone) and torch.equal(columns, their_columns)
+
+
 # --------------------------------------------------------------------------------------------- weights and updates
 def test_token_weights_are_the_named_normalisations():
     y = torch.randn(5, 3, dtype=torch.float64)

@@ -28,7 +28,7 @@ FEWEST = 1 << 18  # numbers worth a thread
 LISTED = 8  # columns that are listed at a time: lists need room for so many more
 DOTS = 8  # inner products that are taken at a time
 _add_wide, _add_narrow, _add_number = make_adder(8, True), make_adder(1, True), make_adder(1, False)
-_eight_dots = make_dots(DOTS)
+_eight_dots, _one_dot = make_dots(DOTS), make_dots(1)
 
 
 def serve(tensor: Tensor) -> bool:
@@ -469,22 +469,20 @@ def _sum(values):
 
 @compiled
 def _dots(x, rows, indices, start, end, out):
-    """out[j] = x . rows[indices[j]] for j from `start` to `end - 1`."""
+    """out[j] = x . rows[indices[j]] for j from `start` to `end - 1`. Each adds its terms in one order, whatever others
+    are taken with it: which others these are depends on how rows were sliced."""
     width = rows.shape[1]
     whole = width // (64 // rows.itemsize) * (64 // rows.itemsize)
     j = start
     while j + DOTS <= end:
         _eight_dots(x, rows, width, indices, j, whole, out)
-        for i in range(j, j + DOTS if whole < width else j):
-            for c in range(whole, width):
-                out[i] += x[c] * rows[indices[i], c]
         j += DOTS
     while j < end:
-        row, total = rows[indices[j]], rows.dtype.type(0)
-        for c in range(width):
-            total += x[c] * row[c]
-        out[j] = total
+        _one_dot(x, rows, width, indices, j, whole, out)
         j += 1
+    for i in range(start, end if whole < width else start):
+        for c in range(whole, width):
+            out[i] += x[c] * rows[indices[i], c]
 
 
 @compiled
