@@ -1,4 +1,4 @@
-# From text to figures. The plan (src/saeflow/plan.py) says which artifacts a configuration needs; the rules only say
+# From text to figures. The plan (src/saeflow/planning/graph.py) says which artifacts a configuration needs; the rules only say
 # how each is made. Choose with: snakemake --config hydra="experiment=demo dictionary.k=[8,16]"
 from snakemake.utils import min_version
 

@@ -51,7 +51,7 @@ from saeflow.config import ActivationsConfig, DictionaryConfig, TrainingConfig  
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.heads_trainer import HeadsTrainer  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
-from saeflow.plan import Instance, Plan  # noqa: E402
+from saeflow.planning.graph import Instance, Plan  # noqa: E402
 from saeflow.store import ActivationStore, Column, TokenRows, write_column  # noqa: E402
 from saeflow.trainer import Side, Trainer  # noqa: E402
 from saeflow.training import make_spec  # noqa: E402

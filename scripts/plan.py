@@ -16,8 +16,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from saeflow.config import ConfigError
-    from saeflow.expand import compose
-    from saeflow.explain import check_disk, explain, sentence
+    from saeflow.planning.expansion import compose
+    from saeflow.planning.explain import check_disk, explain, sentence
 
     overrides = [o for text in args.overrides for o in text.split()]
     try:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from saeflow.expand import compose
-from saeflow.plan import RECEIPT
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import RECEIPT
 
 
 def main() -> None:

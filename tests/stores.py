@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saeflow.column_writer import ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.store import ActivationStore, Column, TokenRows, open_column, write_column
 
 TRAINING_STORE = "tiny-gpt2-float32-01234567"

@@ -22,7 +22,7 @@ from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.job import Job
 from saeflow.loading import load_model
 from saeflow.moments import Moments
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.reader import BatchReader, open_rows
 from saeflow.shards import ShardWriter, predicted_bytes
 from saeflow.store import ActivationStore, StoreError, TokenRows

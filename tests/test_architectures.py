@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.expand import compose
 from saeflow.job import Job
-from saeflow.plan import Plan
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [

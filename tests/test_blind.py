@@ -27,8 +27,8 @@ from saeflow.blind import (
 from saeflow.config import BlindConfig, ConfigError, ModelConfig
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.sae import build
-from saeflow.expand import compose
 from saeflow.loading import load_model
+from saeflow.planning.expansion import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = BlindConfig(n_features=4, n_examples=10, min_active=4, min_frequency=0.01)

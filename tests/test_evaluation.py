@@ -31,7 +31,7 @@ from saeflow.kernels import next_token
 from saeflow.loading import load_model
 from saeflow.metrics import firing, summarise
 from saeflow.models import read_geometry
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.splicing import run_clean, run_spliced
 
 D, N_LATENTS = 32, 80

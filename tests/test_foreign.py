@@ -15,10 +15,10 @@ from torch import Tensor
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec, load_dictionary, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.expand import compose
 from saeflow.foreign import Place, read_foreign, read_release
 from saeflow.job import Job
 from saeflow.layouts import foreign_files, foreign_format
+from saeflow.planning.expansion import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 D, N_LATENTS, K = 32, 48, 5

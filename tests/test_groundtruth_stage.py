@@ -13,7 +13,6 @@ import torch
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Origin, Spec
 from saeflow.dictionaries.sae import Dictionary, build
-from saeflow.expand import compose
 from saeflow.groundtruth.alignment import Truth
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked
@@ -30,7 +29,8 @@ from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.job import Job
 from saeflow.models import ModelError, read_geometry
 from saeflow.packing import load_tokenizer
-from saeflow.plan import Plan
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = "experiment=tracr_case3"

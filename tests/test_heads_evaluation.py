@@ -17,8 +17,8 @@ from saeflow.config import ConfigError, EvaluationConfig, ModelConfig
 from saeflow.dictionaries import BlockDiagonal, Spec, load_dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation import Study, evaluate
-from saeflow.expand import compose
 from saeflow.loading import load_model
+from saeflow.planning.expansion import compose
 from saeflow.stack import Member, evaluate_stack
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,9 +6,9 @@ import pytest
 from test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
-from saeflow.cost import training_operations
-from saeflow.expand import compose
-from saeflow.plan import Plan
+from saeflow.planning.cost import training_operations
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import Plan
 
 HEADS = ["dictionary=heads", "training=april", "site=attn_z"]
 

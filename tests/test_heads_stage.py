@@ -17,7 +17,6 @@ from test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries import load_dictionary, save_dictionary
-from saeflow.expand import compose
 from saeflow.figures import NONE, Tables, draw
 from saeflow.heads.attribution import bias
 from saeflow.heads.dashboards import in_row, top_contexts
@@ -29,7 +28,8 @@ from saeflow.heads.study import Study
 from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.job import Job
 from saeflow.loading import load_model
-from saeflow.plan import Plan
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import Plan
 from saeflow.tokens import open_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

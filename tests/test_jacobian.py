@@ -23,7 +23,7 @@ from saeflow.jacobian_statistics import Tally, histogram_table, notebook_lines, 
 from saeflow.job import Job
 from saeflow.loading import load_model
 from saeflow.mlp import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
-from saeflow.plan import RECEIPT, Instance, Plan
+from saeflow.planning.graph import RECEIPT, Instance, Plan
 from saeflow.splicing import read_hooks
 
 LAYER = 1

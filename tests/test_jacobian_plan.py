@@ -11,9 +11,9 @@ from saeflow.config import ConfigError
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.spec import DictionaryError
-from saeflow.expand import compose
-from saeflow.explain import explain, sentence
-from saeflow.plan import Plan
+from saeflow.planning.expansion import compose
+from saeflow.planning.explain import explain, sentence
+from saeflow.planning.graph import Plan
 
 PAIRS = ["dictionary=jacobian", "site=mlp"]
 

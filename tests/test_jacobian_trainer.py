@@ -20,7 +20,7 @@ from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.job import Job, Preempted
 from saeflow.mlp import MLP, Block
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.trainer import Side, Trainer
 from saeflow.training import make_spec
 from saeflow.training_metrics import TrainingError

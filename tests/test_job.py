@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saeflow.job import Job
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 
 SCRIPT = """
 from saeflow.job import run

@@ -12,9 +12,9 @@ from conftest import save_model
 
 from saeflow import models
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.digest import DigestCache
 from saeflow.loading import load_model
 from saeflow.models import Geometry, ModelError, TokenizerError, hook_layer, read_geometry
+from saeflow.planning.digests import DigestCache
 
 PLAIN = ModelConfig("tiny", path="unused")
 # What fires in a block and is no vector of a token: scales, attention patterns, and queries and keys after rotation.
@@ -334,7 +334,7 @@ def test_what_the_plan_asks_imports_nothing_heavy(neox_folder):
 import sys
 from pathlib import Path
 from saeflow import models
-from saeflow.digest import DigestCache
+from saeflow.planning.digests import DigestCache
 folder = Path({str(neox_folder)!r})
 models.read_geometry(folder).hook_size("blocks.0.hook_mlp_out")
 models.model_digest(folder, DigestCache(None)), models.tokenizer_digest(folder, DigestCache(None))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.expand import compose
-from saeflow.explain import explain, sentence
-from saeflow.plan import Plan
+from saeflow.planning.expansion import compose
+from saeflow.planning.explain import explain, sentence
+from saeflow.planning.graph import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 GELU_2L = {  # the keys of the toy models on the hub that decide sizes

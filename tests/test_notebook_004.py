@@ -14,10 +14,10 @@ from saeflow.config import ModelConfig
 from saeflow.corpus import read_documents
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.sae import build
-from saeflow.expand import compose
 from saeflow.faithfulness import NOTEBOOK_004
 from saeflow.loading import load_model
 from saeflow.packing import load_tokenizer
+from saeflow.planning.expansion import compose
 from saeflow.tokens import open_tokens, write_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from saeflow import tokens
 from saeflow.config import ConfigError
 from saeflow.corpus import CorpusError, Document, document_hash, is_held_out, read_documents, shuffle_documents
 from saeflow.packing import NO_DOCUMENT, LoadedTokenizer, TokenizerError, load_tokenizer
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.tokens import TokensError, open_tokens, write_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from saeflow.digest import file_digest
-from saeflow.plan import Instance, Plan
+from saeflow.planning.digests import file_digest
+from saeflow.planning.graph import Instance, Plan
 
 log = logging.getLogger("saeflow")
 PACKAGES = ("torch", "transformer-lens", "sae-lens", "transformers", "zarr", "numpy", "snakemake", "hydra-core")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.digest import DigestCache, short_hash
+from saeflow.planning.digests import DigestCache, short_hash
 
 # What a folder is read for: no pickles, and no second copy of the weights in another format.
 MODEL_FILES = (

@@ -28,7 +28,7 @@ from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.job import Job, Preempted, progress
 from saeflow.loggers import open_loggers
 from saeflow.mlp import Block, ModuleBlock, read_block
-from saeflow.plan import Instance
+from saeflow.planning.graph import Instance
 from saeflow.store import Column
 from saeflow.trainer import Batches, Side, Trainer
 from saeflow.training_metrics import TrainingError, write_metrics

@@ -5,10 +5,10 @@ import sys
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
-from saeflow.digest import short_hash
-from saeflow.explain import check_disk
-from saeflow.expand import compose
-from saeflow.plan import Plan
+from saeflow.planning.digests import short_hash
+from saeflow.planning.explain import check_disk
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import Plan
 
 PLAN_FILE = ".snakemake/plan.json"
 RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from saeflow import models
 from saeflow.config import BlindConfig, ConfigError, PointConfig, build
 from saeflow.corpus import corpus_files
-from saeflow.digest import DigestCache, canonical, short_hash
 from saeflow.layouts import foreign_files, foreign_format
-from saeflow.plan import STAGES, Instance, Plan
-from saeflow.sweep import Sweep
+from saeflow.planning.digests import DigestCache, canonical, short_hash
+from saeflow.planning.graph import STAGES, Instance, Plan
+from saeflow.planning.sweep import Sweep
 
 OF_FOREIGN = ("path", "format", "release", "sae_id", "label")  # of `dictionary`; nothing to a training
 HOW_TRAINING_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another

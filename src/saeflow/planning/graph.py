@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
-from saeflow.digest import canonical, short_hash
+from saeflow.planning.digests import canonical, short_hash
 
 RECEIPT = "provenance.json"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.digest import DigestCache, canonical, file_digest, short_hash
+from saeflow.planning.digests import DigestCache, canonical, file_digest, short_hash
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -62,7 +62,7 @@ def test_file_digest_is_the_digest_of_its_bytes(tmp_path_factory, data):
 def counting(monkeypatch) -> list[str]:
     """The names of the files that are hashed from here on."""
     hashed: list[str] = []
-    monkeypatch.setattr("saeflow.digest.file_digest", lambda p: hashed.append(Path(p).name) or file_digest(p))
+    monkeypatch.setattr("saeflow.planning.digests.file_digest", lambda p: hashed.append(Path(p).name) or file_digest(p))
     return hashed
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from saeflow.config import ConfigError
-from saeflow.expand import compose
-from saeflow.plan import STAGES, Plan
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import STAGES, Plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep={dictionary:relu,dictionary.l1_coefficient:[0.001,0.003]}"
 TRANSCODER = ["dictionary=transcoder", "site=mlp"]
 

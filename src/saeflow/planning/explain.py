@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow.config import ConfigError
-from saeflow.cost import training_operations
-from saeflow.plan import RECEIPT, Instance, Plan
+from saeflow.planning.cost import training_operations
+from saeflow.planning.graph import RECEIPT, Instance, Plan
 from saeflow.shards import predicted_bytes
 
 NOUNS = {
@@ -143,7 +143,7 @@ def _configs_on_disk(plan: Plan, stage: str) -> list[dict[str, Any]]:
 
 def _what_is_new(instance: Instance, known: list[dict[str, Any]]) -> list[str]:
     """Differences to the nearest artifact of the same stage; none where only what it needs has changed."""
-    from saeflow.plan import STAGES
+    from saeflow.planning.graph import STAGES
 
     mine = _flat({"version": STAGES[instance.stage].version, **instance.config})
     if not known:

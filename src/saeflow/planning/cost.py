@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 from saeflow.models import ModelError, read_geometry
-from saeflow.plan import Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 
 
 def training_operations(plan: Plan, instance: Instance) -> float:
