@@ -3,7 +3,7 @@
 python scripts/activations.py --plan .snakemake/plan.json --key STORE/COLUMN [--key STORE/COLUMN ...]
 """
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def activations(jobs: list[Job]) -> str:

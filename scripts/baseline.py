@@ -1,6 +1,6 @@
 """Measures what evaluations at a hook are compared with: the clean model, and the hook ablated."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def baseline(jobs: list[Job]) -> str:

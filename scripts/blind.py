@@ -1,6 +1,6 @@
 """Makes a blind set of features for people to judge."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def blind(jobs: list[Job]) -> str:

@@ -1,6 +1,6 @@
 """Evaluates dictionaries of one model on the same held-out tokens; each has a folder of its own."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def evaluate(jobs: list[Job]) -> str:

@@ -1,6 +1,6 @@
 """Draws the figures of an experiment from its evaluations, training metrics and Jacobians."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def figures(jobs: list[Job]) -> str:

@@ -1,6 +1,6 @@
 """Reads a dictionary that another library made, and writes it as a SAELens folder."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def foreign(jobs: list[Job]) -> str:

@@ -1,6 +1,6 @@
 """Makes models whose algorithm is known: compiled from a case's program, or small ones trained on the case."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def groundtruth(jobs: list[Job]) -> str:

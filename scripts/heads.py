@@ -1,6 +1,6 @@
 """Studies how the heads of a layer, and the dictionaries of them, share and mix what they write."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def heads(jobs: list[Job]) -> str:

@@ -1,6 +1,6 @@
 """Counts the Jacobian entries of TopK pairs around an MLP on held-out tokens."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def jacobian(jobs: list[Job]) -> str:

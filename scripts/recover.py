@@ -1,6 +1,6 @@
 """Compares dictionaries of a model whose algorithm is known with that algorithm; each has a folder of its own."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def recover(jobs: list[Job]) -> str:

@@ -1,6 +1,6 @@
 """Evaluates the dictionaries of several layers in the model at once."""
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def stack(jobs: list[Job]) -> str:

@@ -3,7 +3,7 @@
 python scripts/tokens.py --plan .snakemake/plan.json --key KEY
 """
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def tokens(jobs: list[Job]) -> str:

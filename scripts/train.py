@@ -2,7 +2,7 @@
 
 import os
 
-from saeflow.job import Job, run
+from saeflow.jobs.job import Job, run
 
 
 def train_together(jobs: list[Job]) -> str:

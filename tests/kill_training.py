@@ -18,7 +18,7 @@ from stores import TRAINING_STORE, training_plan
 
 from saeflow import checkpoints
 from saeflow.checkpoints import Checkpoints
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.trainer import Trainer
 from saeflow.training import train
 

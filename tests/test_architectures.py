@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 

@@ -104,7 +104,7 @@ def test_nothing_shown_tells_the_dictionaries_apart(made: tuple[Path, Any]) -> N
 
 def test_a_set_is_the_same_twice(made: tuple[Path, Any]) -> None:
     from saeflow.blind import blind_job
-    from saeflow.job import Job
+    from saeflow.jobs.job import Job
 
     folder, plan = made
     files = ("dashboards.html", "sheet.csv", "secret/key.json")

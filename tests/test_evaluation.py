@@ -26,7 +26,7 @@ from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation import Evaluation, evaluate_jobs
 from saeflow.fitting import FitError, check_fit
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.kernels import next_token
 from saeflow.loading import load_model
 from saeflow.metrics import firing, summarise

@@ -16,7 +16,7 @@ from saeflow.config import ConfigError
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec, load_dictionary, save_dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.foreign import Place, read_foreign, read_release
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.layouts import foreign_files, foreign_format
 from saeflow.planning.expansion import compose
 

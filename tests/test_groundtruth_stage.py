@@ -26,7 +26,7 @@ from saeflow.groundtruth.jacobians import (
     true_jacobians,
 )
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.models import ModelError, read_geometry
 from saeflow.packing import load_tokenizer
 from saeflow.planning.expansion import compose

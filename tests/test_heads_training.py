@@ -14,7 +14,7 @@ from saeflow.checkpoints import Checkpoints
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import BlockDiagonal, Origin, load_dictionary
 from saeflow.heads_trainer import HeadsTrainer
-from saeflow.job import Job, Preempted
+from saeflow.jobs.job import Job, Preempted
 from saeflow.reader import BatchReader
 from saeflow.store import open_column
 from saeflow.trainer import Side, Trainer

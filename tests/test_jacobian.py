@@ -20,7 +20,7 @@ from saeflow.jacobian import jacobian_job, open_map
 from saeflow.jacobian_maps import Pair, TranscoderMap
 from saeflow.jacobian_pass import Tokens, passes
 from saeflow.jacobian_statistics import Tally, histogram_table, notebook_lines, survival_table
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.loading import load_model
 from saeflow.mlp import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
 from saeflow.planning.graph import RECEIPT, Instance, Plan

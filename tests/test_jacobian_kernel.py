@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jacobians import AS_WRITTEN
+from jacobian_formulas import AS_WRITTEN
 from torch import Tensor
 
 from saeflow.kernels import jacobian as kernel

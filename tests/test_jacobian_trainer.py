@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from jacobians import AS_WRITTEN
+from jacobian_formulas import AS_WRITTEN
 from stores import contents, write_store
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from saeflow import training as jobs
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
-from saeflow.job import Job, Preempted
+from saeflow.jobs.job import Job, Preempted
 from saeflow.mlp import MLP, Block
 from saeflow.planning.graph import Instance, Plan
 from saeflow.trainer import Side, Trainer

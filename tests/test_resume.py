@@ -14,7 +14,7 @@ from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_stor
 
 from saeflow import checkpoints, training
 from saeflow.checkpoints import Checkpoints, Timer
-from saeflow.job import Job, Preempted
+from saeflow.jobs.job import Job, Preempted
 from saeflow.training_metrics import TrainingError
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"

@@ -9,7 +9,7 @@ from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_stor
 from saeflow import training
 from saeflow.config import SAELENS, ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin, load_dictionary
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.trainer import Side
 
 D, BATCH, STEPS = 8, 128, 60

@@ -12,7 +12,7 @@ from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_stor
 from saeflow import loggers, training
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Origin, load_dictionary
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.training_metrics import TrainingError
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"

@@ -27,7 +27,7 @@ from torch import Tensor
 from saeflow.attention import fused_attention
 from saeflow.column_writer import ActivationError, ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig, ModelConfig
-from saeflow.job import Job, progress
+from saeflow.jobs.job import Job, progress
 from saeflow.loading import load_model
 from saeflow.models import hook_layer
 from saeflow.moments import Statistics

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saeflow.attention import fused_attention
 from saeflow.fitting import model_config
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
 from saeflow.loading import load_model
 from saeflow.metrics import squared_norm

@@ -22,7 +22,7 @@ from saeflow.attention import fused_attention
 from saeflow.config import BlindConfig, ConfigError
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import check_fit, model_config
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.loading import load_model
 from saeflow.models import read_geometry
 from saeflow.packing import load_tokenizer

@@ -29,7 +29,7 @@ from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.loading import load_model
 from saeflow.metrics import firing, reconstruct, summarise, target
 from saeflow.models import read_geometry

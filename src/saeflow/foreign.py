@@ -28,7 +28,7 @@ from saeflow.dictionaries.io import CONFIG_FILE, SAELENS_FORMAT, WEIGHTS_FILE, l
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.fitting import check_fit
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.layouts import foreign_format
 from saeflow.models import read_geometry
 

@@ -46,7 +46,7 @@ from saeflow.jacobian_statistics import (
     survival_table,
     thresholds_table,
 )
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.loading import load_model
 from saeflow.mlp import Block, read_block

@@ -14,7 +14,7 @@ from torch import Tensor
 from saeflow.attention import fused_attention
 from saeflow.jacobian_examples import Activity, Grid, Wanted
 from saeflow.jacobian_maps import Blocks, JacobianMap
-from saeflow.job import progress
+from saeflow.jobs.job import progress
 from saeflow.splicing import read_hooks
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from saeflow.corpus import Document, is_held_out
-from saeflow.job import progress
+from saeflow.jobs.job import progress
 from saeflow.packing import Packer, encode_all
 
 EOS = "<|endoftext|>"  # BOS too, as in Pythia

@@ -21,7 +21,7 @@ from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.loading import load_model
 from saeflow.metrics import Ratio, loss_ratios, why_undefined
 from saeflow.models import hook_layer, read_geometry

@@ -23,7 +23,7 @@ from saeflow.corpus import (
     is_held_out,
     shuffle_documents,
 )
-from saeflow.job import progress
+from saeflow.jobs.job import progress
 from saeflow.packing import LoadedTokenizer, Packer, Rows, encode_all, row_bos
 
 if TYPE_CHECKING:

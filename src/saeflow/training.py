@@ -25,7 +25,7 @@ from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.fitting import model_config
 from saeflow.heads_trainer import HeadsTrainer
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
-from saeflow.job import Job, Preempted, progress
+from saeflow.jobs.job import Job, Preempted, progress
 from saeflow.loggers import open_loggers
 from saeflow.mlp import Block, ModuleBlock, read_block
 from saeflow.planning.graph import Instance

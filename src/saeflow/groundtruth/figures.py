@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from saeflow.figures import KINDS, STYLE, save_figure
 from saeflow.groundtruth.network import HOOKS
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.palette import COLOURS, MARKERS
 
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}

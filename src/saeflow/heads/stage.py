@@ -31,7 +31,7 @@ from saeflow.heads.shares import compare_measures
 from saeflow.heads.store import read_dataset, write_dataset
 from saeflow.heads.study import Study, by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.loading import load_model
 from saeflow.models import read_geometry
 from saeflow.packing import load_tokenizer

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.job import Job
+from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
 
 SCRIPT = """
-from saeflow.job import run
+from saeflow.jobs.job import run
 
 def work(jobs):
     (job,) = jobs
@@ -88,6 +88,6 @@ def test_key_that_the_plan_does_not_have(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(plan: Plan, tmp_path: Path) -> None:
-    code = "from saeflow.job import progress\nfor _ in progress(range(3), 'steps'): pass"
+    code = "from saeflow.jobs.job import progress\nfor _ in progress(range(3), 'steps'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
