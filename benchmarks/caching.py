@@ -48,10 +48,10 @@ warnings.simplefilter("ignore")
 import torch  # noqa: E402 (after the number of threads is set)
 
 from saeflow.activations import Wanted, cache  # noqa: E402
-from saeflow.attention import fused_attention  # noqa: E402
 from saeflow.config import ActivationsConfig, ModelConfig  # noqa: E402
-from saeflow.loading import load_model  # noqa: E402
-from saeflow.models import hook_layer, read_geometry  # noqa: E402
+from saeflow.models.attention import fused_attention  # noqa: E402
+from saeflow.models.folder import hook_layer, read_geometry  # noqa: E402
+from saeflow.models.loading import load_model  # noqa: E402
 from saeflow.reader import open_rows  # noqa: E402
 from saeflow.store import ActivationStore, Column, TokenRows  # noqa: E402
 

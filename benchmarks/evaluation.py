@@ -48,7 +48,7 @@ from saeflow.config import EvaluationConfig, ModelConfig  # noqa: E402
 from saeflow.dictionaries import Dictionary, Spec  # noqa: E402
 from saeflow.dictionaries.sae import build  # noqa: E402
 from saeflow.evaluation import Study, evaluate  # noqa: E402
-from saeflow.loading import load_model  # noqa: E402
+from saeflow.models.loading import load_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("l0", "ce_clean", "ce_replaced", "ce_zero", "kl")

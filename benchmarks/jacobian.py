@@ -48,7 +48,7 @@ from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
 from saeflow.kernels.jacobian import Around, Products, jacobian_blocks  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
-from saeflow.mlp import MLP, Block  # noqa: E402
+from saeflow.models.blocks import MLP, Block  # noqa: E402
 from saeflow.trainer import Side  # noqa: E402
 from saeflow.training import make_spec  # noqa: E402
 

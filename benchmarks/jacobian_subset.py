@@ -32,10 +32,10 @@ from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
 from saeflow.kernels.jacobian import jacobian_blocks, make_products, mask_inactive  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
-from saeflow.loading import load_model  # noqa: E402
-from saeflow.mlp import read_block  # noqa: E402
+from saeflow.models.blocks import read_block  # noqa: E402
+from saeflow.models.loading import load_model  # noqa: E402
+from saeflow.models.splicing import read_hooks  # noqa: E402
 from saeflow.packing import load_tokenizer  # noqa: E402
-from saeflow.splicing import read_hooks  # noqa: E402
 from saeflow.tokens import open_tokens, write_tokens  # noqa: E402
 from saeflow.trainer import Side  # noqa: E402
 from saeflow.training import make_spec  # noqa: E402

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from saeflow.corpus import CorpusError, corpus_files
-from saeflow.models import MODEL_FILES, ModelError, read_geometry, read_keys
+from saeflow.models.folder import MODEL_FILES, ModelError, read_geometry, read_keys
 
 DATASET_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")  # what saeflow.corpus reads
 
@@ -53,7 +53,7 @@ def fetch_hooked(name: str, revision: str | None, to: Path) -> str:
     """Makes a folder of a model in TransformerLens's own format. Raises `ModelError` where it is none."""
     from huggingface_hub import snapshot_download
 
-    from saeflow.hooked import convert
+    from saeflow.models.hooked import convert
 
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "*final.pth"]))
     tokenizer = read_keys(folder / "config.json").get("tokenizer_name")

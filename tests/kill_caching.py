@@ -18,7 +18,7 @@ import zarr
 
 from saeflow.activations import Wanted, cache
 from saeflow.config import ActivationsConfig, ModelConfig
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.reader import open_rows
 from saeflow.shards import ShardWriter
 from saeflow.store import ActivationStore, Column, TokenRows, save_tensors

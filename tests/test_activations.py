@@ -20,7 +20,7 @@ from stores import contents, write_rows, write_store
 from saeflow.activations import ActivationError, DiskFullError, Wanted, cache, cache_jobs, longest_rows, open_column
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.moments import Moments
 from saeflow.planning.graph import Instance, Plan
 from saeflow.reader import BatchReader, open_rows

@@ -27,7 +27,7 @@ from saeflow.blind import (
 from saeflow.config import BlindConfig, ConfigError, ModelConfig
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.sae import build
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 
 ROOT = Path(__file__).resolve().parent.parent

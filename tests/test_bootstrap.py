@@ -14,8 +14,8 @@ from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Spec
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation import write_evaluation
-from saeflow.loading import load_model
 from saeflow.metrics import summarise
+from saeflow.models.loading import load_model
 from saeflow.sums import Adder, token_batches
 from saeflow.tokens import TokenStore, open_tokens
 

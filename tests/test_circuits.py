@@ -23,7 +23,7 @@ from saeflow.circuits import (
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec
 from saeflow.dictionaries.sae import build
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 
 D, N_LATENTS = 32, 40
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(1, 300, 12))

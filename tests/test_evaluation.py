@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saeflow.attention import fused_attention
 from saeflow.baseline import baseline_jobs
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
@@ -28,11 +27,12 @@ from saeflow.evaluation import Evaluation, evaluate_jobs
 from saeflow.fitting import FitError, check_fit
 from saeflow.jobs.job import Job
 from saeflow.kernels import next_token
-from saeflow.loading import load_model
 from saeflow.metrics import firing, summarise
-from saeflow.models import read_geometry
+from saeflow.models.attention import fused_attention
+from saeflow.models.folder import read_geometry
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import run_clean, run_spliced
 from saeflow.planning.graph import Instance, Plan
-from saeflow.splicing import run_clean, run_spliced
 
 D, N_LATENTS = 32, 80
 IN, OUT = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"

@@ -12,7 +12,7 @@ from evaluating import evaluate_all
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Spec, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 
 D, N_LATENTS = 32, 64
 

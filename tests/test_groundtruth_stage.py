@@ -27,7 +27,7 @@ from saeflow.groundtruth.jacobians import (
 )
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.jobs.job import Job
-from saeflow.models import ModelError, read_geometry
+from saeflow.models.folder import ModelError, read_geometry
 from saeflow.packing import load_tokenizer
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
@@ -234,7 +234,7 @@ def test_jacobian_through_a_pair_matches_autograd_and_the_kernel() -> None:
     """Chain of the input SAE at x, the MLP at x, and the output SAE at what the MLP gives, against the sparse Jacobian
     of the study put between encoder and decoder."""
     from saeflow.jacobian_maps import Pair
-    from saeflow.mlp import MLP, Block
+    from saeflow.models.blocks import MLP, Block
 
     case = get_case(13)
     config = small_config(case)

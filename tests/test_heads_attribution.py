@@ -10,7 +10,7 @@ from test_heads_geometry import HEAD, HOOK, TOKENS, H, random, sae
 from saeflow.config import ModelConfig
 from saeflow.heads.attribution import bias, by_head, by_source, de_embedding, logit_effects
 from saeflow.heads.weights import encoder_by_head, read_attention
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 
 LATENTS = [3, 17, 30]
 

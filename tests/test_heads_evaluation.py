@@ -17,7 +17,7 @@ from saeflow.config import ConfigError, EvaluationConfig, ModelConfig
 from saeflow.dictionaries import BlockDiagonal, Spec, load_dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation import Study, evaluate
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 from saeflow.stack import Member, evaluate_stack
 

@@ -22,7 +22,7 @@ from saeflow.heads.weights import (
     random_rotations,
     read_attention,
 )
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 
 H, HEAD = 4, 8
 HOOK = "blocks.1.attn.hook_z"

@@ -27,7 +27,7 @@ from saeflow.heads.stage import heads_job
 from saeflow.heads.study import Study
 from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.tokens import open_tokens

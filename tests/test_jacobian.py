@@ -21,10 +21,10 @@ from saeflow.jacobian_maps import Pair, TranscoderMap
 from saeflow.jacobian_pass import Tokens, passes
 from saeflow.jacobian_statistics import Tally, histogram_table, notebook_lines, survival_table
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
-from saeflow.mlp import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
+from saeflow.models.blocks import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import read_hooks
 from saeflow.planning.graph import RECEIPT, Instance, Plan
-from saeflow.splicing import read_hooks
 
 LAYER = 1
 IN, OUT = f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.hook_mlp_out"

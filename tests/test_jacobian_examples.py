@@ -13,9 +13,9 @@ from saeflow import jacobian_examples
 from saeflow.config import JacobianConfig, ModelConfig
 from saeflow.jacobian import jacobian_job
 from saeflow.jacobian_examples import Grid, TopWindows, top_inputs_table, top_pairs_table
-from saeflow.loading import load_model
-from saeflow.mlp import read_mlp
-from saeflow.splicing import read_hooks
+from saeflow.models.blocks import read_mlp
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import read_hooks
 from saeflow.tokens import open_tokens
 
 CONFIG = JacobianConfig(top_pairs=5, top_inputs=3, min_count=4)

@@ -14,7 +14,7 @@ from saeflow.kernels import jacobian as kernel
 from saeflow.kernels import loops
 from saeflow.kernels.jacobian import Around, Kept
 from saeflow.kernels.penalties import PENALTIES
-from saeflow.mlp import MLP, PART, Block
+from saeflow.models.blocks import MLP, PART, Block
 
 F64 = torch.float64
 

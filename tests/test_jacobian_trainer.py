@@ -19,7 +19,7 @@ from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.jobs.job import Job, Preempted
-from saeflow.mlp import MLP, Block
+from saeflow.models.blocks import MLP, Block
 from saeflow.planning.graph import Instance, Plan
 from saeflow.trainer import Side, Trainer
 from saeflow.training import make_spec

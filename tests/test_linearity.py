@@ -19,9 +19,9 @@ from saeflow.linearity import (
     linearity_table,
     summarise_linearity,
 )
-from saeflow.loading import load_model
-from saeflow.mlp import MLP, Block, read_block
-from saeflow.splicing import read_hooks
+from saeflow.models.blocks import MLP, Block, read_block
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import read_hooks
 
 S = np.linspace(0, 5, POINTS)
 

@@ -15,7 +15,7 @@ from saeflow.corpus import read_documents
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.sae import build
 from saeflow.faithfulness import NOTEBOOK_004
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.packing import load_tokenizer
 from saeflow.planning.expansion import compose
 from saeflow.tokens import open_tokens, write_tokens

@@ -13,7 +13,7 @@ from saeflow.config import EvaluationConfig, ModelConfig
 from saeflow.dictionaries import Dictionary, Spec
 from saeflow.dictionaries.sae import build
 from saeflow.fitting import FitError
-from saeflow.loading import load_model
+from saeflow.models.loading import load_model
 from saeflow.stack import Member, StackEvaluation, evaluate_stack
 
 D, N_LATENTS = 32, 40

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saeflow.attention import fused_attention
 from saeflow.column_writer import ActivationError, ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job, progress
-from saeflow.loading import load_model
-from saeflow.models import hook_layer
+from saeflow.models.attention import fused_attention
+from saeflow.models.folder import hook_layer
+from saeflow.models.loading import load_model
 from saeflow.moments import Statistics
 from saeflow.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
 

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.attention import fused_attention
 from saeflow.fitting import model_config
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
-from saeflow.loading import load_model
 from saeflow.metrics import squared_norm
-from saeflow.splicing import flattened, run_clean, run_spliced
+from saeflow.models.attention import fused_attention
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.store import open_column
 from saeflow.sums import Adder, Sums, token_batches
 from saeflow.tokens import TokenStore, open_tokens

@@ -18,15 +18,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saeflow.attention import fused_attention
 from saeflow.config import BlindConfig, ConfigError
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import check_fit, model_config
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
-from saeflow.models import read_geometry
+from saeflow.models.attention import fused_attention
+from saeflow.models.folder import read_geometry
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import flattened, read_hooks
 from saeflow.packing import load_tokenizer
-from saeflow.splicing import flattened, read_hooks
 from saeflow.sums import token_batches
 from saeflow.tokens import TokenStore, open_tokens
 

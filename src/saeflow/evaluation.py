@@ -23,17 +23,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.attention import fused_attention
 from saeflow.baseline import Baseline, at_positions, predicting, read_baseline, unembedded
 from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
 from saeflow.metrics import firing, reconstruct, summarise, target
-from saeflow.models import read_geometry
-from saeflow.splicing import flattened, run_clean, run_spliced
+from saeflow.models.attention import fused_attention
+from saeflow.models.folder import read_geometry
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.sums import Adder, Row, columns, joined, token_batches
 from saeflow.tokens import TokenStore, open_tokens
 

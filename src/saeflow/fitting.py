@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.models import Geometry
+from saeflow.models.folder import Geometry
 
 if TYPE_CHECKING:
     from saeflow.dictionaries import Dictionary

@@ -30,7 +30,7 @@ from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.fitting import check_fit
 from saeflow.jobs.job import Job
 from saeflow.layouts import foreign_format
-from saeflow.models import read_geometry
+from saeflow.models.folder import read_geometry
 
 
 class Place(NamedTuple):

@@ -48,9 +48,9 @@ from saeflow.jacobian_statistics import (
 )
 from saeflow.jobs.job import Job
 from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
-from saeflow.loading import load_model
-from saeflow.mlp import Block, read_block
-from saeflow.models import block_of_hooks, read_geometry
+from saeflow.models.blocks import Block, read_block
+from saeflow.models.folder import block_of_hooks, read_geometry
+from saeflow.models.loading import load_model
 from saeflow.tokens import open_tokens
 
 if TYPE_CHECKING:

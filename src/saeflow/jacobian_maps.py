@@ -1,6 +1,6 @@
 """The maps whose Jacobians are studied, each as an iterator of small dense blocks over the entries that are active.
 
-A *pair* of dictionaries around a block f (an MLP, with what `saeflow.mlp` may add to it): J[i, j] is how output latent
+A *pair* of dictionaries around a block f (an MLP, with what `saeflow.models.blocks` may add to it): J[i, j] is how output latent
 i moves with input latent j through decoder, f and encoder. TopK gives every token the same number of entries, k_out x
 k_in, those of latents that TopK kept and the ReLU then silenced included (their derivative is 0); the paper (arXiv
 2502.18147) counts so. Of dictionaries without a fixed number of active latents (ReLU, JumpReLU) the entries are those
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
 from saeflow.kernels.jacobian import jacobian_chunks, jacobian_of_any, make_products, mask_inactive
-from saeflow.mlp import Block, ModuleBlock
+from saeflow.models.blocks import Block, ModuleBlock
 
 LATENT_ELEMENTS = 1 << 24  # of one (tokens, n) tensor of pre-activations: 64 MiB in float32
 GATHERED_ELEMENTS = 1 << 22  # of one (tokens, k, d) or (tokens, p, d) tensor: 16 MiB in float32

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.attention import fused_attention
 from saeflow.jacobian_examples import Activity, Grid, Wanted
 from saeflow.jacobian_maps import Blocks, JacobianMap
 from saeflow.jobs.job import progress
-from saeflow.splicing import read_hooks
+from saeflow.models.attention import fused_attention
+from saeflow.models.splicing import read_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

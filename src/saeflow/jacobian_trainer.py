@@ -40,7 +40,7 @@ from saeflow.kernels.penalties import PENALTIES
 from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
-from saeflow.mlp import Block, ModuleBlock
+from saeflow.models.blocks import Block, ModuleBlock
 from saeflow.trainer import Batches, Side, Trainer
 from saeflow.training_metrics import TrainingError
 

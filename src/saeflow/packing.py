@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from saeflow.models import TokenizerError, special_tokens, tokenizer_file
+from saeflow.models.folder import TokenizerError, special_tokens, tokenizer_file
 
 NO_DOCUMENT = -1  # document and offset of a BOS that packing put in front of a row
 BATCH_CHARACTERS = 1 << 20  # texts that are tokenised at once: the tokenizer needs a hundred bytes a character

@@ -15,17 +15,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.attention import fused_attention
 from saeflow.baseline import at_positions, predicting, unembedded
 from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.fitting import FitError, check_fit, model_config
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
 from saeflow.metrics import Ratio, loss_ratios, why_undefined
-from saeflow.models import hook_layer, read_geometry
-from saeflow.splicing import flattened, run_clean, run_hooked
+from saeflow.models.attention import fused_attention
+from saeflow.models.folder import hook_layer, read_geometry
+from saeflow.models.loading import load_model
+from saeflow.models.splicing import flattened, run_clean, run_hooked
 from saeflow.store import open_column
 from saeflow.sums import Adder, Row, columns, token_batches
 from saeflow.tokens import TokenStore, open_tokens

@@ -27,7 +27,7 @@ from saeflow.heads_trainer import HeadsTrainer
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.jobs.job import Job, Preempted, progress
 from saeflow.loggers import open_loggers
-from saeflow.mlp import Block, ModuleBlock, read_block
+from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.planning.graph import Instance
 from saeflow.store import Column
 from saeflow.trainer import Batches, Side, Trainer
@@ -232,7 +232,7 @@ def _write(member: Member) -> str:
 
 def _block(job: Job) -> Block | ModuleBlock:
     """The block of the language model that a Jacobian pair is trained around."""
-    from saeflow.loading import load_model  # ten seconds, and only pairs need it
+    from saeflow.models.loading import load_model  # ten seconds, and only pairs need it
 
     folder = job.source("model")
     config = _origin_of(job).config["model"]

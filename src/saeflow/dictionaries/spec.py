@@ -21,7 +21,7 @@ class Origin:
     model_name: str | None = None
     """A name for people; `model_weights` is what identifies the model."""
     model_weights: str | None = None
-    """Content hash of the weights and `config.json` (`saeflow.models.model_digest`)."""
+    """Content hash of the weights and `config.json` (`saeflow.models.folder.model_digest`)."""
     fold_ln: bool | None = None
     center_writing_weights: bool | None = None
     center_unembed: bool | None = None

@@ -2,7 +2,7 @@
 what it was measured to be.
 
 `config.json` holds the fields of TransformerLens's config and the same sizes by Hugging Face's names, so that
-`saeflow.models.read_geometry` reads it as it reads any model folder. Weights have TransformerLens's names and shapes.
+`saeflow.models.folder.read_geometry` reads it as it reads any model folder. Weights have TransformerLens's names and shapes.
 """
 
 import json
@@ -17,7 +17,7 @@ from saeflow.groundtruth.cases import Case, get_case
 from saeflow.groundtruth.compiler import hooked
 from saeflow.groundtruth.network import Network
 from saeflow.groundtruth.program import BOS, PAD
-from saeflow.models import GROUND_TRUTH, ModelError, config_file, read_keys
+from saeflow.models.folder import GROUND_TRUTH, ModelError, config_file, read_keys
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

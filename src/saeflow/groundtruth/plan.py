@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from saeflow.config import ConfigError, TracrConfig
 from saeflow.groundtruth.cases import ALL_ROWS_UP_TO, get_case, small_config
 from saeflow.groundtruth.compiler import written_before
-from saeflow.models import GROUND_TRUTH, Geometry
+from saeflow.models.folder import GROUND_TRUTH, Geometry
 
 if TYPE_CHECKING:
     from saeflow.config import PointConfig

@@ -81,7 +81,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.groundtruth.predicates import predicates, states
     from saeflow.groundtruth.recovery import random_latents, recovery
     from saeflow.groundtruth.redundancy import redundancy
-    from saeflow.models import read_geometry
+    from saeflow.models.folder import read_geometry
 
     model_folder = jobs[0].input("groundtruth")
     case, network = read_model(model_folder)

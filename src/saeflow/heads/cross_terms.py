@@ -16,7 +16,7 @@ from saeflow.bootstrap import central, resampled_sums
 from saeflow.heads.removal import changes, removals
 from saeflow.heads.weights import Attention, head_outputs
 from saeflow.metrics import squared_norm
-from saeflow.splicing import Clean, run_spliced
+from saeflow.models.splicing import Clean, run_spliced
 from saeflow.sums import Adder
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from saeflow.heads.store import read_dataset, write_dataset
 from saeflow.heads.study import Study, by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
-from saeflow.loading import load_model
-from saeflow.models import read_geometry
+from saeflow.models.folder import read_geometry
+from saeflow.models.loading import load_model
 from saeflow.packing import load_tokenizer
 from saeflow.tokens import open_tokens
 

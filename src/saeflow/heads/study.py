@@ -13,7 +13,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from saeflow.attention import fused_attention
 from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
@@ -21,7 +20,8 @@ from saeflow.heads.cosines import HeadCosines
 from saeflow.heads.cross_terms import MODEL, CrossTerms
 from saeflow.heads.shares import ActiveSums
 from saeflow.heads.weights import Attention, encoder_by_head
-from saeflow.splicing import flattened, run_clean
+from saeflow.models.attention import fused_attention
+from saeflow.models.splicing import flattened, run_clean
 from saeflow.sums import token_batches
 
 if TYPE_CHECKING:

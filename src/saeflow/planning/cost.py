@@ -8,7 +8,7 @@ products of d_mlp numbers (`saeflow.kernels.jacobian`). ReLU is counted as dense
 from math import prod
 from pathlib import Path
 
-from saeflow.models import ModelError, read_geometry
+from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.graph import Instance, Plan
 
 

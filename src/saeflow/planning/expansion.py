@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saeflow import models
 from saeflow.config import BlindConfig, ConfigError, PointConfig, build
 from saeflow.corpus import corpus_files
 from saeflow.layouts import foreign_files, foreign_format
+from saeflow.models import folder as models
 from saeflow.planning.digests import DigestCache, canonical, short_hash
 from saeflow.planning.graph import STAGES, Instance, Plan
 from saeflow.planning.sweep import Sweep

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789012345678901234567890123456789"
 REPOSITORIES = {
     "models/some/model": {
@@ -93,7 +93,7 @@ def test_fetched_model_is_found_by_the_plan_without_the_network(tmp_path, hub, m
     import huggingface_hub.constants
 
     from saeflow.config import ModelConfig
-    from saeflow.models import ModelError, resolve_folder
+    from saeflow.models.folder import ModelError, resolve_folder
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = resolve_folder(ModelConfig("m", hub="some/model"))

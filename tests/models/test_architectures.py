@@ -14,7 +14,7 @@ from saeflow.jobs.job import Job
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "tokens.context_size=32",
     "tokens.train_tokens=4096",

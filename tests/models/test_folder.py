@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import save_model
 
-from saeflow import models
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.loading import load_model
-from saeflow.models import Geometry, ModelError, TokenizerError, hook_layer, read_geometry
+from saeflow.models import folder as models
+from saeflow.models.folder import Geometry, ModelError, TokenizerError, hook_layer, read_geometry
+from saeflow.models.loading import load_model
 from saeflow.planning.digests import DigestCache
 
 PLAIN = ModelConfig("tiny", path="unused")
@@ -333,7 +333,7 @@ def test_what_the_plan_asks_imports_nothing_heavy(neox_folder):
     code = f"""
 import sys
 from pathlib import Path
-from saeflow import models
+from saeflow.models import folder as models
 from saeflow.planning.digests import DigestCache
 folder = Path({str(neox_folder)!r})
 models.read_geometry(folder).hook_size("blocks.0.hook_mlp_out")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saeflow.models import hook_layer
+from saeflow.models.folder import hook_layer
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import make_texts
 
-from saeflow import pretrain
 from saeflow.corpus import is_held_out, read_documents
+from saeflow.models import pretraining as pretrain
 from saeflow.packing import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = pretrain.PretrainConfig(
     vocab_size=300, d_model=16, n_layers=1, n_heads=2, d_mlp=32, context_size=16, n_steps=6, batch_rows=4, eval_every=2
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeflow.config import ModelConfig
-from saeflow.models import (
+from saeflow.models.folder import (
     GROUND_TRUTH,
     HOOKED,
     RMS_NORM,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
     """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
 
-    With `model.randomise` its weights are then replaced (`saeflow.randomise`), and processed as the trained ones are.
+    With `model.randomise` its weights are then replaced (`saeflow.models.randomise`), and processed as the trained ones are.
     Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
     something else than transformers does. Imports both, which takes several seconds.
     """
@@ -35,7 +35,7 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
 
         return load_hooked(folder).to(device, print_details=False)
     if geometry.architecture == HOOKED:
-        from saeflow.hooked import load_hooked_format
+        from saeflow.models.hooked import load_hooked_format
 
         return load_hooked_format(folder, model).to(device, print_details=False)
     if geometry.architecture in RMS_NORM and model.center_writing_weights:
@@ -73,7 +73,7 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
     """TransformerLens's model of a state dict: randomised and processed as `model` says, without gradients."""
     from transformer_lens import HookedTransformer
 
-    from saeflow.randomise import randomise
+    from saeflow.models.randomise import randomise
 
     if model.randomise != "none":
         state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from saeflow.config import ModelConfig
 from saeflow.heads.weights import head_outputs, read_attention
-from saeflow.hooked import convert
-from saeflow.loading import load_model
-from saeflow.models import ModelError, read_geometry
+from saeflow.models.folder import ModelError, read_geometry
+from saeflow.models.hooked import convert
+from saeflow.models.loading import load_model
 
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
 

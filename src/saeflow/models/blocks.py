@@ -27,7 +27,7 @@ from saeflow.config import ConfigError
 from saeflow.kernels import loops
 from saeflow.kernels.jacobian import Around, BlockWeights
 from saeflow.kernels.memory import empty
-from saeflow.models import block_of_hooks
+from saeflow.models.folder import block_of_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -4,7 +4,7 @@
 dict, `*final.pth`, with the names of its parameters. `scripts/fetch.py NAME --to FOLDER` makes of it a folder that is
 opened here: the same `config.json`, the weights as `model.safetensors`, and the tokenizer that the config names. What
 the keys mean is taken from TransformerLens's `convert_neel_model_config`; what is not sequential blocks of attention
-and MLP with learned positions is refused (`saeflow.models.read_geometry`).
+and MLP with learned positions is refused (`saeflow.models.folder.read_geometry`).
 """
 
 import shutil
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.config import ModelConfig
-from saeflow.loading import processed
-from saeflow.models import MODEL_FILES, ModelError, config_file, read_keys
+from saeflow.models.folder import MODEL_FILES, ModelError, config_file, read_keys
+from saeflow.models.loading import processed
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

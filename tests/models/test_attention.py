@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from saeflow.attention import fused_attention, is_plain
 from saeflow.config import ModelConfig
-from saeflow.loading import load_model
+from saeflow.models.attention import fused_attention, is_plain
+from saeflow.models.loading import load_model
 
 UNHOOKABLE = ("hook_attn_scores", "hook_pattern")
 
