@@ -164,9 +164,9 @@ def write_tokens(folder: Path, n_rows: int) -> None:
     """Packed rows of the embedded corpus, repeated if it is too short: what they say does not change the time."""
     from itertools import cycle
 
-    from saeflow.corpus import read_documents
-    from saeflow.packing import load_tokenizer
-    from saeflow.tokens import write_tokens
+    from saeflow.text.corpus import read_documents
+    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokens import write_tokens
 
     documents = cycle(list(read_documents(ROOT / "resources/corpus.jsonl.gz")))
     write_tokens(

@@ -210,9 +210,9 @@ def dictionaries(
 
 
 def held_out_rows(folder: Path, n_rows: int) -> np.ndarray:
-    from saeflow.corpus import read_documents
-    from saeflow.packing import load_tokenizer
-    from saeflow.tokens import open_tokens, write_tokens
+    from saeflow.text.corpus import read_documents
+    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokens import open_tokens, write_tokens
 
     with tempfile.TemporaryDirectory() as out:
         write_tokens(

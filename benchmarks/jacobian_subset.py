@@ -27,7 +27,6 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)
 import torch  # noqa: E402 (after the number of threads is set)
 
 from saeflow.config import DictionaryConfig, ModelConfig, TrainingConfig  # noqa: E402
-from saeflow.corpus import read_documents  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
 from saeflow.kernels.jacobian import jacobian_blocks, make_products, mask_inactive  # noqa: E402
@@ -35,8 +34,9 @@ from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import read_block  # noqa: E402
 from saeflow.models.loading import load_model  # noqa: E402
 from saeflow.models.splicing import read_hooks  # noqa: E402
-from saeflow.packing import load_tokenizer  # noqa: E402
-from saeflow.tokens import open_tokens, write_tokens  # noqa: E402
+from saeflow.text.corpus import read_documents  # noqa: E402
+from saeflow.text.packing import load_tokenizer  # noqa: E402
+from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
 from saeflow.trainer import Side  # noqa: E402
 from saeflow.training import make_spec  # noqa: E402
 

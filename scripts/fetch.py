@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from saeflow.corpus import CorpusError, corpus_files
 from saeflow.models.folder import MODEL_FILES, ModelError, read_geometry, read_keys
+from saeflow.text.corpus import CorpusError, corpus_files
 
-DATASET_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")  # what saeflow.corpus reads
+DATASET_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")  # what saeflow.text.corpus reads
 
 
 def fetch(name: str, dataset: bool, revision: str | None, to: str | None) -> str:

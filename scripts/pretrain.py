@@ -45,8 +45,8 @@ def main() -> None:
 
     import pandas as pd
 
-    from saeflow.corpus import read_documents
     from saeflow.models import pretraining as p
+    from saeflow.text.corpus import read_documents
 
     config = p.PretrainConfig(**({"n_steps": args.steps} if args.steps else {}))
     documents = list(read_documents(args.corpus))

@@ -7,9 +7,9 @@ from saeflow.jobs.job import Job, run
 
 
 def tokens(jobs: list[Job]) -> str:
-    from saeflow.corpus import read_documents, stream_dataset
-    from saeflow.packing import load_tokenizer
-    from saeflow.tokens import write_tokens
+    from saeflow.text.corpus import read_documents, stream_dataset
+    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokens import write_tokens
 
     (job,) = jobs
     if "case" in job.config["corpus"]:

@@ -17,7 +17,7 @@ from saeflow.evaluation import write_evaluation
 from saeflow.metrics import summarise
 from saeflow.models.loading import load_model
 from saeflow.sums import Adder, token_batches
-from saeflow.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import TokenStore, open_tokens
 
 D, OUT = 32, "blocks.1.hook_mlp_out"
 MEAN = torch.zeros(D)

@@ -28,9 +28,9 @@ from saeflow.groundtruth.jacobians import (
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
-from saeflow.packing import load_tokenizer
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
+from saeflow.text.packing import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = "experiment=tracr_case3"
@@ -355,7 +355,7 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
 
 
 def test_both_splits_hold_all_rows_of_the_case(finished: tuple[Plan, str]) -> None:
-    from saeflow.tokens import open_tokens
+    from saeflow.text.tokens import open_tokens
 
     plan, _ = finished
     for key in plan.stages["tokens"]:

@@ -30,7 +30,7 @@ from saeflow.jobs.job import Job
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
-from saeflow.tokens import open_tokens
+from saeflow.text.tokens import open_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = (

@@ -16,7 +16,7 @@ from saeflow.jacobian_examples import Grid, TopWindows, top_inputs_table, top_pa
 from saeflow.models.blocks import read_mlp
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks
-from saeflow.tokens import open_tokens
+from saeflow.text.tokens import open_tokens
 
 CONFIG = JacobianConfig(top_pairs=5, top_inputs=3, min_count=4)
 

@@ -30,7 +30,7 @@ from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.store import open_column
 from saeflow.sums import Adder, Sums, token_batches
-from saeflow.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,9 +26,9 @@ from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, read_hooks
-from saeflow.packing import load_tokenizer
 from saeflow.sums import token_batches
-from saeflow.tokens import TokenStore, open_tokens
+from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -35,7 +35,7 @@ from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.sums import Adder, Row, columns, joined, token_batches
-from saeflow.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

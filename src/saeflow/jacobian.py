@@ -51,7 +51,7 @@ from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise
 from saeflow.models.blocks import Block, read_block
 from saeflow.models.folder import block_of_hooks, read_geometry
 from saeflow.models.loading import load_model
-from saeflow.tokens import open_tokens
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -193,7 +193,7 @@ def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
-    from saeflow.packing import load_tokenizer
+    from saeflow.text.packing import load_tokenizer
 
     tokenizer = load_tokenizer(model_folder).tokenizer
 

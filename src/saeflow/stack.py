@@ -28,7 +28,7 @@ from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_hooked
 from saeflow.store import open_column
 from saeflow.sums import Adder, Row, columns, token_batches
-from saeflow.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

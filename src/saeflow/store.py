@@ -24,7 +24,7 @@ import numpy as np
 
 from saeflow.config import ActivationsConfig
 from saeflow.shards import ITEMSIZE, Layout, shard_path
-from saeflow.tokens import open_tokens
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     import zarr

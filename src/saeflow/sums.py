@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saeflow.jobs.job import progress
-from saeflow.tokens import TokenStore
+from saeflow.text.tokens import TokenStore
 
 Row = dict[str, Any]
 

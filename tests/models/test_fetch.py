@@ -105,7 +105,7 @@ def test_fetched_model_is_found_by_the_plan_without_the_network(tmp_path, hub, m
 
 
 def test_fetched_dataset_is_read_as_a_local_corpus(tmp_path, hub):
-    from saeflow.corpus import Document, read_documents
+    from saeflow.text.corpus import Document, read_documents
 
     done = fetch(tmp_path, hub, "--dataset", "some/data")
     assert done.returncode == 0, done.stderr

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import make_texts
 
-from saeflow.corpus import is_held_out, read_documents
 from saeflow.models import pretraining as pretrain
-from saeflow.packing import load_tokenizer
+from saeflow.text.corpus import is_held_out, read_documents
+from saeflow.text.packing import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = pretrain.PretrainConfig(

@@ -8,7 +8,7 @@ import numpy as np
 
 from saeflow.groundtruth.cases import get_case
 from saeflow.jobs.job import Job
-from saeflow.tokens import open_tokens, write_whole_rows
+from saeflow.text.tokens import open_tokens, write_whole_rows
 
 SEEDS = {"train": 0, "held_out": 1}  # of sampled rows; a model trains on rows of yet another seed
 MODEL_ROWS_SEED = 2

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saeflow.corpus import Document, is_held_out
 from saeflow.jobs.job import progress
-from saeflow.packing import Packer, encode_all
+from saeflow.text.corpus import Document, is_held_out
+from saeflow.text.packing import Packer, encode_all
 
 EOS = "<|endoftext|>"  # BOS too, as in Pythia
 

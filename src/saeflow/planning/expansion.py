@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow.config import BlindConfig, ConfigError, PointConfig, build
-from saeflow.corpus import corpus_files
 from saeflow.layouts import foreign_files, foreign_format
 from saeflow.models import folder as models
 from saeflow.planning.digests import DigestCache, canonical, short_hash
 from saeflow.planning.graph import STAGES, Instance, Plan
 from saeflow.planning.sweep import Sweep
+from saeflow.text.corpus import corpus_files
 
 OF_FOREIGN = ("path", "format", "release", "sae_id", "label")  # of `dictionary`; nothing to a training
 HOW_TRAINING_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another

@@ -11,9 +11,9 @@ from conftest import make_texts, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import corpus
 from saeflow.config import ConfigError
-from saeflow.corpus import CorpusError, Document, corpus_files, document_hash, is_held_out, read_documents
+from saeflow.text import corpus
+from saeflow.text.corpus import CorpusError, Document, corpus_files, document_hash, is_held_out, read_documents
 
 TEXTS = ["One.\n\nStill one.", "naïve 海 🌊", "  spaced  "]
 

@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 from conftest import CONTEXT_SIZE, make_texts, write_jsonl
 
-from saeflow import tokens
 from saeflow.config import ConfigError
-from saeflow.corpus import CorpusError, Document, document_hash, is_held_out, read_documents, shuffle_documents
-from saeflow.packing import NO_DOCUMENT, LoadedTokenizer, TokenizerError, load_tokenizer
 from saeflow.planning.graph import Instance, Plan
-from saeflow.tokens import TokensError, open_tokens, write_tokens
+from saeflow.text import tokens
+from saeflow.text.corpus import CorpusError, Document, document_hash, is_held_out, read_documents, shuffle_documents
+from saeflow.text.packing import NO_DOCUMENT, LoadedTokenizer, TokenizerError, load_tokenizer
+from saeflow.text.tokens import TokensError, open_tokens, write_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(folder: Path, documents, tokenizer: LoadedTokenizer, **options) -> Path:
@@ -139,7 +139,7 @@ def test_two_writes_are_identical_byte_for_byte(tmp_path, documents, tokenizer):
 
 
 def test_reading_stops_when_the_rows_are_there(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("saeflow.corpus.SHUFFLE_DOCUMENTS", 50)
+    monkeypatch.setattr("saeflow.text.corpus.SHUFFLE_DOCUMENTS", 50)
     read = []
     endless = (Document(f"document {i} of many", "s") for i in iter(lambda: read.append(1) or len(read), None))
     write(tmp_path / "t", endless, tokenizer, n_rows=10)
@@ -149,7 +149,7 @@ def test_reading_stops_when_the_rows_are_there(tmp_path, tokenizer, monkeypatch)
 def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK_TOKENS", 64 * 16)
     monkeypatch.setattr(tokens, "SHARD_TOKENS", 64 * 16)
-    monkeypatch.setattr("saeflow.corpus.SHUFFLE_DOCUMENTS", 50)
+    monkeypatch.setattr("saeflow.text.corpus.SHUFFLE_DOCUMENTS", 50)
     endless = (Document(f"{text} {i}", "s") for i in range(1 << 30) for text in make_texts(50, seed=i))
 
     def peak(n_rows: int) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeflow.config import ConfigError
-from saeflow.packing import (
+from saeflow.text.packing import (
     NO_DOCUMENT,
     LoadedTokenizer,
     Packer,
@@ -87,7 +87,7 @@ def test_real_text_packs_as_the_notebook_joins_it(tokenizer_folder, texts, conte
 @pytest.mark.parametrize("characters", [1, 300, 1 << 20])
 def test_batches_of_texts_do_not_matter(tokenizer_folder, monkeypatch, characters):
     tokenizer, texts = load_tokenizer(tokenizer_folder).tokenizer, make_texts(30)
-    monkeypatch.setattr("saeflow.packing.BATCH_CHARACTERS", characters)
+    monkeypatch.setattr("saeflow.text.packing.BATCH_CHARACTERS", characters)
     alone = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert list(encode_all(tokenizer, texts, batch=7)) == alone
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from saeflow.config import ConfigError
-from saeflow.corpus import (
+from saeflow.jobs.job import progress
+from saeflow.text.corpus import (
     SHUFFLE_DOCUMENTS,
     SHUFFLE_SEED,
     CorpusError,
@@ -23,8 +24,7 @@ from saeflow.corpus import (
     is_held_out,
     shuffle_documents,
 )
-from saeflow.jobs.job import progress
-from saeflow.packing import LoadedTokenizer, Packer, Rows, encode_all, row_bos
+from saeflow.text.packing import LoadedTokenizer, Packer, Rows, encode_all, row_bos
 
 if TYPE_CHECKING:
     import zarr
