@@ -47,13 +47,13 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402 (after the number of threads is set)
 
-from saeflow.activations import Wanted, cache  # noqa: E402
+from saeflow.activations.caching import Wanted, cache  # noqa: E402
+from saeflow.activations.reader import open_rows  # noqa: E402
+from saeflow.activations.store import ActivationStore, Column, TokenRows  # noqa: E402
 from saeflow.config import ActivationsConfig, ModelConfig  # noqa: E402
 from saeflow.models.attention import fused_attention  # noqa: E402
 from saeflow.models.folder import hook_layer, read_geometry  # noqa: E402
 from saeflow.models.loading import load_model  # noqa: E402
-from saeflow.reader import open_rows  # noqa: E402
-from saeflow.store import ActivationStore, Column, TokenRows  # noqa: E402
 
 
 def main() -> None:

@@ -46,13 +46,13 @@ import pandas as pd  # noqa: E402 (after the number of threads is set)
 import torch  # noqa: E402
 import zarr  # noqa: E402
 
-from saeflow.column_writer import ColumnWriter, Wanted  # noqa: E402
+from saeflow.activations.store import ActivationStore, Column, TokenRows, write_column  # noqa: E402
+from saeflow.activations.writer import ColumnWriter, Wanted  # noqa: E402
 from saeflow.config import ActivationsConfig, DictionaryConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.heads_trainer import HeadsTrainer  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.planning.graph import Instance, Plan  # noqa: E402
-from saeflow.store import ActivationStore, Column, TokenRows, write_column  # noqa: E402
 from saeflow.trainer import Side, Trainer  # noqa: E402
 from saeflow.training import make_spec  # noqa: E402
 

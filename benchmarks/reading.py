@@ -36,10 +36,10 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402 (after the number of threads is set)
 
-from saeflow.column_writer import ColumnWriter, Wanted  # noqa: E402
+from saeflow.activations.reader import BatchReader, MappedRows  # noqa: E402
+from saeflow.activations.store import ActivationStore, Column  # noqa: E402
+from saeflow.activations.writer import ColumnWriter, Wanted  # noqa: E402
 from saeflow.config import ActivationsConfig  # noqa: E402
-from saeflow.reader import BatchReader, MappedRows  # noqa: E402
-from saeflow.store import ActivationStore, Column  # noqa: E402
 
 HOOK = "blocks.0.hook_mlp_out"
 

@@ -7,7 +7,7 @@ from saeflow.jobs.job import Job, run
 
 
 def activations(jobs: list[Job]) -> str:
-    from saeflow.activations import cache_jobs
+    from saeflow.activations.caching import cache_jobs
 
     return cache_jobs(jobs)
 

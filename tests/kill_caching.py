@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import zarr
 
-from saeflow.activations import Wanted, cache
+from saeflow.activations.caching import Wanted, cache
+from saeflow.activations.reader import open_rows
+from saeflow.activations.shards import ShardWriter
+from saeflow.activations.store import ActivationStore, Column, TokenRows, save_tensors
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.models.loading import load_model
-from saeflow.reader import open_rows
-from saeflow.shards import ShardWriter
-from saeflow.store import ActivationStore, Column, TokenRows, save_tensors
 
 COLUMNS = [Wanted("blocks.1.hook_mlp_out", (32,), 1056), Wanted("blocks.0.attn.hook_z", (4, 8), 1056)]
 SHORTER = [column._replace(n_tokens=672) for column in COLUMNS]  # ends in the middle of a chunk and a shard

@@ -7,10 +7,10 @@ import numpy as np
 import zarr
 from torch import Tensor
 
-from saeflow.column_writer import ColumnWriter, Wanted
+from saeflow.activations.store import ActivationStore, Column, TokenRows, open_column, write_column
+from saeflow.activations.writer import ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig
 from saeflow.planning.graph import Instance, Plan
-from saeflow.store import ActivationStore, Column, TokenRows, open_column, write_column
 
 TRAINING_STORE = "tiny-gpt2-float32-01234567"
 TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}

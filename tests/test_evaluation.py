@@ -495,8 +495,8 @@ FILES = ("batches.parquet", "documents.parquet", "latents.parquet", "resamples.p
 @pytest.fixture
 def make_jobs(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> Callable[..., list[Job]]:
     """Evaluations of dictionaries, with the baselines of their output hooks (or of `hook`) measured."""
-    from saeflow.moments import Moments
-    from saeflow.store import Column, write_column
+    from saeflow.activations.moments import Moments
+    from saeflow.activations.store import Column, write_column
 
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "held").symlink_to(tokens_folder)

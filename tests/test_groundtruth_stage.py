@@ -298,7 +298,7 @@ def test_mlp_jacobians_match_autograd_float64() -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     """All jobs of a small run on the compiled model, one after the other, and the last line of the figures."""
-    from saeflow.activations import cache_jobs
+    from saeflow.activations.caching import cache_jobs
     from saeflow.groundtruth.figures import draw_job
     from saeflow.groundtruth.stage import make_model, recover_jobs, write_case_rows
     from saeflow.training import train
@@ -365,8 +365,8 @@ def test_both_splits_hold_all_rows_of_the_case(finished: tuple[Plan, str]) -> No
 
 
 def test_training_reshuffles_finite_data_each_pass(finished: tuple[Plan, str]) -> None:
-    from saeflow.reader import BatchReader
-    from saeflow.store import open_column
+    from saeflow.activations.reader import BatchReader
+    from saeflow.activations.store import open_column
 
     plan, _ = finished
     column = open_column(plan.folder("activations", next(iter(plan.stages["activations"]))))

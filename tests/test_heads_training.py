@@ -10,13 +10,13 @@ import torch
 from stores import TRAINING_STORE, contents, training_plan, write_store
 
 from saeflow import training
+from saeflow.activations.reader import BatchReader
+from saeflow.activations.store import open_column
 from saeflow.checkpoints import Checkpoints
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import BlockDiagonal, Origin, load_dictionary
 from saeflow.heads_trainer import HeadsTrainer
 from saeflow.jobs.job import Job, Preempted
-from saeflow.reader import BatchReader
-from saeflow.store import open_column
 from saeflow.trainer import Side, Trainer
 from saeflow.training import make_spec
 from saeflow.training_metrics import TrainingError

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saeflow.activations.store import open_column
 from saeflow.fitting import model_config
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
@@ -28,7 +29,6 @@ from saeflow.metrics import squared_norm
 from saeflow.models.attention import fused_attention
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
-from saeflow.store import open_column
 from saeflow.sums import Adder, Sums, token_batches
 from saeflow.text.tokens import TokenStore, open_tokens
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saeflow.activations.store import open_column
 from saeflow.baseline import at_positions, predicting, unembedded
 from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
@@ -26,7 +27,6 @@ from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_hooked
-from saeflow.store import open_column
 from saeflow.sums import Adder, Row, columns, token_batches
 from saeflow.text.tokens import TokenStore, open_tokens
 

@@ -52,7 +52,7 @@ THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAE
 
 
 class Batches(Protocol):
-    """Where batches come from: `saeflow.reader.BatchReader`, or anything that does this."""
+    """Where batches come from: `saeflow.activations.reader.BatchReader`, or anything that does this."""
 
     def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
         """Batches `start` to `start + n_steps - 1`: (x,) for an SAE, (x, y) for a transcoder; x (N, d), y (N, p)."""

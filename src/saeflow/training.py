@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeflow.activations.store import Column
 from saeflow.checkpoints import Checkpoints, StopSignals, Timer
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.io import save_dictionary
@@ -29,7 +30,6 @@ from saeflow.jobs.job import Job, Preempted, progress
 from saeflow.loggers import open_loggers
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.planning.graph import Instance
-from saeflow.store import Column
 from saeflow.trainer import Batches, Side, Trainer
 from saeflow.training_metrics import TrainingError, write_metrics
 
@@ -80,8 +80,8 @@ def train(jobs: list[Job]) -> str:
     A dictionary whose training fails does not stop the others; in the end `TrainingError` says which failed. Raises
     `Preempted`, with the state saved, when the job is asked to stop.
     """
-    from saeflow.reader import BatchReader
-    from saeflow.store import open_column
+    from saeflow.activations.reader import BatchReader
+    from saeflow.activations.store import open_column
 
     columns = {folder: open_column(folder) for job in jobs for folder in job.inputs("activations")}
     options = [build(TrainingConfig, job.config["training"] | _how(job), "training.") for job in jobs]

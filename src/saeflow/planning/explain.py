@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saeflow.activations.shards import predicted_bytes
 from saeflow.config import ConfigError
 from saeflow.planning.cost import training_operations
 from saeflow.planning.graph import RECEIPT, Instance, Plan
-from saeflow.shards import predicted_bytes
 
 NOUNS = {
     "groundtruth": ("model of a case", "models of a case"),

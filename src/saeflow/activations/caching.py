@@ -5,7 +5,7 @@
 
 What is on disk is a function of the model, the tokens and the hook alone. Rows go through the model in blocks of
 `batch_rows` counted from row 0, and the last block is filled up with rows that are thrown away, so that a row's values
-do not depend on where a column ends; the rest of the argument is in `saeflow.column_writer`.
+do not depend on where a column ends; the rest of the argument is in `saeflow.activations.writer`.
 
 A store grows in place: another hook is another array, more rows are more shards. The one file that an extension
 replaces is a last shard that was not full, by one that begins with the same rows, moved into place whole; columns that
@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saeflow.column_writer import ActivationError, ColumnWriter, Wanted
+from saeflow.activations.moments import Statistics
+from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
+from saeflow.activations.writer import ActivationError, ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job, progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
-from saeflow.moments import Statistics
-from saeflow.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

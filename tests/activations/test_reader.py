@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-from saeflow import reader as reader_module
-from saeflow.reader import BatchReader, MappedRows, ZarrRows, open_rows, permute
-from saeflow.shards import ShardError
-from saeflow.store import StoreError
+from saeflow.activations import reader as reader_module
+from saeflow.activations.reader import BatchReader, MappedRows, ZarrRows, open_rows, permute
+from saeflow.activations.shards import ShardError
+from saeflow.activations.store import StoreError
 
 GEOMETRY = {"chunk_tokens": 16, "shard_tokens": 64}
 N = 200  # three whole shards and one with half of its second chunk

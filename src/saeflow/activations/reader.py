@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.shards import LayoutError, Shard, ShardError, shard_path
-from saeflow.store import Column, StoreError, array_layout
+from saeflow.activations.shards import LayoutError, Shard, ShardError, shard_path
+from saeflow.activations.store import Column, StoreError, array_layout
 
 ROUNDS = 8
 HELD_TOKENS, HELD_BYTES = (

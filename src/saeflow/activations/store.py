@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from saeflow.activations.shards import ITEMSIZE, Layout, shard_path
 from saeflow.config import ActivationsConfig
-from saeflow.shards import ITEMSIZE, Layout, shard_path
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     import zarr
 
-    from saeflow.moments import Moments, Statistics
+    from saeflow.activations.moments import Moments, Statistics
 
 log = logging.getLogger("saeflow")
 COORDINATES = ("token_id", "document", "position")
@@ -193,7 +193,7 @@ class ActivationStore:
         """Tokens of a hook that are on disk, and the moments of those in its first whole shards."""
         from safetensors.torch import load_file
 
-        from saeflow.moments import Moments
+        from saeflow.activations.moments import Moments
 
         file = self.folder / "progress" / f"{hook_name}.safetensors"
         if not file.is_file():
@@ -249,13 +249,13 @@ class Column:
     def statistics(self) -> "Statistics":
         from safetensors.torch import load_file
 
-        from saeflow.moments import Statistics
+        from saeflow.activations.moments import Statistics
 
         return Statistics(**load_file(self.folder / "statistics.safetensors"))
 
 
 def open_column(folder: str | Path) -> Column:
-    """Opens a column folder. Reads its receipt only; `saeflow.reader` reads the values."""
+    """Opens a column folder. Reads its receipt only; `saeflow.activations.reader` reads the values."""
     folder = Path(folder)
     file = folder / "column.json"
     if not file.is_file():
@@ -265,7 +265,7 @@ def open_column(folder: str | Path) -> Column:
 
 
 def array_layout(column: Column) -> Layout | None:
-    """Layout of a column's shards, from the metadata of its array; None where it is not the one of `saeflow.shards`."""
+    """Layout of a column's shards, from the metadata of its array; None where it is not the one of `saeflow.activations.shards`."""
     file = column.array / "zarr.json"
     if not file.is_file():
         raise StoreError(

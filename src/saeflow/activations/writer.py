@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saeflow.moments import Moments, Statistics
-from saeflow.shards import Shard, ShardWriter
-from saeflow.store import ActivationStore
+from saeflow.activations.moments import Moments, Statistics
+from saeflow.activations.shards import Shard, ShardWriter
+from saeflow.activations.store import ActivationStore
 
 log = logging.getLogger("saeflow")
 PENDING_TASKS = 4  # chunks handed to the thread that may wait for the disk

@@ -17,15 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import contents, write_rows, write_store
 
-from saeflow.activations import ActivationError, DiskFullError, Wanted, cache, cache_jobs, longest_rows, open_column
+from saeflow.activations.caching import (
+    ActivationError,
+    DiskFullError,
+    Wanted,
+    cache,
+    cache_jobs,
+    longest_rows,
+    open_column,
+)
+from saeflow.activations.moments import Moments
+from saeflow.activations.reader import BatchReader, open_rows
+from saeflow.activations.shards import ShardWriter, predicted_bytes
+from saeflow.activations.store import ActivationStore, StoreError, TokenRows
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.models.loading import load_model
-from saeflow.moments import Moments
 from saeflow.planning.graph import Instance, Plan
-from saeflow.reader import BatchReader, open_rows
-from saeflow.shards import ShardWriter, predicted_bytes
-from saeflow.store import ActivationStore, StoreError, TokenRows
 
 # Blocks of 96 tokens, chunks of 40 and shards of 200: no boundary of one kind is one of another.
 GEOMETRY = {"batch_rows": 3, "chunk_tokens": 40, "shard_tokens": 200}
