@@ -8,10 +8,10 @@ def figures(jobs: list[Job]) -> str:
 
     import pandas as pd
 
+    from saeflow.dictionaries.layouts import part_folders
     from saeflow.figures import Tables, draw
     from saeflow.heads.folder import read_head_studies
     from saeflow.jacobian_figures import read_histograms, read_studies
-    from saeflow.layouts import part_folders
 
     (job,) = jobs
     if job.inputs("recover"):  # an experiment on a model whose algorithm is known

@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def foreign(jobs: list[Job]) -> str:
-    from saeflow.foreign import foreign_job
+    from saeflow.dictionaries.foreign import foreign_job
 
     lines = []
     for job in jobs:

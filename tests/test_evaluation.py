@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saeflow.baseline import baseline_jobs
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
+from saeflow.dictionaries.fitting import FitError, check_fit
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation import Evaluation, evaluate_jobs
-from saeflow.fitting import FitError, check_fit
 from saeflow.jobs.job import Job
 from saeflow.kernels import next_token
 from saeflow.metrics import firing, summarise

@@ -377,7 +377,7 @@ def test_training_reshuffles_finite_data_each_pass(finished: tuple[Plan, str]) -
 
 
 def test_dictionary_of_another_model_is_refused(finished: tuple[Plan, str]) -> None:
-    from saeflow.fitting import FitError
+    from saeflow.dictionaries.fitting import FitError
     from saeflow.groundtruth.stage import recover_jobs
 
     plan, _ = finished

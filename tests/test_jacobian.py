@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
+from saeflow.dictionaries.fitting import FitError
 from saeflow.dictionaries.sae import build
-from saeflow.fitting import FitError
 from saeflow.jacobian import jacobian_job, open_map
 from saeflow.jacobian_maps import Pair, TranscoderMap
 from saeflow.jacobian_pass import Tokens, passes

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from saeflow.config import EvaluationConfig, ModelConfig
 from saeflow.dictionaries import Dictionary, Spec
+from saeflow.dictionaries.fitting import FitError
 from saeflow.dictionaries.sae import build
-from saeflow.fitting import FitError
 from saeflow.models.loading import load_model
 from saeflow.stack import Member, StackEvaluation, evaluate_stack
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.store import open_column
-from saeflow.fitting import model_config
+from saeflow.dictionaries.fitting import model_config
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
 from saeflow.metrics import squared_norm

@@ -20,7 +20,7 @@ import torch
 
 from saeflow.config import BlindConfig, ConfigError
 from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.fitting import check_fit, model_config
+from saeflow.dictionaries.fitting import check_fit, model_config
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry

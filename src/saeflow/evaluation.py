@@ -27,7 +27,7 @@ from saeflow.baseline import Baseline, at_positions, predicting, read_baseline, 
 from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.fitting import FitError, check_fit, model_config
+from saeflow.dictionaries.fitting import FitError, check_fit, model_config
 from saeflow.jobs.job import Job
 from saeflow.metrics import firing, reconstruct, summarise, target
 from saeflow.models.attention import fused_attention

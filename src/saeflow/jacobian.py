@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.fitting import FitError, check_fit, model_config
+from saeflow.dictionaries.fitting import FitError, check_fit, model_config
 from saeflow.jacobian_examples import (
     Grid,
     Read,

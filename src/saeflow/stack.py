@@ -20,7 +20,7 @@ from saeflow.baseline import at_positions, predicting, unembedded
 from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.fitting import FitError, check_fit, model_config
+from saeflow.dictionaries.fitting import FitError, check_fit, model_config
 from saeflow.jobs.job import Job
 from saeflow.metrics import Ratio, loss_ratios, why_undefined
 from saeflow.models.attention import fused_attention

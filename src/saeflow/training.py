@@ -20,10 +20,10 @@ from torch import Tensor
 from saeflow.activations.store import Column
 from saeflow.checkpoints import Checkpoints, StopSignals, Timer
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
+from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
-from saeflow.fitting import model_config
 from saeflow.heads_trainer import HeadsTrainer
 from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.jobs.job import Job, Preempted, progress

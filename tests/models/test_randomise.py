@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saeflow.config import ModelConfig
-from saeflow.fitting import model_config
+from saeflow.dictionaries.fitting import model_config
 from saeflow.models.loading import load_model
 from saeflow.models.randomise import randomise
 

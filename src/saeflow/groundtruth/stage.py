@@ -71,7 +71,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     import torch
 
     from saeflow.dictionaries import load_dictionary
-    from saeflow.fitting import check_fit
+    from saeflow.dictionaries.fitting import check_fit
     from saeflow.groundtruth.alignment import Truth
     from saeflow.groundtruth.contexts import page, top_contexts
     from saeflow.groundtruth.faithfulness import faithfulness, interchange_through

@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_limits
 
 from saeflow.config import ConfigError, HeadsConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
+from saeflow.dictionaries.fitting import check_fit, model_config
 from saeflow.dictionaries.heads import BlockDiagonal
-from saeflow.fitting import check_fit, model_config
 from saeflow.heads.dashboards import Beside, dashboards
 from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
 from saeflow.heads.folder import HeadStudy

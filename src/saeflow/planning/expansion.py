@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow.config import BlindConfig, ConfigError, PointConfig, build
-from saeflow.layouts import foreign_files, foreign_format
+from saeflow.dictionaries.layouts import foreign_files, foreign_format
 from saeflow.models import folder as models
 from saeflow.planning.digests import DigestCache, canonical, short_hash
 from saeflow.planning.graph import STAGES, Instance, Plan

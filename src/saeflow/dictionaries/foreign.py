@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saeflow.dictionaries.fitting import check_fit
 from saeflow.dictionaries.io import CONFIG_FILE, SAELENS_FORMAT, WEIGHTS_FILE, load_dictionary, save_dictionary
+from saeflow.dictionaries.layouts import foreign_format
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
-from saeflow.fitting import check_fit
 from saeflow.jobs.job import Job
-from saeflow.layouts import foreign_format
 from saeflow.models.folder import read_geometry
 
 

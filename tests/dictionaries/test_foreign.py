@@ -14,13 +14,13 @@ from torch import Tensor
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec, load_dictionary, save_dictionary
+from saeflow.dictionaries.foreign import Place, read_foreign, read_release
+from saeflow.dictionaries.layouts import foreign_files, foreign_format
 from saeflow.dictionaries.sae import build
-from saeflow.foreign import Place, read_foreign, read_release
 from saeflow.jobs.job import Job
-from saeflow.layouts import foreign_files, foreign_format
 from saeflow.planning.expansion import compose
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 D, N_LATENTS, K = 32, 48, 5
 OUT = "blocks.1.hook_mlp_out"
 SAE, TRANSCODER = Place(OUT, OUT), Place("blocks.1.ln2.hook_normalized", OUT)
@@ -310,7 +310,7 @@ def test_a_foreign_dictionary_of_one_head(neox_folder: Path, corpus_file: Path, 
 
 
 def test_a_foreign_dictionary_of_another_size_is_refused(neox_folder: Path, corpus_file: Path, tmp_path: Path) -> None:
-    from saeflow.foreign import foreign_job
+    from saeflow.dictionaries.foreign import foreign_job
 
     wide = {"encoder.weight": torch.zeros(8, 64), "encoder.bias": torch.zeros(8), "bias": torch.zeros(64)}
     path = learned(tmp_path / "wide", "AutoEncoder", wide | {"decoder.weight": torch.zeros(64, 8)})
