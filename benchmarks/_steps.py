@@ -9,8 +9,8 @@ from torch import Tensor
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin
 from saeflow.kernels.step import Weights
-from saeflow.trainer import Side, Trainer
-from saeflow.training import make_spec
+from saeflow.training.loop import make_spec
+from saeflow.training.trainer import Side, Trainer
 
 
 @dataclass(frozen=True)

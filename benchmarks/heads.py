@@ -50,11 +50,11 @@ from saeflow.activations.store import ActivationStore, Column, TokenRows, write_
 from saeflow.activations.writer import ColumnWriter, Wanted  # noqa: E402
 from saeflow.config import ActivationsConfig, DictionaryConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
-from saeflow.heads_trainer import HeadsTrainer  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.planning.graph import Instance, Plan  # noqa: E402
-from saeflow.trainer import Side, Trainer  # noqa: E402
-from saeflow.training import make_spec  # noqa: E402
+from saeflow.training.heads import HeadsTrainer  # noqa: E402
+from saeflow.training.loop import make_spec  # noqa: E402
+from saeflow.training.trainer import Side, Trainer  # noqa: E402
 
 HOOK, STORE = "blocks.1.attn.hook_z", "random-float32-00000000"
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts/train.py"

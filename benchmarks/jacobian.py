@@ -45,12 +45,12 @@ from torch.nn import functional as F  # noqa: E402
 
 from saeflow.config import DictionaryConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
-from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
 from saeflow.kernels.jacobian import Around, Products, jacobian_blocks  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import MLP, Block  # noqa: E402
-from saeflow.trainer import Side  # noqa: E402
-from saeflow.training import make_spec  # noqa: E402
+from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
+from saeflow.training.loop import make_spec  # noqa: E402
+from saeflow.training.trainer import Side  # noqa: E402
 
 DEVICE = args.device
 WIDTH, HIDDEN, LATENTS, K, TOKENS = 512, 2048, 8192, 32, 4096

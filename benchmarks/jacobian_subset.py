@@ -28,7 +28,6 @@ import torch  # noqa: E402 (after the number of threads is set)
 
 from saeflow.config import DictionaryConfig, ModelConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
-from saeflow.jacobian_trainer import JacobianTrainer  # noqa: E402
 from saeflow.kernels.jacobian import jacobian_blocks, make_products, mask_inactive  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import read_block  # noqa: E402
@@ -37,8 +36,9 @@ from saeflow.models.splicing import read_hooks  # noqa: E402
 from saeflow.text.corpus import read_documents  # noqa: E402
 from saeflow.text.packing import load_tokenizer  # noqa: E402
 from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
-from saeflow.trainer import Side  # noqa: E402
-from saeflow.training import make_spec  # noqa: E402
+from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
+from saeflow.training.loop import make_spec  # noqa: E402
+from saeflow.training.trainer import Side  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYER, BATCH, LATENTS, K = 3, 1024, 1024, 16

@@ -9,7 +9,7 @@ def train_together(jobs: list[Job]) -> str:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside those of our loops
     # torch must not be imported before `run` has set the number of threads
     from saeflow.kernels.memory import keep_freed_memory
-    from saeflow.training import train
+    from saeflow.training.loop import train
 
     keep_freed_memory()
     return train(jobs)

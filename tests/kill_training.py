@@ -16,11 +16,11 @@ import torch
 from kill_caching import die_at
 from stores import TRAINING_STORE, training_plan
 
-from saeflow import checkpoints
-from saeflow.checkpoints import Checkpoints
 from saeflow.jobs.job import Job
-from saeflow.trainer import Trainer
-from saeflow.training import train
+from saeflow.training import checkpoints
+from saeflow.training.checkpoints import Checkpoints
+from saeflow.training.loop import train
+from saeflow.training.trainer import Trainer
 
 HOOKS = ["blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"]
 TRANSCODER = {"kind": "transcoder", "activation": "relu", "l1_coefficient": 0.1, "expansion": 3}

@@ -301,7 +301,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     from saeflow.activations.caching import cache_jobs
     from saeflow.groundtruth.figures import draw_job
     from saeflow.groundtruth.stage import make_model, recover_jobs, write_case_rows
-    from saeflow.training import train
+    from saeflow.training.loop import train
 
     around = "model.tracr.method:compiled,site:mlp_before_norm,site.layer:0"
     pair = "dictionary:jacobian,dictionary.k:4,dictionary.l1_coefficient:null,dictionary.squared_error:mean"

@@ -27,8 +27,8 @@ from saeflow.kernels.step import (
     take_steps,
     token_weights,
 )
-from saeflow.trainer import Side, Trainer
-from saeflow.training import make_spec
+from saeflow.training.loop import make_spec
+from saeflow.training.trainer import Side, Trainer
 
 ERRORS = ("sum", "mean", "target_norm")
 ROADS = (("topk", True), ("batchtopk", True), ("relu", True), ("relu", False))  # activation, and `sparse`

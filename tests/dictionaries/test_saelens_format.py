@@ -18,8 +18,8 @@ from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary, save_dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.kernels.step import Objective, Weights, take_step
-from saeflow.trainer import l1_coefficient, learning_rate
-from saeflow.training import make_spec
+from saeflow.training.loop import make_spec
+from saeflow.training.trainer import l1_coefficient, learning_rate
 
 ORIGIN = Origin("tiny", "0123abcd", False, True, False, 64, True)
 HOOK_OUT = "blocks.0.hook_mlp_out"

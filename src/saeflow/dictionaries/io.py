@@ -37,7 +37,7 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
             save_dictionary(head, folder / f"head_{h}")
         return
     if dictionary.spec.activation == "saelens":
-        from saeflow.saelens import SAELensDictionary
+        from saeflow.training.saelens import SAELensDictionary
 
         assert isinstance(dictionary, SAELensDictionary)
         return dictionary.save(folder)
@@ -65,7 +65,7 @@ def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
             f"the dictionary in {folder} is damaged ({error}); delete the folder and run the workflow to train it again"
         ) from error
     if _needs_saelens(config):
-        from saeflow.saelens import SAELensDictionary
+        from saeflow.training.saelens import SAELensDictionary
 
         return SAELensDictionary.load(folder, _spec(config, folder), device)
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()

@@ -9,11 +9,12 @@ import pytest
 import torch
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow import loggers, training
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jobs.job import Job
-from saeflow.training_metrics import TrainingError
+from saeflow.training import loggers
+from saeflow.training import loop as training
+from saeflow.training.metrics import TrainingError
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from saeflow.config import ConfigError
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Weights, clip_norms_, normalise_rows_, remove_parallel_, take_steps
-from saeflow.trainer import Trainer
-from saeflow.training_metrics import TrainingError
+from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Trainer
 
 
 class BatchedTrainer:

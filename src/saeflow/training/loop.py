@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.store import Column
-from saeflow.checkpoints import Checkpoints, StopSignals, Timer
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
-from saeflow.heads_trainer import HeadsTrainer
-from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.jobs.job import Job, Preempted, progress
-from saeflow.loggers import open_loggers
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.planning.graph import Instance
-from saeflow.trainer import Batches, Side, Trainer
-from saeflow.training_metrics import TrainingError, write_metrics
+from saeflow.training.checkpoints import Checkpoints, StopSignals, Timer
+from saeflow.training.heads import HeadsTrainer
+from saeflow.training.jacobian_pair import JacobianTrainer, pair_options
+from saeflow.training.loggers import open_loggers
+from saeflow.training.metrics import TrainingError, write_metrics
+from saeflow.training.trainer import Batches, Side, Trainer
 
 log = logging.getLogger("saeflow")
 MOST_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20  # batches, and their bytes, that one member takes before the next
@@ -346,7 +346,7 @@ def make_trainer(spec: Spec, *args: Any) -> Trainer:
     """The trainer of a dictionary; `args` as of `Trainer`."""
     if spec.saelens is None:
         return Trainer(spec, *args)
-    from saeflow.saelens import SAELensTrainer  # ten seconds
+    from saeflow.training.saelens import SAELensTrainer  # ten seconds
 
     return SAELensTrainer(spec, *args)
 

@@ -38,8 +38,8 @@ from saeflow.kernels.step import (
     squared_norms,
     take_step,
 )
-from saeflow.revival import REFRESH_STEPS, auxk, ghost, resample
-from saeflow.training_metrics import TrainingError, TrainingMetrics
+from saeflow.training.metrics import TrainingError, TrainingMetrics
+from saeflow.training.revival import REFRESH_STEPS, auxk, ghost, resample
 
 SPARSE_BELOW = {True: 0.33, False: 0.22}
 """Density at which a ReLU step changes its road, by whether the encoder stays in a processor's cache: both take as long

@@ -23,8 +23,8 @@ from saeflow.dictionaries.sae import Dictionary, Scale
 from saeflow.dictionaries.spec import DictionaryError, Spec
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Found, clip_norm_
-from saeflow.trainer import Side, Trainer, learning_rate
-from saeflow.training_metrics import TrainingError
+from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Side, Trainer, learning_rate
 
 
 class SAELensTrainer(Trainer):

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from saeflow import trainer
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import DictionaryError, Origin, load_dictionary, save_dictionary
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.kernels.step import Objective, loss_as_written
-from saeflow.trainer import Side, l1_coefficient, learning_rate
-from saeflow.training import fit, make_spec
-from saeflow.training_metrics import TrainingError, write_metrics
+from saeflow.training import trainer
+from saeflow.training.loop import fit, make_spec
+from saeflow.training.metrics import TrainingError, write_metrics
+from saeflow.training.trainer import Side, l1_coefficient, learning_rate
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 
@@ -247,7 +247,7 @@ def test_k_above_d_sae_is_refused():
 # ------------------------------------------------------------------ importing
 def test_a_training_job_imports_nothing_slow():
     code = (
-        "import sys, json, saeflow.training; "
+        "import sys, json, saeflow.training.loop; "
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] in "
         "('sae_lens', 'transformer_lens', 'transformers', 'pandas', 'wandb', 'hydra')] + "
         "[m for m in ('torch._dynamo', 'torch.utils.tensorboard') if m in sys.modules]))"

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from saeflow.batched import BatchedTrainer
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin
-from saeflow.trainer import Side, Trainer
-from saeflow.training import make_spec
+from saeflow.training.batched import BatchedTrainer
+from saeflow.training.loop import make_spec
+from saeflow.training.trainer import Side, Trainer
 
 D, BATCH, STEPS = 6, 128, 40
 CONFIGS = {

@@ -12,10 +12,11 @@ import pytest
 import torch
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow import checkpoints, training
-from saeflow.checkpoints import Checkpoints, Timer
 from saeflow.jobs.job import Job, Preempted
-from saeflow.training_metrics import TrainingError
+from saeflow.training import checkpoints
+from saeflow.training import loop as training
+from saeflow.training.checkpoints import Checkpoints, Timer
+from saeflow.training.metrics import TrainingError
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 RELU = {"kind": "sae", "activation": "relu", "l1_coefficient": 0.1, "expansion": 3}
@@ -115,7 +116,7 @@ def test_the_script_ends_with_the_code_of_a_temporary_failure(results):
     """75 within ten seconds of SIGTERM, and a message; run again, it ends well."""
     plan = training_plan(results, [HOOK], {"topk": TOPK}, TRAINING | {"n_tokens": 128 * 20_000})
     plan.freeze(results / "plan.json")
-    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    script = Path(__file__).parents[2] / "scripts" / "train.py"
     command = [sys.executable, script, "--plan", results / "plan.json", "--key", "topk", "--log", results / "log"]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60

@@ -5,8 +5,8 @@ import torch
 
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin
-from saeflow.trainer import Side, Trainer
-from saeflow.training import make_spec
+from saeflow.training.loop import make_spec
+from saeflow.training.trainer import Side, Trainer
 
 D, N_LATENTS, BATCH, STEPS = 16, 64, 256, 200
 pytestmark = pytest.mark.slow

@@ -9,17 +9,17 @@ import pytest
 import torch
 from stores import TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow import training
 from saeflow.activations.reader import BatchReader
 from saeflow.activations.store import open_column
-from saeflow.checkpoints import Checkpoints
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import BlockDiagonal, Origin, load_dictionary
-from saeflow.heads_trainer import HeadsTrainer
 from saeflow.jobs.job import Job, Preempted
-from saeflow.trainer import Side, Trainer
-from saeflow.training import make_spec
-from saeflow.training_metrics import TrainingError
+from saeflow.training import loop as training
+from saeflow.training.checkpoints import Checkpoints
+from saeflow.training.heads import HeadsTrainer
+from saeflow.training.loop import make_spec
+from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Side, Trainer
 
 HOOK, H, D = "blocks.0.attn.hook_z", 3, 6
 STEPS, BATCH = 40, 128
@@ -136,7 +136,7 @@ def test_in_float64_each_head_is_the_one_alone_to_rounding(z, monkeypatch):
         trainer.optimiser = type(trainer.optimiser)(trainer.weights.parameters(), training.adam_beta1, 0.999)
         return trainer
 
-    monkeypatch.setattr("saeflow.heads_trainer.Trainer", lambda *args: in_double(Trainer(*args)))
+    monkeypatch.setattr("saeflow.training.heads.Trainer", lambda *args: in_double(Trainer(*args)))
     heads = run(HeadsTrainer(specs_of(dictionary), training, side_of(z)), Rows(z.double()))
     for h, spec in enumerate(specs_of(dictionary)):
         side = side_of(z).of_heads()[h]
@@ -223,7 +223,7 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(results, monkeypatch, 
             raise Preempted
         take(trainer, batch)
 
-    monkeypatch.setattr("saeflow.checkpoints.SHARE", float("inf"))  # a checkpoint after every step
+    monkeypatch.setattr("saeflow.training.checkpoints.SHARE", float("inf"))  # a checkpoint after every step
     monkeypatch.setattr(HeadsTrainer, "take", dying)
     for step in sorted(stop):
         (folder / "provenance.json").unlink(missing_ok=True)

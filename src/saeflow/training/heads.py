@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from saeflow.batched import BatchedTrainer
 from saeflow.config import TrainingConfig
 from saeflow.dictionaries.spec import Spec
-from saeflow.trainer import Batches, Side, Trainer
-from saeflow.training_metrics import TrainingError
+from saeflow.training.batched import BatchedTrainer
+from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Batches, Side, Trainer
 
 OF_ALL = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
 

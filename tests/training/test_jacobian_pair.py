@@ -14,16 +14,16 @@ from jacobian_formulas import AS_WRITTEN
 from stores import contents, write_store
 from torch import Tensor
 
-from saeflow import training as jobs
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary
-from saeflow.jacobian_trainer import JacobianTrainer, pair_options
 from saeflow.jobs.job import Job, Preempted
 from saeflow.models.blocks import MLP, Block
 from saeflow.planning.graph import Instance, Plan
-from saeflow.trainer import Side, Trainer
-from saeflow.training import make_spec
-from saeflow.training_metrics import TrainingError
+from saeflow.training import loop as jobs
+from saeflow.training.jacobian_pair import JacobianTrainer, pair_options
+from saeflow.training.loop import make_spec
+from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Side, Trainer
 
 D, N_LATENTS, K, N = 6, 24, 3, 64
 TRAINING = TrainingConfig(64 * 40, batch_size=N, lr=3e-3, log_every=10)

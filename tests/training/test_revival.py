@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from saeflow import trainer as trainers
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin
 from saeflow.kernels.step import Objective, Situation, Weights, take_step, token_weights
-from saeflow.revival import auxk, ghost, resample
-from saeflow.trainer import Side, Trainer, learning_rate
-from saeflow.training import make_spec
+from saeflow.training import trainer as trainers
+from saeflow.training.loop import make_spec
+from saeflow.training.revival import auxk, ghost, resample
+from saeflow.training.trainer import Side, Trainer, learning_rate
 
 D, P, N_LATENTS, DEAD = 12, 12, 40, 25
 

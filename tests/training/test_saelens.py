@@ -6,11 +6,11 @@ import pytest
 import torch
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow import training
 from saeflow.config import SAELENS, ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jobs.job import Job
-from saeflow.trainer import Side
+from saeflow.training import loop as training
+from saeflow.training.trainer import Side
 
 D, BATCH, STEPS = 8, 128, 60
 HOOK = "blocks.0.hook_mlp_out"
@@ -85,7 +85,7 @@ def test_its_losses_are_those_of_saelenss_trainer(name, x):
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from saeflow.saelens import training_sae
+    from saeflow.training.saelens import training_sae
 
     trainer = trainer_of(name, x)
     theirs = training_sae(trainer.spec)

@@ -41,8 +41,8 @@ from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
 from saeflow.models.blocks import Block, ModuleBlock
-from saeflow.trainer import Batches, Side, Trainer
-from saeflow.training_metrics import TrainingError
+from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Batches, Side, Trainer
 
 LOGGED_TOKENS = 128  # on which a row of metrics compares both places where the Jacobian can be taken
 LARGE = 0.01  # |J| above this is counted
