@@ -43,11 +43,11 @@ import numpy as np  # noqa: E402 (after the number of threads is set)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from saeflow.baseline import Ablated, measure_baselines  # noqa: E402
 from saeflow.config import EvaluationConfig, ModelConfig  # noqa: E402
 from saeflow.dictionaries import Dictionary, Spec  # noqa: E402
 from saeflow.dictionaries.sae import build  # noqa: E402
-from saeflow.evaluation import Study, evaluate  # noqa: E402
+from saeflow.evaluation.baseline import Ablated, measure_baselines  # noqa: E402
+from saeflow.evaluation.evaluate import Study, evaluate  # noqa: E402
 from saeflow.models.loading import load_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,8 +4,8 @@ from saeflow.jobs.job import Job, run
 
 
 def baseline(jobs: list[Job]) -> str:
-    from saeflow.baseline import baseline_jobs
-    from saeflow.sums import columns
+    from saeflow.evaluation.baseline import baseline_jobs
+    from saeflow.evaluation.sums import columns
 
     lines = []
     for job, found in zip(jobs, baseline_jobs(jobs), strict=True):

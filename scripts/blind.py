@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def blind(jobs: list[Job]) -> str:
-    from saeflow.blind import blind_job
+    from saeflow.evaluation.blind import blind_job
 
     lines = []
     for job in jobs:

@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def evaluate(jobs: list[Job]) -> str:
-    from saeflow.evaluation import evaluate_jobs
+    from saeflow.evaluation.evaluate import evaluate_jobs
 
     summaries = evaluate_jobs(jobs)
     lines = [

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from saeflow.blind import SheetError, p_value, read_sheet, score
+from saeflow.evaluation.blind import SheetError, p_value, read_sheet, score
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

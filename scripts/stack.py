@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def stack(jobs: list[Job]) -> str:
-    from saeflow.stack import stack_job
+    from saeflow.evaluation.stack import stack_job
 
     lines = []
     for job in jobs:

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from saeflow.baseline import Ablated, measure_baselines
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
-from saeflow.evaluation import Evaluation, Study, evaluate
+from saeflow.evaluation.baseline import Ablated, measure_baselines
+from saeflow.evaluation.evaluate import Evaluation, Study, evaluate
 
 
 def evaluate_all(

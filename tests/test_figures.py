@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeflow import jacobian_figures
-from saeflow.faithfulness import PAIRED
+from saeflow.evaluation.comparisons import PAIRED
 from saeflow.figures import FIGURES, Tables, draw, l0_histograms, sparsity_faithfulness
 from saeflow.heads import figures as head_figures
 

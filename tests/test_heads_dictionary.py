@@ -8,7 +8,7 @@ import torch
 
 from saeflow.dictionaries import BlockDiagonal, DictionaryError, Origin, Spec, load_dictionary, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.metrics import reconstruct, target
+from saeflow.evaluation.metrics import reconstruct, target
 
 HOOK, H, D, N = "blocks.0.attn.hook_z", 3, 5, 11
 ACTIVATIONS = ("relu", "jumprelu", "topk")

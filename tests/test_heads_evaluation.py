@@ -12,14 +12,14 @@ import torch
 from test_architectures import TINY, run_all
 from torch import Tensor
 
-from saeflow.baseline import Ablated, measure_baselines
 from saeflow.config import ConfigError, EvaluationConfig, ModelConfig
 from saeflow.dictionaries import BlockDiagonal, Spec, load_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.evaluation import Study, evaluate
+from saeflow.evaluation.baseline import Ablated, measure_baselines
+from saeflow.evaluation.evaluate import Study, evaluate
+from saeflow.evaluation.stack import Member, evaluate_stack
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
-from saeflow.stack import Member, evaluate_stack
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOK, H, D, N = "blocks.1.attn.hook_z", 4, 8, 20

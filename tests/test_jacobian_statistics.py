@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from saeflow.bootstrap import central, resampled_sums
 from saeflow.config import ConfigError, JacobianConfig
+from saeflow.evaluation.bootstrap import central, resampled_sums
 from saeflow.jacobian_statistics import (
     LOG_EDGES,
     Tally,

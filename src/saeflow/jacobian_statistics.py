@@ -24,8 +24,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saeflow.bootstrap import central, ratio, resampled_sums
 from saeflow.config import JacobianConfig
+from saeflow.evaluation.bootstrap import central, ratio, resampled_sums
 
 NORMS = ("none", "l1", "l2", "rms")
 LOG_EDGES = np.logspace(-8, 3, 11 * 32 + 1)

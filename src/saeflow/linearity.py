@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saeflow.bootstrap import central, ratio, resampled_sums
+from saeflow.evaluation.bootstrap import central, ratio, resampled_sums
 from saeflow.jacobian_maps import Pair
 
 POINTS = 100

@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeflow.baseline import at_positions, predicting, unembedded
-from saeflow.bootstrap import central, resampled_sums
+from saeflow.evaluation.baseline import at_positions, predicting, unembedded
+from saeflow.evaluation.bootstrap import central, resampled_sums
+from saeflow.evaluation.metrics import squared_norm
+from saeflow.evaluation.sums import Adder
 from saeflow.heads.removal import changes, removals
 from saeflow.heads.weights import Attention, head_outputs
-from saeflow.metrics import squared_norm
 from saeflow.models.splicing import Clean, run_spliced
-from saeflow.sums import Adder
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

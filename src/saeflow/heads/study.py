@@ -16,13 +16,13 @@ from torch import Tensor
 from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.evaluation.sums import token_batches
 from saeflow.heads.cosines import HeadCosines
 from saeflow.heads.cross_terms import MODEL, CrossTerms
 from saeflow.heads.shares import ActiveSums
 from saeflow.heads.weights import Attention, encoder_by_head
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import flattened, run_clean
-from saeflow.sums import token_batches
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -1,14 +1,14 @@
 """Evaluation of dictionaries on held-out tokens: how sparse, how faithful.
 
 All dictionaries of a job share the model, the tokens and the clean pass; each then costs the layers above the hook at
-which it writes. The ablations that it is compared with come from that hook's baseline (`saeflow.baseline`). What a
+which it writes. The ablations that it is compared with come from that hook's baseline (`saeflow.evaluation.baseline`). What a
 dictionary's numbers are does not depend on which others it is evaluated with.
 
 Scope: the replacement is made at every position, BOS too (as in notebook 004 and the transcoder paper), and so are the
 ablations. A dictionary of one head replaces that head, and its ablations are of that head. BOS's activations are unlike
 any other's, so every metric is also given `_without_bos`: over the tokens that are not BOS, and the predictions not
 made from it. Tokens without BOS (packed with prepend_bos=false) have the same numbers in both. `<metric>_low` and
-`<metric>_high` are its interval over documents (`saeflow.bootstrap`).
+`<metric>_high` are its interval over documents (`saeflow.evaluation.bootstrap`).
 """
 
 import json
@@ -23,18 +23,18 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.baseline import Baseline, at_positions, predicting, read_baseline, unembedded
-from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import FitError, check_fit, model_config
+from saeflow.evaluation.baseline import Baseline, at_positions, predicting, read_baseline, unembedded
+from saeflow.evaluation.bootstrap import interval, resample
+from saeflow.evaluation.metrics import firing, reconstruct, summarise, target
+from saeflow.evaluation.sums import Adder, Row, columns, joined, token_batches
 from saeflow.jobs.job import Job
-from saeflow.metrics import firing, reconstruct, summarise, target
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
-from saeflow.sums import Adder, Row, columns, joined, token_batches
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:

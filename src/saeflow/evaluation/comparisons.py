@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from saeflow.bootstrap import interval
+from saeflow.evaluation.bootstrap import interval
 
 _PAIRED = ("l0", "ce_replaced", "kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine")
 PAIRED = (*_PAIRED, *(f"{name}_without_bos" for name in _PAIRED))

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.sae import build
-from saeflow.faithfulness import NOTEBOOK_004
+from saeflow.evaluation.comparisons import NOTEBOOK_004
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 from saeflow.text.corpus import read_documents
 from saeflow.text.packing import load_tokenizer
 from saeflow.text.tokens import open_tokens, write_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAYER, N_LATENTS, ROWS, BATCH = 2, 512, 48, 16
 
 

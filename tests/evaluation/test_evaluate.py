@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saeflow.baseline import baseline_jobs
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.fitting import FitError, check_fit
 from saeflow.dictionaries.sae import build
-from saeflow.evaluation import Evaluation, evaluate_jobs
+from saeflow.evaluation.baseline import baseline_jobs
+from saeflow.evaluation.evaluate import Evaluation, evaluate_jobs
+from saeflow.evaluation.metrics import firing, summarise
 from saeflow.jobs.job import Job
 from saeflow.kernels import next_token
-from saeflow.metrics import firing, summarise
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
@@ -556,7 +556,7 @@ def test_a_dictionary_evaluated_at_another_site_is_refused_before_any_pass(
 
     site = make_jobs("site", {"a": dictionary()}, hook=IN)
     other = make_jobs("weights", {"b": mutated(dictionary(), origin=Origin("tiny", "other", **PROCESSING))})
-    monkeypatch.setattr("saeflow.evaluation.load_model", never)
+    monkeypatch.setattr("saeflow.evaluation.evaluate.load_model", never)
     with pytest.raises(FitError, match=rf"train/a writes at {OUT}, but is compared with the baseline of {IN}"):
         evaluate_jobs(site)
     with pytest.raises(FitError, match="train/b was trained on the model tiny with weights other"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saeflow.metrics import Ratio, ratios
+from saeflow.evaluation.metrics import Ratio, ratios
 
 BLOCK_ELEMENTS = 1 << 24
 CONFIDENCE = 0.95

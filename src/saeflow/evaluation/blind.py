@@ -21,12 +21,12 @@ import torch
 from saeflow.config import BlindConfig, ConfigError
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import check_fit, model_config
+from saeflow.evaluation.sums import token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, read_hooks
-from saeflow.sums import token_batches
 from saeflow.text.packing import load_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
 

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.store import open_column
-from saeflow.baseline import at_positions, predicting, unembedded
-from saeflow.bootstrap import interval, resample
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import FitError, check_fit, model_config
+from saeflow.evaluation.baseline import at_positions, predicting, unembedded
+from saeflow.evaluation.bootstrap import interval, resample
+from saeflow.evaluation.metrics import Ratio, loss_ratios, why_undefined
+from saeflow.evaluation.sums import Adder, Row, columns, token_batches
 from saeflow.jobs.job import Job
-from saeflow.metrics import Ratio, loss_ratios, why_undefined
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_hooked
-from saeflow.sums import Adder, Row, columns, token_batches
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:

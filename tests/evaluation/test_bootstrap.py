@@ -9,14 +9,14 @@ import pytest
 import torch
 from evaluating import evaluate_all
 
-from saeflow.bootstrap import draws, interval, resample
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, Spec
 from saeflow.dictionaries.sae import build
-from saeflow.evaluation import write_evaluation
-from saeflow.metrics import summarise
+from saeflow.evaluation.bootstrap import draws, interval, resample
+from saeflow.evaluation.evaluate import write_evaluation
+from saeflow.evaluation.metrics import summarise
+from saeflow.evaluation.sums import Adder, token_batches
 from saeflow.models.loading import load_model
-from saeflow.sums import Adder, token_batches
 from saeflow.text.tokens import TokenStore, open_tokens
 
 D, OUT = 32, "blocks.1.hook_mlp_out"
@@ -56,7 +56,7 @@ def test_resampled_metrics_are_the_metrics_of_the_drawn_documents() -> None:
 
 def test_draws_do_not_depend_on_how_they_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.concatenate(list(draws(9, 25, seed=1)))
-    monkeypatch.setattr("saeflow.bootstrap.BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr("saeflow.evaluation.bootstrap.BLOCK_ELEMENTS", 40)
     np.testing.assert_array_equal(np.concatenate(list(draws(9, 25, seed=1))), whole)
     assert whole.shape == (25, 9) and (whole.sum(1) == 9).all()
 

@@ -13,8 +13,8 @@ from saeflow.config import EvaluationConfig, ModelConfig
 from saeflow.dictionaries import Dictionary, Spec
 from saeflow.dictionaries.fitting import FitError
 from saeflow.dictionaries.sae import build
+from saeflow.evaluation.stack import Member, StackEvaluation, evaluate_stack
 from saeflow.models.loading import load_model
-from saeflow.stack import Member, StackEvaluation, evaluate_stack
 
 D, N_LATENTS = 32, 40
 MEAN = torch.randn(D, generator=torch.Generator().manual_seed(5))

@@ -12,7 +12,10 @@ import pytest
 import torch
 from test_architectures import TINY, run_all
 
-from saeflow.blind import (
+from saeflow.config import BlindConfig, ConfigError, ModelConfig
+from saeflow.dictionaries import Spec
+from saeflow.dictionaries.sae import build
+from saeflow.evaluation.blind import (
     BANDS,
     Activations,
     SheetError,
@@ -24,13 +27,10 @@ from saeflow.blind import (
     read_sheet,
     score,
 )
-from saeflow.config import BlindConfig, ConfigError, ModelConfig
-from saeflow.dictionaries import Spec
-from saeflow.dictionaries.sae import build
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = BlindConfig(n_features=4, n_examples=10, min_active=4, min_frequency=0.01)
 
 
@@ -103,7 +103,7 @@ def test_nothing_shown_tells_the_dictionaries_apart(made: tuple[Path, Any]) -> N
 
 
 def test_a_set_is_the_same_twice(made: tuple[Path, Any]) -> None:
-    from saeflow.blind import blind_job
+    from saeflow.evaluation.blind import blind_job
     from saeflow.jobs.job import Job
 
     folder, plan = made

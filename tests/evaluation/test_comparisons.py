@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeflow.faithfulness import NOTEBOOK_004, matched_ce, matched_l0, notebook_004, paired_differences
+from saeflow.evaluation.comparisons import NOTEBOOK_004, matched_ce, matched_l0, notebook_004, paired_differences
 
 
 def front(kind: str) -> pd.DataFrame:
@@ -70,7 +70,7 @@ def test_fronts_that_share_no_l0_are_not_compared() -> None:
 
 
 def test_pairs_are_of_the_same_tokens() -> None:
-    from saeflow.faithfulness import PAIRED
+    from saeflow.evaluation.comparisons import PAIRED
 
     rows = pd.DataFrame({"dictionary_key": ["a", "b", "c"], "tokens_key": ["t", "t", "u"]})
     rows = rows.assign(**{name: [1.0, 1.5, 9.0] for name in PAIRED})

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from saeflow.activations.store import open_column
 from saeflow.dictionaries.fitting import model_config
+from saeflow.evaluation.metrics import squared_norm
+from saeflow.evaluation.sums import Adder, Sums, token_batches
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
-from saeflow.metrics import squared_norm
 from saeflow.models.attention import fused_attention
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
-from saeflow.sums import Adder, Sums, token_batches
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
