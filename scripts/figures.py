@@ -11,7 +11,7 @@ def figures(jobs: list[Job]) -> str:
     from saeflow.dictionaries.layouts import part_folders
     from saeflow.figures import Tables, draw
     from saeflow.heads.folder import read_head_studies
-    from saeflow.jacobian_figures import read_histograms, read_studies
+    from saeflow.jacobians.figures import read_histograms, read_studies
 
     (job,) = jobs
     if job.inputs("recover"):  # an experiment on a model whose algorithm is known

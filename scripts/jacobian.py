@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def jacobian(jobs: list[Job]) -> str:
-    from saeflow.jacobian import jacobian_job
+    from saeflow.jacobians.study import jacobian_job
 
     lines = []
     for job in jobs:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeflow import jacobian_figures
 from saeflow.evaluation.comparisons import PAIRED
 from saeflow.figures import FIGURES, Tables, draw, l0_histograms, sparsity_faithfulness
 from saeflow.heads import figures as head_figures
+from saeflow.jacobians import figures as jacobian_figures
 
 
 @pytest.fixture(scope="module")

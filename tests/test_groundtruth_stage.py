@@ -233,7 +233,7 @@ def test_jacobian_of_the_true_pair_is_all_that_a_pair_can_have(number: int, laye
 def test_jacobian_through_a_pair_matches_autograd_and_the_kernel() -> None:
     """Chain of the input SAE at x, the MLP at x, and the output SAE at what the MLP gives, against the sparse Jacobian
     of the study put between encoder and decoder."""
-    from saeflow.jacobian_maps import Pair
+    from saeflow.jacobians.maps import Pair
     from saeflow.models.blocks import MLP, Block
 
     case = get_case(13)

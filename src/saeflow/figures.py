@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from saeflow import jacobian_figures
 from saeflow.evaluation import comparisons as faithfulness
 from saeflow.heads import figures as head_figures
 from saeflow.heads.folder import HeadStudy
-from saeflow.jacobian_figures import Studies
+from saeflow.jacobians import figures as jacobian_figures
+from saeflow.jacobians.figures import Studies
 from saeflow.palette import COLOURS, MARKERS
 
 STYLE = {

@@ -5,7 +5,7 @@ What is compared with it, in the same form:
 
 * a transcoder: W_enc diag(f > 0) W_dec (+ W_skip^T);
 * a pair of SAEs around the MLP: P_in J P_out, with P = W_enc diag(f > 0) W_dec of each. That is the pair's Jacobian of
-  active latents (k, k), which `saeflow.jacobian_maps.Pair` gives, read by the encoder of the input SAE and written by
+  active latents (k, k), which `saeflow.jacobians.maps.Pair` gives, read by the encoder of the input SAE and written by
   the decoder of the output SAE: what one who looks at these latents alone takes the MLP to do. At x, not at its
   reconstruction.
 

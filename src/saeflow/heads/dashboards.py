@@ -25,7 +25,7 @@ from saeflow.heads.attribution import by_source, de_embedding, logit_effects
 from saeflow.heads.shares import MEASURES
 from saeflow.heads.study import Study
 from saeflow.heads.weights import Attention, decoder_by_head, encoder_by_head
-from saeflow.jacobian_pages import visible
+from saeflow.jacobians.pages import visible
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

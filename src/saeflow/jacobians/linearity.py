@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from saeflow.evaluation.bootstrap import central, ratio, resampled_sums
-from saeflow.jacobian_maps import Pair
+from saeflow.jacobians.maps import Pair
 
 POINTS = 100
 ABSOLUTE, RELATIVE = 1e-2, 0.02

@@ -1,6 +1,6 @@
 """The Jacobian stage: of a pair of dictionaries around an MLP, or of a transcoder, on held-out tokens.
 
-`saeflow.jacobian_maps` says which map and which entries, `jacobian_pass` runs it over tokens, `jacobian_statistics`
+`saeflow.jacobians.maps` says which map and which entries, `jacobian_pass` runs it over tokens, `jacobian_statistics`
 counts, `jacobian_global` sums over tokens, `jacobian_examples` and `jacobian_pages` show the largest pairs, `linearity`
 asks what an entry of J tells. The convention of a study is in its summary: the Jacobian is taken at the true input x
 (the paper, arXiv 2502.18147) or at the input dictionary's reconstruction (notebook 000), by `jacobian.at`; f begins at
@@ -23,7 +23,7 @@ from torch import Tensor
 from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import FitError, check_fit, model_config
-from saeflow.jacobian_examples import (
+from saeflow.jacobians.examples import (
     Grid,
     Read,
     TopWindows,
@@ -33,11 +33,11 @@ from saeflow.jacobian_examples import (
     top_pairs_table,
     wanted_examples,
 )
-from saeflow.jacobian_global import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
-from saeflow.jacobian_maps import JacobianMap, Pair, TranscoderMap
-from saeflow.jacobian_pages import write_pages
-from saeflow.jacobian_pass import Tokens, look_at, passes
-from saeflow.jacobian_statistics import (
+from saeflow.jacobians.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
+from saeflow.jacobians.maps import JacobianMap, Pair, TranscoderMap
+from saeflow.jacobians.one_pass import Tokens, look_at, passes
+from saeflow.jacobians.pages import write_pages
+from saeflow.jacobians.statistics import (
     Tally,
     histogram_table,
     log_histogram_table,
@@ -46,8 +46,8 @@ from saeflow.jacobian_statistics import (
     survival_table,
     thresholds_table,
 )
+from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jobs.job import Job
-from saeflow.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.models.blocks import Block, read_block
 from saeflow.models.folder import block_of_hooks, read_geometry
 from saeflow.models.loading import load_model

@@ -14,8 +14,7 @@ from test_jacobian import IN, OUT, make_job, topk_sae
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.figures import Tables, draw
-from saeflow.jacobian import jacobian_job
-from saeflow.jacobian_figures import (
+from saeflow.jacobians.figures import (
     FIGURES,
     Studies,
     arm,
@@ -25,6 +24,7 @@ from saeflow.jacobian_figures import (
     read_histograms,
     read_studies,
 )
+from saeflow.jacobians.study import jacobian_job
 
 COEFFICIENTS = {"baseline": 0.0, "sparse": 0.25}
 

@@ -9,10 +9,10 @@ import torch
 from test_jacobian import IN, LAYER, OUT, make_job, topk_sae
 from test_jacobian_global import dense, random_blocks, summed
 
-from saeflow import jacobian_examples
 from saeflow.config import JacobianConfig, ModelConfig
-from saeflow.jacobian import jacobian_job
-from saeflow.jacobian_examples import Grid, TopWindows, top_inputs_table, top_pairs_table
+from saeflow.jacobians import examples as jacobian_examples
+from saeflow.jacobians.examples import Grid, TopWindows, top_inputs_table, top_pairs_table
+from saeflow.jacobians.study import jacobian_job
 from saeflow.models.blocks import read_mlp
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks

@@ -14,8 +14,8 @@ import pyarrow as pa
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.jacobian_global import Pairs
-from saeflow.jacobian_maps import Blocks
+from saeflow.jacobians.maps import Blocks
+from saeflow.jacobians.sums import Pairs
 
 GATHERED = 1 << 20  # activations that are gathered before they are sorted
 STATISTICS = ("mean", "mean_absolute", "count")

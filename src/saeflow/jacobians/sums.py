@@ -20,7 +20,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.jacobian_maps import Blocks
+from saeflow.jacobians.maps import Blocks
 
 GATHERED = 1 << 21  # entries that are gathered before they are sorted: some 100 MB with what sorting takes
 CHUNK = 1 << 18  # of a Zarr array

@@ -11,7 +11,7 @@ from scipy import stats
 
 from saeflow.config import ConfigError, JacobianConfig
 from saeflow.evaluation.bootstrap import central, resampled_sums
-from saeflow.jacobian_statistics import (
+from saeflow.jacobians.statistics import (
     LOG_EDGES,
     Tally,
     histogram_table,

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.jacobian_examples import Activity, Grid, Wanted
-from saeflow.jacobian_maps import Blocks, JacobianMap
+from saeflow.jacobians.examples import Activity, Grid, Wanted
+from saeflow.jacobians.maps import Blocks, JacobianMap
 from saeflow.jobs.job import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import read_hooks

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.linearity import ABSOLUTE, RELATIVE
+from saeflow.jacobians.linearity import ABSOLUTE, RELATIVE
 
 LOW, HIGH = 0.02, 0.82  # of viridis: what prints well on white
 DASHES = ("-", "--", ":", "-.")

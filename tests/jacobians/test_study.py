@@ -16,10 +16,10 @@ from saeflow.config import ConfigError, JacobianConfig, ModelConfig
 from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.fitting import FitError
 from saeflow.dictionaries.sae import build
-from saeflow.jacobian import jacobian_job, open_map
-from saeflow.jacobian_maps import Pair, TranscoderMap
-from saeflow.jacobian_pass import Tokens, passes
-from saeflow.jacobian_statistics import Tally, histogram_table, notebook_lines, survival_table
+from saeflow.jacobians.maps import Pair, TranscoderMap
+from saeflow.jacobians.one_pass import Tokens, passes
+from saeflow.jacobians.statistics import Tally, histogram_table, notebook_lines, survival_table
+from saeflow.jacobians.study import jacobian_job, open_map
 from saeflow.jobs.job import Job
 from saeflow.models.blocks import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
 from saeflow.models.loading import load_model
@@ -164,7 +164,7 @@ def test_study_counts_as_the_notebook_does(
     model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder), fold_ln=True), "cpu")
     block = model.blocks[LAYER]
     input, output = topk_sae(hook, seed=1), topk_sae(OUT, seed=2)
-    monkeypatch.setattr("saeflow.jacobian_pass.ROWS", 1)
+    monkeypatch.setattr("saeflow.jacobians.one_pass.ROWS", 1)
     rows = rows_of_tokens(3)  # the third is not used up
     config = JacobianConfig(n_tokens=31 * 2 + 7, bins=200, max_value=0.5, at=at, norm=norm)
     tally = counted(model, open_map(model, [input, output], config), rows, config)

@@ -10,8 +10,7 @@ from test_jacobian import IN, OUT, rows_of_tokens, topk_sae
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.jacobian_maps import Pair
-from saeflow.linearity import (
+from saeflow.jacobians.linearity import (
     POINTS,
     Samples,
     choose_tokens,
@@ -19,6 +18,7 @@ from saeflow.linearity import (
     linearity_table,
     summarise_linearity,
 )
+from saeflow.jacobians.maps import Pair
 from saeflow.models.blocks import MLP, Block, read_block
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeflow.jacobian_pages import escape_latex, latex, page, visible
+from saeflow.jacobians.pages import escape_latex, latex, page, visible
 
 NASTY = [
     "<script>alert('1')</script>",

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import contents
 
-from saeflow import jacobian_global
 from saeflow.config import JacobianConfig
-from saeflow.jacobian_global import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
-from saeflow.jacobian_maps import Blocks
+from saeflow.jacobians import sums as jacobian_global
+from saeflow.jacobians.maps import Blocks
+from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 
 N_OUT, N_IN = 9, 11
 
