@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def heads(jobs: list[Job]) -> str:
-    from saeflow.heads.stage import heads_job
+    from saeflow.heads.job import heads_job
 
     lines = []
     for job in jobs:

@@ -9,7 +9,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GELU_2L = {  # the keys of the toy models on the hub that decide sizes
     "n_layers": 2, "d_model": 512, "d_mlp": 2048, "d_head": 64, "n_heads": 8, "n_ctx": 1024, "d_vocab": 48262,
     "act_fn": "gelu", "normalization": "LN", "shortformer_pos": False, "attn_only": False, "ln_eps": 1e-5,

@@ -21,7 +21,7 @@ from saeflow.evaluation.stack import Member, evaluate_stack
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOOK, H, D, N = "blocks.1.attn.hook_z", 4, 8, 20
 SETTINGS = EvaluationConfig(batch_rows=5, resamples=20)
 ROWS = np.random.default_rng(0).integers(1, 300, (9, 16))

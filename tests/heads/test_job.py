@@ -22,8 +22,8 @@ from saeflow.heads.attribution import bias
 from saeflow.heads.dashboards import in_row, top_contexts
 from saeflow.heads.decomposition import METHODS
 from saeflow.heads.folder import read_head_studies
+from saeflow.heads.job import heads_job
 from saeflow.heads.removal import removals
-from saeflow.heads.stage import heads_job
 from saeflow.heads.study import Study
 from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.jobs.job import Job
@@ -32,7 +32,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.text.tokens import open_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SWEEP = (
     "sweep=[{dictionary:heads,site:attn_z,dictionary.l1_coefficient:[0.01,0.1]},"
     "{dictionary:concat,site:attn_z,dictionary.l1_coefficient:0.03}]"
