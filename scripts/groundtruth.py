@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def groundtruth(jobs: list[Job]) -> str:
-    from saeflow.groundtruth.stage import make_model
+    from saeflow.groundtruth.job import make_model
 
     return "\n".join(make_model(job) for job in jobs)
 

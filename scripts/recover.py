@@ -4,7 +4,7 @@ from saeflow.jobs.job import Job, run
 
 
 def recover(jobs: list[Job]) -> str:
-    from saeflow.groundtruth.stage import recover_jobs
+    from saeflow.groundtruth.job import recover_jobs
 
     lines = [
         f"{job.path}/: {s['n_live']} live latents, {s['n_distinct']} of them distinct, recovery "

@@ -13,7 +13,7 @@ def tokens(jobs: list[Job]) -> str:
 
     (job,) = jobs
     if "case" in job.config["corpus"]:
-        from saeflow.groundtruth.stage import write_case_rows
+        from saeflow.groundtruth.job import write_case_rows
 
         return write_case_rows(job)
     config, corpus, packing = job.config, job.config["corpus"], job.config["tokens"]

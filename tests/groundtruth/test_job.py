@@ -32,7 +32,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.text.packing import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "experiment=tracr_case3"
 
 
@@ -300,7 +300,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     """All jobs of a small run on the compiled model, one after the other, and the last line of the figures."""
     from saeflow.activations.caching import cache_jobs
     from saeflow.groundtruth.figures import draw_job
-    from saeflow.groundtruth.stage import make_model, recover_jobs, write_case_rows
+    from saeflow.groundtruth.job import make_model, recover_jobs, write_case_rows
     from saeflow.training.loop import train
 
     around = "model.tracr.method:compiled,site:mlp_before_norm,site.layer:0"
@@ -378,7 +378,7 @@ def test_training_reshuffles_finite_data_each_pass(finished: tuple[Plan, str]) -
 
 def test_dictionary_of_another_model_is_refused(finished: tuple[Plan, str]) -> None:
     from saeflow.dictionaries.fitting import FitError
-    from saeflow.groundtruth.stage import recover_jobs
+    from saeflow.groundtruth.job import recover_jobs
 
     plan, _ = finished
     instance = next(iter(plan.stages["recover"].values()))
