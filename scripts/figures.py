@@ -9,7 +9,7 @@ def figures(jobs: list[Job]) -> str:
     import pandas as pd
 
     from saeflow.dictionaries.layouts import part_folders
-    from saeflow.figures import Tables, draw
+    from saeflow.figures.figures import Tables, draw
     from saeflow.heads.folder import read_head_studies
     from saeflow.jacobians.figures import read_histograms, read_studies
 

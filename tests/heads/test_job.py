@@ -17,7 +17,7 @@ from test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries import load_dictionary, save_dictionary
-from saeflow.figures import NONE, Tables, draw
+from saeflow.figures.figures import NONE, Tables, draw
 from saeflow.heads.attribution import bias
 from saeflow.heads.dashboards import in_row, top_contexts
 from saeflow.heads.decomposition import METHODS

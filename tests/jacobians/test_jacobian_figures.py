@@ -13,7 +13,7 @@ from test_jacobian import IN, OUT, make_job, topk_sae
 
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.figures import Tables, draw
+from saeflow.figures.figures import Tables, draw
 from saeflow.jacobians.figures import (
     FIGURES,
     Studies,

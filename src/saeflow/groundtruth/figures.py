@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.figures import KINDS, STYLE, save_figure
+from saeflow.figures.figures import KINDS, STYLE, save_figure
+from saeflow.figures.palette import COLOURS, MARKERS
 from saeflow.groundtruth.network import HOOKS
 from saeflow.jobs.job import Job
-from saeflow.palette import COLOURS, MARKERS
 
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 

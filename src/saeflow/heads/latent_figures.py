@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from saeflow.figures.palette import COLOURS, MARKERS
 from saeflow.heads.decomposition import METHODS
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.plotting import (
@@ -20,7 +21,6 @@ from saeflow.heads.plotting import (
     with_chosen,
 )
 from saeflow.heads.shares import AGREEING, MEASURES
-from saeflow.palette import COLOURS, MARKERS
 
 NAMES = {
     "decoder": "decoder",

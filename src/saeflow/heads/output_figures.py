@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from saeflow.figures.palette import COLOURS
 from saeflow.heads.cross_terms import MODEL, NO_HEADS
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.plotting import (
@@ -22,7 +23,6 @@ from saeflow.heads.plotting import (
     pair_names,
     with_chosen,
 )
-from saeflow.palette import COLOURS
 
 WAYS = {
     "orthogonal": "heads made orthogonal",

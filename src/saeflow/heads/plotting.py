@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from saeflow.figures.palette import COLOURS
 from saeflow.heads.folder import HeadStudy
-from saeflow.palette import COLOURS
 
 NULL = "0.6"
 

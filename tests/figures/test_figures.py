@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeflow.evaluation.comparisons import PAIRED
-from saeflow.figures import FIGURES, Tables, draw, l0_histograms, sparsity_faithfulness
+from saeflow.figures.figures import FIGURES, Tables, draw, l0_histograms, sparsity_faithfulness
 from saeflow.heads import figures as head_figures
 from saeflow.jacobians import figures as jacobian_figures
 

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saeflow.evaluation import comparisons as faithfulness
+from saeflow.figures.palette import COLOURS, MARKERS
 from saeflow.heads import figures as head_figures
 from saeflow.heads.folder import HeadStudy
 from saeflow.jacobians import figures as jacobian_figures
 from saeflow.jacobians.figures import Studies
-from saeflow.palette import COLOURS, MARKERS
 
 STYLE = {
     "font.size": 8,
