@@ -460,7 +460,7 @@ def test_a_folder_without_a_receipt_is_no_column(tmp_path):
 @pytest.mark.slow
 def test_killed_anywhere_the_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path, neox_folder, tokens_folder):
     """`kill_caching.py` is killed before and after each of eleven steps, in fresh stores and in extensions."""
-    script = Path(__file__).with_name("kill_caching.py")
+    script = Path(__file__).parents[1].joinpath("kill_caching.py")
     command = [sys.executable, script, tmp_path, neox_folder, tokens_folder, json.dumps(GEOMETRY)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

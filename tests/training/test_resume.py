@@ -136,7 +136,7 @@ def test_the_script_ends_with_the_code_of_a_temporary_failure(results):
 @pytest.mark.slow
 def test_killed_anywhere_the_rerun_gives_the_bytes_of_an_undisturbed_run(results, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("kill_training.py")
+    script = Path(__file__).parents[1].joinpath("kill_training.py")
     command = [sys.executable, script, folder, results / "activations" / TRAINING_STORE]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -265,7 +265,7 @@ def open_column(folder: str | Path) -> Column:
 
 
 def array_layout(column: Column) -> Layout | None:
-    """Layout of a column's shards, from the metadata of its array; None where it is not the one of `saeflow.activations.shards`."""
+    """Layout of a column's shards, from its array's metadata; None where it is not the one of `shards`."""
     file = column.array / "zarr.json"
     if not file.is_file():
         raise StoreError(

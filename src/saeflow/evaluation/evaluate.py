@@ -1,7 +1,7 @@
 """Evaluation of dictionaries on held-out tokens: how sparse, how faithful.
 
 All dictionaries of a job share the model, the tokens and the clean pass; each then costs the layers above the hook at
-which it writes. The ablations that it is compared with come from that hook's baseline (`saeflow.evaluation.baseline`). What a
+which it writes. The ablations that it is compared with come from that hook's baseline (`baseline`). What a
 dictionary's numbers are does not depend on which others it is evaluated with.
 
 Scope: the replacement is made at every position, BOS too (as in notebook 004 and the transcoder paper), and so are the

@@ -2,7 +2,8 @@
 what it was measured to be.
 
 `config.json` holds the fields of TransformerLens's config and the same sizes by Hugging Face's names, so that
-`saeflow.models.folder.read_geometry` reads it as it reads any model folder. Weights have TransformerLens's names and shapes.
+`saeflow.models.folder.read_geometry` reads it as it reads any model folder. Weights have TransformerLens's names and
+shapes.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""The Jacobians of pairs of dictionaries around an MLP, and of transcoders."""

@@ -1,10 +1,11 @@
 """The maps whose Jacobians are studied, each as an iterator of small dense blocks over the entries that are active.
 
-A *pair* of dictionaries around a block f (an MLP, with what `saeflow.models.blocks` may add to it): J[i, j] is how output latent
-i moves with input latent j through decoder, f and encoder. TopK gives every token the same number of entries, k_out x
-k_in, those of latents that TopK kept and the ReLU then silenced included (their derivative is 0); the paper (arXiv
-2502.18147) counts so. Of dictionaries without a fixed number of active latents (ReLU, JumpReLU) the entries are those
-of active latents only, and blocks are padded with zeros to the widest token among those that are worked on together.
+A *pair* of dictionaries around a block f (an MLP, with what `models.blocks` may add to it): J[i, j] is how output
+latent i moves with input latent j through decoder, f and encoder. TopK gives every token the same number of entries,
+k_out x k_in, those of latents that TopK kept and the ReLU then silenced included (their derivative is 0); the paper
+(arXiv 2502.18147) counts so. Of dictionaries without a fixed number of active latents (ReLU, JumpReLU) the entries are
+those of active latents only, and blocks are padded with zeros to the widest token among those that are worked on
+together.
 
 A *transcoder* has one set of latents, between its encoder and its decoder, so it has no matrix of output by input
 latents. What it approximates is the map from x to y = f(x), and what can be compared, between transcoders and with the

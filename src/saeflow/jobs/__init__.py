@@ -1,0 +1,1 @@
+"""What surrounds a job's work: options, log, atomic folders, provenance."""

@@ -1,0 +1,1 @@
+"""The products of a step along a sparse pattern, on CPU and GPU."""

@@ -12,8 +12,8 @@ divides by the norm's scale; the latter is part of the slope. The residual strea
 
     M_j = sum_b slope_b * (D_j W_b - (D_j . direction) drift_b),   J_t[i, j] = (E[B_i] W_out^T) . M_j (+ E[B_i] . D_j)
 
-with direction y_t / d and drift_b = y_t W_b (`saeflow.models.blocks`). Both products, D W_b and E W_out^T, keep latents as rows,
-so that the rows of a token's latents are contiguous.
+with direction y_t / d and drift_b = y_t W_b (`models.blocks`). Both products, D W_b and E W_out^T, keep latents as
+rows, so that those of a token are contiguous.
 
 `add_penalty` is the term of the training loss, sum_t score(J_t), with its gradients, in passes over tokens that keep
 nothing of size N k m: J itself is kept, N k k. Gradients are sums in a fixed order.

@@ -1,0 +1,1 @@
+"""Language models: their folders, opening and running them, and their MLPs as functions."""

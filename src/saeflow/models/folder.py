@@ -1,6 +1,6 @@
 """Language models as the plan sees them: what a Hugging Face folder holds, and which hooks the model in it has.
 
-Only `config.json` and file names are read, so that a sweep is checked in milliseconds; `saeflow.models.loading` opens a model.
+Only `config.json` and file names are read, so that a sweep is checked in milliseconds; `loading` opens a model.
 """
 
 import difflib

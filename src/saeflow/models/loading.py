@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
     """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
 
-    With `model.randomise` its weights are then replaced (`saeflow.models.randomise`), and processed as the trained ones are.
+    With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are.
     Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
     something else than transformers does. Imports both, which takes several seconds.
     """

@@ -1,0 +1,1 @@
+"""Training sparse dictionaries from stored activations."""
