@@ -255,7 +255,7 @@ TINY = [
 
 def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file: Path, tmp_path: Path) -> None:
     """Two of other libraries, evaluated and drawn; nothing is trained. A changed file is another dictionary."""
-    from test_architectures import run_all
+    from tests.models.test_architectures import run_all
 
     tensors, *_ = LEARNED["AutoEncoder"]
     one, other = (learned(tmp_path / n, "AutoEncoder", tensors, lm_name="tiny") for n in ("one", "other"))
@@ -282,7 +282,7 @@ def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file
 
 def test_a_foreign_dictionary_of_one_head(neox_folder: Path, corpus_file: Path, tmp_path: Path) -> None:
     """Its baseline ablates that head alone: less than all of them do."""
-    from test_architectures import run_all
+    from tests.models.test_architectures import run_all
 
     hook, d_head = "blocks.1.attn.hook_z", 8
     paths = []

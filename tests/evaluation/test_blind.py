@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_architectures import TINY, run_all
+from tests.models.test_architectures import TINY, run_all
 
 from saeflow.config import BlindConfig, ConfigError, ModelConfig
 from saeflow.dictionaries import Spec

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_heads_geometry import HEAD, HOOK, TOKENS, H, random, sae
+from tests.heads.test_geometry import HEAD, HOOK, TOKENS, H, random, sae
 
 from saeflow.config import ModelConfig
 from saeflow.heads.attribution import bias, by_head, by_source, de_embedding, logit_effects

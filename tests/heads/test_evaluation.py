@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_architectures import TINY, run_all
+from tests.models.test_architectures import TINY, run_all
 from torch import Tensor
 
 from saeflow.config import ConfigError, EvaluationConfig, ModelConfig

@@ -12,8 +12,8 @@ import scipy.sparse as sp
 import torch
 import xarray as xr
 from stores import contents
-from test_architectures import TINY, run_all
-from test_plan import home  # noqa: F401 (a fixture)
+from tests.models.test_architectures import TINY, run_all
+from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries import load_dictionary, save_dictionary

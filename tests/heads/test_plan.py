@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_plan import changed, home  # noqa: F401 (home is a fixture)
+from tests.planning.test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
 from saeflow.planning.cost import training_operations

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_jacobian import IN, LAYER, OUT, make_job, topk_sae
-from test_jacobian_global import dense, random_blocks, summed
+from tests.jacobians.test_jacobian_sums import dense, random_blocks, summed
+from tests.jacobians.test_study import IN, LAYER, OUT, make_job, topk_sae
 
 from saeflow.config import JacobianConfig, ModelConfig
 from saeflow.jacobians import examples as jacobian_examples

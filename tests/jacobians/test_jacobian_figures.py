@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
-from test_jacobian import IN, OUT, make_job, topk_sae
+from tests.jacobians.test_study import IN, OUT, make_job, topk_sae
 
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build

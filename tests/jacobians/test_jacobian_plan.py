@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
+from tests.planning.test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Spec

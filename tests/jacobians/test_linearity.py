@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_jacobian import IN, OUT, rows_of_tokens, topk_sae
+from tests.jacobians.test_study import IN, OUT, rows_of_tokens, topk_sae
 
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary
