@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin
 from saeflow.kernels.step import Weights
-from saeflow.training.loop import make_spec
 from saeflow.training.trainer import Side, Trainer
 
 
@@ -58,10 +57,10 @@ class Ours:
         amount = {"activation": "topk", "k": problem.k}
         if problem.kind != "topk":
             amount = {"activation": "relu", "l1_coefficient": problem.l1}
-        config = DictionaryConfig(kind, **amount, expansion=None, d_sae=problem.d_sae)
+        config = build(DictionaryConfig, {"kind": kind, "expansion": None, "d_sae": problem.d_sae, **amount})
         training = TrainingConfig(10**12, lr=problem.lr, clip_grad_norm=1.0, log_every=10**9)
         hooks = ("in", "out" if kind == "transcoder" else "in")
-        spec = make_spec(config, problem.d_in, problem.d_out, *hooks, 0, Origin())
+        spec = config.spec(problem.d_in, problem.d_out, *hooks, 0, Origin())
         sides = [Side(torch.zeros(d), d**0.5) for d in (problem.d_in, problem.d_out)]
         self.trainer = Trainer(spec, training, *sides, device=problem.device)
         given = Weights(problem.W_enc.T, problem.b_enc, problem.W_dec, problem.b_dec)

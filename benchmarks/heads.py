@@ -4,7 +4,7 @@ Last line: {"heads_over_concat", "heads_over_separate", "max_relative_loss_diffe
 `gelu2l.*`, for the attention notebook's sizes (8 heads of 64, 2,048 latents each, 16,384 in all, 4,096 tokens), and as
 `embedded.*` for those of the embedded model (4 heads of 32, 256 latents each, 1,024 tokens). TopK, k 4 a head.
 
-* `heads_over_concat`, `heads_over_separate`: whole runs, as the workflow starts them: `scripts/train.py` on a frozen
+* `heads_over_concat`, `heads_over_separate`: whole runs, as the workflow starts them: `job.py train` on a frozen
   plan and a store of hook_z in float32, each in a process of its own, from its start to the folder that it has written.
   `heads` is one run of `dictionary=heads`, `concat` one of an SAE of all heads with as many latents in all, `separate`
   the sum of a run a head (`site.head`). So many steps as `--steps` says.
@@ -48,16 +48,16 @@ import zarr  # noqa: E402
 
 from saeflow.activations.store import ActivationStore, Column, TokenRows, write_column  # noqa: E402
 from saeflow.activations.writer import ColumnWriter, Wanted  # noqa: E402
-from saeflow.config import ActivationsConfig, DictionaryConfig, TrainingConfig  # noqa: E402
+from saeflow.config import ActivationsConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
+from saeflow.dictionaries.kinds.sae import SAEConfig  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.planning.graph import Instance, Plan  # noqa: E402
 from saeflow.training.heads import HeadsTrainer  # noqa: E402
-from saeflow.training.loop import make_spec  # noqa: E402
 from saeflow.training.trainer import Side, Trainer  # noqa: E402
 
 HOOK, STORE = "blocks.1.attn.hook_z", "random-float32-00000000"
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts/train.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts/job.py"
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def runs(size: str) -> tuple[dict[str, float], float]:
 
 def run(results: Path, key: str) -> float:
     """Seconds of a process, from its start to its end."""
-    command = [sys.executable, str(SCRIPT), "--plan", str(results / "plan.json"), "--key", key]
+    command = [sys.executable, str(SCRIPT), "train", "--plan", str(results / "plan.json"), "--key", key]
     command += ["--threads", str(args.threads), "--log", str(results / "log")]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -190,8 +190,8 @@ def steps(size: str) -> tuple[dict[str, float], float]:
     training = TrainingConfig(10**12, lr=1e-3, log_every=10**9)
 
     def specs(width: int, latents: int, k: int, heads: list[int | None]) -> list:
-        config = DictionaryConfig("sae", "topk", k=k, expansion=None, d_sae=latents, normalize_activations="per_head")
-        return [make_spec(config, width, width, HOOK, HOOK, 0, Origin(), h) for h in heads]
+        config = SAEConfig("sae", "topk", k=k, expansion=None, d_sae=latents, normalize_activations="per_head")
+        return [config.spec(width, width, HOOK, HOOK, 0, Origin(), h) for h in heads]
 
     of_heads = specs(d, n, K, list(range(H)))
     together = HeadsTrainer(of_heads, training, side)

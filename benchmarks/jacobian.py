@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,14 @@ import torch  # noqa: E402 (after the number of threads is set)
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from saeflow.config import DictionaryConfig, TrainingConfig  # noqa: E402
+from saeflow.config import TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
+from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig  # noqa: E402
+from saeflow.dictionaries.kinds.sae import alone  # noqa: E402
 from saeflow.kernels.jacobian import Around, Products, jacobian_blocks  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import MLP, Block  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
-from saeflow.training.loop import make_spec  # noqa: E402
 from saeflow.training.trainer import Side  # noqa: E402
 
 DEVICE = args.device
@@ -148,11 +148,10 @@ def trainer_of(coefficient: float, fraction: float = 1.0, sizes: tuple[int, ...]
     g = torch.Generator().manual_seed(1)
     shapes = ((d, m), (m,), (m, d), (d,))
     weights = (torch.randn(s, generator=g).mul_(0.04 if len(s) == 2 else 0.1).to(DEVICE) for s in shapes)
-    pair = DictionaryConfig("jacobian", "topk", k=k, expansion=None, d_sae=n, squared_error="mean",
+    pair = JacobianPairConfig("jacobian", "topk", k=k, expansion=None, d_sae=n, squared_error="mean",
                             sparsity="unit_norm", jacobian_coefficient=coefficient)  # fmt: skip
     training = TrainingConfig(10**12, lr=1e-7, log_every=10**9, jacobian_fraction=fraction)
-    alone = replace(pair, kind="sae", jacobian_coefficient=None)
-    specs = [make_spec(alone, d, d, hook, hook, 0, Origin()) for hook in ("in", "out")]
+    specs = [alone(pair).spec(d, d, hook, hook, 0, Origin()) for hook in ("in", "out")]
     sides = [Side(torch.zeros(d), d**0.5) for _ in range(2)]
     trainer = JacobianTrainer(tuple(specs), pair, training, tuple(sides), Block(MLP("gelu", *weights)), DEVICE)
     for part in trainer.parts.values():

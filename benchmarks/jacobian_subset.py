@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -26,8 +25,10 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402 (after the number of threads is set)
 
-from saeflow.config import DictionaryConfig, ModelConfig, TrainingConfig  # noqa: E402
+from saeflow.config import ModelConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
+from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig  # noqa: E402
+from saeflow.dictionaries.kinds.sae import alone  # noqa: E402
 from saeflow.kernels.jacobian import jacobian_blocks, make_products, mask_inactive  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import read_block  # noqa: E402
@@ -37,7 +38,6 @@ from saeflow.text.corpus import read_documents  # noqa: E402
 from saeflow.text.packing import load_tokenizer  # noqa: E402
 from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
-from saeflow.training.loop import make_spec  # noqa: E402
 from saeflow.training.trainer import Side  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,16 +82,15 @@ def activations(model: object, split: str, n_rows: int) -> list[torch.Tensor]:
 
 def run(block: object, train: list[torch.Tensor], held_out: list[torch.Tensor], seed: int, fraction: float) -> dict:
     """Trains a pair; what it is worth on held-out tokens."""
-    pair = DictionaryConfig("jacobian", "topk", k=K, expansion=None, d_sae=LATENTS, squared_error="mean",
+    pair = JacobianPairConfig("jacobian", "topk", k=K, expansion=None, d_sae=LATENTS, squared_error="mean",
                             sparsity="unit_norm", jacobian_coefficient=1.0)  # fmt: skip
     n_steps = args.tokens // BATCH
     training = TrainingConfig(
         args.tokens, batch_size=BATCH, lr=6e-3, lr_warm_up_steps=50, lr_decay_steps=n_steps // 4,
         jacobian_warm_up_steps=n_steps // 20, jacobian_fraction=fraction, log_every=10**9,
     )  # fmt: skip
-    alone = replace(pair, kind="sae", jacobian_coefficient=None)
     d = train[0].shape[1]
-    specs = [make_spec(alone, d, d, hook, hook, seed, Origin()) for hook in HOOKS]
+    specs = [alone(pair).spec(d, d, hook, hook, seed, Origin()) for hook in HOOKS]
     sides = [Side(v.mean(0), v.norm(dim=1).mean().item()) for v in train]
     trainer = JacobianTrainer((specs[0], specs[1]), pair, training, (sides[0], sides[1]), block)
     started = time.perf_counter()

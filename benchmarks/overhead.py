@@ -39,7 +39,7 @@ def main() -> None:
                 (key,) = plan["stages"][stage]
                 threads = str(plan["device"]["threads"][stage])
                 started = time.perf_counter()
-                script = [sys.executable, str(ROOT / f"scripts/{stage}.py")]
+                script = [sys.executable, str(ROOT / "scripts/job.py"), stage]
                 call([*script, "--key", key, "--threads", threads, "--log", "job.log"], directory)
                 found.setdefault(f"{name}_start_s", []).append(time.perf_counter() - started)
                 print(f"{stage}, repeat {repeat}: {found[f'{name}_start_s'][-1]:.2f} s", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Draws the figures of an experiment from its evaluations, training metrics and Jacobians."""
 
-from saeflow.jobs.job import Job, run
+from saeflow.jobs.command import run
+from saeflow.jobs.job import Job
 
 
 def figures(jobs: list[Job]) -> str:

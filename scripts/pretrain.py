@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from saeflow.jobs.job import limit_threads, start_log
+from saeflow.jobs.log import limit_threads, start_log
 
 CARD = """# The embedded language model
 

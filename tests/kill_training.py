@@ -16,6 +16,7 @@ import torch
 from kill_caching import die_at
 from stores import TRAINING_STORE, training_plan
 
+from saeflow.jobs import job as artifacts
 from saeflow.jobs.job import Job
 from saeflow.training import checkpoints
 from saeflow.training.checkpoints import Checkpoints
@@ -38,7 +39,7 @@ TRAININGS = {
 }  # fmt: skip
 STEPS = [(Trainer, "take", 2), (Trainer, "take", 30), (Trainer, "take", 61), (Trainer, "take", 90)]
 STEPS += [(Checkpoints, "save", 1), (Checkpoints, "save", 25), (Checkpoints, "remove", 2), (Path, "replace", 20)]
-STEPS += [(Job, "_provenance", 2)]
+STEPS += [(artifacts, "provenance", 2)]
 
 
 def main(folder: Path, store: Path) -> None:

@@ -16,9 +16,9 @@ from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 
 from saeflow.config import DictionaryConfig, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary, save_dictionary
+from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.sae import build
 from saeflow.kernels.step import Objective, Weights, take_step
-from saeflow.training.loop import make_spec
 from saeflow.training.trainer import l1_coefficient, learning_rate
 
 ORIGIN = Origin("tiny", "0123abcd", False, True, False, 64, True)
@@ -44,8 +44,11 @@ def seeded():
 def random_dictionary(kind, activation, p, hook_name="blocks.0.ln2.hook_normalized"):
     amount = {"l1_coefficient": 0.5} if activation == "relu" else {"k": 3}
     skip, kind = kind.startswith("skip"), kind.removeprefix("skip ")
-    config = DictionaryConfig(kind, activation, d_sae=16, expansion=None, skip=skip, **amount)
-    spec = make_spec(config, 6, p, hook_name, hook_name if kind == "sae" else HOOK_OUT, 0, ORIGIN)
+    config = build(
+        DictionaryConfig,
+        {"kind": kind, "activation": activation, "d_sae": 16, "expansion": None, "skip": skip, **amount},
+    )
+    spec = config.spec(6, p, hook_name, hook_name if kind == "sae" else HOOK_OUT, 0, ORIGIN)
     skip = {"W_skip": torch.randn(p, 6)} if skip else {}
     threshold = {"threshold": torch.rand(16)} if activation == "batchtopk" else {}
     tensors = (torch.randn(6, 16), torch.randn(16), torch.randn(16, p), torch.randn(p))
@@ -185,7 +188,7 @@ def test_the_learning_rate_follows_saelens(warm_up, decay):
 @pytest.mark.parametrize("warm_up", [0, 8])
 def test_the_l1_coefficient_follows_saelens(warm_up):
     options = TrainingConfig(n_tokens=300, batch_size=10, l1_warm_up_steps=warm_up)
-    spec = make_spec(DictionaryConfig("sae", "relu", l1_coefficient=2.0), 6, 6, HOOK_OUT, HOOK_OUT, 0, ORIGIN)
+    spec = SAEConfig("sae", "relu", l1_coefficient=2.0).spec(6, 6, HOOK_OUT, HOOK_OUT, 0, ORIGIN)
     scheduler = CoefficientScheduler(warm_up_steps=warm_up, final_value=2.0)
     for step in range(20):
         assert l1_coefficient(spec, options, step) == pytest.approx(scheduler.value)

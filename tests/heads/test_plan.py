@@ -6,9 +6,9 @@ import pytest
 from tests.planning.test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
-from saeflow.planning.cost import training_operations
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
+from saeflow.planning.stages import stages
 
 HEADS = ["dictionary=heads", "training=april", "site=attn_z"]
 
@@ -89,7 +89,7 @@ def test_heads_take_a_hth_of_the_arithmetic(home: Path) -> None:  # noqa: F811
     heads = plan_of(home, "site=attn_z", "dictionary=heads_topk", "dictionary.k=4")
     concat = plan_of(home, "site=attn_z", "dictionary=topk", "dictionary.k=16")
     alone = plan_of(home, "site=attn_z", "dictionary=topk", "dictionary.k=4", "site.head=1")
-    counted = [training_operations(p, next(iter(p.stages["train"].values()))) for p in (concat, heads, alone)]
+    counted = [stages()["train"].operations(p, next(iter(p.stages["train"].values()))) for p in (concat, heads, alone)]
     assert counted[0] == pytest.approx(4 * counted[1]) and counted[1] == pytest.approx(4 * counted[2])
 
 

@@ -11,7 +11,10 @@ from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
 
 SCRIPT = """
-from saeflow.jobs.job import run
+import dataclasses
+
+from saeflow.jobs import command
+from saeflow.planning.stages import stages
 
 def work(jobs):
     (job,) = jobs
@@ -22,7 +25,8 @@ def work(jobs):
         (folder / "rest.txt").write_text("rest")
     return f"wrote two files to {job.path}/"
 
-run("train", work)
+command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work)}
+command.main()
 """
 
 
@@ -39,7 +43,18 @@ def plan(tmp_path: Path) -> Plan:
 
 def call(home: Path, key: str, *options: str) -> subprocess.CompletedProcess:
     (home / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "script.py", "--plan", "plan.json", "--key", key, "--log", "logs/job.log", *options]
+    command = [
+        sys.executable,
+        "script.py",
+        "train",
+        "--plan",
+        "plan.json",
+        "--key",
+        key,
+        "--log",
+        "logs/job.log",
+        *options,
+    ]
     return subprocess.run(command, cwd=home, capture_output=True, text=True)
 
 
@@ -88,6 +103,6 @@ def test_key_that_the_plan_does_not_have(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(plan: Plan, tmp_path: Path) -> None:
-    code = "from saeflow.jobs.job import progress\nfor _ in progress(range(3), 'steps'): pass"
+    code = "from saeflow.jobs.log import progress\nfor _ in progress(range(3), 'steps'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import TrainingConfig
 from saeflow.dictionaries import Origin
+from saeflow.dictionaries.kinds.sae import SAEConfig
+from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.kernels import loops, select, sparse
 from saeflow.kernels import rows as rows_module
 from saeflow.kernels.adam import Adam
@@ -27,7 +29,6 @@ from saeflow.kernels.step import (
     take_steps,
     token_weights,
 )
-from saeflow.training.loop import make_spec
 from saeflow.training.trainer import Side, Trainer
 
 ERRORS = ("sum", "mean", "target_norm")
@@ -737,13 +738,13 @@ def test_what_is_no_number_shows_in_the_loss(activation, sparse, of):
 
 
 TRAININGS = {
-    "topk": (DictionaryConfig("sae", "topk", k=4, expansion=8), {"clip_grad_norm": 1.0}),
-    "topk of unit norm": (DictionaryConfig("sae", "topk", k=4, expansion=8, sparsity="unit_norm"), {}),
-    "topk with auxk": (DictionaryConfig("sae", "topk", k=2, expansion=8), {"revive": "auxk"}),
-    "batchtopk": (DictionaryConfig("sae", "batchtopk", k=4, expansion=8), {}),
-    "relu": (DictionaryConfig("sae", "relu", l1_coefficient=0.3, expansion=8), {"clip_grad_norm": 1.0}),
-    "relu with ghosts": (DictionaryConfig("sae", "relu", l1_coefficient=2.0, expansion=8), {"revive": "ghost"}),
-    "skip transcoder": (DictionaryConfig("transcoder", "topk", k=4, expansion=8, skip=True), {}),
+    "topk": (SAEConfig("sae", "topk", k=4, expansion=8), {"clip_grad_norm": 1.0}),
+    "topk of unit norm": (SAEConfig("sae", "topk", k=4, expansion=8, sparsity="unit_norm"), {}),
+    "topk with auxk": (SAEConfig("sae", "topk", k=2, expansion=8), {"revive": "auxk"}),
+    "batchtopk": (SAEConfig("sae", "batchtopk", k=4, expansion=8), {}),
+    "relu": (SAEConfig("sae", "relu", l1_coefficient=0.3, expansion=8), {"clip_grad_norm": 1.0}),
+    "relu with ghosts": (SAEConfig("sae", "relu", l1_coefficient=2.0, expansion=8), {"revive": "ghost"}),
+    "skip transcoder": (TranscoderConfig("transcoder", "topk", k=4, expansion=8, skip=True), {}),
 }
 
 
@@ -753,7 +754,7 @@ def trainer_of(name, device, **fields):
     hooks = ("in", "in" if config.kind == "sae" else "out")
     side = Side(torch.zeros(16, device="cpu"), 1.5)
     with torch.device("cpu"):
-        return Trainer(make_spec(config, 16, 16, *hooks, 0, Origin()), options, side, side, device)
+        return Trainer(config.spec(16, 16, *hooks, 0, Origin()), options, side, side, device)
 
 
 def trained(trainer, first=0, last=60):

@@ -3,7 +3,6 @@
 The scripts' own functions are called, in one process, so that TransformerLens is imported once.
 """
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from saeflow.jobs.job import Job
+from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
+from saeflow.planning.stages import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -35,15 +36,10 @@ SWEEP = (
 
 
 def run_all(plan: Plan) -> None:
-    plan.assign_batches(None)
+    assign_batches(plan, None)
     for stage, table in plan.stages.items():
-        spec = importlib.util.spec_from_file_location(f"script_{stage}", ROOT / f"scripts/{stage}.py")
-        assert spec and spec.loader
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        work = getattr(script, "train_together" if stage == "train" else stage)
         for batch in plan.batches.get(stage) or [[key] for key in table]:
-            work([Job(plan.instance(stage, key), plan, "cpu") for key in batch])
+            stages()[stage].work([Job(plan.instance(stage, key), plan, "cpu") for key in batch])
 
 
 def test_every_architecture_goes_through_every_stage(model_folder: Path, corpus_file: Path, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from saeflow.config import ConfigError
+from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
-from saeflow.planning.graph import STAGES, Plan
+from saeflow.planning.graph import Plan
+from saeflow.planning.stages import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "sweep={dictionary:relu,dictionary.l1_coefficient:[0.001,0.003]}"
@@ -42,7 +44,7 @@ def plan_of(home: Path, *overrides: str) -> Plan:
 
 def changed(before: Plan, after: Plan) -> dict[str, int]:
     """How many instances of each stage are new."""
-    return {s: n for s in STAGES if (n := len(after.stages[s].keys() - before.stages[s].keys()))}
+    return {s: n for s in stages() if (n := len(after.stages[s].keys() - before.stages[s].keys()))}
 
 
 def test_stages_of_a_sweep(home: Path) -> None:
@@ -213,26 +215,26 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
             receipt.write_text("{}")
 
     first = plan_of(home)
-    first.assign_batches(None)
+    assign_batches(first, None)
     (batch,) = first.batches["evaluate"]
     assert sorted(batch) == sorted(first.stages["evaluate"])
     finish(first, "evaluate", batch)
 
     more = compose(home / "conf", [SWEEP.replace("0.003", "0.003,0.01")], results=str(home / "results"))
-    more.assign_batches(first)
+    assign_batches(more, first)
     new = sorted(more.stages["evaluate"].keys() - set(batch))
     assert more.batches["evaluate"] == [batch, new]
     other = plan_of(home, "seed=5")
-    other.assign_batches(first)
+    assign_batches(other, first)
     again = plan_of(home)
-    again.assign_batches(other)  # the plan in between does not want the batch, but remembers it
+    assign_batches(again, other)  # the plan in between does not want the batch, but remembers it
     assert again.batches["evaluate"] == [batch]
 
-    more.assign_batches(None)  # the previous plan is lost: what is there stays, with no rule
+    assign_batches(more, None)  # the previous plan is lost: what is there stays, with no rule
     assert more.batches["evaluate"] == [new]
 
     small = plan_of(home, "device.batch.evaluate=1", "seed=5")
-    small.assign_batches(first)
+    assign_batches(small, first)
     assert sorted(map(len, small.batches["evaluate"])) == [1, 1]
 
 

@@ -263,7 +263,7 @@ def make_plan(tmp_path: Path, corpus: dict, corpus_path: str, model: Path, n_row
 
 
 def run_job(plan: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/tokens.py"), "--plan", str(plan), "--key", "tiny-train-00"]
+    command = [sys.executable, str(ROOT / "scripts/job.py"), "tokens", "--plan", str(plan), "--key", "tiny-train-00"]
     return subprocess.run(command, capture_output=True, text=True)
 
 

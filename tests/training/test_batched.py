@@ -5,20 +5,21 @@ import dataclasses
 import pytest
 import torch
 
-from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
+from saeflow.config import ConfigError, TrainingConfig
 from saeflow.dictionaries import Origin
+from saeflow.dictionaries.kinds.sae import SAEConfig
+from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.training.batched import BatchedTrainer
-from saeflow.training.loop import make_spec
 from saeflow.training.trainer import Side, Trainer
 
 D, BATCH, STEPS = 6, 128, 40
 CONFIGS = {
-    "topk": DictionaryConfig("sae", "topk", k=2, expansion=4, sparsity="unit_norm"),
-    "topk by norm": DictionaryConfig("sae", "topk", k=2, expansion=4),
-    "batchtopk": DictionaryConfig("sae", "batchtopk", k=2, expansion=4),
-    "relu": DictionaryConfig("sae", "relu", l1_coefficient=0.2, expansion=4),
-    "relu of unit norm": DictionaryConfig("sae", "relu", l1_coefficient=0.2, expansion=4, sparsity="unit_norm"),
-    "skip transcoder": DictionaryConfig("transcoder", "relu", l1_coefficient=0.5, expansion=4, skip=True),
+    "topk": SAEConfig("sae", "topk", k=2, expansion=4, sparsity="unit_norm"),
+    "topk by norm": SAEConfig("sae", "topk", k=2, expansion=4),
+    "batchtopk": SAEConfig("sae", "batchtopk", k=2, expansion=4),
+    "relu": SAEConfig("sae", "relu", l1_coefficient=0.2, expansion=4),
+    "relu of unit norm": SAEConfig("sae", "relu", l1_coefficient=0.2, expansion=4, sparsity="unit_norm"),
+    "skip transcoder": TranscoderConfig("transcoder", "relu", l1_coefficient=0.5, expansion=4, skip=True),
 }
 
 
@@ -35,7 +36,7 @@ def trainers(config, H, **training):
     for h in range(H):
         mine = config if config.l1_coefficient is None else dataclasses.replace(config, l1_coefficient=0.2 * (h + 1))
         hooks = ("in", "out" if config.kind == "transcoder" else "in")
-        spec = make_spec(mine, D, D, *hooks, h, Origin())
+        spec = mine.spec(D, D, *hooks, h, Origin())
         side = Side(torch.full((D,), 0.3 * (h + 1)), 1.5 * (h + 1))
         found.append(Trainer(spec, options, side, side))
     return found

@@ -11,13 +11,13 @@ from stores import TRAINING_STORE, contents, training_plan, write_store
 
 from saeflow.activations.reader import BatchReader
 from saeflow.activations.store import open_column
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import BlockDiagonal, Origin, load_dictionary
-from saeflow.jobs.job import Job, Preempted
+from saeflow.jobs.job import Job
+from saeflow.jobs.signals import Preempted
 from saeflow.training import loop as training
 from saeflow.training.checkpoints import Checkpoints
 from saeflow.training.heads import HeadsTrainer
-from saeflow.training.loop import make_spec
 from saeflow.training.metrics import TrainingError
 from saeflow.training.trainer import Side, Trainer
 
@@ -75,8 +75,8 @@ def side_of(z, dtype=torch.float64):
 
 
 def specs_of(dictionary):
-    config = DictionaryConfig(**dictionary | {"kind": "sae"})
-    return [make_spec(config, D, D, HOOK, HOOK, 5, Origin(), h) for h in range(H)]
+    config = build(DictionaryConfig, dictionary | {"kind": "sae"})
+    return [config.spec(D, D, HOOK, HOOK, 5, Origin(), h) for h in range(H)]
 
 
 class Rows:

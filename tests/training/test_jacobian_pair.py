@@ -14,20 +14,22 @@ from jacobian_formulas import AS_WRITTEN
 from stores import contents, write_store
 from torch import Tensor
 
-from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
+from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin, load_dictionary
-from saeflow.jobs.job import Job, Preempted
+from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig
+from saeflow.dictionaries.kinds.sae import alone
+from saeflow.jobs.job import Job
+from saeflow.jobs.signals import Preempted
 from saeflow.models.blocks import MLP, Block
 from saeflow.planning.graph import Instance, Plan
 from saeflow.training import loop as jobs
-from saeflow.training.jacobian_pair import JacobianTrainer, pair_options
-from saeflow.training.loop import make_spec
+from saeflow.training.jacobian_pair import JacobianTrainer
 from saeflow.training.metrics import TrainingError
 from saeflow.training.trainer import Side, Trainer
 
 D, N_LATENTS, K, N = 6, 24, 3, 64
 TRAINING = TrainingConfig(64 * 40, batch_size=N, lr=3e-3, log_every=10)
-PAIR = DictionaryConfig("jacobian", "topk", k=K, expansion=4, squared_error="mean", sparsity="unit_norm",
+PAIR = JacobianPairConfig("jacobian", "topk", k=K, expansion=4, squared_error="mean", sparsity="unit_norm",
                         jacobian_coefficient=0.5)  # fmt: skip
 
 
@@ -43,9 +45,10 @@ def batch_of(step: int, block: Block) -> tuple[Tensor, Tensor]:
     return x, block(x)
 
 
-def trainer_of(config: DictionaryConfig = PAIR, training: TrainingConfig = TRAINING, seed: int = 0) -> JacobianTrainer:
-    alone = replace(config, kind="sae", jacobian_coefficient=None)
-    specs = [make_spec(alone, D, D, hook, hook, seed, Origin()) for hook in ("in", "out")]
+def trainer_of(
+    config: JacobianPairConfig = PAIR, training: TrainingConfig = TRAINING, seed: int = 0
+) -> JacobianTrainer:
+    specs = [alone(config).spec(D, D, hook, hook, seed, Origin()) for hook in ("in", "out")]
     sides = [Side(torch.zeros(D), 2.0), Side(torch.ones(D), 5.0)]
     return JacobianTrainer(specs, config, training, sides, block_of())
 
@@ -232,7 +235,7 @@ def test_a_job_writes_both_saes_and_again_the_same_bytes(
     assert "input: L0 4.0" in said and "output: L0 4.0" in said and "mean |J|" in said
     specs = [load_dictionary(job.path / part).spec for part in ("input", "output")]
     assert [s.hook_name for s in specs] == HOOKS
-    assert all(s.options == pair_options(jobs.build(DictionaryConfig, CONFIG)) and s.kind == "sae" for s in specs)
+    assert all(s.options == build(JacobianPairConfig, CONFIG).options and s.kind == "sae" for s in specs)
     table = pd.read_parquet(job.path / "jacobian.parquet")
     assert list(table["jacobian_scheduled"].unique()) == [0.3]
     assert table["jacobian_l1"].iloc[-1] < table["jacobian_l1"].iloc[0]
@@ -266,4 +269,4 @@ def test_a_job_writes_both_saes_and_again_the_same_bytes(
 )
 def test_what_is_no_jacobian_pair_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DictionaryConfig(**CONFIG | wrong)
+        build(DictionaryConfig, CONFIG | wrong)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow.jobs.job import Job, Preempted
+from saeflow.jobs.job import Job
+from saeflow.jobs.signals import Preempted
 from saeflow.training import checkpoints
 from saeflow.training import loop as training
 from saeflow.training.checkpoints import Checkpoints, Timer
@@ -116,8 +117,18 @@ def test_the_script_ends_with_the_code_of_a_temporary_failure(results):
     """75 within ten seconds of SIGTERM, and a message; run again, it ends well."""
     plan = training_plan(results, [HOOK], {"topk": TOPK}, TRAINING | {"n_tokens": 128 * 20_000})
     plan.freeze(results / "plan.json")
-    script = Path(__file__).parents[2] / "scripts" / "train.py"
-    command = [sys.executable, script, "--plan", results / "plan.json", "--key", "topk", "--log", results / "log"]
+    script = Path(__file__).parents[2] / "scripts" / "job.py"
+    command = [
+        sys.executable,
+        script,
+        "train",
+        "--plan",
+        results / "plan.json",
+        "--key",
+        "topk",
+        "--log",
+        results / "log",
+    ]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         log = results / "log"

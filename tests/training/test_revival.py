@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
+from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin
+from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.kernels.step import Objective, Situation, Weights, take_step, token_weights
 from saeflow.training import trainer as trainers
-from saeflow.training.loop import make_spec
 from saeflow.training.revival import auxk, ghost, resample
 from saeflow.training.trainer import Side, Trainer, learning_rate
 
@@ -131,13 +131,13 @@ def test_each_remedy_revives_latents_that_are_dead_from_the_start(activation, re
 
     def dead_in_the_end(revive):
         amount = {"l1_coefficient": 0.05} if activation == "relu" else {"k": 4}
-        config = DictionaryConfig(kind, activation, **amount, expansion=2)
+        config = build(DictionaryConfig, {"kind": kind, "activation": activation, "expansion": 2, **amount})
         steps = {"resample_steps": (60, 180), "resample_batches": 4} if revive == "resample" else {}
         options = TrainingConfig(
             256 * 480, 256, lr=1e-2, revive=revive, dead_after_tokens=256 * 20, resample_warm_up_steps=20, **steps
         )
         sides = [Side(t.mean(dim=0), t.norm(dim=1).mean().item()) for t in (x, y)]
-        spec = make_spec(config, 16, y.shape[1], "in", "in" if kind == "sae" else "out", 0, Origin())
+        spec = config.spec(16, y.shape[1], "in", "in" if kind == "sae" else "out", 0, Origin())
         trainer, batches = Trainer(spec, options, *sides), Batches()
         for batch in batches.iterate(0, 480):
             if trainer.resamples_next():
@@ -154,7 +154,7 @@ def test_without_dead_latents_a_remedy_changes_nothing():
     weights, x, y = problem()
     objective = Objective("topk", 4)
     plain = take_step(objective, weights, x, y)
-    spec = make_spec(DictionaryConfig("sae", "topk", k=4, expansion=3), D, D, "in", "in", 0, Origin())
+    spec = SAEConfig("sae", "topk", k=4, expansion=3).spec(D, D, "in", "in", 0, Origin())
     options = TrainingConfig(1000, 10, revive="auxk")
     side = Side(torch.zeros(D), 1.0)
     assert Trainer(spec, options, side, side)._extra() is None

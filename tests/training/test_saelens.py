@@ -6,8 +6,9 @@ import pytest
 import torch
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow.config import SAELENS, ConfigError, DictionaryConfig, TrainingConfig, build
+from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin, load_dictionary
+from saeflow.dictionaries.kinds.saelens import SAELENS
 from saeflow.jobs.job import Job
 from saeflow.training import loop as training
 from saeflow.training.trainer import Side
@@ -48,7 +49,7 @@ def tree(name, **more):
 
 def trainer_of(name, x, options=None, **more):
     config = build(DictionaryConfig, tree(name, **more))
-    spec = training.make_spec(config, D, D, HOOK, HOOK, 3, Origin())
+    spec = config.spec(D, D, HOOK, HOOK, 3, Origin())
     side = Side(x.mean(dim=0), float(x.norm(dim=1).mean()))
     asked = {"lr": 3e-3, "clip_grad_norm": 1.0, "log_every": 1} | (options or {})
     return training.make_trainer(spec, TrainingConfig(STEPS * BATCH, BATCH, **asked), side, side)

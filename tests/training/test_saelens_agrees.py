@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import TrainingConfig
 from saeflow.dictionaries import Origin
-from saeflow.training.loop import make_spec
+from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.training.trainer import Side, Trainer
 
 D, N_LATENTS, BATCH, STEPS = 16, 64, 256, 200
@@ -54,10 +54,10 @@ def theirs(kind, options, weights, batches, training):
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (DictionaryConfig("sae", "topk", k=4, expansion=4), {"k": 4}),
-        (DictionaryConfig("sae", "relu", l1_coefficient=0.2, expansion=4), {"l1_coefficient": 0.2}),
+        (SAEConfig("sae", "topk", k=4, expansion=4), {"k": 4}),
+        (SAEConfig("sae", "relu", l1_coefficient=0.2, expansion=4), {"l1_coefficient": 0.2}),
         (
-            DictionaryConfig("sae", "relu", l1_coefficient=0.2, expansion=4),
+            SAEConfig("sae", "relu", l1_coefficient=0.2, expansion=4),
             {"l1_coefficient": 0.2, "l1_warm_up_steps": 50},
         ),
     ],
@@ -68,7 +68,7 @@ def test_two_hundred_steps_follow_saelens_loss_by_loss(config, options, batches)
         STEPS * BATCH, BATCH, lr=2e-3, clip_grad_norm=1.0, log_every=1, initial="saelens",
         l1_warm_up_steps=options.get("l1_warm_up_steps", 0),
     )  # fmt: skip
-    spec = make_spec(config, D, D, "hook", "hook", 0, Origin())
+    spec = config.spec(D, D, "hook", "hook", 0, Origin())
     side = Side(torch.zeros(D), 1.0)
     trainer = Trainer(spec, training, side, side)
     wanted, sae = theirs(config.activation, options, trainer.weights, batches, training)

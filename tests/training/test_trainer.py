@@ -9,12 +9,14 @@ import sys
 import pytest
 import torch
 
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import TrainingConfig
 from saeflow.dictionaries import DictionaryError, Origin, load_dictionary, save_dictionary
 from saeflow.dictionaries.initial import initial_weights
+from saeflow.dictionaries.kinds.sae import SAEConfig
+from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.kernels.step import Objective, loss_as_written
 from saeflow.training import trainer
-from saeflow.training.loop import fit, make_spec
+from saeflow.training.loop import fit
 from saeflow.training.metrics import TrainingError, write_metrics
 from saeflow.training.trainer import Side, l1_coefficient, learning_rate
 
@@ -56,17 +58,15 @@ def trained(config, x, y=None, steps=300, batch_size=256, seed=0, **fields):
     options = TrainingConfig(n_tokens=steps * batch_size, batch_size=batch_size, **(schedule | fields))
     columns = (x,) if y is None else (x, y)
     out = x if y is None else y
-    spec = make_spec(config, x.shape[1], out.shape[1], HOOK, HOOK if y is None else HOOK_OUT, seed, Origin())
+    spec = config.spec(x.shape[1], out.shape[1], HOOK, HOOK if y is None else HOOK_OUT, seed, Origin())
     return fit(spec, options, InMemory(*columns, batch_size=batch_size, seed=seed), side(x), side(out))
 
 
-TOPK = DictionaryConfig("sae", "topk", k=3, expansion=2)
-RELU = DictionaryConfig("sae", "relu", l1_coefficient=0.1, expansion=2)
-NORMALISED = DictionaryConfig(
-    "sae", "relu", l1_coefficient=0.1, expansion=2, normalize_activations="expected_average_only_in"
-)
-UNIT_NORM = DictionaryConfig("sae", "relu", l1_coefficient=0.1, expansion=2, sparsity="unit_norm")
-UNIT_TOPK = DictionaryConfig("sae", "topk", k=3, expansion=2, sparsity="unit_norm")
+TOPK = SAEConfig("sae", "topk", k=3, expansion=2)
+RELU = SAEConfig("sae", "relu", l1_coefficient=0.1, expansion=2)
+NORMALISED = SAEConfig("sae", "relu", l1_coefficient=0.1, expansion=2, normalize_activations="expected_average_only_in")
+UNIT_NORM = SAEConfig("sae", "relu", l1_coefficient=0.1, expansion=2, sparsity="unit_norm")
+UNIT_TOPK = SAEConfig("sae", "topk", k=3, expansion=2, sparsity="unit_norm")
 
 
 @pytest.mark.parametrize("config", [TOPK, UNIT_TOPK, RELU, NORMALISED, UNIT_NORM])
@@ -81,7 +81,7 @@ def test_atoms_of_a_sparse_ground_truth_are_recovered(config):
 def test_a_transcoder_learns_a_sparse_map_to_another_width():
     x, atoms = sparse_truth()
     y = torch.relu((x - x.mean(dim=0)) @ atoms[:6].T)
-    config = DictionaryConfig("transcoder", "relu", l1_coefficient=0.01, expansion=2)
+    config = TranscoderConfig("transcoder", "relu", l1_coefficient=0.01, expansion=2)
     dictionary, rows = trained(config, x, y)
     assert (dictionary.d_in, dictionary.d_out) == (16, 6)
     assert rows[-1]["explained_variance"] > 0.9
@@ -102,7 +102,7 @@ def test_the_saved_weights_take_raw_activations(config):
 def test_normalisation_makes_training_free_of_the_activations_scale():
     x, atoms = sparse_truth()
     y = torch.relu(x @ atoms[:6].T)
-    config = DictionaryConfig(
+    config = TranscoderConfig(
         "transcoder", "relu", l1_coefficient=0.5, expansion=2, normalize_activations="expected_average_only_in"
     )
     _, rows = trained(config, x, y, steps=30)
@@ -164,7 +164,7 @@ def test_learning_rate_rises_and_falls_linearly():
 
 def test_l1_rises_from_zero():
     options = TrainingConfig(n_tokens=100, batch_size=10, l1_warm_up_steps=4)
-    spec = make_spec(RELU, 16, 16, HOOK, HOOK, 0, Origin())
+    spec = RELU.spec(16, 16, HOOK, HOOK, 0, Origin())
     assert [l1_coefficient(spec, options, s) for s in range(6)] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
 
 
@@ -176,13 +176,13 @@ def test_the_first_loss_is_the_loss_as_written_at_the_initial_weights(squared_er
     x, atoms = sparse_truth()
     y = torch.relu(x @ atoms[:6].T)
     fields = {"squared_error": squared_error, "sparsity": sparsity, "normalize_activations": normalize}
-    config = DictionaryConfig("transcoder", "relu", l1_coefficient=0.3, expansion=2, **fields)
+    config = TranscoderConfig("transcoder", "relu", l1_coefficient=0.3, expansion=2, **fields)
     _, rows = trained(config, x, y, steps=3, l1_warm_up_steps=0)
     scale_x, scale_y = 1.0, 1.0
     if normalize != "none":
         scale_x, scale_y = 4 / x.norm(dim=1).mean(), math.sqrt(6) / y.norm(dim=1).mean()
     (first,) = InMemory(x * scale_x, y * scale_y).iterate(0, 1)
-    spec = make_spec(config, 16, 6, HOOK, HOOK_OUT, 0, Origin())
+    spec = config.spec(16, 6, HOOK, HOOK_OUT, 0, Origin())
     weights = initial_weights(spec, y.mean(dim=0) * scale_y, 0)
     objective = Objective("relu", by_norm=sparsity == "decoder_norm", squared_error=squared_error)
     wanted = loss_as_written(objective, weights, *first, 0.3)
@@ -206,7 +206,7 @@ def test_adam_sees_no_gradient_along_rows_of_norm_one(config, monkeypatch):
 
 @pytest.mark.parametrize("config", [RELU, TOPK, UNIT_TOPK])
 def test_initial_weights_depend_on_the_seed_alone(config):
-    spec = make_spec(config, 16, 16, HOOK, HOOK, 0, Origin())
+    spec = config.spec(16, 16, HOOK, HOOK, 0, Origin())
     mean = torch.arange(16.0)
     weights, again, other = (initial_weights(spec, mean, seed) for seed in (4, 4, 5))
     assert all(torch.equal(a, b) for a, b in zip(weights.parameters(), again.parameters(), strict=True))
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_names_its_step(bad):
             for step, (batch,) in enumerate(super().iterate(start, n_steps)):
                 yield (batch * (math.inf if step == bad else 1.0),)
 
-    spec = make_spec(TOPK, 16, 16, HOOK, HOOK, 0, Origin())
+    spec = TOPK.spec(16, 16, HOOK, HOOK, 0, Origin())
     options = TrainingConfig(n_tokens=256 * 30, batch_size=256)
     with pytest.raises(TrainingError, match=rf"became (nan|inf) at step {bad + 1} .*lower training\.lr"):
         fit(spec, options, Broken(x), side(x), side(x))
@@ -234,14 +234,14 @@ def test_a_loss_that_is_not_finite_names_its_step(bad):
 
 def test_statistics_that_are_not_finite_are_refused():
     x, _ = sparse_truth()
-    spec = make_spec(TOPK, 16, 16, HOOK, HOOK, 0, Origin())
+    spec = TOPK.spec(16, 16, HOOK, HOOK, 0, Origin())
     with pytest.raises(TrainingError, match=f"activations of {HOOK} have mean norm nan"):
         fit(spec, TrainingConfig(n_tokens=512, batch_size=256), InMemory(x), side(x * math.nan), side(x))
 
 
 def test_k_above_d_sae_is_refused():
     with pytest.raises(DictionaryError, match="k=64 is out of range: it must be 1 to d_sae=32"):
-        make_spec(DictionaryConfig("sae", "topk", k=64, expansion=2), 16, 16, HOOK, HOOK, 0, Origin())
+        SAEConfig("sae", "topk", k=64, expansion=2).spec(16, 16, HOOK, HOOK, 0, Origin())
 
 
 # ------------------------------------------------------------------ importing

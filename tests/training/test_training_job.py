@@ -71,7 +71,7 @@ def test_a_job_that_fails_leaves_no_folder(results):
 
 
 def columns_of(given, tokens=(1000, 1000)):
-    return [SimpleNamespace(hook_name=h, d=16, n_tokens=n) for h, n in zip(given, tokens, strict=False)]
+    return [SimpleNamespace(hook_name=h, size=(16,), n_tokens=n) for h, n in zip(given, tokens, strict=False)]
 
 
 def test_the_spec_records_where_the_activations_came_from(tmp_path):

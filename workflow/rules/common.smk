@@ -1,14 +1,17 @@
 import os
 import shlex
 import sys
+from functools import partial
 
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
+from saeflow.planning.batches import assign_batches, resources
 from saeflow.planning.digests import short_hash
-from saeflow.planning.explain import check_disk
 from saeflow.planning.expansion import compose
+from saeflow.planning.explain import check_disk
 from saeflow.planning.graph import Plan
+from saeflow.planning.stages import stages
 
 PLAN_FILE = ".snakemake/plan.json"
 RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
@@ -22,7 +25,7 @@ if workflow.is_main_process:
             shlex.split(config.get("hydra", "")),
             digests=".snakemake/digests.json",
         )
-        PLAN.assign_batches(Plan.load_if_valid(PLAN_FILE))
+        assign_batches(PLAN, Plan.load_if_valid(PLAN_FILE))
         check_disk(PLAN)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
@@ -39,13 +42,24 @@ wildcard_constraints:
 
 
 def key_options(keys):
-    """Options of a script that name the artifacts to make."""
+    """Options of scripts/job.py that name the artifacts to make."""
     return " ".join(f"--key {shlex.quote(key)}" for key in keys)
 
 
+def of_key(find):
+    """`find` of the artifact that a job makes, as a function of its wildcards."""
+    return lambda wildcards: find(wildcards.key)
+
+
+def resources_of_key(stage):
+    """What `resources` says of the artifact that a job makes; device and GPU are those of all of a stage."""
+    units = resources(PLAN, stage, []).keys() | {"mem_mb", "runtime"}
+    return {unit: of_key(lambda key, unit=unit: resources(PLAN, stage, [key]).get(unit)) for unit in units}
+
+
 def job(stage):
-    """Command line of a stage's script."""
+    """Command line of a stage's jobs."""
     return (
-        f"{RUN}/{stage}.py --plan {PLAN_FILE} {{params.select}}"
+        f"{RUN}/job.py {stage} --plan {PLAN_FILE} {{params.select}}"
         " --device {resources.device} --threads {threads} --log {log:q}"
     )

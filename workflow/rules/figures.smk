@@ -23,7 +23,7 @@ for key, instance in PLAN.stages["figures"].items():
             "../../environment.yml"
         threads: PLAN.threads("figures")
         resources:
-            **PLAN.resources("figures"),
+            **resources(PLAN, "figures", [key]),
         params:
             select=key_options([key]),
             config=PLAN.param("figures", key),

@@ -28,7 +28,8 @@ from saeflow.activations.moments import Statistics
 from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
 from saeflow.activations.writer import ActivationError, ColumnWriter, Wanted
 from saeflow.config import ActivationsConfig, ModelConfig
-from saeflow.jobs.job import Job, progress
+from saeflow.jobs.job import Job
+from saeflow.jobs.log import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model

@@ -1,3 +1,18 @@
 """The configuration as data: one frozen dataclass a group of `conf/`, validated when it is built."""
 
-from saeflow.config.point import *  # noqa: F403
+from saeflow.config.checks import ConfigError, build
+from saeflow.config.corpus import CorpusConfig, TokensConfig
+from saeflow.config.dictionary import DictionaryConfig
+from saeflow.config.evaluation import BlindConfig, EvaluationConfig
+from saeflow.config.heads import HeadsConfig
+from saeflow.config.jacobian import JacobianConfig
+from saeflow.config.model import ModelConfig, TracrConfig
+from saeflow.config.point import PointConfig, takes_list
+from saeflow.config.site import ActivationsConfig, SiteConfig
+from saeflow.config.training import TrainingConfig
+
+__all__ = [
+    "ActivationsConfig", "BlindConfig", "ConfigError", "CorpusConfig", "DictionaryConfig", "EvaluationConfig",
+    "HeadsConfig", "JacobianConfig", "ModelConfig", "PointConfig", "SiteConfig", "TokensConfig", "TracrConfig",
+    "TrainingConfig", "build", "takes_list",
+]  # fmt: skip

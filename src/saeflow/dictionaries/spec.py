@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from saeflow.config import amount_of
+AMOUNTS = ("k", "l1_coefficient", "l0_coefficient", "residual_threshold")
+
+
+def amount_of(k: int | None, l1_coefficient: float | None, options: dict[str, Any]) -> tuple[str, float | None]:
+    """What decides how sparse a dictionary is, and its value: k, the L1 coefficient, or what plays their part."""
+    held = {"k": k, "l1_coefficient": l1_coefficient} | options
+    return next(((name, held[name]) for name in AMOUNTS if held.get(name) is not None), ("k", None))
 
 
 class DictionaryError(ValueError):
@@ -71,7 +77,7 @@ class Spec:
 
     @property
     def amount(self) -> tuple[str, float | None]:
-        """What decides how sparse it is, and its value; see `saeflow.config.amount_of`."""
+        """What decides how sparse it is, and its value; see `amount_of`."""
         return amount_of(self.k, self.l1_coefficient, self.options)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 from saeflow.text.tokens import TokenStore
 
 Row = dict[str, Any]

@@ -33,7 +33,7 @@ from saeflow.groundtruth.alignment import (
 )
 from saeflow.groundtruth.cases import Case, small_config
 from saeflow.groundtruth.network import Network, initial_weights
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 
 CHECK_PAIRS = 2048
 

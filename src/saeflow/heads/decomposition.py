@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 
 METHODS = ("pseudo_inverse", "omp", "nn_omp", "nn_lasso")
 

@@ -19,7 +19,7 @@ import scipy.sparse as sp
 import xarray as xr
 
 from saeflow.heads.geometry import pair_coordinates, pairs_of
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 
 CHUNK = 256
 EDGES = np.linspace(-1, 1, 201)

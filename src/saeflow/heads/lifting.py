@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from saeflow.heads.decomposition import decompose, unit
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 
 
 def row_space(W: np.ndarray) -> np.ndarray:

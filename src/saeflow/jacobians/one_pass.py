@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saeflow.jacobians.examples import Activity, Grid, Wanted
 from saeflow.jacobians.maps import Blocks, JacobianMap
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import read_hooks
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 from saeflow.text.corpus import Document, is_held_out
 from saeflow.text.packing import Packer, encode_all
 

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def canonical(value: Any) -> str:
@@ -34,6 +36,7 @@ class DigestCache:
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path else None
         self.known: dict[str, list] = {}
+        self.found: dict[Any, Any] = {}
         self.changed = False
         if self.path and self.path.is_file():
             try:
@@ -55,6 +58,13 @@ class DigestCache:
     def files(self, root: Path, paths: Iterable[Path]) -> str:
         """One digest of several files and their names below `root`, 32 hexadecimal digits."""
         return short_hash([[p.relative_to(root).as_posix(), self.file(p)] for p in sorted(paths)], 32)
+
+    def once(self, name: Any, find: Callable[[], T]) -> T:
+        """What `find` returns; asked once a name, since points of a sweep share models and corpora."""
+        if name not in self.found:
+            self.found[name] = find()
+        found: T = self.found[name]
+        return found
 
     def save(self) -> None:
         if self.path and self.changed:

@@ -4,26 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saeflow.activations.shards import predicted_bytes
 from saeflow.config import ConfigError
-from saeflow.planning.cost import training_operations
 from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.planning.stages import stages
 
-NOUNS = {
-    "groundtruth": ("model of a case", "models of a case"),
-    "tokens": ("token store", "token stores"),
-    "activations": ("activation column", "activation columns"),
-    "train": ("training", "trainings"),
-    "foreign": ("foreign dictionary", "foreign dictionaries"),
-    "jacobian": ("Jacobian study", "Jacobian studies"),
-    "baseline": ("baseline", "baselines"),
-    "evaluate": ("evaluation", "evaluations"),
-    "stack": ("stack of dictionaries", "stacks of dictionaries"),
-    "heads": ("study of heads", "studies of heads"),
-    "blind": ("blind set of features", "blind sets of features"),
-    "recover": ("comparison with the truth", "comparisons with the truth"),
-    "figures": ("set of figures", "sets of figures"),
-}
 MAX_REASONS = 6
 
 
@@ -47,34 +31,35 @@ def explain(plan: Plan) -> Explanation:
     }
     reasons: dict[str, None] = {}  # an ordered set
     for stage, instances in missing.items():
-        if stage == "figures" and reasons:
-            break  # which figures there are follows from the rest
+        if stages()[stage].says_all and reasons:
+            break  # why it is new follows from the rest
         known = _configs_on_disk(plan, stage) if instances else []
         for instance in instances:
             for reason in _what_is_new(instance, known):
                 reasons[reason] = None
-    sizes = {stage: sum(map(_predicted, instances)) for stage, instances in missing.items()}
-    operations = sum(training_operations(plan, i) for i in missing["train"])
-    return Explanation(
-        missing, list(reasons), sizes["activations"], sum(sizes.values()), operations, float(plan.device["flops"])
-    )
+    sizes = {stage: sum(map(stages()[stage].n_bytes, instances)) for stage, instances in missing.items()}
+    cached = sum(size for stage, size in sizes.items() if stages()[stage].cached)
+    operations = sum(stages()[i.stage].operations(plan, i) for instances in missing.values() for i in instances)
+    return Explanation(missing, list(reasons), cached, sum(sizes.values()), operations, float(plan.device["flops"]))
 
 
 def sentence(explanation: Explanation) -> str:
     """The explanation in one sentence, for a person."""
-    counts = [
-        f"{len(instances)} {NOUNS[stage][len(instances) != 1]}"
+    declared = stages()
+    counts = {
+        stage: f"{len(instances)} {declared[stage].noun[len(instances) != 1]}"
         for stage, instances in explanation.missing.items()
-        if instances and stage != "activations"
-    ]
-    columns = len(explanation.missing["activations"])
-    cached = f"{columns} {NOUNS['activations'][columns != 1]}, {readable(explanation.bytes_to_cache)} to cache"
-    if not counts and not columns:
+        if instances or declared[stage].cached
+    }
+    cached = [counts.pop(stage) for stage in list(counts) if declared[stage].cached]
+    if not any(explanation.missing.values()):
         return "nothing to do: every artifact of this plan is there"
     why = explanation.reasons[:MAX_REASONS]
     more = len(explanation.reasons) - len(why)
     reason = (", ".join(why) + (f", and {more} more" if more else "")) if why else "an artifact was removed"
-    told = f"{', '.join(counts) or 'no other stage'}: {reason}; {cached}; {readable(explanation.bytes_in_all)} in all"
+    to_cache = f"{', '.join(cached)}, {readable(explanation.bytes_to_cache)} to cache"
+    told = f"{', '.join(counts.values()) or 'no other stage'}: {reason}; {to_cache}"
+    told += f"; {readable(explanation.bytes_in_all)} in all"
     if explanation.operations:
         seconds = explanation.operations / explanation.rate
         unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
@@ -102,7 +87,10 @@ def check_disk(plan: Plan) -> None:
 def explain_bytes(plan: Plan) -> int:
     """Predicted bytes of everything that is not on disk."""
     return sum(
-        _predicted(i) for stage, table in plan.stages.items() for key, i in table.items() if not plan.done(stage, key)
+        stages()[stage].n_bytes(instance)
+        for stage, table in plan.stages.items()
+        for key, instance in table.items()
+        if not plan.done(stage, key)
     )
 
 
@@ -113,18 +101,6 @@ def readable(n_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def _predicted(instance: Instance) -> int:
-    """Bytes of one artifact. Activations are exact; of the rest only tokens and weights are of a size to matter."""
-    config = instance.config
-    if instance.stage == "activations":
-        store = config["activations"]
-        n_tokens = config["n_rows"] * config["tokens"]["context_size"]
-        return predicted_bytes(n_tokens, config["size"], store["dtype"], store["chunk_tokens"], store["shard_tokens"])
-    if instance.stage == "tokens":
-        return 3 * 4 * config["n_rows"] * config["tokens"]["context_size"]
-    return 0
 
 
 def _configs_on_disk(plan: Plan, stage: str) -> list[dict[str, Any]]:
@@ -143,9 +119,7 @@ def _configs_on_disk(plan: Plan, stage: str) -> list[dict[str, Any]]:
 
 def _what_is_new(instance: Instance, known: list[dict[str, Any]]) -> list[str]:
     """Differences to the nearest artifact of the same stage; none where only what it needs has changed."""
-    from saeflow.planning.graph import STAGES
-
-    mine = _flat({"version": STAGES[instance.stage].version, **instance.config})
+    mine = _flat({"version": instance.version, **instance.config})
     if not known:
         return []
     nearest = min(([k for k in mine if mine[k] != other.get(k, ...)] for other in known), key=len)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from saeflow.config import ConfigError
-from saeflow.jobs.job import progress
+from saeflow.jobs.log import progress
 from saeflow.text.corpus import (
     SHUFFLE_DOCUMENTS,
     SHUFFLE_SEED,

@@ -6,8 +6,6 @@ about every `every_seconds`, and never so often that writing takes more than a h
 """
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,23 +72,3 @@ class Timer:
         yield
         now = time.monotonic()
         self.due = now + max(self.every, (now - started) / SHARE)
-
-
-class StopSignals:
-    """While open, SIGTERM, SIGINT and SIGUSR1 only set `received`, so that the step at work is finished first."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: object) -> None:
-        if self.received and number == signal.SIGINT:
-            os._exit(130)  # asked twice at the keyboard
-        self.received = signal.Signals(number).name

@@ -13,13 +13,17 @@ from saeflow.config import TrainingConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.training.batched import BatchedTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Batches, Side, Trainer
+from saeflow.training.trainer import Batches, Inputs, Side, Trainer
 
 OF_ALL = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
 
 
 class HeadsTrainer:
     """Trains the SAEs of H heads on batches of all of them; does what a `Trainer` does."""
+
+    @classmethod
+    def of_job(cls, given: Inputs) -> "HeadsTrainer":
+        return cls(given.specs, given.training, given.sides[0], given.device, given.on_row)
 
     def __init__(
         self,
@@ -47,6 +51,18 @@ class HeadsTrainer:
     @property
     def parts(self) -> dict[str, Trainer]:
         return {f"head_{h}": head for h, head in enumerate(self.heads)}
+
+    def tables(self) -> dict[str, list[dict[str, float]]]:
+        return {}
+
+    def summary(self) -> str:
+        rows = [head.metrics.rows[-1] for head in self.heads]
+        l0, variance = ([row[name] for row in rows] for name in ("l0", "explained_variance"))
+        return (
+            f"L0 {sum(l0):.1f} in all, {min(l0):.1f} to {max(l0):.1f} a head, explained variance "
+            f"{min(variance):.3f} to {max(variance):.3f}, {sum(row['dead'] for row in rows)} of "
+            f"{sum(head.spec.d_sae for head in self.heads)} latents dead"
+        )
 
     @property
     def step(self) -> int:

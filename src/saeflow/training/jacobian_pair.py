@@ -18,12 +18,12 @@ With coefficient 0 both SAEs are, bit for bit, what they would be alone.
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import TrainingConfig
+from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.jacobian import (
     Around,
@@ -42,7 +42,7 @@ from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
 from saeflow.models.blocks import Block, ModuleBlock
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Batches, Side, Trainer
+from saeflow.training.trainer import Batches, Inputs, Side, Trainer
 
 LOGGED_TOKENS = 128  # on which a row of metrics compares both places where the Jacobian can be taken
 LARGE = 0.01  # |J| above this is counted
@@ -51,10 +51,18 @@ LARGE = 0.01  # |J| above this is counted
 class JacobianTrainer:
     """Trains the two SAEs on batches (x, f(x)); does what a `Trainer` does."""
 
+    @classmethod
+    def of_job(cls, given: Inputs) -> "JacobianTrainer":
+        assert isinstance(given.config, JacobianPairConfig)
+        (first, last), (side_in, side_out) = given.specs, given.sides
+        return cls(
+            (first, last), given.config, given.training, (side_in, side_out), given.block(), given.device, given.on_row
+        )
+
     def __init__(
         self,
         specs: tuple[Spec, Spec],
-        dictionary: DictionaryConfig,
+        dictionary: JacobianPairConfig,
         training: TrainingConfig,
         sides: tuple[Side, Side],
         block: Block | ModuleBlock,
@@ -79,6 +87,13 @@ class JacobianTrainer:
     @property
     def parts(self) -> dict[str, Trainer]:
         return {"input": self.input, "output": self.output}
+
+    def tables(self) -> dict[str, list[dict[str, float]]]:
+        return {"jacobian": self.rows}
+
+    def summary(self) -> str:
+        sides = "; ".join(f"{name}: {side.summary()}" for name, side in self.parts.items())
+        return f"{sides}; mean |J| {self.rows[-1]['jacobian_l1']:.2g}"
 
     @property
     def step(self) -> int:
@@ -251,9 +266,3 @@ def _kept(found: Step) -> Kept:
     assert found.kept is not None
     N = len(found.squared_norms)
     return Kept(found.kept.values.view(N, -1), found.kept.latents.view(N, -1))
-
-
-def pair_options(dictionary: DictionaryConfig) -> dict[str, Any]:
-    """What the specs of both SAEs say about how the pair was trained."""
-    names = ("jacobian_coefficient", "jacobian_penalty", "jacobian_at")
-    return {name: getattr(dictionary, name) for name in names}

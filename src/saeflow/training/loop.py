@@ -6,7 +6,6 @@ from its checkpoints, and ends with the same bytes. `fit` is the loop without jo
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -21,17 +20,20 @@ from saeflow.activations.store import Column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.io import save_dictionary
+from saeflow.dictionaries.kinds.saelens import SAELensConfig
+from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.sae import Dictionary
-from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
-from saeflow.jobs.job import Job, Preempted, progress
+from saeflow.dictionaries.spec import Origin, Spec
+from saeflow.jobs.job import Job
+from saeflow.jobs.log import progress
+from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.planning.graph import Instance
-from saeflow.training.checkpoints import Checkpoints, StopSignals, Timer
-from saeflow.training.heads import HeadsTrainer
-from saeflow.training.jacobian_pair import JacobianTrainer, pair_options
+from saeflow.planning.stages import load
+from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.trainer import Batches, Side, Trainer
+from saeflow.training.trainer import Batches, DictionaryTrainer, Inputs, Side, Trainer
 
 log = logging.getLogger("saeflow")
 MOST_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20  # batches, and their bytes, that one member takes before the next
@@ -42,7 +44,7 @@ class Member:
     """One dictionary of a job."""
 
     job: Job
-    trainer: Trainer | JacobianTrainer | HeadsTrainer
+    trainer: DictionaryTrainer
     checkpoints: Checkpoints
     reads: list[int]
     """Which of the job's columns."""
@@ -175,20 +177,13 @@ def _member(
         for logger in loggers:
             logger.log(row)
 
-    specs = specs_of_job(job, [columns[folder] for folder in mine])
-    trainer: Trainer | JacobianTrainer | HeadsTrainer
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
-    head, ends = job.config.get("head"), (mine[0], mine[-1])
-    if config.kind == "heads":
-        trainer = HeadsTrainer(specs, options, sides[mine[0]], job.device, log_row)
-    elif len(specs) == 1:
-        side_in, side_out = (sides[folder] if head is None else sides[folder].of_heads()[head] for folder in ends)
-        trainer = make_trainer(specs[0], options, side_in, side_out, job.device, log_row)
-    else:
-        block = _block(job)
-        trainer = JacobianTrainer(
-            (specs[0], specs[1]), config, options, (sides[mine[0]], sides[mine[1]]), block, job.device, log_row
-        )
+    specs = specs_of_job(job, [columns[folder] for folder in mine])
+    head = job.config.get("head")
+    given = [sides[folder] if head is None else sides[folder].of_heads()[head] for folder in mine]
+    trainer: DictionaryTrainer = load(config.trainer).of_job(
+        Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
+    )
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
     state = checkpoints.newest()
     if state is not None:
@@ -208,26 +203,10 @@ def _write(member: Member) -> str:
             (folder / name).mkdir(exist_ok=True)
             save_dictionary(finished[name], folder / name)
             write_metrics(part.metrics.rows, folder / name / "metrics.parquet")
-        if isinstance(trainer, JacobianTrainer):
-            write_metrics(trainer.rows, folder / "jacobian.parquet")
-    last = {name: part.metrics.rows[-1] for name, part in trainer.parts.items()}
-    if isinstance(trainer, HeadsTrainer):
-        l0, variance = ([row[name] for row in last.values()] for name in ("l0", "explained_variance"))
-        said = [
-            f"L0 {sum(l0):.1f} in all, {min(l0):.1f} to {max(l0):.1f} a head, explained variance "
-            f"{min(variance):.3f} to {max(variance):.3f}, {sum(row['dead'] for row in last.values())} of "
-            f"{sum(part.spec.d_sae for part in trainer.heads)} latents dead"
-        ]
-    else:
-        said = [
-            f"{name and name + ': '}L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, "
-            f"{row['dead']} of {trainer.parts[name].spec.d_sae} latents dead"
-            for name, row in last.items()
-        ]
-    if isinstance(trainer, JacobianTrainer):
-        said.append(f"mean |J| {trainer.rows[-1]['jacobian_l1']:.2g}")
-    tokens = next(iter(last.values()))["tokens"]
-    return f"{job.instance.key}: {tokens:,} tokens, {'; '.join(said)}: {job.path}"
+        for name, rows in trainer.tables().items():
+            write_metrics(rows, folder / f"{name}.parquet")
+    tokens = next(iter(trainer.parts.values())).metrics.rows[-1]["tokens"]
+    return f"{job.instance.key}: {tokens:,} tokens, {trainer.summary()}: {job.path}"
 
 
 def _block(job: Job) -> Block | ModuleBlock:
@@ -260,9 +239,10 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     """What the job is to train, one dictionary, the two of a pair or those of all heads, checked against the columns
     that it got."""
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
+    assert isinstance(config, TrainedConfig)
     wanted = [h for h in (job.config["hook_name"], job.config["hook_name_out"]) if h]
     given = [c.hook_name for c in columns]
-    if wanted != given or len(wanted) != (1 if config.kind in ("sae", "heads") else 2):
+    if wanted != given or len(wanted) != 1 + config.two_hooks:
         raise ConfigError(f"a dictionary of kind {config.kind} at {wanted} was given the activations of {given}")
     if len({c.n_tokens for c in columns}) > 1:
         raise ConfigError(f"the columns of {given} hold {[c.n_tokens for c in columns]} tokens; they must be the same")
@@ -279,22 +259,10 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
         context_size=activations.config["tokens"]["context_size"],
         prepend_bos=tokens.config["tokens"]["prepend_bos"],
     )
-    d, p, seed = columns[0].d, columns[-1].d, job.config["seed"]
-    head = job.config.get("head")
-    if config.kind == "heads" or head is not None:
-        if len(columns[0].size) != 2:
-            raise ConfigError(f"a dictionary of heads needs a hook with heads, and {wanted[0]} has none")
-        n_heads, d_head = columns[0].size
-        one = dataclasses.replace(config, kind="sae")
-        which = range(n_heads) if head is None else [head]
-        return [make_spec(one, d_head, d_head, wanted[0], wanted[0], seed, origin, h) for h in which]
-    if config.kind != "jacobian":
-        return [make_spec(config, d, p, wanted[0], wanted[-1], seed, origin)]
-    alone = dataclasses.replace(config, kind="sae", jacobian_coefficient=None, options={})
-    return [
-        dataclasses.replace(make_spec(alone, width, width, hook, hook, seed, origin), options=pair_options(config))
-        for width, hook in zip((d, p), wanted, strict=True)
-    ]
+    head, sizes = job.config.get("head"), [column.size for column in columns]
+    if (config.by_head or head is not None) and len(sizes[0]) != 2:
+        raise ConfigError(f"a dictionary of heads needs a hook with heads, and {wanted[0]} has none")
+    return config.specs(sizes, wanted, job.config["seed"], origin, head)
 
 
 def _origin_of(job: Job) -> Instance:
@@ -302,53 +270,10 @@ def _origin_of(job: Job) -> Instance:
     return job.plan.instance("activations", job.instance.needs["activations"][0])
 
 
-def make_spec(
-    config: DictionaryConfig,
-    d_in: int,
-    d_out: int,
-    hook_name: str,
-    hook_name_out: str,
-    seed: int,
-    origin: Origin,
-    head: int | None = None,
-) -> Spec:
-    """The spec of one dictionary; `head`: of a hook with heads, the one that it reads and writes."""
-    if config.kind == "heads":
-        raise DictionaryError("dictionaries of heads are one SAE a head")
-    if config.kind == "pair" or config.kind == "jacobian":
-        raise DictionaryError(f"a {config.kind} is two SAEs, one a hook")
-    if config.kind == "foreign" or config.activation == "foreign":
-        raise DictionaryError("a foreign dictionary is read, not trained")
-    return Spec(
-        kind=config.kind,
-        activation=config.activation,
-        d_in=d_in,
-        d_out=d_out,
-        d_sae=config.d_sae or d_in * (config.expansion or 0),
-        hook_name=hook_name,
-        hook_name_out=hook_name_out,
-        hook_head_index=head,
-        k=config.k,
-        apply_b_dec_to_input=config.kind == "sae" and config.apply_b_dec_to_input,
-        l1_coefficient=config.l1_coefficient,
-        squared_error=config.squared_error,
-        sparsity=config.sparsity,
-        normalize_activations=config.normalize_activations,
-        seed=seed,
-        skip=config.skip,
-        saelens=config.saelens,
-        options=config.options,
-        origin=origin,
-    )
-
-
 def make_trainer(spec: Spec, *args: Any) -> Trainer:
-    """The trainer of a dictionary; `args` as of `Trainer`."""
-    if spec.saelens is None:
-        return Trainer(spec, *args)
-    from saeflow.training.saelens import SAELensTrainer  # ten seconds
-
-    return SAELensTrainer(spec, *args)
+    """The trainer of one dictionary; `args` as of `Trainer`."""
+    trainer: Trainer = load((SAELensConfig if spec.saelens is not None else TrainedConfig).trainer)(spec, *args)
+    return trainer
 
 
 def fit(

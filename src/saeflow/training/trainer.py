@@ -14,12 +14,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from saeflow.config import ConfigError, TrainingConfig
+from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.sae import Dictionary, Scale
 from saeflow.dictionaries.sae import build as build_dictionary
@@ -88,8 +88,63 @@ class Side:
         return [Side(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)]
 
 
+class Inputs(NamedTuple):
+    """What a job gives to the trainer of its dictionary's kind."""
+
+    config: DictionaryConfig
+    specs: list[Spec]
+    """Of all that it trains as one."""
+    training: TrainingConfig
+    sides: list[Side]
+    """Of each hook that it reads."""
+    device: str
+    on_row: Callable[[dict[str, float]], None]
+    block: Callable[[], Any]
+    """Opens the language model's block between its hooks."""
+
+
+class DictionaryTrainer(Protocol):
+    """What training asks of a kind's trainer, which trains one dictionary or several as one."""
+
+    @classmethod
+    def of_job(cls, given: Inputs) -> "DictionaryTrainer": ...
+
+    @property
+    def parts(self) -> "dict[str, Trainer]":
+        """What is saved, by the name of its folder in the artifact."""
+        ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def n_steps(self) -> int: ...
+
+    def take(self, batch: tuple[Tensor, ...]) -> None: ...
+
+    def resamples_next(self) -> bool: ...
+
+    def resample(self, batches: Batches) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+    def tables(self) -> dict[str, list[dict[str, float]]]:
+        """What is written beside the parts' metrics: rows, by the name of the file."""
+        ...
+
+    def summary(self) -> str:
+        """How training ended, for people."""
+        ...
+
+
 class Trainer:
     """Trains one dictionary on batches that it is given in order."""
+
+    @classmethod
+    def of_job(cls, given: Inputs) -> "Trainer":
+        return cls(given.specs[0], given.training, given.sides[0], given.sides[-1], given.device, given.on_row)
 
     def __init__(
         self,
@@ -211,6 +266,16 @@ class Trainer:
     def parts(self) -> dict[str, "Trainer"]:
         """What is saved, by the name of its folder in the artifact."""
         return {"": self}
+
+    def tables(self) -> dict[str, list[dict[str, float]]]:
+        return {}
+
+    def summary(self) -> str:
+        row = self.metrics.rows[-1]
+        return (
+            f"L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, {row['dead']} of "
+            f"{self.spec.d_sae} latents dead"
+        )
 
     def _rates(self) -> tuple[float, float]:
         """Learning rate and L1 coefficient of this step."""

@@ -1,0 +1,8 @@
+"""Makes artifacts of one stage from a frozen plan, as the workflow's rules do.
+
+python scripts/job.py train --plan .snakemake/plan.json --key KEY [--key KEY ...]
+"""
+
+from saeflow.jobs.command import main
+
+main()

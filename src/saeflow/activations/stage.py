@@ -1,0 +1,74 @@
+"""The stage `activations`: a column a hook, of one store a (model, processing, packing, dtype)."""
+
+import math
+
+from saeflow.activations.shards import predicted_bytes
+from saeflow.config import ConfigError
+from saeflow.jobs.job import Job
+from saeflow.planning.digests import short_hash
+from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
+from saeflow.planning.graph import Instance
+from saeflow.planning.stages import Stage, stages
+
+
+def expand(expansion: Expansion) -> None:
+    """Neither hooks nor the number of rows are in a store's name, so that both can grow in place."""
+    declared, tokens = stages()["activations"], stages()["tokens"]
+    for planned in expansion.points:
+        _check(planned)
+        point = planned.point
+        packing = short_hash([tokens.version, project(planned.tree, tokens.reads)])
+        store = f"{planned.model_label}-{point.activations.dtype}-" + short_hash(
+            [declared.version, project(planned.tree, declared.reads), packing]
+        )
+        n_rows = point.tokens.train_tokens // point.tokens.context_size
+        needs = {"tokens": [planned.keys["tokens"]["train"]]} | planned.needed("groundtruth")
+        for hook in point.dictionary.hooks(point.site):
+            size, label = list(planned.geometry.hook_size(hook)), f"{store}/{short_hook(hook)}-{n_rows}rows"
+            planned.add("activations", label, needs, {"hook_name": hook, "n_rows": n_rows, "size": size}, name=hook)
+
+
+def _check(planned: PlannedPoint) -> None:
+    """Raises `ConfigError` for hooks that the model does not have, and dictionaries that they do not fit."""
+    site, config = planned.point.site, planned.point.dictionary
+    needs_heads = config.needs_heads() if site.head is None else f"site.head={site.head}"
+    by_head = config.by_head or site.head is not None
+    for hook in (site.hook_name, site.hook_name_out):
+        if hook is None:
+            continue
+        size = planned.geometry.hook_size(hook)
+        if len(size) == 1 and needs_heads:
+            legal = ", ".join(name for name, held in planned.geometry.block_hooks().items() if len(held) == 2)
+            raise ConfigError(f"{needs_heads} needs a hook with heads, and {hook} has none; these have: {legal}")
+        if site.head is not None and not 0 <= site.head < size[0]:
+            raise ConfigError(f"site.head={site.head} is out of range: {hook} has heads 0 to {size[0] - 1}")
+        config.check_size(hook, size[-1] if by_head else math.prod(size), by_head)
+
+
+def n_bytes(instance: Instance) -> int:
+    """Exact."""
+    config, store = instance.config, instance.config["activations"]
+    n_tokens = config["n_rows"] * config["tokens"]["context_size"]
+    return predicted_bytes(n_tokens, config["size"], store["dtype"], store["chunk_tokens"], store["shard_tokens"])
+
+
+def work(jobs: list[Job]) -> str:
+    from saeflow.activations.caching import cache_jobs
+
+    return cache_jobs(jobs)
+
+
+STAGES = (
+    Stage(
+        "activations",
+        ("activation column", "activation columns"),
+        work,
+        expand,
+        reads=("model", "activations", "tokens.context_size"),
+        needs=("tokens", "groundtruth"),
+        together=lambda plan, instance: instance.key.split("/")[0],  # one forward pass fills all columns of a store
+        n_bytes=n_bytes,
+        cached=True,
+        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 240},
+    ),
+)

@@ -1,0 +1,78 @@
+"""From plain trees to dataclasses: every key and type is checked, and what is wrong is named with what is legal."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, what is wrong and the legal values."""
+
+
+def require(legal: bool, key: str, value: Any, wanted: str) -> None:
+    if not legal:
+        raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
+
+
+def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
+    """Builds the dataclass `cls` from a plain tree, checking every key and type.
+
+    A class with a `variant` says which of its subclasses the tree is of. Raises `ConfigError` for unknown keys (with
+    the nearest legal one), missing keys and values of the wrong type.
+    """
+    variant = getattr(cls, "variant", None)
+    if variant is not None:
+        cls, tree = variant(tree, where)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"unknown key {where}{key}{hint}; legal here: {', '.join(fields)}")
+    values = {}
+    for name, held in fields.items():
+        if name in tree:
+            values[name] = _coerce(hints[name], tree[name], f"{where}{name}")
+        elif held.default is dataclasses.MISSING and held.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key {where}{name}")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """The value as the hint's type. Numbers of equal value become equal: 1 and 1.0 hash alike for a float field."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r} must be a group of keys")
+        return build(typing.cast(type, hint), value, where + ".")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}={value!r} is not legal: use one of {', '.join(map(str, args))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}={value!r} must be a group of keys")
+        return {str(key): value[key] for key in sorted(value)}
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}={value!r} must be a list")
+        return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}={value} must be a finite number")
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
+    return value

@@ -1,0 +1,39 @@
+"""How dictionaries are evaluated, and blind sets of their latents made."""
+
+from dataclasses import dataclass
+
+from saeflow.config.checks import require
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals hold `confidence` of `resamples`
+    draws of the documents."""
+
+    batch_rows: int = 16
+    resamples: int = 1000
+    confidence: float = 0.95
+    bootstrap_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "resamples"):
+            require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "1 or more")
+        require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class BlindConfig:
+    """A blind set of `n_features` of each dictionary that are active on `min_active` tokens or more and on more than
+    `min_frequency` of all; `n_examples` texts each, of `window` tokens to either side."""
+
+    n_features: int = 50
+    n_examples: int = 25
+    window: int = 8
+    min_active: int = 4
+    min_frequency: float = 1e-4
+    batch_rows: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_features", "n_examples", "window", "min_active", "batch_rows"):
+            require(getattr(self, name) > 0, f"blind.{name}", getattr(self, name), "1 or more")

@@ -1,0 +1,69 @@
+"""How dictionaries are trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from saeflow.config.checks import require
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """`n_tokens` may exceed what is stored: training then passes over it again, reshuffled.
+
+    The order of the batches comes from `shuffle_seed`; `seed` of a point decides only its first weights, so that points
+    of many seeds read the same batches. `precision=bfloat16`: the encoder's product, which decides what is active, is
+    taken in bfloat16; everything else is float32. `clip_grad_norm` bounds the norm of all gradients together.
+    `initial=saelens`: SAELens's first weights; `jsae`: the JSAE paper's.
+
+    `revive` is what is done for latents that have not fired for `dead_after_tokens`. `auxk`: the d_in / 2 most active
+    of them reconstruct the error of the others, weighted by `auxk_coefficient` (Gao et al. 2024, as in SAELens).
+    `ghost`: ghost gradients (Jermyn and Templeton 2024, as in the transcoder paper). `resample`: after each of
+    `resample_steps` they are set to what is reconstructed badly, judged on `resample_batches` batches, and the learning
+    rate rises again over `resample_warm_up_steps` (Bricken et al. 2023, as Kissane et al.).
+
+    The penalty of a Jacobian pair rises over `jacobian_warm_up_steps`. With `jacobian_fraction` below 1 it is taken on
+    that share of each batch's tokens, drawn anew at every step: the same on average, at a fraction of the cost.
+
+    The last four say how to run and never enter a hash: up to `together` dictionaries of one site train in one job that
+    reads each batch once; a checkpoint is written about every `checkpoint_seconds`, and the newest `keep_checkpoints`
+    stay until training is done.
+    """
+
+    n_tokens: int
+    batch_size: int = 4096
+    shuffle_seed: int = 0
+    lr: float = 4e-4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    lr_warm_up_steps: int = 0
+    lr_decay_steps: int = 0
+    l1_warm_up_steps: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    clip_grad_norm: float | None = None
+    initial: Literal["saeflow", "saelens", "jsae"] = "saeflow"
+    revive: Literal["none", "auxk", "ghost", "resample"] = "none"
+    dead_after_tokens: int = 100_000
+    auxk_coefficient: float = 1.0
+    resample_steps: tuple[int, ...] = ()
+    resample_batches: int = 100
+    resample_warm_up_steps: int = 1000
+    jacobian_warm_up_steps: int = 0
+    jacobian_fraction: float = 1.0
+    log_every: int = 10
+    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    together: int = 4
+    checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "dead_after_tokens", "resample_batches", "log_every", "together"):
+            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "1 or more")
+        require(self.keep_checkpoints > 0, "training.keep_checkpoints", self.keep_checkpoints, "1 or more")
+        require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
+        require(self.lr > 0, "training.lr", self.lr, "more than 0")
+        clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
+        require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
+        fraction = self.jacobian_fraction
+        require(0 < fraction <= 1, "training.jacobian_fraction", fraction, "above 0 and at most 1")
+        legal = (self.revive == "resample") == bool(self.resample_steps)
+        require(legal, "training.resample_steps", self.resample_steps, "a list of steps with revive=resample, else []")

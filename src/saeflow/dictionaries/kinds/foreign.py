@@ -1,0 +1,61 @@
+"""A dictionary that another library made, read instead of trained: `dictionary=foreign`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from saeflow.config.checks import ConfigError, require
+from saeflow.config.dictionary import DictionaryConfig, Training
+from saeflow.config.site import SiteConfig
+
+if TYPE_CHECKING:
+    from saeflow.config.point import PointConfig
+
+
+@dataclass(frozen=True)
+class ForeignConfig(DictionaryConfig, kind="foreign"):
+    """At `path` (of `format`, or known by its files), or `sae_id` of a `release` that SAELens knows; the site says
+    whether it is an SAE or a transcoder. `label` names it in figures."""
+
+    activation: str = "foreign"
+    path: str | None = None
+    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify"] | None = None
+    release: str | None = None
+    sae_id: str | None = None
+    label: str | None = None
+
+    single_head: ClassVar[bool] = True
+    studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})
+
+    @classmethod
+    def claims(cls, tree: dict[str, Any]) -> bool:
+        named = tree.get("path") is not None or tree.get("release") is not None
+        return named or "foreign" in (tree.get("kind"), tree.get("activation"))
+
+    def __post_init__(self) -> None:
+        legal = (self.kind, self.activation) == ("foreign", "foreign")
+        require(legal, "dictionary.kind", self.kind, "foreign, with activation=foreign: use dictionary=foreign")
+        if (self.path is None) == (self.release is None):
+            raise ConfigError("dictionary=foreign: set exactly one of dictionary.path and dictionary.release")
+        legal = (self.release is None) == (self.sae_id is None)
+        require(legal, "dictionary.sae_id", self.sae_id, "given with dictionary.release, and only then")
+
+    @property
+    def amount(self) -> tuple[str, float | None]:
+        return "k", None
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing of it is in a key but what its files hold: see the stage `foreign`."""
+        return {"kind": self.kind, "activation": self.activation}
+
+    def hooks(self, site: SiteConfig) -> list[str]:
+        return [site.hook_name_out or site.hook_name]  # whose mean stands for it when it is ablated
+
+    def trainings(self, site: SiteConfig) -> list[Training]:
+        return []
+
+    def check(self, point: "PointConfig") -> None:
+        if point.model.tracr:
+            raise ConfigError(
+                "dictionary=foreign is evaluated on text, and model=tracr has none; open it with "
+                "saeflow.dictionaries.load_dictionary and ask saeflow.groundtruth"
+            )

@@ -1,0 +1,41 @@
+"""An SAE: reads one hook, or one head of it, and reconstructs it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from saeflow.config.checks import require
+from saeflow.dictionaries.kinds.trained import TrainedConfig
+
+if TYPE_CHECKING:
+    from saeflow.config.point import PointConfig
+
+
+@dataclass(frozen=True)
+class SAEConfig(TrainedConfig, kind="sae"):
+    """`apply_b_dec_to_input`: whether it subtracts `b_dec` from its input (SAELens, Kissane), or not (April recipe)."""
+
+    apply_b_dec_to_input: bool = True
+
+    single_head: ClassVar[bool] = True
+    relu_cost: ClassVar[float] = 2.7
+    studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})
+
+    def identity(self) -> dict[str, Any]:
+        tree = super().identity()
+        if self.apply_b_dec_to_input:  # as always before there was a choice: old keys stay what they are
+            del tree["apply_b_dec_to_input"]
+        return tree
+
+    def check(self, point: "PointConfig") -> None:
+        super().check(point)
+        if point.site.head is not None:
+            scaling = self.normalize_activations
+            wanted = "none or per_head with site.head"
+            require(scaling != "expected_average_only_in", "dictionary.normalize_activations", scaling, wanted)
+
+
+def alone(several: TrainedConfig) -> SAEConfig:
+    """The SAE that each of `several` that are trained as one would be alone."""
+    names = {f.name for f in dataclasses.fields(SAEConfig)} & {f.name for f in dataclasses.fields(several)}
+    return SAEConfig(**{name: getattr(several, name) for name in names} | {"kind": "sae"})

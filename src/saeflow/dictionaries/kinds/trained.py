@@ -1,0 +1,134 @@
+"""What kinds share that are trained here: width, sparsity and how the loss is normalised."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+from saeflow.config.checks import ConfigError, require
+from saeflow.config.dictionary import DictionaryConfig
+from saeflow.dictionaries.spec import Origin, Spec, amount_of
+
+WHEN_ABSENT: dict[str, Any] = {
+    "k": None,
+    "l1_coefficient": None,
+    "squared_error": "sum",
+    "sparsity": "decoder_norm",
+    "skip": False,
+    "saelens": None,
+    "options": {},
+}
+"""What a key holds for options that a kind does not have: keys are those of when all kinds were one class."""
+
+
+@dataclass(frozen=True)
+class TrainedConfig(DictionaryConfig):
+    """`squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
+    used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
+    error divided by the target's L2 norm (transcoder paper). `sparsity`: L1 of activations weighted by the decoder
+    row's norm (SAELens, April recipe), or plain L1 with unit-norm decoder rows (transcoder paper). With TopK likewise:
+    latents compete by value times the decoder row's norm (SAELens), or rows are kept at unit norm (JSAE). `batchtopk`
+    keeps the k N largest of a batch of N tokens, and after training whatever exceeds the mean threshold of that.
+    `normalize_activations`: training sees the input times sqrt(d_in) over its mean norm (SAELens), or each head of it
+    times sqrt(d_head) over that head's RMS norm.
+    """
+
+    activation: Literal["topk", "batchtopk", "relu"]
+    k: int | None = None
+    l1_coefficient: float | None = None
+    expansion: int | None = 8
+    d_sae: int | None = None
+    squared_error: Literal["sum", "mean", "target_norm"] = "sum"
+    sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
+    normalize_activations: Literal["none", "expected_average_only_in", "per_head"] = "none"
+
+    activations: ClassVar[tuple[str, ...]] = ("topk", "batchtopk", "relu")
+    trainer: ClassVar[str] = "saeflow.training.trainer:Trainer"
+    relu_cost: ClassVar[float] = 2.1
+
+    def __post_init__(self) -> None:
+        if (self.expansion is None) == (self.d_sae is None):
+            raise ConfigError("dictionary: set exactly one of dictionary.expansion and dictionary.d_sae to a number")
+        width = self.expansion or self.d_sae or 0
+        require(width > 0, "dictionary.expansion or d_sae", width, "1 or more")
+        self.check_amount()
+
+    def check_amount(self) -> None:
+        """Raises `ConfigError` unless the amount that the activation takes is given, and no other."""
+        k, l1, activation = self.k, self.l1_coefficient, f"activation={self.activation}"
+        if self.activation == "relu":
+            require(l1 is not None and l1 >= 0, "dictionary.l1_coefficient", l1, f"0 or more with {activation}")
+            require(k is None, "dictionary.k", k, f"null with {activation}")
+        else:
+            require(k is not None and k > 0, "dictionary.k", k, f"1 or more with {activation}")
+            require(l1 is None, "dictionary.l1_coefficient", l1, f"null with {activation}")
+
+    @property
+    def amount(self) -> tuple[str, float | None]:
+        return amount_of(self.k, self.l1_coefficient, {})
+
+    def identity(self) -> dict[str, Any]:
+        return WHEN_ABSENT | dataclasses.asdict(self)
+
+    def width(self, d_in: int) -> int:
+        """`d_sae` of a dictionary that reads `d_in` values."""
+        return self.d_sae or d_in * (self.expansion or 1)
+
+    def check_size(self, hook_name: str, d_in: int, of_each_head: bool) -> None:
+        if self.k is not None and self.k > self.width(d_in):
+            where = f"each head of {hook_name}" if of_each_head else hook_name
+            raise ConfigError(f"dictionary.k={self.k} is more than d_sae={self.width(d_in)} at {where}")
+
+    def needs_heads(self) -> str | None:
+        if self.by_head:
+            return f"dictionary.kind={self.kind}"
+        return "dictionary.normalize_activations=per_head" if self.normalize_activations == "per_head" else None
+
+    # -------------------------------------------------------------------- what training asks
+    def spec(
+        self,
+        d_in: int,
+        d_out: int,
+        hook_name: str,
+        hook_name_out: str,
+        seed: int,
+        origin: Origin,
+        head: int | None = None,
+    ) -> Spec:
+        """Of one dictionary; `head`: of a hook with heads, the one that it reads and writes."""
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shared = {f.name for f in dataclasses.fields(Spec)} & mine.keys()
+        named = {name: mine[name] for name in shared}
+        sizes = {"d_in": d_in, "d_out": d_out, "d_sae": self.width(d_in)}
+        places = {"hook_name": hook_name, "hook_name_out": hook_name_out, "hook_head_index": head}
+        return Spec(**named | sizes | places, seed=seed, origin=origin)
+
+    def specs(
+        self, sizes: Sequence[tuple[int, ...]], hooks: Sequence[str], seed: int, origin: Origin, head: int | None
+    ) -> list[Spec]:
+        """Of all that one training makes. `sizes`: (d,) or (heads, d_head) of each hook that it reads."""
+        if head is not None:
+            return [self.spec(sizes[0][1], sizes[0][1], hooks[0], hooks[0], seed, origin, head)]
+        return [self.spec(prod(sizes[0]), prod(sizes[-1]), hooks[0], hooks[-1], seed, origin)]
+
+    def operations(
+        self, sizes: Sequence[tuple[int, ...]], head: int | None, training: dict[str, Any], d_mlp: int | None
+    ) -> float:
+        """Counted are the matrix products of a step and its work on active pairs: of an SAE, or the SAE of every head,
+        the encoder's product. ReLU is counted as dense, which it is at first."""
+        by_head = self.by_head or head is not None
+        d_in, d_out = (size[-1] if by_head else prod(size) for size in (sizes[0], sizes[-1]))
+        return (sizes[0][0] if self.by_head else 1) * self.step_operations(d_in, d_out) * float(training["n_tokens"])
+
+    def step_operations(self, d_in: int, d_out: int) -> float:
+        """Of a token, in one dictionary that reads `d_in` values and is paired with `d_out`."""
+        n = self.width(d_in)
+        return 2.0 * d_in * n + (6.0 * self.k * (d_in + d_out) if self.k else 4.0 * n * (d_in + d_out))
+
+    @property
+    def cost(self) -> float:
+        """ReLU begins dense, and stays denser where it reconstructs."""
+        if self.activation != "relu":
+            return 1.0 + (self.k or 0) / 50
+        return self.relu_cost

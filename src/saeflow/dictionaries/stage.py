@@ -1,0 +1,63 @@
+"""The stage `foreign`: dictionaries that other libraries made, read instead of trained."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from saeflow.config import ConfigError
+from saeflow.dictionaries.kinds.foreign import ForeignConfig
+from saeflow.dictionaries.layouts import foreign_files, foreign_format
+from saeflow.jobs.job import Job
+from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
+from saeflow.planning.stages import Stage
+
+
+def expand(expansion: Expansion) -> None:
+    for planned in expansion.points:
+        if isinstance(planned.point.dictionary, ForeignConfig):
+            _add(planned, planned.point.dictionary)
+
+
+def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
+    """It enters by content, or by the names of its release."""
+    site, sources = planned.point.site, dict[str, str]()
+    held: dict[str, Any] = {"release": config.release, "sae_id": config.sae_id, "format": None, "content": None}
+    label = config.label or f"{config.release} {config.sae_id}"
+    if config.path is not None:
+        path = Path(config.path)
+        if not path.exists():
+            raise ConfigError(f"dictionary.path={path}: no such file or folder")
+        form = config.format or foreign_format(path)
+        content = planned.digests.files(path.parent if path.is_file() else path, foreign_files(path, form))
+        held |= {"format": form, "content": content}
+        label = config.label or path.stem
+        sources = {"foreign": str(path)}
+    name = re.sub(r"[^\w.]+", "_", label)
+    places = {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
+    extra = held | places | {"label": label}
+    key = planned.add("foreign", f"{name}-{short_hook(site.hook_name)}", {}, extra, sources=sources)
+    planned.dictionaries.append(PlannedDictionary("foreign", key, site.hook_name_out or site.hook_name, head=site.head))
+
+
+def work(jobs: list[Job]) -> str:
+    from saeflow.dictionaries.foreign import foreign_job
+
+    lines = []
+    for job in jobs:
+        spec = foreign_job(job).spec
+        lines.append(f"{job.path}/: {spec.kind} of {spec.d_sae} latents at {spec.hook_name}, {spec.activation}")
+    return "\n".join(lines)
+
+
+STAGES = (
+    Stage(
+        "foreign",
+        ("foreign dictionary", "foreign dictionaries"),
+        work,
+        expand,
+        reads=("model",),
+        after=("train",),
+        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 60},
+        drawn="where_there",
+    ),
+)

@@ -1,0 +1,64 @@
+"""The stage `heads`: how the heads of a layer, and the dictionaries of them, share and mix what they write."""
+
+import re
+
+from saeflow.figures.registry import declared
+from saeflow.jobs.job import Job
+from saeflow.planning.digests import canonical
+from saeflow.planning.expansion import Expansion, PlannedPoint, short_hook
+from saeflow.planning.stages import Stage
+
+
+def expand(expansion: Expansion) -> None:
+    """One study of all dictionaries of a layer's heads, if some are of single heads or a figure asks for it."""
+    figures = declared()
+    asked = any(name in figures and figures[name].stage == "heads" for name in expansion.figures)
+    groups: dict[str, list[PlannedPoint]] = {}
+    for planned in expansion.points:
+        point, hook = planned.point, planned.point.site.hook_name
+        every_head = re.fullmatch(r"blocks\.\d+\.attn\.hook_z", hook) and point.site.head is None
+        if every_head and point.model.tracr is None and "heads" in point.dictionary.studies:
+            tokens = planned.keys["tokens"]["held_out"]
+            groups.setdefault(canonical([planned.tree["heads"], planned.tree["model"], hook, tokens]), []).append(
+                planned
+            )
+    for points in groups.values():
+        if not asked and not any(planned.point.dictionary.by_head for planned in points):
+            continue
+        needs: dict[str, list[str]] = {}
+        for stage in ("train", "foreign"):
+            if keys := {p.dictionaries[0].key for p in points if p.dictionaries[0].stage == stage}:
+                needs[stage] = sorted(keys)
+        hook = points[0].point.site.hook_name
+        needs["tokens"] = [points[0].keys["tokens"]["held_out"]]
+        points[0].add("heads", short_hook(hook), needs, {"hook_name": hook}, name=hook)
+
+
+def work(jobs: list[Job]) -> str:
+    from saeflow.heads.job import heads_job
+
+    lines = []
+    for job in jobs:
+        s = heads_job(job)
+        lines.append(
+            f"{job.path}/: {s['n_heads']} heads of layer {s['layer']}, {len(s['dictionaries'])} dictionaries, "
+            f"{s['n_tokens']} tokens; median cosine of two heads' outputs {s['median_cosine']:.3f} (rotated "
+            f"{s['median_cosine_rotated']:.3f})"
+        )
+    return "\n".join(lines)
+
+
+STAGES = (
+    Stage(
+        "heads",
+        ("study of heads", "studies of heads"),
+        work,
+        expand,
+        reads=("heads", "model"),
+        needs=("train", "foreign", "tokens"),
+        after=("stack",),
+        resources=lambda plan, instances: {"mem_mb": 8000, "runtime": 120},
+        drawn="where_there",
+        table=True,
+    ),
+)

@@ -1,0 +1,63 @@
+"""The stage `jacobian`: of a pair of dictionaries around an MLP, or of a transcoder, on held-out tokens."""
+
+from saeflow.config import ConfigError
+from saeflow.jobs.job import Job
+from saeflow.models.folder import block_of_hooks
+from saeflow.planning.expansion import Expansion, PlannedPoint, short_hook
+from saeflow.planning.stages import Stage
+
+
+def expand(expansion: Expansion) -> None:
+    for planned in expansion.points:
+        point, config = planned.point, planned.point.dictionary
+        if not config.has_jacobian(point):
+            continue
+        pair = len(planned.dictionaries) == 2
+        _check(planned, pair)
+        label = f"{short_hook(point.site.hook_name)}-{config.amount_label}"
+        needs = planned.needed("train") | {"tokens": [planned.keys["tokens"]["held_out"]]}
+        planned.add("jacobian", label if pair else f"{config.kind_label}-{label}", needs)
+
+
+def _check(planned: PlannedPoint, pair: bool) -> None:
+    point = planned.point
+    assert point.site.hook_name_out is not None
+    _, norm, _ = block_of_hooks(point.site.hook_name, point.site.hook_name_out, planned.geometry.parallel)
+    if point.jacobian.norm == "ignored" and not (norm and pair):
+        raise ConfigError(
+            "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
+            "with a pair and site=mlp_before_norm, or set jacobian.norm=inside"
+        )
+    usable = point.tokens.held_out_tokens // point.tokens.context_size * (point.tokens.context_size - 1)
+    if point.jacobian.n_tokens > usable:
+        raise ConfigError(
+            f"jacobian.n_tokens={point.jacobian.n_tokens} is more than the {usable} held-out tokens that are not "
+            "at position 0; lower it, or raise tokens.held_out_tokens"
+        )
+
+
+def work(jobs: list[Job]) -> str:
+    from saeflow.jacobians.study import jacobian_job
+
+    lines = []
+    for job in jobs:
+        summary = jacobian_job(job)
+        lines.append(f"{summary['n_tokens']} tokens, RMS of J {summary['rms']:.4g}, in {job.path}/")
+    return "\n".join(lines)
+
+
+STAGES = (
+    Stage(
+        "jacobian",
+        ("Jacobian study", "Jacobian studies"),
+        work,
+        expand,
+        reads=("jacobian", "model"),
+        version=3,
+        needs=("train", "tokens"),
+        after=("foreign",),
+        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 60},
+        drawn="where_there",
+        table=True,
+    ),
+)

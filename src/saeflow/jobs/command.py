@@ -1,0 +1,51 @@
+"""The command line of every stage's jobs: `scripts/job.py`."""
+
+import argparse
+import logging
+import os
+import random
+import sys
+
+from saeflow.jobs.job import Job
+from saeflow.jobs.log import limit_threads, start_log
+from saeflow.jobs.signals import Preempted
+from saeflow.planning.graph import Plan
+from saeflow.planning.stages import stages
+
+log = logging.getLogger("saeflow")
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
+
+
+def main() -> None:
+    """Parses the options, lets the stage do its work on the jobs, prints the lines that it returns."""
+    parser = argparse.ArgumentParser(description="Makes artifacts of a stage below results/ from a frozen plan.")
+    parser.add_argument("stage", choices=stages(), help="what to make")
+    parser.add_argument("--plan", default=".snakemake/plan.json", help="frozen plan (scripts/plan.py --freeze FILE)")
+    parser.add_argument(
+        "--key", action="append", required=True, help="key of an artifact of the stage; may be repeated"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or cuda:1")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--log", help="file for the log; default: stderr")
+    args = parser.parse_args()
+    start_log(args.log)
+    limit_threads(args.threads)
+    try:
+        plan = Plan.load(args.plan)
+        jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in args.key]
+        random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
+        last_line = stages()[args.stage].work(jobs)
+    except Preempted as stop:
+        log.warning("%s", stop)
+        print(f"{args.stage} {stop}", file=sys.stderr)
+        sys.exit(TEMPORARY_FAILURE)
+    except Exception as error:
+        log.exception("failed")
+        if args.log:
+            print(f"{args.stage} failed: {error}\n(log: {args.log})", file=sys.stderr)
+        sys.exit(1)
+    log.info(last_line)
+    print(last_line, flush=True)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0)  # all is written and renamed; taking the libraries down would cost another second

@@ -1,0 +1,30 @@
+"""What a job tells while it works, and the threads that it may use."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def progress(iterable: Any, description: str, total: int | None = None) -> Any:
+    """A progress bar on stderr; none where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=description, total=total, disable=not sys.stderr.isatty(), leave=False)
+
+
+def start_log(path: str | None) -> None:
+    """Sends the log to a file, or to stderr."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w") if path else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def limit_threads(threads: int) -> None:
+    """Limits the CPU threads of numerical libraries; must come before torch and numpy are imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")

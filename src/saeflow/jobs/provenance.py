@@ -1,0 +1,61 @@
+"""Where an artifact came from: inputs, versions, machine, time and memory."""
+
+import datetime
+import importlib.metadata
+import platform
+import resource
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from saeflow.planning.digests import file_digest
+from saeflow.planning.graph import Instance
+
+PACKAGES = ("torch", "transformer-lens", "sae-lens", "transformers", "zarr", "numpy", "snakemake", "hydra-core")
+HASHED_UP_TO = 256 << 20  # larger files are guarded by their own checksums, and hashing them would cost minutes
+
+
+def provenance(instance: Instance, device: str, seconds: float, folder: Path) -> dict[str, Any]:
+    """Of the artifact in `folder`, which took `seconds`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+    return {
+        "stage": instance.stage,
+        "key": instance.key,
+        "needs": instance.needs,
+        "seed": instance.config.get("seed"),
+        "device": device,
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "git": _git_state(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "wall_s": round(seconds, 3),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "bytes": sum(sizes.values()),
+        "blake2s": {name: file_digest(folder / name) for name, size in sizes.items() if size <= HASHED_UP_TO},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_state() -> dict[str, Any]:
+    """Commit of the library's checkout and whether it has changes; empty outside a checkout."""
+
+    def git(*command: str) -> str:
+        root = Path(__file__).resolve().parent
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

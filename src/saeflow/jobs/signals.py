@@ -1,0 +1,28 @@
+"""Being asked to stop: the step at work is finished, the state saved, and the job ends so that it is run again."""
+
+import os
+import signal
+
+
+class Preempted(Exception):
+    """The job was asked to stop (SIGTERM, SIGINT, SIGUSR1) and has saved its state; run again, it goes on."""
+
+
+class StopSignals:
+    """While open, SIGTERM, SIGINT and SIGUSR1 only set `received`, so that the step at work is finished first."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
+            os._exit(130)  # asked twice at the keyboard
+        self.received = signal.Signals(number).name

@@ -1,0 +1,103 @@
+"""Stages and outside sources, as the packages that have them declare them.
+
+Every package of `saeflow` may have a `stage.py` with `STAGES` and a `source.py` with `SOURCES`; both are found by
+looking, so nothing here knows which there are. Both are imported by every plan and every job: they must be light.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import saeflow
+from saeflow.planning.graph import Instance, Plan
+
+if TYPE_CHECKING:
+    from saeflow.planning.expansion import Expansion, PlannedPoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of artifact, and everything about it that the plan, the rules and the jobs ask."""
+
+    name: str
+    """Also its folder below `results/`, and its part of `device`."""
+    noun: tuple[str, str]
+    """One and several, for people: `training`, `trainings`."""
+    work: Callable[[list[Any]], str]
+    """Makes the artifacts of the `Job`s that share a job; returns lines that say what it wrote where."""
+    expand: Callable[["Expansion"], None]
+    """Adds its instances to the plan, after all stages that it needs have done so."""
+    reads: tuple[str, ...] = ()
+    """Dotted paths of the point that enter its key."""
+    version: int = 1
+    """Raise it when the code changes what the stage computes."""
+    needs: tuple[str, ...] = ()
+    """Stages whose artifacts it reads."""
+    after: tuple[str, ...] = ()
+    """Stages that stand before it where the data flow leaves it open."""
+    together: Callable[[Plan, Instance], Any] | None = None
+    """What instances have in common that may share a job; None: each has its own."""
+    most: Callable[[Instance], int] = lambda instance: 1 << 30
+    """How many may share a job with it."""
+    order: Callable[[Instance], Any] = lambda instance: 0
+    """Of the instances that may share a job, by which they are put side by side."""
+    cost: Callable[[Instance], float] = lambda instance: 1.0
+    """Time that an instance takes beside others of the stage; jobs are cut so that their costs are even."""
+    n_bytes: Callable[[Instance], int] = lambda instance: 0
+    """What it will take on disk, where that is of a size to matter."""
+    cached: bool = False
+    """Whether these bytes are said apart: what is cached can be deleted once all is made from it."""
+    operations: Callable[[Plan, Instance], float] = lambda plan, instance: 0.0
+    """Floating-point operations that it takes, where they decide how long a run is."""
+    resources: Callable[[Plan, Sequence[Instance]], dict[str, int]] = lambda plan, instances: {}
+    """`mem_mb` and `runtime` (minutes) of a job that makes these; `device.mem_mb` and `device.runtime` come first."""
+    drawn: Literal["never", "where_there", "always"] = "never"
+    """Whether figures are made from its artifacts; `always`: those that are asked for fail where it has none."""
+    table: bool = False
+    """Whether each artifact has a `table.txt` for the terminal: `snakemake <stage>_tables`."""
+    says_all: bool = False
+    """Whether it is one artifact of all others, so that why it is new follows from them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something from outside the pipeline that points read: a model, a corpus."""
+
+    applies: Callable[[Any], bool]
+    """Whether a `PointConfig` reads it."""
+    identify: Callable[["PlannedPoint"], None]
+    """Puts what identifies it, by content, into the point's tree, and where it lies into the point's sources."""
+
+
+@cache
+def stages() -> dict[str, Stage]:
+    """All stages by name, in the order of the data flow."""
+    left = {stage.name: stage for module in _declarations("stage") for stage in module.STAGES}
+    ordered: dict[str, Stage] = {}
+    while left:
+        free = [s for s in left.values() if not left.keys() & {*s.needs, *s.after}]
+        if not free:
+            raise ValueError(f"stages need each other in a circle: {', '.join(left)}")
+        first = min(free, key=lambda stage: (stage.says_all, stage.name))
+        ordered[first.name] = left.pop(first.name)
+    return ordered
+
+
+@cache
+def sources() -> list[Source]:
+    return [source for module in _declarations("source") for source in module.SOURCES]
+
+
+def load(reference: str) -> Any:
+    """What `module:name` names: how a lower package gets at what a higher one makes."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _declarations(name: str) -> list[Any]:
+    packages = [m.name for m in pkgutil.iter_modules(saeflow.__path__, "saeflow.") if m.ispkg]
+    return [importlib.import_module(f"{p}.{name}") for p in packages if importlib.util.find_spec(f"{p}.{name}")]

@@ -1,0 +1,37 @@
+"""The job of the stage `tokens`: packs one split of a corpus into rows of tokens."""
+
+from saeflow.jobs.job import Job
+from saeflow.planning.stages import load
+from saeflow.text.corpus import read_documents, stream_dataset
+from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokens import write_tokens
+
+CASE_ROWS = "saeflow.groundtruth.job:write_case_rows"
+"""Writes the rows of a case instead; by reference, as cases stand above text."""
+
+
+def tokens_job(job: Job) -> str:
+    config, corpus, packing = job.config, job.config["corpus"], job.config["tokens"]
+    if "case" in corpus:
+        return str(load(CASE_ROWS)(job))
+    if job.instance.sources["corpus"]:
+        fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
+        documents = read_documents(job.source("corpus"), **fields)
+    else:
+        names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
+        documents = stream_dataset(*(corpus[name] for name in names))
+    tokenizer = load_tokenizer(job.source("model"), packing["bos_token"])
+    with job.writing() as folder:
+        n_documents = write_tokens(
+            folder,
+            documents,
+            tokenizer,
+            split=config["split"],
+            n_rows=config["n_rows"],
+            context_size=packing["context_size"],
+            prepend_bos=packing["prepend_bos"],
+            held_out_fraction=packing["held_out_fraction"],
+            tokenizer_digest=config["tokenizer"],
+        )
+    rows, size = config["n_rows"], packing["context_size"]
+    return f"wrote {rows:,} rows of {size} tokens from {n_documents:,} documents to {job.path}/"

@@ -1,0 +1,51 @@
+"""The stage `tokens`: the two splits of a corpus as rows of tokens."""
+
+from saeflow.config import ConfigError
+from saeflow.jobs.job import Job
+from saeflow.planning.expansion import Expansion
+from saeflow.planning.graph import Instance
+from saeflow.planning.stages import Stage
+
+
+def expand(expansion: Expansion) -> None:
+    for planned in expansion.points:
+        point, size = planned.point, planned.point.tokens.context_size
+        if size > planned.geometry.n_ctx:
+            raise ConfigError(
+                f"tokens.context_size={size} is longer than the model's context, {planned.geometry.n_ctx}"
+            )
+        for split, n_tokens in (("train", point.tokens.train_tokens), ("held_out", point.tokens.held_out_tokens)):
+            label = f"{point.corpus.name}-ctx{size}-{split}"
+            planned.add("tokens", label, {}, {"split": split, "n_rows": n_tokens // size}, name=split)
+
+
+def n_bytes(instance: Instance) -> int:
+    """Token, document and offset, four bytes each."""
+    return 3 * 4 * int(instance.config["n_rows"] * instance.config["tokens"]["context_size"])
+
+
+def work(jobs: list[Job]) -> str:
+    from saeflow.text.job import tokens_job
+
+    return "\n".join(map(tokens_job, jobs))
+
+
+STAGES = (
+    Stage(
+        "tokens",
+        ("token store", "token stores"),
+        work,
+        expand,
+        reads=(
+            "corpus",
+            "tokenizer",
+            "tokens.context_size",
+            "tokens.prepend_bos",
+            "tokens.bos_token",
+            "tokens.held_out_fraction",
+        ),
+        after=("groundtruth",),
+        n_bytes=n_bytes,
+        resources=lambda plan, instances: {"mem_mb": 2000, "runtime": 60},
+    ),
+)

@@ -1,0 +1,101 @@
+"""The stage `train`: one dictionary, or several that are trained as one, from columns of activations."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from saeflow.config import DictionaryConfig, build
+from saeflow.config.dictionary import kinds
+from saeflow.jobs.job import Job
+from saeflow.models.folder import ModelError, read_geometry
+from saeflow.planning.digests import canonical
+from saeflow.planning.expansion import Expansion, PlannedDictionary, short_hook
+from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.stages import Stage
+
+HOW_IT_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
+
+
+def expand(expansion: Expansion) -> None:
+    for planned in expansion.points:
+        point, site, config = planned.point, planned.point.site, planned.point.dictionary
+        training = planned.tree["training"]
+        how = {name: training.pop(name) for name in HOW_IT_RUNS}
+        for name in {name for kind in kinds().values() for name in kind.training_options} - {*config.training_options}:
+            del training[name]  # what does not concern a dictionary is not in its key
+        head = {} if site.head is None else {"head": site.head}
+        keys = []
+        for number, (dictionary, hook, hook_out) in enumerate(config.trainings(site)):
+            label = "-".join(
+                [config.kind_label, short_hook(hook), config.amount_label, *(f"head{h}" for h in head.values())]
+            )
+            columns = [planned.keys["activations"][h] for h in (hook, hook_out) if h]
+            key = planned.add(
+                "train",
+                f"{label}-seed{point.seed}",
+                {"activations": columns},
+                {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out} | head,
+                name=str(number),
+                sources={"training": canonical(how)},
+            )
+            keys.append(key)
+        n_heads = planned.geometry.hook_size(site.hook_name)[0]
+        for part in config.parts(site, n_heads) if keys else ():
+            found = PlannedDictionary("train", keys[part.training], part.hook_name, part.name, part.head)
+            planned.dictionaries.append(found)
+
+
+def config_of(instance: Instance) -> DictionaryConfig:
+    return build(DictionaryConfig, instance.config["dictionary"], "dictionary.")
+
+
+def together(plan: Plan, instance: Instance) -> list[Any]:
+    """Those that read the same tokens in the same batches."""
+    column, training = plan.instance("activations", instance.needs["activations"][0]), instance.config["training"]
+    store = column.key.split("/")[0]
+    return [store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]]
+
+
+def order(instance: Instance) -> tuple[list[str], float]:
+    """Those that read the same columns side by side, the longest first."""
+    return instance.needs["activations"], -config_of(instance).cost
+
+
+def operations(plan: Plan, instance: Instance) -> float:
+    """Floating-point operations, additions and multiplications."""
+    sizes = [tuple(plan.instance("activations", key).config["size"]) for key in instance.needs["activations"]]
+    try:
+        d_mlp: int | None = read_geometry(Path(instance.sources["model"])).d_mlp
+    except (ModelError, OSError):  # of a model that the workflow makes, where it has not made it yet
+        d_mlp = None
+    return config_of(instance).operations(sizes, instance.config.get("head"), instance.config["training"], d_mlp)
+
+
+def work(jobs: list[Job]) -> str:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside those of our loops
+    from saeflow.kernels.memory import keep_freed_memory
+    from saeflow.training.loop import train
+
+    keep_freed_memory()
+    return train(jobs)
+
+
+STAGES = (
+    Stage(
+        "train",
+        ("training", "trainings"),
+        work,
+        expand,
+        reads=("dictionary", "training", "seed"),
+        version=3,
+        needs=("activations",),
+        together=together,
+        most=lambda instance: int(json.loads(instance.sources["training"])["together"]),
+        order=order,
+        cost=lambda instance: config_of(instance).cost,
+        operations=operations,
+        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 240},
+        drawn="where_there",
+    ),
+)
