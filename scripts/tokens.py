@@ -8,7 +8,7 @@ from saeflow.jobs.job import Job, run
 
 def tokens(jobs: list[Job]) -> str:
     from saeflow.text.corpus import read_documents, stream_dataset
-    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import write_tokens
 
     (job,) = jobs

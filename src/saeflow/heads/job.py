@@ -34,7 +34,7 @@ from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rot
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import open_tokens
 
 log = logging.getLogger("saeflow")
