@@ -20,8 +20,8 @@ from torch import Tensor
 from saeflow.activations.store import Column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.fitting import model_config
-from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.sae import Dictionary
+from saeflow.dictionaries.saelens_format import save_dictionary
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.jobs.job import Job, Preempted, progress
 from saeflow.models.blocks import Block, ModuleBlock, read_block
