@@ -34,10 +34,11 @@ plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=d
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## formatting, lint and types of code and workflow
+lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
 

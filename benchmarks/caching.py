@@ -165,7 +165,7 @@ def write_tokens(folder: Path, n_rows: int) -> None:
     from itertools import cycle
 
     from saeflow.text.corpus import read_documents
-    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import write_tokens
 
     documents = cycle(list(read_documents(ROOT / "resources/corpus.jsonl.gz")))

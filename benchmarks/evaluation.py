@@ -211,7 +211,7 @@ def dictionaries(
 
 def held_out_rows(folder: Path, n_rows: int) -> np.ndarray:
     from saeflow.text.corpus import read_documents
-    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import open_tokens, write_tokens
 
     with tempfile.TemporaryDirectory() as out:

@@ -35,7 +35,7 @@ from saeflow.models.blocks import read_block  # noqa: E402
 from saeflow.models.loading import load_model  # noqa: E402
 from saeflow.models.splicing import read_hooks  # noqa: E402
 from saeflow.text.corpus import read_documents  # noqa: E402
-from saeflow.text.packing import load_tokenizer  # noqa: E402
+from saeflow.text.tokenizer import load_tokenizer  # noqa: E402
 from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
 from saeflow.training.trainer import Side  # noqa: E402

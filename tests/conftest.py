@@ -62,7 +62,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_folder: Path) -> Path:
     """A tokens artifact: the first 64 rows of 32 tokens of the training split."""
     from saeflow.text.corpus import read_documents
-    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import write_tokens
 
     folder = tmp_path_factory.mktemp("tokens")

@@ -17,7 +17,7 @@ from saeflow.evaluation.comparisons import NOTEBOOK_004
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 from saeflow.text.corpus import read_documents
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import open_tokens, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -30,7 +30,7 @@ from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "experiment=tracr_case3"

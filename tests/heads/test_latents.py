@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from scipy.stats import pearsonr, spearmanr
 
 from saeflow.heads import interference as module
-from saeflow.heads.agreement import agreement
+from saeflow.heads.decomposed import agreement
 from saeflow.heads.decomposition import (
     ALL,
     METHODS,

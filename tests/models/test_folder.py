@@ -12,9 +12,10 @@ from conftest import save_model
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.models import folder as models
-from saeflow.models.folder import Geometry, ModelError, TokenizerError, hook_layer, read_geometry
+from saeflow.models.folder import Geometry, ModelError, hook_layer, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.planning.digests import DigestCache
+from saeflow.text.tokenizer import TokenizerError
 
 PLAIN = ModelConfig("tiny", path="unused")
 # What fires in a block and is no vector of a token: scales, attention patterns, and queries and keys after rotation.

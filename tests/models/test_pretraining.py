@@ -16,7 +16,7 @@ from conftest import make_texts
 
 from saeflow.models import pretraining as pretrain
 from saeflow.text.corpus import is_held_out, read_documents
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = pretrain.PretrainConfig(

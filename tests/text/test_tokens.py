@@ -17,7 +17,8 @@ from saeflow.config import ConfigError
 from saeflow.planning.graph import Instance, Plan
 from saeflow.text import tokens
 from saeflow.text.corpus import CorpusError, Document, document_hash, is_held_out, read_documents, shuffle_documents
-from saeflow.text.packing import NO_DOCUMENT, LoadedTokenizer, TokenizerError, load_tokenizer
+from saeflow.text.packing import NO_DOCUMENT
+from saeflow.text.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
 from saeflow.text.tokens import TokensError, open_tokens, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]

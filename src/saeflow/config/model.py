@@ -29,7 +29,7 @@ class ModelConfig:
     """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
     processing, which changes activations; or a model that the pipeline makes (`tracr`).
 
-    `randomise` replaces the weight matrices, as a control (`saeflow.models.randomise`): `reinit` draws them as at the
+    `randomise` replaces the weight matrices, as a control (`saeflow.models.controls`): `reinit` draws them as at the
     start of training, `permuted` shuffles their rows and columns; by `randomise_seed`.
     """
 

@@ -11,8 +11,8 @@ _HOMES = {
     "DictionaryError": "spec",
     "Origin": "spec",
     "Spec": "spec",
-    "load_dictionary": "io",
-    "save_dictionary": "io",
+    "load_dictionary": "saelens_format",
+    "save_dictionary": "saelens_format",
 }
 __all__ = list(_HOMES)  # pyright: ignore
 

@@ -7,7 +7,7 @@ from saeflow.config import ConfigError, ModelConfig
 from saeflow.models.folder import Geometry
 
 if TYPE_CHECKING:
-    from saeflow.dictionaries import Dictionary
+    from saeflow.dictionaries.sae import Dictionary
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
 

@@ -25,9 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.io import CONFIG_FILE, SAELENS_FORMAT, WEIGHTS_FILE, load_dictionary, save_dictionary
 from saeflow.dictionaries.layouts import foreign_format
 from saeflow.dictionaries.sae import Dictionary, build
+from saeflow.dictionaries.saelens_format import (
+    CONFIG_FILE,
+    SAELENS_FORMAT,
+    WEIGHTS_FILE,
+    load_dictionary,
+    save_dictionary,
+)
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry

@@ -27,7 +27,7 @@ from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, read_hooks
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:

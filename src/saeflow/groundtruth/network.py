@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saeflow.config import ConfigError
+from saeflow.groundtruth.compiler import empty_weights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -194,8 +195,6 @@ def attend(qkv: Tensor, causal: bool) -> Tensor:
 
 def initial_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Matrices normal with TransformerLens's standard deviation, 0.8 / sqrt(d_model); biases 0."""
-    from saeflow.groundtruth.compiler import empty_weights
-
     rng = np.random.default_rng(seed)
     weights = empty_weights(dict(config))
     for name, w in weights.items():

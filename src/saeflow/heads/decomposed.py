@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from threadpoolctl import threadpool_limits
 
 from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
-from saeflow.heads.agreement import Agreement, agreement
 from saeflow.heads.decomposition import (
     ALL,
     Sparse,
@@ -46,6 +46,17 @@ class Decomposed(NamedTuple):
     coefficient and cosine, and how their activations agree, beside the mean over atoms of that head that ever fire
     and the best of all atoms."""
     summary: dict[str, Any]
+
+
+class Agreement(NamedTuple):
+    """Of m latents with n others, (m, n) each, over the same tokens; NaN where one of the two never fires."""
+
+    jaccard: np.ndarray
+    """|f > 0 and g > 0| / |f > 0 or g > 0| for activations f of the one and g of the other."""
+    correlation: np.ndarray
+    """Pearson's, of f and g, zeros included."""
+    together: np.ndarray
+    """Tokens on which both are active."""
 
 
 def choose_latents(active: np.ndarray, config: HeadsConfig) -> np.ndarray:
@@ -92,6 +103,25 @@ def decompose_latents(
             rows += _atoms(i, decoder[i].ravel(), path[max(path)], own[ALL], whole, _row(firing, m))
     agreed = pd.DataFrame(rows)
     return Decomposed(table, lines.reset_index(drop=True), agreed, _summary(table, agreed, len(own[0]), d_head))
+
+
+def agreement(f: sp.csc_array, g: sp.csc_array) -> Agreement:
+    """`f` (N, m) and `g` (N, n): activations on the same tokens."""
+    n_tokens = f.shape[0]
+    together = ((f > 0).astype(np.int64).T @ (g > 0).astype(np.int64)).toarray()
+    count, count_other = (np.asarray((one > 0).sum(axis=0)).ravel() for one in (f, g))
+    either = count[:, None] + count_other - together
+    mean, mean_other = (np.asarray(one.mean(axis=0)).ravel() for one in (f, g))
+    products = (f.T @ g).toarray() / n_tokens - mean[:, None] * mean_other
+    square, square_other = (np.asarray(one.multiply(one).mean(axis=0)).ravel() for one in (f, g))
+    deviation, deviation_other = (
+        np.sqrt(np.maximum(s - m**2, 0)) for s, m in ((square, mean), (square_other, mean_other))
+    )
+    fires = (count > 0)[:, None] & (count_other > 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        jaccard = np.where(fires, together / either, np.nan)
+        correlation = np.where(fires, products / (deviation[:, None] * deviation_other), np.nan)
+    return Agreement(jaccard, correlation, together)
 
 
 def _row(firing: Agreement, m: int) -> Agreement:

@@ -22,19 +22,18 @@ from saeflow.dictionaries.fitting import check_fit, model_config
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import Beside, dashboards
 from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
-from saeflow.heads.folder import HeadStudy
+from saeflow.heads.folder import HeadStudy, read_dataset, write_dataset
 from saeflow.heads.geometry import decoder_norms, principal_angles, rank, spectra
 from saeflow.heads.interference import interference_dataset
 from saeflow.heads.lifting import lifted_table
 from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
-from saeflow.heads.store import read_dataset, write_dataset
 from saeflow.heads.study import Study, by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
 from saeflow.models.loading import load_model
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import open_tokens
 
 log = logging.getLogger("saeflow")

@@ -193,7 +193,7 @@ def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
-    from saeflow.text.packing import load_tokenizer
+    from saeflow.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_folder).tokenizer
 

@@ -4,7 +4,6 @@ Only `config.json` and file names are read, so that a sweep is checked in millis
 """
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.planning.digests import DigestCache, short_hash
+from saeflow.text.tokenizer import read_json, special_tokens, tokenizer_file
 
 # What a folder is read for: no pickles, and no second copy of the weights in another format.
 MODEL_FILES = (
@@ -29,10 +29,6 @@ RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 class ModelError(ConfigError):
     """A model folder that cannot be used; the message names the folder and what to do."""
-
-
-class TokenizerError(ModelError):
-    """A tokenizer that cannot be used; the message names the folder and what to do."""
 
 
 @dataclass(frozen=True)
@@ -180,26 +176,6 @@ def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
     return short_hash([cache.file(tokenizer_file(folder)), special], 32)
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """The `tokenizer.json` of a folder. Raises `TokenizerError` where there is none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise TokenizerError(
-            f"model folder {folder} has no tokenizer.json; save it there with "
-            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
-        )
-    return file
-
-
-def special_tokens(folder: Path) -> dict[str, Any]:
-    """What a folder's tokenizer files say of its special tokens, by role; each a text or a mapping with `content`."""
-    special: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            special |= {k: v for k, v in read_keys(folder / name).items() if v}
-    return special
-
-
 def read_geometry(folder: Path) -> Geometry:
     """Reads the sizes that a folder's `config.json` states. Raises `ModelError` for an architecture not known here."""
     config = read_keys(config_file(folder))
@@ -269,10 +245,4 @@ def config_file(folder: Path) -> Path:
 
 
 def read_keys(file: Path) -> dict[str, Any]:
-    try:
-        keys = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON ({error}); copy the model folder again") from error
-    if not isinstance(keys, dict):
-        raise ModelError(f"{file} holds a {type(keys).__name__} where keys should be; copy the model folder again")
-    return keys
+    return read_json(file, ModelError)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from saeflow.config import ModelConfig
 from saeflow.models.folder import MODEL_FILES, ModelError, config_file, read_keys
-from saeflow.models.loading import processed
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -48,10 +47,11 @@ def convert(folder: Path, tokenizer_folder: Path, to: Path) -> None:
             shutil.copyfile(file, to / file.name)
 
 
-def load_hooked_format(folder: Path, model: ModelConfig) -> "HookedTransformer":
-    """A folder that `convert` made, its weights processed, on the CPU. Raises `ModelError` for weights that do not fit.
+def read_hooked_format(folder: Path, model: ModelConfig) -> tuple[Any, dict[str, Tensor]]:
+    """TransformerLens's config and the weights, by its names, of a folder that `convert` made, on the CPU.
 
-    Imports TransformerLens, which takes several seconds.
+    The config is the one to process them with. Raises `ModelError` for weights that do not fit. Imports
+    TransformerLens, which takes several seconds.
     """
     from transformer_lens import HookedTransformer
 
@@ -61,7 +61,7 @@ def load_hooked_format(folder: Path, model: ModelConfig) -> "HookedTransformer":
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the weights of {folder} cannot be read ({error}); fetch the model again") from error
     _check(folder, state, HookedTransformer(_config(read_keys(config_file(folder)), False), move_to_device=False))
-    return processed(config, state, model)
+    return config, state
 
 
 def _config(keys: dict[str, Any], fold_ln: bool) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ from saeflow.models.folder import (
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+# What opens a folder of an architecture that packages above this one made, as "module:function" of the folder. It is
+# imported only when such a folder is opened, so that models know none of those packages.
+LOADERS = {GROUND_TRUTH: "saeflow.groundtruth.folder:load_hooked"}
+
 
 def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
     """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
@@ -30,14 +35,13 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
     something else than transformers does. Imports both, which takes several seconds.
     """
     geometry = read_geometry(folder)
-    if geometry.architecture == GROUND_TRUTH:
-        from saeflow.groundtruth.folder import load_hooked
-
-        return load_hooked(folder).to(device, print_details=False)
+    if geometry.architecture in LOADERS:
+        loaded: HookedTransformer = pkgutil.resolve_name(LOADERS[geometry.architecture])(folder)
+        return loaded.to(device, print_details=False)
     if geometry.architecture == HOOKED:
-        from saeflow.models.hooked import load_hooked_format
+        from saeflow.models.hooked import read_hooked_format
 
-        return load_hooked_format(folder, model).to(device, print_details=False)
+        return processed(*read_hooked_format(folder, model), model).to(device, print_details=False)
     if geometry.architecture in RMS_NORM and model.center_writing_weights:
         raise ModelError(
             f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
@@ -73,7 +77,7 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
     """TransformerLens's model of a state dict: randomised and processed as `model` says, without gradients."""
     from transformer_lens import HookedTransformer
 
-    from saeflow.models.randomise import randomise
+    from saeflow.models.controls import randomise
 
     if model.randomise != "none":
         state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)

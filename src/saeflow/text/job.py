@@ -3,7 +3,7 @@
 from saeflow.jobs.job import Job
 from saeflow.planning.stages import load
 from saeflow.text.corpus import read_documents, stream_dataset
-from saeflow.text.packing import load_tokenizer
+from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import write_tokens
 
 CASE_ROWS = "saeflow.groundtruth.job:write_case_rows"

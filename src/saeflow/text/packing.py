@@ -5,13 +5,10 @@ boundary splits a token; no padding token enters the tokenizer; every token keep
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-
-from saeflow.models.folder import TokenizerError, special_tokens, tokenizer_file
 
 NO_DOCUMENT = -1  # document and offset of a BOS that packing put in front of a row
 BATCH_CHARACTERS = 1 << 20  # texts that are tokenised at once: the tokenizer needs a hundred bytes a character
@@ -25,13 +22,6 @@ class Rows(NamedTuple):
     """Index of the token's document, in the order read; `NO_DOCUMENT` for a row's BOS."""
     offset: np.ndarray
     """Index of the token within its document; an EOS counts as the last token of the document that it ends."""
-
-
-class LoadedTokenizer(NamedTuple):
-    tokenizer: Tokenizer
-    bos_token_id: int | None
-    """None where the tokenizer has no BOS, and none was named."""
-    eos_token_id: int
 
 
 class Packer:
@@ -94,49 +84,3 @@ def encode_all(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> I
             yield from encode()
             waiting, size = [], 0
     yield from encode()
-
-
-def load_tokenizer(folder: str | Path, bos_token: str | None = None) -> LoadedTokenizer:
-    """Opens the `tokenizer.json` of a Hugging Face folder with the token ids of its BOS and EOS.
-
-    `bos_token` names the token to use where the tokenizer has none of its own (Qwen, for one).
-    Raises `TokenizerError` for a folder without a fast tokenizer, or without an EOS.
-    """
-    folder = Path(folder)
-    file = tokenizer_file(folder)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises nothing narrower
-        raise TokenizerError(f"{file} cannot be read ({error}); copy the model folder again") from error
-    tokenizer.no_truncation()  # some folders are saved with both; a document must stay whole
-    tokenizer.no_padding()
-    special = special_tokens(folder)
-
-    def token_id(name: str, override: str | None = None) -> int | None:
-        token = override or special.get(name)
-        token = token["content"] if isinstance(token, dict) else token
-        found = tokenizer.token_to_id(token) if token else None
-        if token and found is None:
-            named = f"tokens.{name}" if override else name
-            raise TokenizerError(f"{named}={token!r} is not in the vocabulary of {file}")
-        return found
-
-    eos = token_id("eos_token")
-    if eos is None:
-        raise TokenizerError(f"{folder}/tokenizer_config.json names no eos_token; documents are joined by it")
-    return LoadedTokenizer(tokenizer, token_id("bos_token", bos_token), eos)
-
-
-def row_bos(tokenizer: LoadedTokenizer, prepend_bos: bool) -> int | None:
-    """The token in front of every row, None for no such token.
-
-    Raises `TokenizerError` where a BOS is wanted of a tokenizer that has none.
-    """
-    if not prepend_bos:
-        return None
-    if tokenizer.bos_token_id is None:
-        raise TokenizerError(
-            "tokens.prepend_bos=true, but the model's tokenizer has no BOS: name the token to use with "
-            "tokens.bos_token, or set tokens.prepend_bos=false"
-        )
-    return tokenizer.bos_token_id

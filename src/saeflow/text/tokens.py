@@ -24,7 +24,8 @@ from saeflow.text.corpus import (
     is_held_out,
     shuffle_documents,
 )
-from saeflow.text.packing import LoadedTokenizer, Packer, Rows, encode_all, row_bos
+from saeflow.text.packing import Packer, Rows, encode_all
+from saeflow.text.tokenizer import LoadedTokenizer, row_bos
 
 if TYPE_CHECKING:
     import zarr

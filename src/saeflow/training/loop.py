@@ -19,10 +19,10 @@ from torch import Tensor
 from saeflow.activations.store import Column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.fitting import model_config
-from saeflow.dictionaries.io import save_dictionary
 from saeflow.dictionaries.kinds.saelens import SAELensConfig
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.sae import Dictionary
+from saeflow.dictionaries.saelens_format import save_dictionary
 from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import progress

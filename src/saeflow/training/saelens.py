@@ -2,11 +2,10 @@
 
 The class brings its first weights, its forward pass and its loss; batches, schedules, Adam, clipping, metrics and
 checkpoints are ours. What SAELens saves for use opens natively where it is an architecture of this project (BatchTopK
-and Matryoshka become JumpReLU); the rest (gated, AbsTopK, matching pursuit) stays SAELens's own class, here behind the
-interface of `Dictionary`. Importing this takes ten seconds.
+and Matryoshka become JumpReLU); the rest (gated, AbsTopK, matching pursuit) stays SAELens's own class
+(`saeflow.dictionaries.saelens_classes`). Importing this takes ten seconds.
 """
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +17,9 @@ from sae_lens.saes.sae import SAE, TrainCoefficientConfig, TrainingSAE, TrainSte
 from torch import Tensor
 
 from saeflow.config import ConfigError
-from saeflow.dictionaries.io import CONFIG_FILE, load_dictionary, ours
-from saeflow.dictionaries.sae import Dictionary, Scale
-from saeflow.dictionaries.spec import DictionaryError, Spec
+from saeflow.dictionaries.sae import Dictionary
+from saeflow.dictionaries.saelens_format import load_dictionary, save_saelens
+from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Found, clip_norm_
 from saeflow.training.metrics import TrainingError
@@ -89,58 +88,8 @@ class SAELensTrainer(Trainer):
             self.sae.save_inference_model(folder)
             sae = SAE.load_from_disk(folder, device="cpu")
             sae.fold_activation_norm_scaling_factor(self.scale_in)
-            _save(sae, self.spec, Path(folder))
+            save_saelens(sae, self.spec, Path(folder))
             return load_dictionary(folder)
-
-
-class SAELensDictionary(Dictionary):
-    """A dictionary that only SAELens computes: `sae` is its class for use."""
-
-    def __init__(self, spec: Spec, sae: Any) -> None:
-        self.spec, self.sae = spec, sae.eval().requires_grad_(False)
-        self.sae.turn_off_forward_pass_hook_z_reshaping()  # heads come flattened
-
-    @classmethod
-    def load(cls, folder: Path, spec: Spec, device: str) -> "SAELensDictionary":
-        """Raises `DictionaryError` for what SAELens cannot open."""
-        try:
-            return cls(spec, SAE.load_from_disk(folder, device=device))
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise DictionaryError(f"SAELens cannot open the dictionary in {folder}: {error}") from error
-
-    def save(self, folder: Path) -> None:
-        _save(self.sae, self.spec, folder)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.sae.state_dict())
-
-    def pre_activations(self, x: Tensor) -> Tensor:
-        raise DictionaryError(f"SAELens's {self.spec.saelens} has no pre-activations that could stand for its latents")
-
-    def encode(self, x: Tensor) -> Tensor:
-        """x (N, d) -> activations of all latents (N, n), zeros included."""
-        if x.shape[-1] != self.d_in:
-            raise DictionaryError(f"this dictionary of {self.spec.hook_name} takes activations {self.d_in} wide")
-        f: Tensor = self.sae.encode(x)
-        return f.to_dense() if f.is_sparse else f
-
-    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
-        """f (N, n) -> (N, p). What SAELens scales at run time is scaled back by what `encode` saw last."""
-        y: Tensor = self.sae.decode(f)
-        return y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x), x)
-
-    def to(self, device: str | torch.device) -> "SAELensDictionary":
-        return type(self)(self.spec, self.sae.to(device))
-
-    def with_scaling_folded(self, scale_in: Scale, scale_out: Scale) -> Dictionary:
-        raise DictionaryError("scaling is folded into SAELens's classes by SAELens")
-
-    def with_unit_decoder(self) -> Dictionary:
-        raise DictionaryError("norms are folded into SAELens's classes by SAELens")
 
 
 def training_sae(spec: Spec) -> TrainingSAE[Any]:
@@ -151,24 +100,3 @@ def training_sae(spec: Spec) -> TrainingSAE[Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed or 0)
         return sae_class(config)
-
-
-def _save(sae: Any, spec: Spec, folder: Path) -> None:
-    """SAELens's two files, and in the metadata what `load_dictionary` reads."""
-    if spec.hook_name.endswith("hook_z") and spec.hook_head_index is None:
-        sae.cfg.reshape_activations = "hook_z"
-    sae.save_model(folder)
-    path = folder / CONFIG_FILE
-    config = json.loads(path.read_text())
-    origin = spec.origin
-    config["device"] = "cpu"
-    config["metadata"] |= {
-        "hook_name": spec.hook_name,
-        "hook_name_out": None,
-        "hook_head_index": spec.hook_head_index,
-        "model_name": origin.model_name,
-        "context_size": origin.context_size,
-        "prepend_bos": origin.prepend_bos,
-        "saeflow": ours(spec),
-    }
-    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")

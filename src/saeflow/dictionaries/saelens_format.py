@@ -37,13 +37,24 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
             save_dictionary(head, folder / f"head_{h}")
         return
     if dictionary.spec.activation == "saelens":
-        from saeflow.training.saelens import SAELensDictionary
+        from saeflow.dictionaries.saelens_classes import SAELensDictionary
 
         assert isinstance(dictionary, SAELensDictionary)
-        return dictionary.save(folder)
+        return save_saelens(dictionary.sae, dictionary.spec, folder)
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in dictionary.tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_config(dictionary.spec), indent=1, sort_keys=True) + "\n")
+
+
+def save_saelens(sae: Any, spec: Spec, folder: Path) -> None:
+    """The two files of `sae`, one of SAELens's classes for use, with what `load_dictionary` reads in the metadata."""
+    if spec.hook_name.endswith("hook_z") and spec.hook_head_index is None:
+        sae.cfg.reshape_activations = "hook_z"
+    sae.save_model(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["device"] = "cpu"
+    config["metadata"] |= _metadata(spec) | {"hook_name_out": None}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
@@ -65,7 +76,7 @@ def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
             f"the dictionary in {folder} is damaged ({error}); delete the folder and run the workflow to train it again"
         ) from error
     if _needs_saelens(config):
-        from saeflow.training.saelens import SAELensDictionary
+        from saeflow.dictionaries.saelens_classes import SAELensDictionary
 
         return SAELensDictionary.load(folder, _spec(config, folder), device)
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
@@ -115,13 +126,7 @@ def _config(spec: Spec) -> dict[str, Any]:
         "metadata": {
             "sae_lens_version": SAELENS_FORMAT,
             "sae_lens_training_version": None,
-            "hook_name": spec.hook_name,
-            "hook_name_out": spec.hook_name_out if spec.kind == "transcoder" else None,
-            "hook_head_index": spec.hook_head_index,
-            "model_name": spec.origin.model_name,
-            "context_size": spec.origin.context_size,
-            "prepend_bos": spec.origin.prepend_bos,
-            "saeflow": ours(spec),
+            **_metadata(spec),
         },
     }
     if spec.activation == "topk":
@@ -131,13 +136,21 @@ def _config(spec: Spec) -> dict[str, Any]:
     return config
 
 
-def ours(spec: Spec) -> dict[str, Any]:
-    """What `metadata.saeflow` says: all that SAELens has no field for."""
+def _metadata(spec: Spec) -> dict[str, Any]:
+    """What SAELens keeps of a dictionary's origin, and as `saeflow` all that it has no field for."""
     held = {name: getattr(spec, name) for name in ("kind", "d_out", "k", "options", *_TRAINING)}
     origin = dataclasses.asdict(spec.origin)
     if origin["source"] is None:
         del origin["source"]
-    return held | {"origin": origin}
+    return {
+        "hook_name": spec.hook_name,
+        "hook_name_out": spec.hook_name_out if spec.kind == "transcoder" else None,
+        "hook_head_index": spec.hook_head_index,
+        "model_name": spec.origin.model_name,
+        "context_size": spec.origin.context_size,
+        "prepend_bos": spec.origin.prepend_bos,
+        "saeflow": held | {"origin": origin},
+    }
 
 
 def _needs_saelens(config: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Language models that were never trained, for comparison: the same architecture, tokens and loading, other weights.
 
-Both arms change every weight matrix, embedding and unembedding included (TransformerLens's parameters whose names have
+Both change every weight matrix, embedding and unembedding included (TransformerLens's parameters whose names have
 `W_` in them), before TransformerLens processes any; biases and the norms' gains and biases stay those of the trained
 model, as in the JSAE paper (arXiv 2502.18147).
 

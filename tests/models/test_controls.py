@@ -7,8 +7,8 @@ import torch
 
 from saeflow.config import ModelConfig
 from saeflow.dictionaries.fitting import model_config
+from saeflow.models.controls import randomise
 from saeflow.models.loading import load_model
-from saeflow.models.randomise import randomise
 
 
 def state_of(folder: Path, **model: object) -> dict[str, torch.Tensor]:
