@@ -17,7 +17,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo plan test lint bench pretrain clean distclean
+.PHONY: help env demo plan figures test lint bench pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: $(INSTALLED) ## the small study: from text to figures and results/report.h
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
 	@set -f; $(BIN)/python scripts/plan.py $(HYDRA)
+
+figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
+	@$(BIN)/python -m saeflow.figures
 
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

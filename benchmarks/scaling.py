@@ -95,7 +95,7 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from saeflow.figures.figures import STYLE
+    from saeflow.figures.style import STYLE
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(SWEEPS), figsize=(6.8, 2.4), sharey=True, layout="constrained")

@@ -91,7 +91,9 @@ def test_the_notebooks_numbers_stand_beside_its_own_model_alone(model: str, prin
     rows = pd.DataFrame([common | {"kind": "sae", "l1_coefficient": 4e-5, "l0": 500.0, "ce_replaced": 3.3}])
     names = ["l0", "ce_replaced", "ce_increase", "ce_clean", "loss_recovered_zero", "kl", "fvu"]
     ends = ("", "_low", "_high")
-    rows = rows.assign(dead_fraction=0.0, **{f"{n}_without_bos{end}": 1.0 for n in names for end in ends})
+    rows = rows.assign(
+        seed=0, dictionary_key="a", dead_fraction=0.0, **{f"{n}_without_bos{end}": 1.0 for n in names for end in ends}
+    )
     table = notebook_004(rows)
     assert (table["l0"][0], table["ce_loss"][0]) == (500.0, 3.3)
     assert table["printed_l0"][0] == printed or (printed is None and pd.isna(table["printed_l0"][0]))

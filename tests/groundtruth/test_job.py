@@ -299,7 +299,7 @@ def test_mlp_jacobians_match_autograd_float64() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     """All jobs of a small run on the compiled model, one after the other, and the last line of the figures."""
     from saeflow.activations.caching import cache_jobs
-    from saeflow.groundtruth.figures import draw_job
+    from saeflow.figures.job import draw
     from saeflow.groundtruth.job import make_model, recover_jobs, write_case_rows
     from saeflow.training.loop import train
 
@@ -312,7 +312,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
         "training.n_tokens=40_000",
         "training.revive=none",
         "jacobian.n_tokens=1280",
-        "figures=[recovery,true_jacobian]",
+        "figures=[recovery,true_jacobian,training_curves]",
     )
 
     def jobs(stage: str) -> list[Job]:
@@ -327,7 +327,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
         train([job])
     recover_jobs(jobs("recover"))
     (figures,) = jobs("figures")
-    return plan, draw_job(figures)
+    return plan, draw([figures])
 
 
 def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
@@ -336,9 +336,15 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
     for stage, table in plan.stages.items():
         assert stage == "jacobian" or all(plan.done(stage, key) for key in table), stage  # it was not run
     (folder,) = (plan.folder("figures", key) for key in plan.stages["figures"])
-    for name in ("recovery", "true_jacobian"):
+    for name in ("recovery", "true_jacobian", "training_curves"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
-    table = pd.read_csv(folder / "recovery.csv")
+    identity = ["place", "hook_name_out", "case", "method", "model_seed", "series", "amount_name", "amount"]
+    identity += ["d_sae", "seed", "train_key", "part"]
+    shown = ["l0", "recovery", "recovery_random", "mixtures", "mixtures_random"]
+    assert list(pd.read_csv(folder / "recovery.csv")) == [*identity, *shown]
+    assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", "jacobian_cosine"]
+    assert len(pd.read_csv(folder / "stability.csv").columns) == 10
+    table = pd.read_csv(folder / "recoveries.csv")
     assert sorted(table["part"].dropna()) == ["input", "input", "output", "output"] and len(table) == 2 + 1 + 4
     assert set(table["train_key"]) == set(plan.stages["train"])
     compared = table[table["jacobian_cosine"].notna()]

@@ -17,7 +17,7 @@ from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries import load_dictionary, save_dictionary
-from saeflow.figures.figures import NONE, Tables, draw
+from saeflow.figures.job import draw_figure
 from saeflow.heads.attribution import bias
 from saeflow.heads.dashboards import in_row, top_contexts
 from saeflow.heads.decomposition import METHODS
@@ -233,8 +233,14 @@ def test_figures_are_there(plan: Plan) -> None:
     folder = plan.folder("figures", key)
     (instance,) = plan.stages["figures"].values()
     assert len(instance.config["figures"]) == 12
+    of_studies = {"heads_angles", "heads_cosines", "heads_cross_terms"}
     for name in instance.config["figures"]:
-        assert (folder / f"{name}.png").stat().st_size > 5000 and len(pd.read_csv(folder / f"{name}.csv")), name
+        table = pd.read_csv(folder / f"{name}.csv")
+        assert (folder / f"{name}.png").stat().st_size > 5000 and len(table), name
+        if name.startswith("heads_"):
+            first = ["study"] if name in of_studies else ["study", "dictionary_key"]
+            assert list(table)[: len(first)] == first and table[first].notna().all(axis=None), name
+        assert len(table.columns) <= 22, name
 
 
 def test_a_study_is_the_same_twice(plan: Plan, study: Path) -> None:
@@ -295,9 +301,8 @@ def test_a_study_without_live_dictionaries_of_heads(plan: Plan, study: Path, dea
     if dead:
         held = summary["dictionaries"]["dead"]
         assert held["l0"] == 0 and held["interference_over_weight"] is None
-    tables = Tables(NONE, NONE, NONE, heads=tuple(read_head_studies([folder])))
     for name in DRAWN:
-        draw(f"heads_{name}", tables, folder)
+        draw_figure(f"heads_{name}", read_head_studies([folder]), folder)
 
 
 def test_settings_out_of_range_are_refused(home: Path) -> None:  # noqa: F811

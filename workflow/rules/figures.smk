@@ -1,3 +1,5 @@
+from saeflow.figures.registry import caption
+
 # One job draws all figures of the experiment.
 for key, instance in PLAN.stages["figures"].items():
 
@@ -11,7 +13,7 @@ for key, instance in PLAN.stages["figures"].items():
             [
                 report(
                     f"results/figures/{key}/{figure}.png",
-                    caption=f"../report/{figure}.rst",
+                    caption=caption(figure, f"{workflow.basedir}/workflow/report", ".snakemake/captions"),
                     category=PLAN.experiment,
                     labels={"figure": figure.replace("_", " ")},
                 )

@@ -149,16 +149,17 @@ def notebook_004(evaluations: pd.DataFrame) -> pd.DataFrame:
             "hook": rows["hook_name_out"],
             "kind": rows["kind"],
             "l1_coefficient": rows["l1_coefficient"],
+            "seed": rows["seed"],
+            "dictionary_key": rows["dictionary_key"],
             "l0": rows["l0"],
             "ce_loss": rows["ce_replaced"],
             "printed_l0": [p[0] for p in printed],
             "printed_ce_loss": [p[1] for p in printed],
         }
     )
-    ours = ["l0_without_bos", "ce_replaced_without_bos", "ce_increase_without_bos", "ce_clean_without_bos"]
-    ours += ["loss_recovered_zero_without_bos", "kl_without_bos", "fvu_without_bos"]
-    for name in ours:
-        for column in (name, f"{name}_low", f"{name}_high"):
-            table[column] = rows[column]
-    table["dead_fraction"] = rows["dead_fraction"]
+    intervals = ("ce_increase_without_bos", "loss_recovered_zero_without_bos")
+    ours = ["l0_without_bos", "ce_replaced_without_bos"]
+    ours += [f"{name}{end}" for name in intervals for end in ("", "_low", "_high")]
+    for name in [*ours, "dead_fraction"]:
+        table[name] = rows[name]
     return table.reset_index(drop=True)

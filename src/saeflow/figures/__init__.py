@@ -1,1 +1,1 @@
-"""The style of all figures, their axes and legends, and how they are saved."""
+"""What all figures share: style, axes, legends, saving, the registry that finds them, and the job that draws them."""

@@ -1,9 +1,8 @@
 """The figures of an experiment on models whose algorithm is known, in the style of all others."""
 
 import json
-from collections.abc import Callable, Hashable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,29 +10,45 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.figures.figures import KINDS, STYLE, save_figure
-from saeflow.figures.palette import COLOURS, MARKERS
+from saeflow.dictionaries.naming import amount_name, hook_title, series_name
+from saeflow.figures.registry import figure
+from saeflow.figures.style import COLOURS, MARKERS
 from saeflow.groundtruth.network import HOOKS
 from saeflow.jobs.job import Job
 
+_IDENTITY = [
+    "place",
+    "hook_name_out",
+    "case",
+    "method",
+    "model_seed",
+    "series",
+    "amount_name",
+    "amount",
+    "d_sae",
+    "seed",
+]
+_IDENTITY += ["train_key", "part"]
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
-def draw_job(job: Job) -> str:
-    """Draws what the `figures` stage of such an experiment asks for. Raises `ValueError` for a figure of another."""
+class Recoveries(NamedTuple):
+    """What dictionaries find of known algorithms."""
+
+    table: pd.DataFrame
+    """One row a dictionary: its `summary.json`."""
+    stability: pd.DataFrame
+    """See `stability_table`."""
+
+    @property
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        """All metrics of all dictionaries, and how far those of several seeds agree."""
+        return {"recoveries": self.table, "stability": self.stability}
+
+
+def read_recoveries(job: Job) -> Recoveries:
     table = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("recover")])
-    wanted = job.config["figures"]
-    if unknown := set(wanted) - set(FIGURES):
-        raise ValueError(
-            f"an experiment with model=tracr has the figures {', '.join(FIGURES)}, not {', '.join(sorted(unknown))}"
-        )
-    stable = stability_table(job, table)
-    with job.writing() as folder:
-        with plt.rc_context(STYLE):
-            for name in wanted:
-                save_figure(FIGURES[name](table), table, folder, name)
-        stable.to_csv(folder / "stability.csv", index=False, float_format="%.6g")
-    return f"wrote {', '.join(wanted)} (.png, .pdf, .csv) and stability.csv to {job.path}/"
+    return Recoveries(table, stability_table(job, table))
 
 
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
@@ -57,9 +72,24 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*same, "n", "stability"])
 
 
-def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") -> Figure:
-    """Recovery and share of mixtures, `by` L0 or width; dictionaries with the same `point` are one point of a curve."""
-    table = _with_series(table)
+@figure("recovery", stage="recover", reads=read_recoveries)
+def recovery(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
+    """Recovery of true variables and share of mixtures by L0, one column a hook, beside random directions."""
+    return _recovery(data, "l0", "amount")
+
+
+@figure("recovery_width", stage="recover", reads=read_recoveries)
+def recovery_width(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
+    """Recovery of true variables and share of mixtures by the number of latents, at one sparsity a kind of dictionary.
+
+    One column a hook; crosses are as many random directions, as sparse.
+    """
+    return _recovery(data, "d_sae", "d_sae")
+
+
+def _recovery(data: Recoveries, by: str, point: str) -> tuple[Figure, pd.DataFrame]:
+    """Dictionaries with the same `point` are one point of a curve."""
+    table = _with_names(data.table)
     hooks = sorted(table["hook_name_out"].unique(), key=_depth)
     figure, grid = plt.subplots(2, len(hooks), figsize=(1.9 * len(hooks) + 1.2, 4.0), sharey="row", squeeze=False)
     for column, hook in enumerate(hooks):
@@ -67,7 +97,7 @@ def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") 
             for axis, value in zip(grid[:, column], ("recovery", "mixtures"), strict=True):
                 _draw_curve(axis, rows, by, value, point, colour, marker)
                 axis.scatter(rows[by], rows[f"{value}_random"], color="0.6", marker="x", s=10, linewidth=0.7)
-        grid[0][column].set_title(f"layer {hook.split('.')[1]}, {hook.split('.')[-1].removeprefix('hook_')}")
+        grid[0][column].set_title(hook_title(hook))
         grid[1][column].set_xlabel("L0" if by == "l0" else "latents")
         if by != "l0":
             for axis in grid[:, column]:
@@ -76,13 +106,14 @@ def recovery_figure(table: pd.DataFrame, by: str = "l0", point: str = "amount") 
     grid[1][0].set(ylabel="share of latents\nthat are mixtures", ylim=(-0.03, 1.03))
     figure.tight_layout()
     _key(figure, table, Line2D([], [], color="0.6", marker="x", linestyle="", label="random directions"))
-    return figure
+    return figure, table[[*_IDENTITY, "l0", "recovery", "recovery_random", "mixtures", "mixtures_random"]]
 
 
-def true_jacobian_figure(table: pd.DataFrame) -> Figure:
-    """How far the derivative of what stands in for an MLP is the MLP's, by L0 and by what else is measured: how well
-    the MLP's output is explained."""
-    table = _with_series(table[table["jacobian_cosine"].notna()])
+@figure("true_jacobian", stage="recover", reads=read_recoveries)
+def true_jacobian(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
+    """How far the derivative of what stands in for an MLP is the MLP's, by L0 and by how well the MLP's output is
+    explained."""
+    table = _with_names(data.table[data.table["jacobian_cosine"].notna()])
     if table.empty:
         raise ValueError("figure true_jacobian needs transcoders or Jacobian pairs around an MLP: use tracr_mlp")
     hooks = sorted(table["hook_name_out"].unique(), key=_depth)
@@ -98,19 +129,13 @@ def true_jacobian_figure(table: pd.DataFrame) -> Figure:
     grid[-1][1].set_xlabel("unexplained variance of the MLP's output")
     figure.tight_layout()
     _key(figure, table)
-    return figure
+    return figure, table[[*_IDENTITY, "l0", "fvu", "jacobian_cosine"]]
 
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "recovery": recovery_figure,
-    "recovery_width": partial(recovery_figure, by="d_sae", point="d_sae"),
-    "true_jacobian": true_jacobian_figure,
-}
-
-
-def _with_series(table: pd.DataFrame) -> pd.DataFrame:
+def _with_names(table: pd.DataFrame) -> pd.DataFrame:
     """With what the markers tell apart, for all panels alike."""
-    return table.assign(series=[_series(row) for row in table.to_dict("records")])
+    names = {"place": table["hook_name_out"].map(hook_title), "amount_name": table["amount_name"].map(amount_name)}
+    return table.assign(series=[_series(row) for row in table.to_dict("records")], **names)
 
 
 def _groups(table: pd.DataFrame, some: pd.Series) -> Iterator[tuple[Any, str, pd.DataFrame]]:
@@ -141,9 +166,7 @@ def _key(figure: Figure, table: pd.DataFrame, *more: Line2D) -> None:
 def _series(row: dict[Hashable, Any]) -> str:
     if isinstance(row["part"], str):
         return f"Jacobian pair, $\\lambda$ = {row['jacobian_coefficient']:g}"
-    if isinstance(row["saelens"], str):
-        return f"SAELens {row['saelens']}"
-    return KINDS[row["kind"], row["activation"]]
+    return series_name(row["kind"], row["activation"], row["skip"], row["saelens"])
 
 
 def _depth(hook_name: str) -> tuple[int, int]:

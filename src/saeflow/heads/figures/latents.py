@@ -7,19 +7,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from saeflow.figures.palette import COLOURS, MARKERS
+from saeflow.figures.axes import empty_panel, labelled, legend_below, matrix_axis, panels
+from saeflow.figures.registry import figure
+from saeflow.figures.style import COLOURS, MARKERS, colours
 from saeflow.heads.decomposition import METHODS
-from saeflow.heads.folder import HeadStudy
-from saeflow.heads.plotting import (
+from saeflow.heads.figures.shared import (
     NULL,
-    colours,
     concat,
-    grid_of,
     head_legend,
-    legend,
-    nothing,
+    identified,
+    long,
+    read_heads,
     with_chosen,
 )
+from saeflow.heads.folder import HeadStudy
 from saeflow.heads.shares import AGREEING, MEASURES
 
 NAMES = {
@@ -35,10 +36,11 @@ DICTIONARIES = {"own": "own head's dictionary", "other_head": "another head's", 
 DISTANCES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 127), (128, 10**9))
 
 
+@figure("heads_shares", stage="heads", reads=read_heads)
 def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Mean share of each head by every measure, one panel a dictionary of all heads: the "head 5" question."""
     most = min(3, max((len(study.of_kind("concat")) for study in studies), default=0))
-    figure, grid = grid_of(len(studies), max(1, most), width=3.4, sharey="row")
+    figure, grid = panels(len(studies), max(1, most), width=3.4, sharey="row")
     tables = []
     for line, study in zip(grid, studies, strict=True):
         keys = study.of_kind("concat")
@@ -46,12 +48,12 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             keys if len(keys) <= most else [keys[i] for i in np.linspace(0, len(keys) - 1, most).round().astype(int)]
         )
         if not shown:
-            nothing(line[0], "no dictionary of all heads")
+            empty_panel(line[0], "no dictionary of all heads")
         for axis in line[max(1, len(shown)) :]:
             axis.set_axis_off()
         for key in keys:
             one = study.dataset("measures", key)[["mean_share", "top_share"]]
-            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=key))
+            tables.append(identified(long(one), study, key))
         for axis, key in zip(line, shown, strict=False):
             held = study.dataset("measures", key)
             n_heads = held.sizes["head"]
@@ -70,18 +72,19 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     return figure, concat(tables)
 
 
+@figure("heads_measures", stage="heads", reads=read_heads)
 def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Do the measures order heads alike? Spearman's rank correlation, and how often the top head is the same."""
-    figure, grid = grid_of(len(studies), 2, width=3.7, height=3.1)
+    figure, grid = panels(len(studies), 2, width=3.7, height=3.1)
     tables = []
     labels = [NAMES[m].replace("\n", " ") for m in AGREEING]
     for row, study, key in with_chosen(studies, "concat"):
         for other in study.of_kind("concat"):
             one = study.dataset("measures", other)[["rank_correlation", "top_agreement"]]
-            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=other))
+            tables.append(identified(long(one), study, other))
         if key is None:
             for axis in grid[row]:
-                nothing(axis, "no dictionary of all heads")
+                empty_panel(axis, "no dictionary of all heads")
             continue
         held = study.dataset("measures", key)
         chance = held.attrs["chance_of_top"]
@@ -104,8 +107,7 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 )
             axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
             axis.set_yticks(range(len(labels)), labels)
-            axis.spines[:].set_visible(False)
-            axis.tick_params(length=0)
+            matrix_axis(axis)
             axis.set_title(title)
             figure.colorbar(image, ax=axis, shrink=0.75)
         grid[row][1].set_yticks([])
@@ -114,20 +116,21 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     return figure, concat(tables)
 
 
+@figure("heads_decomposition", stage="heads", reads=read_heads)
 def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Residual against number of atoms by method, in the heads' own dictionaries and in both nulls; above each latent's
     top head, below all heads at once. Lines are medians over latents, bands quartiles."""
     parts = {"top_head": "top head's part", "all_heads": "all heads at once"}
-    figure, grid = grid_of(2 * len(studies), len(METHODS), width=2.0, height=2.1, sharex=True, sharey=True)
+    figure, grid = panels(2 * len(studies), len(METHODS), width=2.0, height=2.1, sharex=True, sharey=True)
     tables = []
     for row, study, key in with_chosen(studies, "concat"):
         decomposed = [k for k in study.of_kind("concat") if "best_cosine" in study.summary["dictionaries"][k]]
-        tables += [study.table("curves", k).assign(study=study.key, dictionary_key=k) for k in decomposed]
+        tables += [identified(study.table("curves", k), study, k) for k in decomposed]
         for offset, (of, name) in enumerate(parts.items()):
             line = grid[2 * row + offset]
             if key not in decomposed:
                 for axis in line:
-                    nothing(axis, "nothing decomposed")
+                    empty_panel(axis, "nothing decomposed")
                 continue
             held = study.table("curves", key)
             for axis, method in zip(line, METHODS, strict=True):
@@ -147,21 +150,22 @@ def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         Line2D([], [], color=NULL if d == "random" else COLOURS[i], marker=MARKERS[i], label=label)
         for i, (d, label) in enumerate(DICTIONARIES.items())
     ]
-    legend(figure, handles)
+    legend_below(figure, handles)
     return figure, concat(tables)
 
 
+@figure("heads_agreement", stage="heads", reads=read_heads)
 def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Do a latent and the atoms that it decomposes into fire alike? By order of the atom, beside the average atom of
     its head and the best of all."""
-    figure, grid = grid_of(len(studies), 2, width=3.2)
+    figure, grid = panels(len(studies), 2, width=3.2)
     tables = []
     for row, study, key in with_chosen(studies, "concat"):
         decomposed = [k for k in study.of_kind("concat") if "best_cosine" in study.summary["dictionaries"][k]]
-        tables += [study.table("agreement", k).assign(study=study.key, dictionary_key=k) for k in decomposed]
+        tables += [identified(study.table("agreement", k), study, k) for k in decomposed]
         if key not in decomposed:
             for axis in grid[row]:
-                nothing(axis, "nothing decomposed")
+                empty_panel(axis, "nothing decomposed")
             continue
         held = study.table("agreement", key)
         for axis, name, label in zip(
@@ -183,11 +187,11 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set_ylim(min(0.0, float(by_rank.min().min())), None)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3)
+    legend_below(figure, labelled(figure.axes[:1]), columns=3)
     return figure, concat(tables)
 
 
+@figure("heads_attribution", stage="heads", reads=read_heads)
 def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Direct feature attribution of the latents shown in the dashboards, at their strongest tokens: what each head
     gives to each latent, and from how far back."""
@@ -198,7 +202,7 @@ def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     for row, study, key in with_chosen(studies, "concat"):
         left, right = grid[row]
         if key is None or not study.file("attribution.parquet", key).is_file():
-            nothing(left, "nothing attributed")
+            empty_panel(left, "nothing attributed")
             right.set_axis_off()
             continue
         held = study.table("attribution", key)
@@ -215,8 +219,8 @@ def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         figure.colorbar(image, ax=left)
         distance = _by_distance(held)
         tables += [
-            by_head.rename("value").reset_index().assign(study=study.key, of="head"),
-            distance.assign(study=study.key, of="distance"),
+            identified(by_head.rename("value").reset_index().assign(of="head"), study, key),
+            identified(distance.assign(of="distance"), study, key),
         ]
         names = list(dict.fromkeys(distance["distance"]))
         bottom = np.zeros(len(names))

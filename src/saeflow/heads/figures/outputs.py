@@ -9,20 +9,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from saeflow.figures.palette import COLOURS
+from saeflow.figures.axes import empty_panel, labelled, legend_below, panels
+from saeflow.figures.registry import figure
+from saeflow.figures.style import COLOURS, colours
 from saeflow.heads.cross_terms import MODEL, NO_HEADS
-from saeflow.heads.folder import HeadStudy
-from saeflow.heads.plotting import (
+from saeflow.heads.figures.shared import (
     NULL,
-    colours,
     concat,
-    grid_of,
     head_legend,
-    legend,
-    nothing,
+    identified,
+    long,
     pair_names,
+    read_heads,
     with_chosen,
 )
+from saeflow.heads.folder import HeadStudy
 
 WAYS = {
     "orthogonal": "heads made orthogonal",
@@ -32,10 +33,11 @@ WAYS = {
 BOX = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
+@figure("heads_norms", stage="heads", reads=read_heads)
 def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Norms of decoder rows as trained, by head, one panel a dictionary; folded, all of them are 1."""
     most = max((len(study.of_kind("heads")) for study in studies), default=0)
-    figure, grid = grid_of(len(studies), min(4, max(1, most)), sharex="row")
+    figure, grid = panels(len(studies), min(4, max(1, most)), sharex="row")
     tables = []
     for line, study in zip(grid, studies, strict=True):
         keys = study.of_kind("heads")
@@ -52,25 +54,26 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.says(key)}")
         line[0].set_ylabel("latents of a head")
         for key, one in held.items():
-            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=key))
+            tables.append(identified(long(one), study, key))
     figure.tight_layout()
     folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
     head_legend(figure, studies, folded)
     return figure, concat(tables)
 
 
+@figure("heads_spectra", stage="heads", reads=read_heads)
 def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Singular values of D_h, W_O[h] and D_h W_O[h] over the largest of each, by head."""
     titles = {"D": "dictionary D", "W_O": "output weights W_O", "D_W_O": "D W_O: atoms in the stream"}
-    figure, grid = grid_of(len(studies), 3, sharey="row")
+    figure, grid = panels(len(studies), 3, sharey="row")
     tables = []
     for row, study, key in with_chosen(studies, "heads"):
         for other in study.of_kind("heads"):
             one = study.dataset("spectra", other)
-            tables.append(one.to_dataframe().reset_index().assign(study=study.key, dictionary=other))
+            tables.append(identified(long(one), study, other))
         if key is None:
             for axis in grid[row]:
-                nothing(axis, "no dictionaries of heads")
+                empty_panel(axis, "no dictionaries of heads")
             continue
         held = study.dataset("spectra", key)
         lowest = 1.0
@@ -91,9 +94,10 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     return figure, concat(tables)
 
 
+@figure("heads_angles", stage="heads", reads=read_heads)
 def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Principal angles between the row spaces of W_O of every two heads, and of random subspaces."""
-    figure, grid = grid_of(1, max(1, len(studies)), width=3.2)
+    figure, grid = panels(1, max(1, len(studies)), width=3.2)
     tables = []
     for axis, study in zip(grid[0], studies, strict=True):
         held = study.dataset("angles")
@@ -107,11 +111,12 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         axis.plot([], [], color=NULL, label="random subspaces")
         axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
         axis.legend(loc="lower left")
-        tables.append(held.to_dataframe().reset_index().assign(study=study.key))
+        tables.append(identified(long(held), study))
     figure.tight_layout()
     return figure, concat(tables)
 
 
+@figure("heads_cosines", stage="heads", reads=read_heads)
 def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """The notebook's line and box: cosine of two heads' outputs by position in one text and over all, and its spread
     over all texts for every pair, beside randomly rotated heads."""
@@ -165,25 +170,26 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         low, high = left.get_ylim()
         left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
         columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
-        tables.append(held[columns].to_dataframe().reset_index().assign(study=study.key))
+        tables.append(identified(long(held[columns]), study))
     figure.tight_layout()
     return figure, concat(tables)
 
 
+@figure("heads_cross_terms", stage="heads", reads=read_heads)
 def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """CE increase when cross terms between heads are removed, beside a random change of the same size; one panel the
     model's own heads, one the reconstructions of a dictionary of heads."""
-    figure, grid = grid_of(len(studies), 2, width=3.6, height=1.9, sharey=True)
+    figure, grid = panels(len(studies), 2, width=3.6, height=1.9, sharey=True)
     tables = []
     for row, study, key in with_chosen(studies, "heads"):
         table = study.table("cross_terms")
-        tables.append(table.assign(study=study.key))
+        tables.append(identified(table, study))
         for axis, source in zip(grid[row], (MODEL, key), strict=True):
             mine = table[table["source"] == source]
             if mine.empty:
-                nothing(axis, "no dictionaries of heads")
+                empty_panel(axis, "no dictionaries of heads")
                 continue
-            whole = float(mine.loc[mine["way"] == NO_HEADS, "ce_increase"].iloc[0])
+            zeroed = float(mine.loc[mine["way"] == NO_HEADS, "ce_increase"].iloc[0])
             for control, marker, colour, label, offset in (
                 (False, "o", COLOURS[1], "cross terms removed", 0.12),
                 (True, "s", NULL, "random change of that size", -0.12),
@@ -194,23 +200,21 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 axis.errorbar(rows["ce_increase"], y, xerr=ends, fmt=marker, color=colour, label=label, capsize=2)
             axis.axvline(0, color="0.35", linewidth=0.8)
             axis.set_xscale("symlog", linthresh=1e-3)
-            axis.axvline(whole, color="0.35", linestyle=":", linewidth=1)
+            axis.axvline(zeroed, color="0.35", linestyle=":", linewidth=1)
             axis.set_xticks([-1e-3, 0, 1e-3, 1e-2, 1e-1, 1], ["-0.001", "0", "0.001", "0.01", "0.1", "1"])
-            axis.set_xlim(-2e-3, 2 * max(whole, 0.1))
+            axis.set_xlim(-2e-3, 2 * max(zeroed, 0.1))
             axis.set(xlabel="increase in CE loss (nats per token)")
             of = "the model's heads" if source == MODEL else study.says(str(source))
             axis.set_title(f"{study.name}: {of}")
         grid[row][0].set_yticks(range(len(WAYS)), list(WAYS.values())[::-1])
         grid[row][0].set_ylim(-0.5, len(WAYS) - 0.5)
     figure.tight_layout()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    dotted = Line2D([], [], color="0.35", linestyle=":", label="all heads set to 0")
-    figure.legend(
-        [*handles, dotted], [*labels, "all heads set to 0"], loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3
-    )
+    dotted = Line2D([], [], color="0.35", linestyle=":")
+    legend_below(figure, labelled(figure.axes[:1]) | {"all heads set to 0": dotted}, columns=3)
     return figure, concat(tables)
 
 
+@figure("heads_interference", stage="heads", reads=read_heads)
 def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Cosines between lifted atoms of different heads: of all pairs, weighted by how they fire together, and with heads
     rotated; and by pair of heads what interference adds up to."""
@@ -223,10 +227,10 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     for row, study, key in with_chosen(studies, "heads"):
         for other in study.of_kind("heads"):
             sums = study.dataset("interference", other).drop_dims("bin")
-            tables.append(sums.to_dataframe().reset_index().assign(study=study.key, dictionary=other))
+            tables.append(identified(long(sums), study, other))
         left, right = grid[row]
         if key is None:
-            nothing(left, "no dictionaries of heads")
+            empty_panel(left, "no dictionaries of heads")
             right.set_axis_off()
             continue
         held = study.dataset("interference", key)
@@ -256,5 +260,5 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         right.set(xlabel="pair of heads", ylabel="mean cosine,\nweighted by co-activation")
     figure.tight_layout()
     handles: list[Any] = [Patch(color=c, label=label) for c, label in ((COLOURS[1], "heads"), (NULL, "rotated heads"))]
-    legend(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
+    legend_below(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
     return figure, concat(tables)

@@ -13,19 +13,15 @@ from tests.jacobians.test_study import IN, OUT, make_job, topk_sae
 
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.figures.figures import Tables, draw
-from saeflow.jacobians.figures import (
-    FIGURES,
-    Studies,
-    arm,
-    jacobian_pareto,
-    jacobian_sweep,
-    jacobian_thresholds,
-    read_histograms,
-    read_studies,
-)
+from saeflow.figures.job import draw_figure
+from saeflow.figures.registry import declared, find
+from saeflow.jacobians.figures.distributions import jacobian_thresholds
+from saeflow.jacobians.figures.measures import jacobian_pareto, jacobian_sweep
+from saeflow.jacobians.figures.studies import Studies, control, read_histograms, read_studies
 from saeflow.jacobians.study import jacobian_job
 
+FIGURES = [name for name, one in declared().items() if one.stage == "jacobian" and name != "jacobian_histogram"]
+IDENTITY = ["panel", "jacobian_coefficient", "seed", "jacobian_key"]
 COEFFICIENTS = {"baseline": 0.0, "sparse": 0.25}
 
 
@@ -61,18 +57,20 @@ def studies(folders: list[Path], evaluations: pd.DataFrame) -> Studies:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_has_its_table_and_is_deterministic(name: str, studies: Studies, tmp_path: Path) -> None:
-    tables = Tables(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), studies)
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        draw(name, tables, folder)
+        draw_figure(name, studies, folder)
     for kind in ("png", "pdf", "csv"):
         first, second = ((tmp_path / f / f"{name}.{kind}").read_bytes() for f in "ab")
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     if name == "jacobian_reproduction":
         assert {"ours, layer 1, λ = 0", "ours, layer 1, λ = 0.25"} < set(table["study"])
+        assert list(table)[:3] == ["source", "control", "study"] and len(table.columns) == 11
         return
     assert set(table["jacobian_coefficient"]) == {0.0, 0.25}
+    first = ["layer", *IDENTITY] if name in ("jacobian_sweep", "jacobian_layers") else IDENTITY
+    assert list(table)[: len(first)] == first and len(table.columns) <= len(first) + 6 * 3  # measures with intervals
 
 
 def test_bars_are_the_stages_own_numbers(studies: Studies, folders: list[Path]) -> None:
@@ -121,7 +119,7 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
     figure, _ = jacobian_thresholds(studies)
     assert [axis.get_title() for axis in figure.axes[:3]] == list(dict.fromkeys(studies.summaries["panel"]))
     for name in FIGURES:
-        FIGURES[name](studies)
+        find(name).draw(studies)
 
 
 def test_pareto_takes_each_sides_evaluation(folders: list[Path]) -> None:
@@ -134,8 +132,12 @@ def test_pareto_takes_each_sides_evaluation(folders: list[Path]) -> None:
     assert table["loss_recovered_zero_output"].tolist() == [0.35, 0.35]
 
 
-def test_histograms_are_labelled(folders: list[Path]) -> None:
+def test_histograms_are_labelled(folders: list[Path], tmp_path: Path) -> None:
     table = read_histograms(folders)
+    draw_figure("jacobian_histogram", table, tmp_path)
+    counts = ["count_per_token", "count_low", "count_high", "above_per_token", "above_low", "above_high"]
+    drawn = pd.read_csv(tmp_path / "jacobian_histogram.csv")
+    assert list(drawn) == ["label", "jacobian_key", "bin_left", "bin_right", *counts] and len(drawn) == 400
     assert table.groupby("jacobian_key").size().tolist() == [200, 200]
     assert table.set_index("jacobian_key")["label"]["sparse"].unique().tolist() == [
         "layer 1, ln2.normalized → mlp_out, k = 6, λ = 0.25, trained model"
@@ -143,6 +145,6 @@ def test_histograms_are_labelled(folders: list[Path]) -> None:
     assert read_histograms([]).empty
 
 
-def test_arms_are_named() -> None:
-    assert arm({}) == "trained model"
-    assert arm({"randomise": "permuted", "randomise_seed": 4}) == "permuted model"
+def test_controls_are_named() -> None:
+    assert control({}) == "trained model"
+    assert control({"randomise": "permuted", "randomise_seed": 4}) == "permuted model"

@@ -1,0 +1,68 @@
+"""How figures name dictionaries: by kind (their series), by where they write (their place), by how sparse they are."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KINDS = {
+    ("sae", "topk"): "TopK SAE",
+    ("sae", "relu"): "ReLU + L1 SAE",
+    ("transcoder", "topk"): "TopK transcoder",
+    ("transcoder", "relu"): "ReLU + L1 transcoder",
+    ("sae", "jumprelu"): "BatchTopK SAE",  # what it is once trained
+    ("transcoder", "jumprelu"): "BatchTopK transcoder",
+    ("heads", "topk"): "TopK SAEs by head",
+    ("heads", "relu"): "ReLU + L1 SAEs by head",
+    ("heads", "jumprelu"): "BatchTopK SAEs by head",
+}
+_AMOUNTS = {"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"}
+SERIES = (*_KINDS.values(), *(f"skip {name}" for name in _KINDS.values()))
+"""In the order of their colours; other names follow."""
+IDENTITY = ["place", "hook_name", "hook_name_out", "series", "amount_name", "amount", "seed"]
+"""The first columns of a table of dictionaries; the key follows."""
+
+
+def series_name(
+    kind: str, activation: str, skip: bool = False, saelens: object = None, source: str = "", head: int = -1
+) -> str:
+    """Name of a kind. `saelens`: the class of SAELens that trained it, if it is a text (pandas says NaN for None beside
+    names); `source`: the library that made it; `head`: the one that it is of, -1 for all."""
+    if isinstance(saelens, str):
+        return f"SAELens {saelens.replace('_', ' ')}"
+    name = _KINDS.get((kind, activation.replace("batchtopk", "jumprelu")), "SAELens SAE")
+    if source:  # made elsewhere, where what is a JumpReLU here may not have been a BatchTopK
+        return f"{source} ({name.replace('BatchTopK', 'JumpReLU')})"
+    return ("skip " if skip else "") + name + (" of one head" if head >= 0 else "")
+
+
+def amount_name(name: str) -> str:
+    return _AMOUNTS.get(name, name.replace("_", " "))
+
+
+def hook_title(hook_name: str) -> str:
+    """`blocks.2.hook_mlp_out` as `layer 2, mlp_out`."""
+    parts = hook_name.split(".")
+    name = ".".join(parts[2:]).replace("hook_", "")
+    return f"layer {parts[1]}, {name}" if parts[0] == "blocks" else hook_name
+
+
+def place_name(hook_name: str, head: int = -1) -> str:
+    """Where a dictionary writes, or reads, as a title."""
+    return hook_title(hook_name) + (f", head {head}" if head >= 0 else "")
+
+
+def with_names(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Adds `head` (-1: all), `place` and `series` to a table of dictionaries, and names its amounts for people."""
+    head = table["hook_head_index"].fillna(-1).astype(int) if "hook_head_index" in table else -1
+    table = table.assign(head=head)
+    table["place"] = [place_name(*row) for row in zip(table["hook_name_out"], table["head"], strict=True)]
+    columns = (table[c] for c in ("kind", "activation", "skip", "saelens", "source", "head"))
+    table["series"] = [series_name(*row) for row in zip(*columns, strict=True)]
+    if "sparsity" in table:  # said where it is what tells two apart
+        for name, rows in table.groupby("series"):
+            if rows["sparsity"].nunique() > 1:
+                unit_norm = rows.index[rows["sparsity"] == "unit_norm"]
+                table.loc[unit_norm, "series"] = f"{name}, unit norm"
+    table["amount_name"] = table["amount_name"].map(amount_name)
+    return table

@@ -1,0 +1,81 @@
+"""Axes, grids of panels and legends that figures of several stages share."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+PANELS_BESIDE = 4
+
+
+def log_axis(axis: Axes, which: str) -> None:
+    """A log scale that says 0.2 and 50 rather than powers of ten: the ranges are short."""
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def wrapped_panels(n: int, width: float, height: float, least_width: float) -> tuple[Figure, np.ndarray]:
+    """A grid with room for n panels, at most four beside one another; those that are left over are off."""
+    columns = max(1, min(n, PANELS_BESIDE))
+    rows = max(1, math.ceil(n / columns))
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(max(least_width, width * columns), height * rows), squeeze=False
+    )
+    for axis in grid.flat[n:]:
+        axis.set_axis_off()
+    return figure, grid
+
+
+def panels(rows: int, columns: int, width: float = 2.9, height: float = 2.6, **more: Any) -> tuple[Figure, np.ndarray]:
+    """A grid of panels of one size."""
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **more)
+
+
+def empty_panel(axis: Axes, text: str) -> None:
+    """Says why there is nothing to draw."""
+    axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
+    axis.set_axis_off()
+
+
+def matrix_axis(axis: Axes) -> None:
+    """No frame and no tick marks: the cells of a matrix are frame enough."""
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def plain_table(
+    axis: Axes, cells: list[list[str]], names: list[str], widths: list[float], size: float, *, head: float, loc: str
+) -> Any:
+    """A table of text with a line below its head, whose cells are `head` times as high as the others."""
+    grid = axis.table(cells, colLabels=names, colWidths=widths, loc=loc, cellLoc="right", edges="")
+    grid.auto_set_font_size(False)
+    grid.set_fontsize(size)
+    for (line, _), cell in grid.get_celld().items():
+        cell.visible_edges = "B" if line == 0 else ""
+        cell.set_height(cell.get_height() * (head if line == 0 else 1))
+    return grid
+
+
+def labelled(axes: Iterable[Axes]) -> dict[str, Any]:
+    """What is drawn in any of them by its label, each label once."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        entries |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    return entries
+
+
+def legend_below(figure: Figure, entries: dict[str, Any] | list[Any], columns: int = 6) -> None:
+    """One legend for the whole figure, of handles by label or of handles that have their labels."""
+    if entries:
+        handles = list(entries.values()) if isinstance(entries, dict) else entries
+        labels = list(entries) if isinstance(entries, dict) else [handle.get_label() for handle in handles]
+        ncols = min(columns, len(handles))
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=ncols)

@@ -1,0 +1,191 @@
+"""Figures of how large the entries of J are: blocks of single tokens, thresholds, distributions, the mean |J|."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from saeflow.figures.axes import PANELS_BESIDE, log_axis
+from saeflow.figures.registry import figure
+from saeflow.figures.style import look
+from saeflow.jacobians.figures.series import (
+    DASHES,
+    NORMS,
+    bars,
+    by_coefficient,
+    by_panel,
+    coefficient_colours,
+    first_panel,
+    label_of,
+    legend,
+    legend_of_lines,
+    over_seeds,
+    paired_panels,
+)
+from saeflow.jacobians.figures.studies import EXAMPLE_TOKENS, Studies, read_labelled_histograms, read_pairs
+
+
+@figure("jacobian_examples", stage="jacobian", reads=read_pairs)
+def jacobian_examples(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """|J| of a few tokens, raw and divided by its own L1 and L2 norm; rows and columns of a block shuffled (seeded).
+
+    One panel's studies, at most four coefficients of them, from the baseline up.
+    """
+    chosen = first_panel(studies.summaries)
+    table = studies.of("examples")
+    table = table[table["jacobian_key"].isin(chosen["jacobian_key"])]
+    blocks: dict[tuple[str, int], np.ndarray] = {}
+    for _, study in chosen.iterrows():
+        shape = (int(study["k_out"]), int(study["k"]))
+        for token in range(EXAMPLE_TOKENS):
+            entries = table[(table["jacobian_key"] == study["jacobian_key"]) & (table["token"] == token)]
+            blocks[str(study["jacobian_key"]), token] = _shuffled(entries, shape, token)
+    norms = {"none": lambda b: 1.0, "l1": lambda b: b.sum() or 1.0, "l2": lambda b: float(np.linalg.norm(b)) or 1.0}
+    columns = [(norm, token) for norm in norms for token in range(EXAMPLE_TOKENS)]
+    figure, grid = plt.subplots(
+        len(chosen), len(columns), figsize=(0.95 * len(columns), 0.95 * len(chosen) + 0.9), squeeze=False
+    )
+    for norm, scale in norms.items():
+        mine = {at: block / scale(block) for at, block in blocks.items()}
+        top = max(float(np.quantile(block, 0.995)) for block in mine.values())
+        places = [n for n, (name, _) in enumerate(columns) if name == norm]
+        for line, key in zip(grid, chosen["jacobian_key"], strict=True):
+            for place in places:
+                block = mine[str(key), columns[place][1]]
+                image = line[place].imshow(block, cmap="magma_r", vmin=0, vmax=top, interpolation="nearest")
+        axes = [line[place] for line in grid for place in places]
+        bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.9, pad=0.04, aspect=30, extend="max")
+        bar.set_label(NORMS[norm])
+    for axis in grid.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for side in axis.spines.values():
+            side.set(visible=True, linewidth=0.4)
+    for line, coefficient in zip(grid, chosen["jacobian_coefficient"], strict=True):
+        line[0].set_ylabel(label_of(coefficient).replace(" (", "\n("), fontsize=7)
+    for axis, (_, token) in zip(grid[0], columns, strict=True):
+        axis.set_title(f"token {token + 1}")
+    figure.suptitle(chosen["panel"].iloc[0], y=1.0)
+    return figure, table
+
+
+def _shuffled(entries: pd.DataFrame, shape: tuple[int, int], seed: int) -> np.ndarray:
+    """|J| of a token (k_out, k_in) with rows and columns in random order; latents at 0 have no entries."""
+    block = np.zeros(shape)
+    outputs, inputs = (np.unique(entries[c], return_inverse=True)[1] for c in ("output", "input"))
+    block[outputs, inputs] = entries["jacobian"].abs()
+    rng = np.random.default_rng(seed)
+    return block[rng.permutation(shape[0])][:, rng.permutation(shape[1])]
+
+
+@figure("jacobian_thresholds", stage="jacobian", reads=read_pairs)
+def jacobian_thresholds(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """Share of a token's active entries above thresholds, with intervals over documents: of |J|, as in the paper, and
+    in units of the RMS of the token's own block, which does not change when J is scaled."""
+    table = studies.of("thresholds")
+    colours = coefficient_colours(table)
+    panels = by_panel(table)
+    figure, columns = paired_panels(len(panels))
+    for place, ((panel, mine), column) in enumerate(zip(panels, columns, strict=True)):
+        for axis, norm in zip(column, ("none", "rms"), strict=True):
+            here = mine[mine["normalisation"] == norm]
+            series = {c: over_seeds(one, "threshold", "fraction") for c, one in by_coefficient(here)}
+            bars(axis, [f"{t:g}" for t in sorted(here["threshold"].unique())], series, colours)
+            axis.set_xlabel("threshold of " + NORMS[norm])
+            axis.set(ylim=(0, 105), ylabel="entries above it (%)" if place % PANELS_BESIDE == 0 else "")
+        column[0].set_title(panel)
+    figure.tight_layout()
+    legend(figure, figure.axes)
+    return figure, table
+
+
+@figure("jacobian_distribution", stage="jacobian", reads=read_pairs)
+def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """Histogram and CDF of |J|: as it is on a linear and a logarithmic axis, and divided by its token's RMS.
+
+    Drawn is the panel with the most coefficients, as curves of several hide each other; the data have all.
+    """
+    linear, logarithmic = studies.of("histogram"), studies.of("log_histogram")
+    entries = studies.summaries.set_index("jacobian_key")["entries_per_token"]
+    scale = 100 / linear["jacobian_key"].map(entries)
+    for name in ("count_per_token", "above_per_token"):
+        linear[name] *= scale
+    data = logarithmic[logarithmic["fraction"] > 0]
+    panel, logarithmic = max(by_panel(logarithmic), key=lambda one: one[1]["jacobian_coefficient"].nunique())
+    linear = linear[linear["panel"] == panel]
+    linear = linear.rename(columns={"count_low": "count_per_token_low", "count_high": "count_per_token_high"})
+    linear = linear.rename(columns={"above_low": "above_per_token_low", "above_high": "above_per_token_high"})
+    colours = coefficient_colours(logarithmic)
+    figure, grid = plt.subplots(2, 3, figsize=(8.2, 4.6), sharex="col")
+    for coefficient, colour in colours.items():
+        here = linear[linear["jacobian_coefficient"] == coefficient]
+        counts, above = (over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
+        grid[0][0].plot(counts["bin_left"], counts["value"], color=colour)
+        grid[1][0].plot(above["bin_left"], 100 - above["value"], color=colour)
+        for place, norm in ((1, "none"), (2, "rms")):
+            mine = logarithmic["jacobian_coefficient"] == coefficient
+            here = logarithmic[mine & (logarithmic["normalisation"] == norm)]
+            for axis, name in zip(grid[:, place], ("fraction", "cdf"), strict=True):
+                curve = over_seeds(here, "bin_right", name)
+                axis.plot(curve["bin_right"], 100 * curve["value"], color=colour)
+                low, high = 100 * curve["low"], 100 * curve["high"]
+                axis.fill_between(curve["bin_right"], low, high, color=colour, alpha=0.2, lw=0)
+    used = logarithmic[logarithmic["fraction"] > 1e-4]
+    for place, norm in ((1, "none"), (2, "rms")):
+        mine_used = used[used["normalisation"] == norm]
+        for axis in grid[:, place]:
+            axis.set(xscale="log", xlim=(mine_used["bin_left"].min(), mine_used["bin_right"].max()))
+    grid[0][0].set(yscale="log", ylabel="entries (% per bin)", xlim=(0, linear["bin_right"].max()))
+    grid[0][1].set_ylabel("entries (% per 1/32 decade)")
+    grid[1][0].set_ylabel("entries at most that large (%)")
+    for axis, norm in zip(grid[1], ("none", "none", "rms"), strict=True):
+        axis.set_xlabel(NORMS[norm])
+    figure.suptitle(panel)
+    figure.tight_layout(w_pad=1.5)
+    legend_of_lines(figure, colours, [panel])
+    return figure, data
+
+
+@figure("jacobian_global", stage="jacobian", reads=read_pairs)
+def jacobian_global(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """The n x n mean |J|: how many entries exceed a threshold, and how many inputs an output latent needs for 90 %."""
+    table, outputs = studies.of("global_exceedance"), studies.of("outputs")
+    colours = coefficient_colours(table)
+    panels = [name for name, _ in by_panel(table)]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8.2, 2.7))
+    series = [(panel, c, rows) for panel, mine in by_panel(table) for c, rows in by_coefficient(mine)]
+    for panel, coefficient, rows in series:
+        dashes, colour = DASHES[panels.index(panel) % len(DASHES)], colours[coefficient]
+        for axis, convention in ((left, "active"), (middle, "all")):
+            fraction = rows[rows["convention"] == convention].groupby("threshold")["fraction"].mean()
+            shown = fraction[fraction > 0]
+            axis.plot(shown.index, 100 * shown, dashes, color=colour)
+        mine = outputs[(outputs["panel"] == panel) & (outputs["jacobian_coefficient"] == coefficient)]
+        needed = np.sort(mine["inputs_for_90_percent"])
+        right.plot(needed, 100 * np.arange(1, len(needed) + 1) / len(needed), dashes, color=colour)
+    for axis, over in ((left, "tokens with the output active"), (middle, "all tokens")):
+        axis.set(xscale="log", yscale="log", xlabel="threshold of mean |J|", title=f"mean over {over}")
+        axis.set_ylabel("entries of n × n above it (%)" if axis is left else "")
+    right.set(xscale="log", xlabel="inputs for 90 % of Σ|J|", ylabel="output latents (%)", title="per output latent")
+    figure.tight_layout()
+    legend_of_lines(figure, colours, panels)
+    return figure, table
+
+
+@figure("jacobian_histogram", stage="jacobian", reads=read_labelled_histograms)
+def jacobian_histogram(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """|J| over the active k×k entries of a token (notebook 000): histogram, and how many entries exceed a threshold."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 2.8))
+    for i, (_, rows) in enumerate(table.groupby("jacobian_key", sort=True)):
+        edges = np.append(rows["bin_left"], rows["bin_right"].iloc[-1])
+        colour, _ = look(i)
+        left.stairs(rows["count_per_token"], edges, color=colour, label=rows["label"].iloc[0])
+        right.plot(rows["bin_left"], rows["above_per_token"], color=colour)
+    left.set(xlabel="|J|", ylabel="entries per token and bin")
+    right.set(xlabel="threshold", ylabel="entries per token\nwith |J| above it")
+    for axis in (left, right):
+        log_axis(axis, "y")
+    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02))
+    counts = ["count_per_token", "count_low", "count_high", "above_per_token", "above_low", "above_high"]
+    return figure, table[["label", "jacobian_key", "bin_left", "bin_right", *counts]]

@@ -1,0 +1,178 @@
+"""Figures of what J comes to over a study: its measures by coefficient and layer, their price, the paper's numbers."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from saeflow.figures.axes import plain_table
+from saeflow.figures.registry import figure
+from saeflow.figures.style import MARKERS, sequence
+from saeflow.jacobians.figures.series import (
+    DASHES,
+    by_coefficient,
+    by_panel,
+    coefficient_colours,
+    label_of,
+    legend,
+    legend_of_lines,
+    over_seeds,
+)
+from saeflow.jacobians.figures.studies import FAITHFULNESS, IDENTITY, Studies, read_pairs
+
+
+@figure("jacobian_sweep", stage="jacobian", reads=read_pairs)
+def jacobian_sweep(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """Sizes and scale-free measures of J by the Jacobian coefficient, with intervals over documents."""
+    table = studies.summaries
+    panels = by_panel(table)
+    colours = sequence(len(panels), 0.15, 0.75)
+    series = [
+        (panel, rows, colour, DASHES[n % len(DASHES)])
+        for n, ((panel, rows), colour) in enumerate(zip(panels, colours, strict=True))
+    ]
+    return _measures(table, "jacobian_coefficient", "Jacobian coefficient λ", series)
+
+
+@figure("jacobian_layers", stage="jacobian", reads=read_pairs)
+def jacobian_layers(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """Sizes and scale-free measures of J by layer, one line a Jacobian coefficient."""
+    table = studies.summaries
+    rest = table["panel"].str.replace(r"layer \d+(, )?", "", regex=True)
+    series = []
+    for n, panel in enumerate(rest.unique()):
+        for coefficient, rows in by_coefficient(table[rest == panel]):
+            if rows["layer"].nunique() == 1 < table["layer"].nunique():
+                continue  # no line by layer
+            label = ", ".join(part for part in (label_of(coefficient), panel) if part)
+            series.append((label, rows, coefficient_colours(table)[coefficient], DASHES[n % len(DASHES)]))
+    return _measures(table, "layer", "layer", series)
+
+
+_MEASURES = {
+    "mean_absolute": "mean |J|",
+    "fraction_above_0.01": "share of |J| > 0.01",
+    "kurtosis": "kurtosis",
+    "hoyer": "Hoyer sparsity",
+    "gini": "Gini coefficient",
+    "effective_inputs": "effective inputs per output",
+}
+
+
+def _measures(
+    table: pd.DataFrame, by: str, label: str, series: list[tuple[str, pd.DataFrame, Any, str]]
+) -> tuple[Figure, pd.DataFrame]:
+    """A panel a measure, its values at equal steps along `by`; `series`: label, rows, colour and dashes."""
+    measures = {name: text for name, text in _MEASURES.items() if name in table}  # thresholds are configured
+    values = sorted(table[by].unique())
+    figure, grid = plt.subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
+    for axis, (name, text) in zip(grid.flat, measures.items(), strict=False):
+        for n, (title, rows, colour, dashes) in enumerate(series):
+            curve = over_seeds(rows, by, name)
+            errors = np.nan_to_num(np.maximum([curve["value"] - curve["low"], curve["high"] - curve["value"]], 0))
+            look = {"marker": MARKERS[n % len(MARKERS)], "linestyle": dashes, "color": colour, "capsize": 2}
+            axis.errorbar([values.index(v) for v in curve[by]], curve["value"], errors, label=title or "pair", **look)
+        axis.set(ylabel=text)
+        if name == "kurtosis":
+            axis.set_yscale("log")
+        axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
+    for axis in grid[1]:
+        axis.set_xlabel(label)
+    figure.tight_layout()
+    if len(series) > 1:
+        legend(figure, grid[0][:1], columns=3)
+    ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
+    return figure, table[["layer", *IDENTITY, *ends]]
+
+
+@figure("jacobian_pareto", stage="jacobian", reads=read_pairs)
+def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """What sparsity costs: explained variance and recovered loss of both SAEs of a pair against the sparsity of J;
+    points are Jacobian coefficients."""
+    table = studies.summaries
+    colours = coefficient_colours(table)
+    measures = {"fraction_above_0.01": "share of |J| > 0.01", "effective_inputs": "effective inputs per output"}
+    measures = {name: label for name, label in (measures | {"hoyer": "Hoyer sparsity"}).items() if name in table}
+    figure, grid = plt.subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
+    for axis, label in zip(grid[-1], measures.values(), strict=True):
+        axis.set_xlabel(label)
+    for (score, name), line in zip(FAITHFULNESS.items(), grid, strict=True):
+        for axis, measure in zip(line, measures, strict=True):
+            for n, (_, rows) in enumerate(by_panel(table)):
+                for side, marker in (("input", "o"), ("output", "s")):
+                    points = rows.groupby("jacobian_coefficient")[[measure, f"{score}_{side}"]].mean()
+                    x, y = points[measure], points[f"{score}_{side}"]
+                    axis.plot(x, y, DASHES[n % len(DASHES)], color="0.6", marker=marker, mfc="none", zorder=1)
+                    axis.scatter(x, y, c=[colours[c] for c in points.index], marker=marker, s=22, zorder=2)
+        line[0].set_ylabel(name)
+    figure.tight_layout()
+    sides = [
+        Line2D([], [], color="0.6", marker=marker, mfc="none", linestyle="", label=f"{side} SAE")
+        for side, marker in (("input", "o"), ("output", "s"))
+    ]
+    legend_of_lines(figure, colours, [name for name, _ in by_panel(table)], sides)
+    scores = [f"{score}_{side}" for score in FAITHFULNESS for side in ("input", "output")]
+    return figure, table[[*IDENTITY, *measures, *scores]]
+
+
+_COMPARED = {
+    "fraction_above_0.005": "|J| > 0.005 (%)",
+    "fraction_above_0.01": "|J| > 0.01 (%)",
+    "fraction_above_0.015": "|J| > 0.015 (%)",
+    "fraction_above_0.02": "|J| > 0.02 (%)",
+    "absolute_linear": "linear functions (%)",
+    "absolute_jumprelu": "JumpReLU-like (%)",
+    "absolute_other": "other (%)",
+    "on_line": "|J + Δ| < 0.1 (%)",
+}
+_PAPER = {  # model or control, study: the same measures in percent; of its figures 2, 6 and 7 and its notebooks
+    ("trained model", "Pythia-410m layer 15, λ = 0"): (77.1, 58.3, 44.0, 33.4, 74.6, 17.6, 7.7, None),
+    ("trained model", "Pythia-410m layer 15, λ = 0.5"): (16.5, 6.2, 3.2, 1.9, 88.3, 9.5, 2.2, 97.7),
+    ("trained model", "Pythia-70m layer 3, λ = 0"): (83.5, 68.8, 56.8, 47.1, 71.9, 14.5, 13.6, None),
+    ("trained model", "Pythia-70m layer 3, λ = 1"): (22.8, 11.3, 7.1, 4.9, 86.8, 10.4, 2.8, 97.5),
+    ("re-initialised model", "Pythia-410m layer 15, λ = 0"): (92.1, 84.4, 77.0, 69.9, None, None, None, None),
+    ("re-initialised model", "Pythia-410m layer 15, λ = 0.5"): (42.1, 22.5, 14.1, 9.7, None, None, None, None),
+    ("re-initialised model", "Pythia-70m layer 3, λ = 0"): (93.4, 86.9, 80.5, 74.3, None, None, None, None),
+    ("re-initialised model", "Pythia-70m layer 3, λ = 1"): (55.7, 33.6, 21.9, 15.1, None, None, None, None),
+}
+
+
+@figure("jacobian_reproduction", stage="jacobian", reads=read_pairs)
+def jacobian_reproduction(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+    """The paper's numbers beside ours: every study with the L1 penalty, means over seeds.
+
+    arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, position 0 left out, taken at the true input;
+    its trained models' weights were folded for the analysis and not for the training, its random models' were not.
+    """
+    rows: list[dict[str, Any]] = [
+        {"source": "paper", "control": control, "study": study} | dict(zip(_COMPARED, values, strict=True))
+        for (control, study), values in _PAPER.items()
+    ]
+    ours = studies.summaries[studies.summaries["jacobian_penalty"] == "l1"]
+    held = [name for name in _COMPARED if name in ours]  # thresholds are configured
+    for (kind, layer, coefficient), mine in ours.groupby(["control", "layer", "jacobian_coefficient"]):
+        study = f"ours, layer {layer}, λ = {coefficient:g}"
+        values = {name: 100 * mine[name].mean() for name in held}
+        rows.append({"source": "ours", "control": kind, "study": study} | values)
+    order = list(dict.fromkeys(row["control"] for row in rows))
+    table = pd.DataFrame(rows).sort_values("control", key=lambda column: column.map(order.index), kind="stable")
+    cells = [
+        [row["control"], row["study"], *("" if pd.isna(row.get(name)) else f"{row[name]:.1f}" for name in _COMPARED)]
+        for row in table.to_dict("records")
+    ]
+    figure, axis = plt.subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
+    axis.set_axis_off()
+    names = [
+        "language model",
+        "study",
+        *(text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()),
+    ]
+    widths = [0.21, 0.27, *[0.075] * len(_COMPARED)]
+    grid = plain_table(axis, cells, names, widths, 6.5, head=1.9, loc="center")
+    for (_, column), cell in grid.get_celld().items():
+        if column < 2:
+            cell.set_text_props(ha="left")
+    return figure, table
