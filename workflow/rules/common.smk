@@ -57,9 +57,9 @@ def resources_of_key(stage):
     return {unit: of_key(lambda key, unit=unit: resources(PLAN, stage, [key]).get(unit)) for unit in units}
 
 
-def job(stage):
-    """Command line of a stage's jobs."""
-    return (
-        f"{RUN}/job.py {stage} --plan {PLAN_FILE} {{params.select}}"
-        " --device {resources.device} --threads {threads} --log {log:q}"
-    )
+# Command line of every stage's jobs. Shell lines are put together when a job starts, when loops over stages have long
+# ended: so the stage is a resource, which, unlike a parameter, is never a reason to rerun.
+JOB = (
+    f"{RUN}/job.py {{resources.stage}} --plan {PLAN_FILE} {{params.select}}"
+    " --device {resources.device} --threads {threads} --log {log:q}"
+)

@@ -30,4 +30,4 @@ for key, instance in PLAN.stages["figures"].items():
             select=key_options([key]),
             config=PLAN.param("figures", key),
         shell:
-            job("figures")
+            JOB

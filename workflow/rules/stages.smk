@@ -21,7 +21,7 @@ for STAGE in stages().values():
                 select=key_options(batch),
                 config=PLAN.param(STAGE.name, *batch),
             shell:
-                job(STAGE.name)
+                JOB
 
 
 # Elsewhere every artifact has a job of its own. Figures have a rule that puts them into the report.
@@ -46,7 +46,7 @@ for STAGE in stages().values():
                 select=of_key(lambda key: key_options([key])),
                 config=of_key(partial(PLAN.param, STAGE.name)),
             shell:
-                job(STAGE.name)
+                JOB
 
 
 # snakemake jacobian_tables, snakemake heads_tables: the numbers of every study of the plan, on the terminal.

@@ -60,9 +60,9 @@ def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str
 
 
 def resources(plan: Plan, name: str, keys: Sequence[str]) -> dict[str, Any]:
-    """Device, `gpu`, `mem_mb` and `runtime` of the job that makes `keys`: never a reason to rerun."""
+    """Stage, device, `gpu`, `mem_mb` and `runtime` of the job that makes `keys`: never a reason to rerun."""
     device = plan.device_of(name)
     table = plan.stages[name]
     found: dict[str, Any] = dict(stages()[name].resources(plan, [table[key] for key in keys]))
     given = {unit: plan.device[unit][name] for unit in ("mem_mb", "runtime") if name in plan.device.get(unit, {})}
-    return found | given | {"device": device, "gpu": int(device.startswith("cuda"))}
+    return found | given | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}

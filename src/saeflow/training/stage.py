@@ -35,7 +35,7 @@ def expand(expansion: Expansion) -> None:
                 "train",
                 f"{label}-seed{point.seed}",
                 {"activations": columns},
-                {"dictionary": dictionary, "hook_name": hook, "hook_name_out": hook_out} | head,
+                {"dictionary": json.loads(canonical(dictionary)), "hook_name": hook, "hook_name_out": hook_out} | head,
                 name=str(number),
                 sources={"training": canonical(how)},
             )
