@@ -32,6 +32,8 @@ def figures_job(results: Path, judged_by: str) -> Job:
                 judged.append(f"{key}-{part}")
                 folder = results / judged_by / judged[-1]
                 folder.mkdir(parents=True)
+                if judged_by == "recover":  # says less
+                    spec.pop("source", None)
                 summary = spec | {"train_key": key, "part": part or None, "amount": k}
                 (folder / "summary.json").write_text(json.dumps(summary))
     needs = {"train": list(trained), judged_by: judged}

@@ -24,7 +24,7 @@ IDENTITY = ["place", "hook_name", "hook_name_out", "series", "amount_name", "amo
 
 
 def series_name(
-    kind: str, activation: str, skip: bool = False, saelens: object = None, source: str = "", head: int = -1
+    kind: str, activation: str, skip: bool = False, saelens: object = None, source: str | None = None, head: int = -1
 ) -> str:
     """Name of a kind. `saelens`: the class of SAELens that trained it, if it is a text (pandas says NaN for None beside
     names); `source`: the library that made it; `head`: the one that it is of, -1 for all."""

@@ -115,12 +115,11 @@ def _in_source() -> dict[str, Declared]:
 def _declaration(source: str, module: str) -> Declared:
     """Of the source of a decorated function up to the end of its docstring."""
     try:
-        (function,) = ast.parse(source).body
-        assert isinstance(function, ast.FunctionDef) and isinstance(function.decorator_list[0], ast.Call)
+        function: Any = ast.parse(source).body[0]
         call = function.decorator_list[0]
         name = ast.literal_eval(call.args[0])
         (stage,) = (ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "stage")
-    except (SyntaxError, AssertionError, ValueError, IndexError) as error:
+    except (SyntaxError, ValueError, IndexError) as error:
         line = source.partition("\n")[0]
         raise ValueError(
             f'{module}: {line} must be @figure("name", stage="stage", reads=...) of a function with a docstring'

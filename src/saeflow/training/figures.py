@@ -13,8 +13,8 @@ from saeflow.figures.registry import figure
 from saeflow.figures.style import sequence
 from saeflow.jobs.job import Job
 
-_SPEC = ["kind", "activation", "skip", "saelens", "source", "amount", "amount_name", "hook_name", "hook_name_out"]
-_SPEC += ["hook_head_index", "sparsity", "seed"]
+_SPEC = ["train_key", "kind", "activation", "skip", "saelens", "source", "amount", "amount_name", "hook_name"]
+_SPEC += ["hook_name_out", "hook_head_index", "sparsity", "seed"]
 
 
 def read_curves(job: Job) -> pd.DataFrame:
@@ -24,8 +24,8 @@ def read_curves(job: Job) -> pd.DataFrame:
     algorithm, so that no dictionary has to be opened.
     """
     folders = job.inputs("evaluate") + job.inputs("recover")
-    specs = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in folders])
-    specs = specs.reindex(columns=["train_key", "part", *_SPEC]).fillna({"part": "", "source": ""})
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    specs = pd.DataFrame([{name: s.get(name) for name in _SPEC} | {"part": s["part"] or ""} for s in summaries])
     curves = []
     for trained in job.inputs("train"):
         for folder in part_folders(trained):

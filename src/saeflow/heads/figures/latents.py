@@ -17,6 +17,7 @@ from saeflow.heads.figures.shared import (
     head_legend,
     identified,
     long,
+    of_dictionaries,
     read_heads,
     with_chosen,
 )
@@ -33,7 +34,9 @@ NAMES = {
 }
 METHOD_NAMES = {"pseudo_inverse": "pseudo-inverse", "omp": "OMP", "nn_omp": "OMP, ≥ 0", "nn_lasso": "lasso, ≥ 0"}
 DICTIONARIES = {"own": "own head's dictionary", "other_head": "another head's", "random": "random atoms"}
-DISTANCES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 127), (128, 10**9))
+DISTANCES = {"the same": (0, 0), "1 back": (1, 1)}
+DISTANCES |= {f"{low} to {2 * low - 1}": (low, 2 * low - 1) for low in (2, 4, 8, 16, 32, 64)}
+DISTANCES |= {"128 and more": (128, 10**9)}
 
 
 @figure("heads_shares", stage="heads", reads=read_heads)
@@ -41,19 +44,13 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Mean share of each head by every measure, one panel a dictionary of all heads: the "head 5" question."""
     most = min(3, max((len(study.of_kind("concat")) for study in studies), default=0))
     figure, grid = panels(len(studies), max(1, most), width=3.4, sharey="row")
-    tables = []
     for line, study in zip(grid, studies, strict=True):
         keys = study.of_kind("concat")
-        shown = (
-            keys if len(keys) <= most else [keys[i] for i in np.linspace(0, len(keys) - 1, most).round().astype(int)]
-        )
+        shown = [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, most).round().astype(int))] if keys else []
         if not shown:
             empty_panel(line[0], "no dictionary of all heads")
         for axis in line[max(1, len(shown)) :]:
             axis.set_axis_off()
-        for key in keys:
-            one = study.dataset("measures", key)[["mean_share", "top_share"]]
-            tables.append(identified(long(one), study, key))
         for axis, key in zip(line, shown, strict=False):
             held = study.dataset("measures", key)
             n_heads = held.sizes["head"]
@@ -69,19 +66,16 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout()
     equal = Line2D([], [], color="0.35", linestyle=":", label="equal shares")
     head_legend(figure, studies, equal)
-    return figure, concat(tables)
+    of_head = ["mean_share", "top_share"]
+    return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[of_head]))
 
 
 @figure("heads_measures", stage="heads", reads=read_heads)
 def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Do the measures order heads alike? Spearman's rank correlation, and how often the top head is the same."""
     figure, grid = panels(len(studies), 2, width=3.7, height=3.1)
-    tables = []
     labels = [NAMES[m].replace("\n", " ") for m in AGREEING]
     for row, study, key in with_chosen(studies, "concat"):
-        for other in study.of_kind("concat"):
-            one = study.dataset("measures", other)[["rank_correlation", "top_agreement"]]
-            tables.append(identified(long(one), study, other))
         if key is None:
             for axis in grid[row]:
                 empty_panel(axis, "no dictionary of all heads")
@@ -96,15 +90,8 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             image = axis.imshow(values, cmap="RdBu_r" if low else "Blues", vmin=low, vmax=1)
             for i, j in np.ndindex(values.shape):
                 dark = abs(values[i, j]) > 0.6
-                axis.text(
-                    j,
-                    i,
-                    f"{values[i, j]:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "black",
-                )
+                colour = "white" if dark else "black"
+                axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
             axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
             axis.set_yticks(range(len(labels)), labels)
             matrix_axis(axis)
@@ -113,7 +100,8 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         grid[row][1].set_yticks([])
         grid[row][0].set_ylabel(f"{study.name}: {study.says(key)}", fontsize=7)
     figure.tight_layout()
-    return figure, concat(tables)
+    between = ["rank_correlation", "top_agreement"]
+    return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[between]))
 
 
 @figure("heads_decomposition", stage="heads", reads=read_heads)
@@ -240,14 +228,11 @@ def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 def _by_distance(held: pd.DataFrame) -> pd.DataFrame:
     """Share of |attribution| by distance of the source and head; position 0 by itself."""
     back = held["position"] - held["source"]
-    names = {0: "the same", 1: "1 back"}
     label = pd.Series("", index=held.index)
-    for low, high in DISTANCES:
-        name = names.get(low) or (f"{low} to {high}" if high < 10**9 else f"{low} and more")
+    for name, (low, high) in DISTANCES.items():
         label[(back >= low) & (back <= high)] = name
     label[held["source"] == 0] = "position 0"
     size = held["attribution"].abs().groupby([label, held["head"]]).sum()
     table = (size / size.sum()).rename("value").rename_axis(["distance", "head"]).reset_index()
-    order = [names.get(low) or (f"{low} to {high}" if high < 10**9 else f"{low} and more") for low, high in DISTANCES]
-    order = [*order, "position 0"]
+    order = [*DISTANCES, "position 0"]
     return table.sort_values("distance", key=lambda c: c.map(order.index), kind="stable").reset_index(drop=True)

@@ -19,6 +19,7 @@ from saeflow.heads.figures.shared import (
     head_legend,
     identified,
     long,
+    of_dictionaries,
     pair_names,
     read_heads,
     with_chosen,
@@ -30,7 +31,7 @@ WAYS = {
     "others": "projection on the\nother heads' sum removed",
     "row_spaces": "projection on the other\nheads' row spaces removed",
 }
-BOX = (0.05, 0.25, 0.5, 0.75, 0.95)
+BOX = {0.05: "whislo", 0.25: "q1", 0.5: "med", 0.75: "q3", 0.95: "whishi"}
 
 
 @figure("heads_norms", stage="heads", reads=read_heads)
@@ -38,7 +39,6 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Norms of decoder rows as trained, by head, one panel a dictionary; folded, all of them are 1."""
     most = max((len(study.of_kind("heads")) for study in studies), default=0)
     figure, grid = panels(len(studies), min(4, max(1, most)), sharex="row")
-    tables = []
     for line, study in zip(grid, studies, strict=True):
         keys = study.of_kind("heads")
         held = {key: study.dataset("norms", key) for key in keys}
@@ -53,12 +53,10 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.axvline(1, color="0.35", linestyle="--", linewidth=1)
             axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.says(key)}")
         line[0].set_ylabel("latents of a head")
-        for key, one in held.items():
-            tables.append(identified(long(one), study, key))
     figure.tight_layout()
     folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
     head_legend(figure, studies, folded)
-    return figure, concat(tables)
+    return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("norms", key)))
 
 
 @figure("heads_spectra", stage="heads", reads=read_heads)
@@ -66,11 +64,7 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Singular values of D_h, W_O[h] and D_h W_O[h] over the largest of each, by head."""
     titles = {"D": "dictionary D", "W_O": "output weights W_O", "D_W_O": "D W_O: atoms in the stream"}
     figure, grid = panels(len(studies), 3, sharey="row")
-    tables = []
     for row, study, key in with_chosen(studies, "heads"):
-        for other in study.of_kind("heads"):
-            one = study.dataset("spectra", other)
-            tables.append(identified(long(one), study, other))
         if key is None:
             for axis in grid[row]:
                 empty_panel(axis, "no dictionaries of heads")
@@ -91,7 +85,7 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             grid[row][0].set_ylim(0.08, 1.2)
     figure.tight_layout()
     head_legend(figure, studies)
-    return figure, concat(tables)
+    return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("spectra", key)))
 
 
 @figure("heads_angles", stage="heads", reads=read_heads)
@@ -120,11 +114,7 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """The notebook's line and box: cosine of two heads' outputs by position in one text and over all, and its spread
     over all texts for every pair, beside randomly rotated heads."""
-    most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
-    wide = min(9.0, max(3.2, 0.55 * most))
-    figure, grid = plt.subplots(
-        len(studies), 2, figsize=(3.4 + wide, 2.7 * len(studies)), squeeze=False, width_ratios=[3.4, wide], sharey="row"
-    )
+    figure, grid = _beside_pairs(studies, sharey="row")
     tables = []
     for (left, right), study in zip(grid, studies, strict=True):
         held = study.dataset("cosines")
@@ -138,16 +128,8 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.set_title(f"heads {pair_names(held)[0]}")
         left.legend(loc="lower right")
         for offset, name, colour in ((-0.17, "cosine", COLOURS[0]), (0.17, "cosine_rotated", NULL)):
-            boxes = [
-                dict(
-                    zip(
-                        ("whislo", "q1", "med", "q3", "whishi"),
-                        held[name][pair].sel(quantile=list(BOX)).values,
-                        strict=True,
-                    )
-                )
-                for pair in range(held.sizes["pair"])
-            ]
+            quantiles = held[name].sel(quantile=list(BOX)).transpose("pair", "quantile").values
+            boxes = [dict(zip(BOX.values(), values, strict=True)) for values in quantiles]
             drawn = right.bxp(
                 [box | {"fliers": []} for box in boxes],
                 positions=np.arange(len(boxes)) + offset,
@@ -173,6 +155,14 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         tables.append(identified(long(held[columns]), study))
     figure.tight_layout()
     return figure, concat(tables)
+
+
+def _beside_pairs(studies: list[HeadStudy], **more: Any) -> tuple[Figure, np.ndarray]:
+    """A panel, and beside it one as wide as the pairs of heads need."""
+    most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
+    wide = min(9.0, max(3.2, 0.55 * most))
+    size = (3.4 + wide, 2.7 * len(studies))
+    return plt.subplots(len(studies), 2, figsize=size, squeeze=False, width_ratios=[3.4, wide], **more)
 
 
 @figure("heads_cross_terms", stage="heads", reads=read_heads)
@@ -218,16 +208,8 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Cosines between lifted atoms of different heads: of all pairs, weighted by how they fire together, and with heads
     rotated; and by pair of heads what interference adds up to."""
-    most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
-    wide = min(9.0, max(3.2, 0.55 * most))
-    figure, grid = plt.subplots(
-        len(studies), 2, figsize=(3.4 + wide, 2.7 * len(studies)), squeeze=False, width_ratios=[3.4, wide]
-    )
-    tables = []
+    figure, grid = _beside_pairs(studies)
     for row, study, key in with_chosen(studies, "heads"):
-        for other in study.of_kind("heads"):
-            sums = study.dataset("interference", other).drop_dims("bin")
-            tables.append(identified(long(sums), study, other))
         left, right = grid[row]
         if key is None:
             empty_panel(left, "no dictionaries of heads")
@@ -261,4 +243,7 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout()
     handles: list[Any] = [Patch(color=c, label=label) for c, label in ((COLOURS[1], "heads"), (NULL, "rotated heads"))]
     legend_below(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
-    return figure, concat(tables)
+    sums = of_dictionaries(
+        studies, "heads", lambda study, key: long(study.dataset("interference", key).drop_dims("bin"))
+    )
+    return figure, sums

@@ -1,6 +1,6 @@
 """What the figures of heads share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pandas as pd
 import xarray as xr
@@ -40,6 +40,13 @@ def identified(table: pd.DataFrame, study: HeadStudy, dictionary: str | None = N
 
 def long(dataset: xr.Dataset) -> pd.DataFrame:
     return dataset.to_dataframe().reset_index()
+
+
+def of_dictionaries(
+    studies: list[HeadStudy], kind: str, rows: Callable[[HeadStudy, str], pd.DataFrame]
+) -> pd.DataFrame:
+    """The rows of all dictionaries of a kind, those that are not drawn too."""
+    return concat([identified(rows(study, key), study, key) for study in studies for key in study.of_kind(kind)])
 
 
 def concat(tables: list[pd.DataFrame]) -> pd.DataFrame:
