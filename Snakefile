@@ -17,6 +17,5 @@ include: "workflow/rules/figures.smk"
 rule all:
     default_target: True
     input:
-        PLAN.outputs("figures", PLAN.stages["figures"]),
-        PLAN.outputs("blind", PLAN.stages["blind"]),
+        [PLAN.outputs(name, PLAN.stages[name]) for name, stage in stages().items() if stage.target],
     localrule: True

@@ -9,7 +9,8 @@ from torch import Tensor
 from saeflow.config import DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin
 from saeflow.kernels.step import Weights
-from saeflow.training.trainer import Side, Trainer
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

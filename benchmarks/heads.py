@@ -54,7 +54,8 @@ from saeflow.dictionaries.kinds.sae import SAEConfig  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.planning.graph import Instance, Plan  # noqa: E402
 from saeflow.training.heads import HeadsTrainer  # noqa: E402
-from saeflow.training.trainer import Side, Trainer  # noqa: E402
+from saeflow.training.protocol import Side  # noqa: E402
+from saeflow.training.trainer import Trainer  # noqa: E402
 
 HOOK, STORE = "blocks.1.attn.hook_z", "random-float32-00000000"
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts/job.py"

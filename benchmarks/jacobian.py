@@ -50,7 +50,7 @@ from saeflow.kernels.jacobian import Around, Products, jacobian_blocks  # noqa: 
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import MLP, Block  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
-from saeflow.training.trainer import Side  # noqa: E402
+from saeflow.training.protocol import Side  # noqa: E402
 
 DEVICE = args.device
 WIDTH, HIDDEN, LATENTS, K, TOKENS = 512, 2048, 8192, 32, 4096

@@ -38,7 +38,7 @@ from saeflow.text.corpus import read_documents  # noqa: E402
 from saeflow.text.tokenizer import load_tokenizer  # noqa: E402
 from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
-from saeflow.training.trainer import Side  # noqa: E402
+from saeflow.training.protocol import Side  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYER, BATCH, LATENTS, K = 3, 1024, 1024, 16

@@ -14,9 +14,10 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEC
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 
-from saeflow.config import DictionaryConfig, TrainingConfig
+from saeflow.config import TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary, save_dictionary
 from saeflow.dictionaries.kinds.sae import SAEConfig
+from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.dictionaries.sae import build
 from saeflow.kernels.step import Objective, Weights, take_step
 from saeflow.training.trainer import l1_coefficient, learning_rate
@@ -44,10 +45,8 @@ def seeded():
 def random_dictionary(kind, activation, p, hook_name="blocks.0.ln2.hook_normalized"):
     amount = {"l1_coefficient": 0.5} if activation == "relu" else {"k": 3}
     skip, kind = kind.startswith("skip"), kind.removeprefix("skip ")
-    config = build(
-        DictionaryConfig,
-        {"kind": kind, "activation": activation, "d_sae": 16, "expansion": None, "skip": skip, **amount},
-    )
+    kind_config = TranscoderConfig if kind == "transcoder" else SAEConfig
+    config = kind_config(kind, activation, d_sae=16, expansion=None, **amount, **({"skip": True} if skip else {}))
     spec = config.spec(6, p, hook_name, hook_name if kind == "sae" else HOOK_OUT, 0, ORIGIN)
     skip = {"W_skip": torch.randn(p, 6)} if skip else {}
     threshold = {"threshold": torch.rand(16)} if activation == "batchtopk" else {}

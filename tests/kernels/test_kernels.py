@@ -29,7 +29,8 @@ from saeflow.kernels.step import (
     take_steps,
     token_weights,
 )
-from saeflow.training.trainer import Side, Trainer
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer
 
 ERRORS = ("sum", "mean", "target_norm")
 ROADS = (("topk", True), ("batchtopk", True), ("relu", True), ("relu", False))  # activation, and `sparse`

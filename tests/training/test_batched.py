@@ -10,7 +10,8 @@ from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.training.batched import BatchedTrainer
-from saeflow.training.trainer import Side, Trainer
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer
 
 D, BATCH, STEPS = 6, 128, 40
 CONFIGS = {

@@ -19,7 +19,8 @@ from saeflow.training import loop as training
 from saeflow.training.checkpoints import Checkpoints
 from saeflow.training.heads import HeadsTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Side, Trainer
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer
 
 HOOK, H, D = "blocks.0.attn.hook_z", 3, 6
 STEPS, BATCH = 40, 128

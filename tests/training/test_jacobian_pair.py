@@ -25,7 +25,8 @@ from saeflow.planning.graph import Instance, Plan
 from saeflow.training import loop as jobs
 from saeflow.training.jacobian_pair import JacobianTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Side, Trainer
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer
 
 D, N_LATENTS, K, N = 6, 24, 3, 64
 TRAINING = TrainingConfig(64 * 40, batch_size=N, lr=3e-3, log_every=10)

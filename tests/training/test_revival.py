@@ -8,8 +8,9 @@ from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.kernels.step import Objective, Situation, Weights, take_step, token_weights
 from saeflow.training import trainer as trainers
+from saeflow.training.protocol import Side
 from saeflow.training.revival import auxk, ghost, resample
-from saeflow.training.trainer import Side, Trainer, learning_rate
+from saeflow.training.trainer import Trainer, learning_rate
 
 D, P, N_LATENTS, DEAD = 12, 12, 40, 25
 

@@ -11,7 +11,7 @@ from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.dictionaries.kinds.saelens import SAELENS
 from saeflow.jobs.job import Job
 from saeflow.training import loop as training
-from saeflow.training.trainer import Side
+from saeflow.training.protocol import Side
 
 D, BATCH, STEPS = 8, 128, 60
 HOOK = "blocks.0.hook_mlp_out"

@@ -6,7 +6,8 @@ import torch
 from saeflow.config import TrainingConfig
 from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
-from saeflow.training.trainer import Side, Trainer
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer
 
 D, N_LATENTS, BATCH, STEPS = 16, 64, 256, 200
 pytestmark = pytest.mark.slow

@@ -18,7 +18,8 @@ from saeflow.kernels.step import Objective, loss_as_written
 from saeflow.training import trainer
 from saeflow.training.loop import fit
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.trainer import Side, l1_coefficient, learning_rate
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import l1_coefficient, learning_rate
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 

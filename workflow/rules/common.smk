@@ -53,7 +53,7 @@ def of_key(find):
 
 def resources_of_key(stage):
     """What `resources` says of the artifact that a job makes; device and GPU are those of all of a stage."""
-    units = resources(PLAN, stage, []).keys() | {"mem_mb", "runtime"}
+    units = resources(PLAN, stage, list(PLAN.stages[stage])[:1]).keys()
     return {unit: of_key(lambda key, unit=unit: resources(PLAN, stage, [key]).get(unit)) for unit in units}
 
 

@@ -1,13 +1,15 @@
 """The stage `activations`: a column a hook, of one store a (model, processing, packing, dtype)."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 from saeflow.activations.shards import predicted_bytes
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
-from saeflow.planning.graph import Instance
+from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage, stages
 
 
@@ -45,6 +47,12 @@ def _check(planned: PlannedPoint) -> None:
         config.check_size(hook, size[-1] if by_head else math.prod(size), by_head)
 
 
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model, twice while it is opened, beside 3 GB; four hours."""
+    weights = sum(file.stat().st_size for file in Path(instances[0].sources["model"]).glob("*.safetensors"))
+    return {"mem_mb": 3000 + max(1000, round(2e-6 * weights)), "runtime": 240}
+
+
 def n_bytes(instance: Instance) -> int:
     """Exact."""
     config, store = instance.config, instance.config["activations"]
@@ -68,7 +76,7 @@ STAGES = (
         needs=("tokens", "groundtruth"),
         together=lambda plan, instance: instance.key.split("/")[0],  # one forward pass fills all columns of a store
         n_bytes=n_bytes,
+        resources=resources,
         cached=True,
-        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 240},
     ),
 )

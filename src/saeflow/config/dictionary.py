@@ -67,6 +67,8 @@ class DictionaryConfig:
     """Stages beyond evaluation that take it: `stack`, `heads`, `jacobian`."""
     instead: ClassVar[dict[str, str]] = {}
     """What an option that only other kinds have must be, for the message that refuses it; else null."""
+    takes_any: ClassVar[bool] = False
+    """Whether options of other kinds are left aside instead of refused: a sweep may set them for those."""
     suggestion: ClassVar[str] = "site=mlp_in, site=mlp_out or another with one"
     """Sites to use where one of two hooks was given."""
 
@@ -98,7 +100,7 @@ class DictionaryConfig:
             f.name: f.default for kind in kinds().values() for f in dataclasses.fields(kind) if f.name not in mine
         }
         for name in sorted(others.keys() & tree.keys()):
-            legal = tree[name] in (None, {}, others[name])
+            legal = found.takes_any or tree[name] in (None, {}, others[name])
             require(legal, f"{where}{name}", tree[name], found.instead.get(name, f"null with kind={tree['kind']}"))
         return found, {name: value for name, value in tree.items() if name not in others}
 
@@ -160,6 +162,10 @@ class DictionaryConfig:
     def needs_heads(self) -> str | None:
         """The setting that only a hook with heads allows; None where there is none."""
         return None
+
+    def trainer_class(self) -> Any:
+        """Its trainer, which does what `saeflow.training.protocol.DictionaryTrainer` says; imports torch."""
+        return pkgutil.resolve_name(self.trainer)
 
     @property
     def cost(self) -> float:

@@ -57,7 +57,6 @@ STAGES = (
         expand,
         reads=("model",),
         after=("train",),
-        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 60},
         drawn="where_there",
     ),
 )

@@ -116,10 +116,6 @@ def together(plan: Plan, instance: Instance) -> list[Any]:
     return [instance.config["model"], instance.config.get("evaluation"), instance.needs["tokens"]]
 
 
-def _resources(plan: Plan, instances: Any) -> dict[str, int]:
-    return {"mem_mb": 4000, "runtime": 60}
-
-
 def work_baseline(jobs: list[Job]) -> str:
     from saeflow.evaluation.baseline import baseline_jobs
     from saeflow.evaluation.sums import columns
@@ -175,7 +171,6 @@ STAGES = (
         needs=("tokens", "activations"),
         after=("jacobian",),
         together=together,
-        resources=_resources,
     ),
     Stage(
         "evaluate",
@@ -186,7 +181,6 @@ STAGES = (
         version=4,
         needs=("train", "foreign", "baseline", "tokens"),
         together=together,
-        resources=_resources,
         drawn="always",
     ),
     Stage(
@@ -197,7 +191,6 @@ STAGES = (
         reads=("evaluation", "model"),
         needs=("train", "foreign", "activations", "tokens"),
         after=("evaluate",),
-        resources=_resources,
         drawn="where_there",
     ),
     Stage(
@@ -208,6 +201,6 @@ STAGES = (
         reads=("model",),
         needs=("train", "foreign", "evaluate", "tokens"),
         after=("heads",),
-        resources=_resources,
+        target=True,
     ),
 )

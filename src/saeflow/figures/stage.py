@@ -32,7 +32,7 @@ STAGES = (
         ("set of figures", "sets of figures"),
         work,
         expand,
-        resources=lambda plan, instances: {"mem_mb": 1000, "runtime": 10},
         says_all=True,
+        target=True,
     ),
 )

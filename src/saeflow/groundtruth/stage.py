@@ -50,7 +50,6 @@ STAGES = (
         work_groundtruth,
         lambda expansion: None,  # its models are what points begin with: see `source`
         reads=("model.tracr",),
-        resources=lambda plan, instances: {"mem_mb": 2000, "runtime": 60},
     ),
     Stage(
         "recover",
@@ -62,7 +61,6 @@ STAGES = (
         needs=("train", "tokens", "groundtruth"),
         after=("blind",),
         together=together,
-        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 60},
         drawn="always",
     ),
 )

@@ -57,7 +57,6 @@ STAGES = (
         reads=("heads", "model"),
         needs=("train", "foreign", "tokens"),
         after=("stack",),
-        resources=lambda plan, instances: {"mem_mb": 8000, "runtime": 120},
         drawn="where_there",
         table=True,
     ),

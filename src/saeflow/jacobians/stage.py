@@ -56,7 +56,6 @@ STAGES = (
         version=3,
         needs=("train", "tokens"),
         after=("foreign",),
-        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 60},
         drawn="where_there",
         table=True,
     ),

@@ -64,5 +64,6 @@ def resources(plan: Plan, name: str, keys: Sequence[str]) -> dict[str, Any]:
     device = plan.device_of(name)
     table = plan.stages[name]
     found: dict[str, Any] = dict(stages()[name].resources(plan, [table[key] for key in keys]))
-    given = {unit: plan.device[unit][name] for unit in ("mem_mb", "runtime") if name in plan.device.get(unit, {})}
-    return found | given | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}
+    given = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}
+    said = {unit: value for unit, value in given.items() if value is not None}
+    return found | said | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}

@@ -54,7 +54,10 @@ class Stage:
     operations: Callable[[Plan, Instance], float] = lambda plan, instance: 0.0
     """Floating-point operations that it takes, where they decide how long a run is."""
     resources: Callable[[Plan, Sequence[Instance]], dict[str, int]] = lambda plan, instances: {}
-    """`mem_mb` and `runtime` (minutes) of a job that makes these; `device.mem_mb` and `device.runtime` come first."""
+    """`mem_mb` and `runtime` (minutes) by the sizes of what a job makes, where `device.mem_mb` and `device.runtime` do
+    not say them."""
+    target: bool = False
+    """Whether it is made even where nothing needs it."""
     drawn: Literal["never", "where_there", "always"] = "never"
     """Whether figures are made from its artifacts; `always`: those that are asked for fail where it has none."""
     table: bool = False
@@ -90,12 +93,6 @@ def stages() -> dict[str, Stage]:
 @cache
 def sources() -> list[Source]:
     return [source for module in _declarations("source") for source in module.SOURCES]
-
-
-def load(reference: str) -> Any:
-    """What `module:name` names: how a lower package gets at what a higher one makes."""
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _declarations(name: str) -> list[Any]:

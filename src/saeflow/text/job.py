@@ -1,7 +1,8 @@
 """The job of the stage `tokens`: packs one split of a corpus into rows of tokens."""
 
+import pkgutil
+
 from saeflow.jobs.job import Job
-from saeflow.planning.stages import load
 from saeflow.text.corpus import read_documents, stream_dataset
 from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import write_tokens
@@ -13,7 +14,7 @@ CASE_ROWS = "saeflow.groundtruth.job:write_case_rows"
 def tokens_job(job: Job) -> str:
     config, corpus, packing = job.config, job.config["corpus"], job.config["tokens"]
     if "case" in corpus:
-        return str(load(CASE_ROWS)(job))
+        return str(pkgutil.resolve_name(CASE_ROWS)(job))
     if job.instance.sources["corpus"]:
         fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
         documents = read_documents(job.source("corpus"), **fields)

@@ -46,6 +46,5 @@ STAGES = (
         ),
         after=("groundtruth",),
         n_bytes=n_bytes,
-        resources=lambda plan, instances: {"mem_mb": 2000, "runtime": 60},
     ),
 )

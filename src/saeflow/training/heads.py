@@ -13,12 +13,13 @@ from saeflow.config import TrainingConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.training.batched import BatchedTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Batches, Inputs, Side, Trainer
+from saeflow.training.protocol import Batches, Inputs, SeveralTrainers, Side
+from saeflow.training.trainer import Trainer
 
 OF_ALL = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
 
 
-class HeadsTrainer:
+class HeadsTrainer(SeveralTrainers):
     """Trains the SAEs of H heads on batches of all of them; does what a `Trainer` does."""
 
     @classmethod
@@ -52,9 +53,6 @@ class HeadsTrainer:
     def parts(self) -> dict[str, Trainer]:
         return {f"head_{h}": head for h, head in enumerate(self.heads)}
 
-    def tables(self) -> dict[str, list[dict[str, float]]]:
-        return {}
-
     def summary(self) -> str:
         rows = [head.metrics.rows[-1] for head in self.heads]
         l0, variance = ([row[name] for row in rows] for name in ("l0", "explained_variance"))
@@ -63,14 +61,6 @@ class HeadsTrainer:
             f"{min(variance):.3f} to {max(variance):.3f}, {sum(row['dead'] for row in rows)} of "
             f"{sum(head.spec.d_sae for head in self.heads)} latents dead"
         )
-
-    @property
-    def step(self) -> int:
-        return self.heads[0].step
-
-    @property
-    def n_steps(self) -> int:
-        return self.heads[0].n_steps
 
     def take(self, batch: tuple[Tensor, ...]) -> None:
         """One step on batch number `self.step`: z (N, H d_head), raw, heads side by side.
@@ -90,10 +80,6 @@ class HeadsTrainer:
     def _split(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         return [(z,) for z in batch[0].tensor_split(len(self.heads), dim=1)]
 
-    def resamples_next(self) -> bool:
-        """Whether `resample` is to be called before the next step."""
-        return self.heads[0].resamples_next()
-
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each head, from one read of the batches."""
         dead = [head.dead_now() for head in self.heads]
@@ -107,19 +93,3 @@ class HeadsTrainer:
         for head, latents, judged in zip(self.heads, dead, samples, strict=True):
             if len(latents):
                 head.reset(latents, judged)
-
-    def state(self) -> dict[str, Tensor]:
-        """All that the coming steps and the metrics depend on."""
-        # heads share memory, of which a checkpoint wants a copy each
-        return {f"{part}.{key}": t.clone() for part, head in self.parts.items() for key, t in head.state().items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes on from `state`. Raises `TrainingError` for another dictionary's."""
-        held = {key.split(".")[0] for key in state}
-        if held != set(self.parts):
-            raise TrainingError(
-                f"this is the state of another dictionary: of {', '.join(sorted(held))}, not of {len(self.heads)} heads"
-            )
-        for name, part in self.parts.items():
-            mine = f"{name}."
-            part.restore({key.removeprefix(mine): t for key, t in state.items() if key.startswith(mine)})

@@ -42,13 +42,14 @@ from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
 from saeflow.models.blocks import Block, ModuleBlock
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Batches, Inputs, Side, Trainer
+from saeflow.training.protocol import Batches, Inputs, SeveralTrainers, Side, Tables
+from saeflow.training.trainer import Trainer
 
 LOGGED_TOKENS = 128  # on which a row of metrics compares both places where the Jacobian can be taken
 LARGE = 0.01  # |J| above this is counted
 
 
-class JacobianTrainer:
+class JacobianTrainer(SeveralTrainers):
     """Trains the two SAEs on batches (x, f(x)); does what a `Trainer` does."""
 
     @classmethod
@@ -88,20 +89,12 @@ class JacobianTrainer:
     def parts(self) -> dict[str, Trainer]:
         return {"input": self.input, "output": self.output}
 
-    def tables(self) -> dict[str, list[dict[str, float]]]:
+    def tables(self) -> Tables:
         return {"jacobian": self.rows}
 
     def summary(self) -> str:
         sides = "; ".join(f"{name}: {side.summary()}" for name, side in self.parts.items())
         return f"{sides}; mean |J| {self.rows[-1]['jacobian_l1']:.2g}"
-
-    @property
-    def step(self) -> int:
-        return self.input.step
-
-    @property
-    def n_steps(self) -> int:
-        return self.input.n_steps
 
     # ------------------------------------------------------------------------------------------------ one step
     @torch.no_grad()
@@ -227,27 +220,17 @@ class JacobianTrainer:
         return mask_inactive(J, kept_in.values, kept_out.values)
 
     # ------------------------------------------------------------------------------------------------ the rest
-    def resamples_next(self) -> bool:
-        """Whether `resample` is to be called before the next step."""
-        return self.input.resamples_next()
-
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each SAE."""
         self.input.resample(_Side(batches, 0))
         self.output.resample(_Side(batches, 1))
 
     def state(self) -> dict[str, Tensor]:
-        """All that the coming steps and the metrics depend on."""
         text = torch.frombuffer(bytearray(json.dumps(self.rows).encode()), dtype=torch.uint8)
-        parts = {f"{name}.{key}": t for name, part in self.parts.items() for key, t in part.state().items()}
-        return parts | {"rows": text}
+        return super().state() | {"rows": text}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes on from `state`. Raises `TrainingError` for another dictionary's."""
-        if "rows" not in state:
-            raise TrainingError("this is the state of another dictionary: not of a pair")
-        for name, part in self.parts.items():
-            part.restore({key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")})
+        super().restore(state)
         self.rows = json.loads(state["rows"].numpy().tobytes())
 
 

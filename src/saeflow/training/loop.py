@@ -8,6 +8,7 @@ from its checkpoints, and ends with the same bytes. `fit` is the loop without jo
 import contextlib
 import json
 import logging
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,11 @@ from saeflow.jobs.log import progress
 from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.planning.graph import Instance
-from saeflow.planning.stages import load
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.trainer import Batches, DictionaryTrainer, Inputs, Side, Trainer
+from saeflow.training.protocol import Batches, DictionaryTrainer, Inputs, Side
+from saeflow.training.trainer import Trainer
 
 log = logging.getLogger("saeflow")
 MOST_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20  # batches, and their bytes, that one member takes before the next
@@ -181,7 +182,7 @@ def _member(
     specs = specs_of_job(job, [columns[folder] for folder in mine])
     head = job.config.get("head")
     given = [sides[folder] if head is None else sides[folder].of_heads()[head] for folder in mine]
-    trainer: DictionaryTrainer = load(config.trainer).of_job(
+    trainer: DictionaryTrainer = config.trainer_class().of_job(
         Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
     )
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
@@ -272,7 +273,8 @@ def _origin_of(job: Job) -> Instance:
 
 def make_trainer(spec: Spec, *args: Any) -> Trainer:
     """The trainer of one dictionary; `args` as of `Trainer`."""
-    trainer: Trainer = load((SAELensConfig if spec.saelens is not None else TrainedConfig).trainer)(spec, *args)
+    kind = TrainedConfig if spec.saelens is None else SAELensConfig
+    trainer: Trainer = pkgutil.resolve_name(kind.trainer)(spec, *args)
     return trainer
 
 

@@ -23,7 +23,8 @@ from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Found, clip_norm_
 from saeflow.training.metrics import TrainingError
-from saeflow.training.trainer import Side, Trainer, learning_rate
+from saeflow.training.protocol import Side
+from saeflow.training.trainer import Trainer, learning_rate
 
 
 class SAELensTrainer(Trainer):

@@ -1,7 +1,9 @@
 """The stage `train`: one dictionary, or several that are trained as one, from columns of activations."""
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,18 @@ def operations(plan: Plan, instance: Instance) -> float:
     return config_of(instance).operations(sizes, instance.config.get("head"), instance.config["training"], d_mlp)
 
 
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """Weights, gradients and Adam's two moments of every dictionary beside 3 GB; twice the time of its operations."""
+    n_operations, memory = 0.0, 3000
+    for instance in instances:
+        sizes = [math.prod(plan.instance("activations", key).config["size"]) for key in instance.needs["activations"]]
+        dictionary = instance.config["dictionary"]
+        d_sae = dictionary["d_sae"] or sizes[0] * dictionary["expansion"]
+        memory += max(250, round(4 * 4e-6 * d_sae * sum(sizes) * 2))
+        n_operations += operations(plan, instance)
+    return {"mem_mb": memory, "runtime": max(240, round(2 * n_operations / float(plan.device["flops"]) / 60))}
+
+
 def work(jobs: list[Job]) -> str:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside those of our loops
     from saeflow.kernels.memory import keep_freed_memory
@@ -95,7 +109,7 @@ STAGES = (
         order=order,
         cost=lambda instance: config_of(instance).cost,
         operations=operations,
-        resources=lambda plan, instances: {"mem_mb": 4000, "runtime": 240},
+        resources=resources,
         drawn="where_there",
     ),
 )

@@ -1,27 +1,20 @@
 """A dictionary in training: its weights, its optimiser and what it remembers, one step at a time.
 
 `Trainer.state` holds everything that the coming steps depend on, so training that goes on from it is the same training.
-Nothing here reads files or knows jobs; batches come from outside.
-
-Units. With `normalize_activations=expected_average_only_in` training sees the input times sqrt(d_in) over its mean
-norm, as in SAELens, and a transcoder's target times sqrt(d_out) over *its* mean norm (SAELens trains no transcoders);
-with `per_head` each head of a hook is scaled so by its own root mean square norm. So an L1 coefficient means the same
-at every site. `loss`, `squared_error` and `sparsity` in the metrics are in these units; the finished dictionary takes
-and gives raw activations.
+Nothing here reads files or knows jobs; batches come from outside. Units are those of `protocol`.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
+from saeflow.config import TrainingConfig
 from saeflow.dictionaries.initial import initial_weights
-from saeflow.dictionaries.sae import Dictionary, Scale
+from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.sae import build as build_dictionary
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
@@ -39,6 +32,7 @@ from saeflow.kernels.step import (
     take_step,
 )
 from saeflow.training.metrics import TrainingError, TrainingMetrics
+from saeflow.training.protocol import Batches, Inputs, Side, Tables
 from saeflow.training.revival import REFRESH_STEPS, auxk, ghost, resample
 
 SPARSE_BELOW = {True: 0.33, False: 0.22}
@@ -49,94 +43,6 @@ CACHED = 1 << 18  # numbers
 DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
 WARM_UP = 3  # steps on a GPU before they are recorded: by then all is compiled
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAELens
-
-
-class Batches(Protocol):
-    """Where batches come from: `saeflow.activations.reader.BatchReader`, or anything that does this."""
-
-    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
-        """Batches `start` to `start + n_steps - 1`: (x,) for an SAE, (x, y) for a transcoder; x (N, d), y (N, p)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Side:
-    """What training needs to know of the activations at one hook."""
-
-    mean: Tensor
-    """(d,)"""
-    mean_norm: float
-    head_norms: Tensor | None = None
-    """(heads,): root mean square norm of each head; None where the hook has no heads."""
-
-    def scale(self, normalize_activations: str | None) -> Scale:
-        """What activations are multiplied with: a number, or a vector (d,)."""
-        d = self.mean.numel()
-        if normalize_activations == "per_head":
-            if self.head_norms is None:
-                raise ConfigError(
-                    "dictionary.normalize_activations=per_head needs a hook with heads (attn.hook_z, hook_q, ...)"
-                )
-            d_head = d // len(self.head_norms)
-            return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float()
-        return math.sqrt(d) / self.mean_norm if normalize_activations == "expected_average_only_in" else 1.0
-
-    def of_heads(self) -> list["Side"]:
-        """Each head of a hook with heads, whose mean norm stands for here by its root mean square norm."""
-        assert self.head_norms is not None
-        means = self.mean.view(len(self.head_norms), -1)
-        return [Side(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)]
-
-
-class Inputs(NamedTuple):
-    """What a job gives to the trainer of its dictionary's kind."""
-
-    config: DictionaryConfig
-    specs: list[Spec]
-    """Of all that it trains as one."""
-    training: TrainingConfig
-    sides: list[Side]
-    """Of each hook that it reads."""
-    device: str
-    on_row: Callable[[dict[str, float]], None]
-    block: Callable[[], Any]
-    """Opens the language model's block between its hooks."""
-
-
-class DictionaryTrainer(Protocol):
-    """What training asks of a kind's trainer, which trains one dictionary or several as one."""
-
-    @classmethod
-    def of_job(cls, given: Inputs) -> "DictionaryTrainer": ...
-
-    @property
-    def parts(self) -> "dict[str, Trainer]":
-        """What is saved, by the name of its folder in the artifact."""
-        ...
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def n_steps(self) -> int: ...
-
-    def take(self, batch: tuple[Tensor, ...]) -> None: ...
-
-    def resamples_next(self) -> bool: ...
-
-    def resample(self, batches: Batches) -> None: ...
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def restore(self, state: dict[str, Tensor]) -> None: ...
-
-    def tables(self) -> dict[str, list[dict[str, float]]]:
-        """What is written beside the parts' metrics: rows, by the name of the file."""
-        ...
-
-    def summary(self) -> str:
-        """How training ended, for people."""
-        ...
 
 
 class Trainer:
@@ -267,7 +173,7 @@ class Trainer:
         """What is saved, by the name of its folder in the artifact."""
         return {"": self}
 
-    def tables(self) -> dict[str, list[dict[str, float]]]:
+    def tables(self) -> Tables:
         return {}
 
     def summary(self) -> str:

@@ -23,6 +23,7 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
     sae_id: str | None = None
     label: str | None = None
 
+    takes_any: ClassVar[bool] = True
     single_head: ClassVar[bool] = True
     studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})
 
