@@ -9,7 +9,7 @@ from torch import Tensor
 from saeflow.config import DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin
 from saeflow.kernels.step import Weights
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 
 
@@ -49,7 +49,7 @@ class Problem:
 
 
 class Ours:
-    """`Trainer.take` from the weights of a problem, with SAELens's clipping."""
+    """`Trainer.train_step` from the weights of a problem, with SAELens's clipping."""
 
     name = "saeflow"
 
@@ -62,7 +62,7 @@ class Ours:
         training = TrainingConfig(10**12, lr=problem.lr, clip_grad_norm=1.0, log_every=10**9)
         hooks = ("in", "out" if kind == "transcoder" else "in")
         spec = config.spec(problem.d_in, problem.d_out, *hooks, 0, Origin())
-        sides = [Side(torch.zeros(d), d**0.5) for d in (problem.d_in, problem.d_out)]
+        sides = [HookStatistics(torch.zeros(d), d**0.5) for d in (problem.d_in, problem.d_out)]
         self.trainer = Trainer(spec, training, *sides, device=problem.device)
         given = Weights(problem.W_enc.T, problem.b_enc, problem.W_dec, problem.b_dec)
         for mine, start in zip(self.trainer.weights.parameters(), given.parameters(), strict=True):
@@ -70,7 +70,7 @@ class Ours:
 
     def step(self, x: Tensor, y: Tensor) -> float | Tensor:
         """One step on x (N, d) and y (N, p), of which an SAE does not read the latter; its loss."""
-        self.trainer.take((x, y) if self.trainer.spec.kind == "transcoder" else (x,))
+        self.trainer.train_step((x, y) if self.trainer.spec.kind == "transcoder" else (x,))
         metrics = self.trainer.metrics
         return metrics.losses[-1] if metrics.losses else metrics.rows[-1]["loss"]
 

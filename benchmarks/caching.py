@@ -47,7 +47,7 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402 (after the number of threads is set)
 
-from saeflow.activations.caching import Wanted, cache  # noqa: E402
+from saeflow.activations.caching import ColumnRequest, cache  # noqa: E402
 from saeflow.activations.reader import open_rows  # noqa: E402
 from saeflow.activations.store import ActivationStore, Column, TokenRows  # noqa: E402
 from saeflow.config import ActivationsConfig, ModelConfig  # noqa: E402
@@ -64,7 +64,7 @@ def main() -> None:
         n_tokens = args.peak_memory_of or args.tokens
         write_tokens(folder, n_tokens // args.context)
         rows = TokenRows(folder)
-        hook = Wanted(args.hook, read_geometry(args.model).hook_size(args.hook), rows.n_rows * args.context)
+        hook = ColumnRequest(args.hook, read_geometry(args.model).hook_size(args.hook), rows.n_rows * args.context)
         if args.peak_memory_of:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
             before = memory_kib("VmRSS")
@@ -74,7 +74,7 @@ def main() -> None:
         report(folder, model, rows, hook)
 
 
-def report(folder: Path, model: Any, rows: TokenRows, hook: Wanted) -> None:
+def report(folder: Path, model: Any, rows: TokenRows, hook: ColumnRequest) -> None:
     sides: dict[str, Callable[[], Any]] = {
         "forward": lambda: bare_forward(model, rows),
         "fused_forward": lambda: fused_forward(model, rows),
@@ -123,7 +123,7 @@ def fused_forward(model: Any, rows: TokenRows) -> None:
         bare_forward(model, rows)
 
 
-def ours(folder: Path, model: Any, rows: TokenRows, hook: Wanted) -> None:
+def ours(folder: Path, model: Any, rows: TokenRows, hook: ColumnRequest) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     store = ActivationStore(folder, ActivationsConfig(batch_rows=args.batch_rows))
     with store.locked():
@@ -182,7 +182,7 @@ def write_tokens(folder: Path, n_rows: int) -> None:
     )
 
 
-def check_same(store: Path, hook: Wanted, dataset: Any) -> None:
+def check_same(store: Path, hook: ColumnRequest, dataset: Any) -> None:
     """Both caches hold every token once, with the same values up to rounding."""
     import numpy as np
 

@@ -46,8 +46,8 @@ from torch import Tensor  # noqa: E402
 from saeflow.config import EvaluationConfig, ModelConfig  # noqa: E402
 from saeflow.dictionaries import Dictionary, Spec  # noqa: E402
 from saeflow.dictionaries.sae import build  # noqa: E402
-from saeflow.evaluation.baseline import Ablated, measure_baselines  # noqa: E402
-from saeflow.evaluation.evaluate import Study, evaluate  # noqa: E402
+from saeflow.evaluation.baseline import AblationSite, measure_baselines  # noqa: E402
+from saeflow.evaluation.evaluate import EvaluationTask, evaluate  # noqa: E402
 from saeflow.models.loading import load_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,8 +130,8 @@ def alternate(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
 # -------------------------------------------------------------------- the sides
 def shared(model: Any, some: list[Dictionary], rows: np.ndarray) -> Found:
     hook = some[0].spec.hook_name_out
-    (baseline,) = measure_baselines(model, [Ablated(hook, torch.zeros(model.cfg.d_model))], rows, True, 16)
-    studies = [Study(dictionary, baseline) for dictionary in some]
+    (baseline,) = measure_baselines(model, [AblationSite(hook, torch.zeros(model.cfg.d_model))], rows, True, 16)
+    studies = [EvaluationTask(dictionary, baseline) for dictionary in some]
     return [e.summary for e in evaluate(model, studies, rows, True, EvaluationConfig(16))]
 
 

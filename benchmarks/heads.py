@@ -10,7 +10,7 @@ Last line: {"heads_over_concat", "heads_over_separate", "max_relative_loss_diffe
   the sum of a run a head (`site.head`). So many steps as `--steps` says.
 * `<size>.long_*`: the same of what a step adds to a run, in runs of two lengths: what is left of the ratio where the
   start of a process is nothing. `<size>.start_s`: the start.
-* `<size>.step_*`: bare steps in one process, on batches in memory: `HeadsTrainer.take`, `Trainer.take`.
+* `<size>.step_*`: bare steps in one process, on batches in memory: `HeadsTrainer.train_step`, `Trainer.train_step`.
 
 `max_relative_loss_difference` compares the losses of heads trained as one with those of each trained alone: over all
 steps of the bare steps, and all rows of the metrics of the runs.
@@ -47,14 +47,14 @@ import torch  # noqa: E402
 import zarr  # noqa: E402
 
 from saeflow.activations.store import ActivationStore, Column, TokenRows, write_column  # noqa: E402
-from saeflow.activations.writer import ColumnWriter, Wanted  # noqa: E402
+from saeflow.activations.writer import ColumnRequest, ColumnWriter  # noqa: E402
 from saeflow.config import ActivationsConfig, TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.dictionaries.kinds.sae import SAEConfig  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.planning.graph import Instance, Plan  # noqa: E402
 from saeflow.training.heads import HeadsTrainer  # noqa: E402
-from saeflow.training.protocol import Side  # noqa: E402
+from saeflow.training.protocol import HookStatistics  # noqa: E402
 from saeflow.training.trainer import Trainer  # noqa: E402
 
 HOOK, STORE = "blocks.1.attn.hook_z", "random-float32-00000000"
@@ -169,7 +169,7 @@ def write(folder: Path, values: torch.Tensor) -> None:
         array = tokens.create_array(name, shape=(len(values), 1), chunks=(4096, 1), dtype="int32", fill_value=-1)
         array[:] = 0
     with store.locked(), ThreadPoolExecutor(1) as thread:
-        wanted = Wanted(HOOK, tuple(values.shape[1:]), len(values))
+        wanted = ColumnRequest(HOOK, tuple(values.shape[1:]), len(values))
         store.create(HOOK, wanted.size, {})
         writer = ColumnWriter(store, [wanted], "cpu", thread)
         for start in range(0, len(values), 4096):
@@ -177,7 +177,7 @@ def write(folder: Path, values: torch.Tensor) -> None:
         writer.wait()
         column = Column(folder / "column", HOOK, len(values), wanted.size, "float32")
         column.folder.mkdir()
-        write_column(column, writer.found[wanted])
+        write_column(column, writer.statistics[wanted])
         store.commit({HOOK: len(values)}, TokenRows(folder / "tokens"), {})
 
 
@@ -187,7 +187,7 @@ def steps(size: str) -> tuple[dict[str, float], float]:
     batches = [activations(size, N).flatten(1) for _ in range(3)]
     z = batches[0]
     norms = z.unflatten(1, (H, d)).square().sum(2).mean(0).sqrt()
-    side = Side(z.mean(0), z.norm(dim=1).mean().item(), norms)
+    side = HookStatistics(z.mean(0), z.norm(dim=1).mean().item(), norms)
     training = TrainingConfig(10**12, lr=1e-3, log_every=10**9)
 
     def specs(width: int, latents: int, k: int, heads: list[int | None]) -> list:
@@ -196,7 +196,7 @@ def steps(size: str) -> tuple[dict[str, float], float]:
 
     of_heads = specs(d, n, K, list(range(H)))
     together = HeadsTrainer(of_heads, training, side)
-    alone = [Trainer(spec, training, one, one) for spec, one in zip(of_heads, side.of_heads(), strict=True)]
+    alone = [Trainer(spec, training, one, one) for spec, one in zip(of_heads, side.by_head(), strict=True)]
     (whole,) = specs(H * d, H * n, H * K, [None])
     concat = Trainer(whole, training, side, side)
     times: dict[str, list[float]] = {}
@@ -206,9 +206,13 @@ def steps(size: str) -> tuple[dict[str, float], float]:
 
         def separate(z: torch.Tensor = z) -> None:
             for h, one in enumerate(alone):
-                one.take((z[:, h * d : (h + 1) * d],))
+                one.train_step((z[:, h * d : (h + 1) * d],))
 
-        ways = {"separate": separate, "heads": lambda z=z: together.take((z,)), "concat": lambda z=z: concat.take((z,))}
+        ways = {
+            "separate": separate,
+            "heads": lambda z=z: together.train_step((z,)),
+            "concat": lambda z=z: concat.train_step((z,)),
+        }
         for name, take in ways.items():
             started = time.perf_counter()
             take()

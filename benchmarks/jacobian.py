@@ -8,11 +8,11 @@ Last line: {"einsum_over_block", "max_relative_error", "block_over_forward_per_t
   float64, over its largest entry.
 * `block_over_forward_per_token`: block and slopes of 1,024 tokens, over the forward pass of a randomly initialised
   GPT-2 small on a sequence of as many.
-* Step: `JacobianTrainer.take` (d 512, d_mlp 2048, d_sae 8192, k 32, 4,096 tokens) with the whole penalty, with the
-  penalty on 1/32 of the tokens, and with coefficient 0. `original_over_step`: against the formulation of the paper's
-  code: dense decoders, gathers from full products, three-operand einsum, autograd, Adam, from the same weights on the
-  same batches; it must find the same penalty. `step_over_products`: over the two encoders' products, dense and in
-  float32, which the pair with coefficient 0 need not take; the arithmetic of the step is 2.75 times theirs.
+* Step: `JacobianTrainer.train_step` (d 512, d_mlp 2048, d_sae 8192, k 32, 4,096 tokens) with the whole penalty, with
+  the penalty on 1/32 of the tokens, and with coefficient 0. `original_over_step`: against the formulation of the
+  paper's code: dense decoders, gathers from full products, three-operand einsum, autograd, Adam, from the same weights
+  on the same batches; it must find the same penalty. `step_over_products`: over the two encoders' products, dense and
+  in float32, which the pair with coefficient 0 need not take; the arithmetic of the step is 2.75 times theirs.
   `peak_bytes_over_lambda0`: growth of a process's memory to its peak, median of some processes, as what glibc's
   allocator leaves unused differs from one to the next.
 """
@@ -46,11 +46,11 @@ from saeflow.config import TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig  # noqa: E402
 from saeflow.dictionaries.kinds.sae import alone  # noqa: E402
-from saeflow.kernels.jacobian import Around, Products, jacobian_blocks  # noqa: E402
+from saeflow.kernels.jacobian import Linearisation, Products, jacobian_blocks  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import MLP, Block  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
-from saeflow.training.protocol import Side  # noqa: E402
+from saeflow.training.protocol import HookStatistics  # noqa: E402
 
 DEVICE = args.device
 WIDTH, HIDDEN, LATENTS, K, TOKENS = 512, 2048, 8192, 32, 4096
@@ -107,14 +107,14 @@ def block() -> dict[str, float]:
         return torch.einsum("tjm,tm,mti->tij", WD[A], slope, w2e[:, B])
 
     nothing = WD.new_zeros(n, 1)
-    products, around = Products(nothing, nothing, WD[None], WE, False), Around(slope[None])
+    products, linearisation = Products(nothing, nothing, WD[None], WE, False), Linearisation(slope[None])
     wanted = einsum(WD.double(), slope.double(), w2e.double())
-    error = ((jacobian_blocks(products, around, A, B) - wanted).abs().max() / wanted.abs().max()).item()
+    error = ((jacobian_blocks(products, linearisation, A, B) - wanted).abs().max() / wanted.abs().max()).item()
     if error > 1e-5:
         sys.exit(f"the block differs from the einsum by {error:g} of its largest entry")
     theirs, ours = (
         timed(einsum, 4 * args.rounds),
-        timed(lambda: jacobian_blocks(products, around, A, B), 4 * args.rounds),
+        timed(lambda: jacobian_blocks(products, linearisation, A, B), 4 * args.rounds),
     )
     print(f"einsum {theirs:.4f} s, block {ours:.4f} s", file=sys.stderr)
     return {"einsum_over_block": theirs / ours, "max_relative_error": error, "block_s": ours}
@@ -134,7 +134,7 @@ def over_forward() -> float:
     x = draw(N, d)
     with torch.no_grad():
         forward = timed(lambda: model(tokens).logits, args.rounds)
-        ours = timed(lambda: jacobian_blocks(products, mlp.around(x), A, B), args.rounds)
+        ours = timed(lambda: jacobian_blocks(products, mlp.linearise(x), A, B), args.rounds)
     print(f"forward pass {forward:.3f} s, blocks {ours:.3f} s of {N} tokens", file=sys.stderr)
     return ours / forward
 
@@ -152,7 +152,7 @@ def trainer_of(coefficient: float, fraction: float = 1.0, sizes: tuple[int, ...]
                             sparsity="unit_norm", jacobian_coefficient=coefficient)  # fmt: skip
     training = TrainingConfig(10**12, lr=1e-7, log_every=10**9, jacobian_fraction=fraction)
     specs = [alone(pair).spec(d, d, hook, hook, 0, Origin()) for hook in ("in", "out")]
-    sides = [Side(torch.zeros(d), d**0.5) for _ in range(2)]
+    sides = [HookStatistics(torch.zeros(d), d**0.5) for _ in range(2)]
     trainer = JacobianTrainer(tuple(specs), pair, training, tuple(sides), Block(MLP("gelu", *weights)), DEVICE)
     for part in trainer.parts.values():
         part.step = 1  # the first step writes metrics
@@ -164,17 +164,17 @@ def batches(block: Block, tokens: int = TOKENS, width: int = WIDTH) -> list[tupl
 
 
 def step() -> dict[str, float]:
-    arms = {"lambda0": trainer_of(0.0), "step": trainer_of(1.0), "subset": trainer_of(1.0, 1 / 32)}
-    data = batches(arms["step"].block)
-    original = None if "original" in args.without else Original(arms["step"])
-    encoders = [part.weights.encoder for part in arms["step"].parts.values()]
+    trainers = {"lambda0": trainer_of(0.0), "step": trainer_of(1.0), "subset": trainer_of(1.0, 1 / 32)}
+    data = batches(trainers["step"].block)
+    original = None if "original" in args.without else Original(trainers["step"])
+    encoders = [part.weights.encoder for part in trainers["step"].parts.values()]
     times: dict[str, list[float]] = {}
     for round_ in range(args.rounds + 2):
         batch = data[round_ % len(data)]
         times.setdefault("products", []).append(timed_once(partial(products, batch[0], encoders)))
-        for name, trainer in arms.items():
+        for name, trainer in trainers.items():
             costs = watch(trainer) if name == "step" and round_ == 0 else []
-            times.setdefault(name, []).append(timed_once(partial(trainer.take, batch)))
+            times.setdefault(name, []).append(timed_once(partial(trainer.train_step, batch)))
             if costs:
                 ours = costs[0]
         if original is not None and round_ < 3:  # it takes long
@@ -271,7 +271,7 @@ def peak_of_process(coefficient: float) -> int:
 
 def peak_bytes(coefficient: float) -> int:
     small = trainer_of(coefficient, sizes=(8, 16, 32, 4))
-    small.take(batches(small.block, 16, 8)[0])  # loads code
+    small.train_step(batches(small.block, 16, 8)[0])  # loads code
     data = draw(TOKENS, WIDTH), draw(TOKENS, WIDTH)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -281,7 +281,7 @@ def peak_bytes(coefficient: float) -> int:
         before = peak()
     trainer = trainer_of(coefficient)
     for _ in range(3):
-        trainer.take(data)
+        trainer.train_step(data)
     return (torch.cuda.max_memory_allocated() if DEVICE == "cuda" else peak()) - before
 
 

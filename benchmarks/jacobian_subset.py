@@ -38,7 +38,7 @@ from saeflow.text.corpus import read_documents  # noqa: E402
 from saeflow.text.tokenizer import load_tokenizer  # noqa: E402
 from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
-from saeflow.training.protocol import Side  # noqa: E402
+from saeflow.training.protocol import HookStatistics  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYER, BATCH, LATENTS, K = 3, 1024, 1024, 16
@@ -91,13 +91,13 @@ def run(block: object, train: list[torch.Tensor], held_out: list[torch.Tensor], 
     )  # fmt: skip
     d = train[0].shape[1]
     specs = [alone(pair).spec(d, d, hook, hook, seed, Origin()) for hook in HOOKS]
-    sides = [Side(v.mean(0), v.norm(dim=1).mean().item()) for v in train]
+    sides = [HookStatistics(v.mean(0), v.norm(dim=1).mean().item()) for v in train]
     trainer = JacobianTrainer((specs[0], specs[1]), pair, training, (sides[0], sides[1]), block)
     started = time.perf_counter()
     order = torch.Generator().manual_seed(0)  # all read the same batches
     for _ in range(n_steps):
         some = torch.randint(len(train[0]), (BATCH,), generator=order)
-        trainer.take((train[0][some], train[1][some]))
+        trainer.train_step((train[0][some], train[1][some]))
     seconds = time.perf_counter() - started
     input, output = (part.finished() for part in trainer.parts.values())
     fvu = [
@@ -106,7 +106,7 @@ def run(block: object, train: list[torch.Tensor], held_out: list[torch.Tensor], 
     ]
     (values_in, A), (values_out, B) = (d.top_latents(v) for d, v in zip((input, output), held_out, strict=True))
     products = make_products(input.W_dec, output.W_enc.T.contiguous(), block.weights())
-    J = mask_inactive(jacobian_blocks(products, block.around(held_out[0]), A, B), values_in, values_out).abs()
+    J = mask_inactive(jacobian_blocks(products, block.linearise(held_out[0]), A, B), values_in, values_out).abs()
     live = J.sum(2) > 0
     effective = (J.sum(2).square() / J.square().sum(2))[live].mean().item()
     return {

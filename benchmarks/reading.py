@@ -38,7 +38,7 @@ import torch  # noqa: E402 (after the number of threads is set)
 
 from saeflow.activations.reader import BatchReader, MappedRows  # noqa: E402
 from saeflow.activations.store import ActivationStore, Column  # noqa: E402
-from saeflow.activations.writer import ColumnWriter, Wanted  # noqa: E402
+from saeflow.activations.writer import ColumnRequest, ColumnWriter  # noqa: E402
 from saeflow.config import ActivationsConfig  # noqa: E402
 
 HOOK = "blocks.0.hook_mlp_out"
@@ -80,7 +80,7 @@ def main() -> None:
 def write(folder: Path, values: torch.Tensor) -> Column:
     """A store written by the writer that caching uses."""
     store = ActivationStore(folder / "store", ActivationsConfig(dtype=args.dtype))
-    hook = Wanted(HOOK, (args.d,), args.tokens)
+    hook = ColumnRequest(HOOK, (args.d,), args.tokens)
     started = time.perf_counter()
     with store.locked(), ThreadPoolExecutor(1) as thread:
         store.create(HOOK, hook.size, {})

@@ -61,7 +61,7 @@ def measure(sweep: str, value: int, args: argparse.Namespace) -> list[dict]:
     steps = {kind: Ours(problem) for kind, problem in problems.items()}
     ((x, y),) = batches(point["tokens"], D, 1)
     times: dict[str, list[float]] = {}
-    for _ in range(args.rounds + 2):  # two to warm up: after the first the road is chosen
+    for _ in range(args.rounds + 2):  # two to warm up: after the first the step is sparse or dense
         for what, call in {
             "product": lambda: torch.addmm(problems["topk"].b_enc, x, problems["topk"].W_enc),
             **{kind: (lambda step=step: step.step(x, y)) for kind, step in steps.items()},

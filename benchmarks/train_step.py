@@ -5,12 +5,12 @@ at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk
 "max_relative_loss_difference", ...}.
 
 Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
-step: ours is `Trainer.take`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in every
-round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps.
+step: ours is `Trainer.train_step`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in
+every round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps.
 `peak_bytes_over_saelens`: by how much the memory of a process grows from before the weights are made to its peak over
 ten steps, ours over theirs; a step of a tiny problem comes first, which loads code. On a GPU (`--device cuda`) memory
-is that allocated there, and a time is a tenth of that of ten steps one after the other.
-sparsify trains no L1 dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
+is that allocated there, and a time is a tenth of that of ten steps one after the other. sparsify trains no L1
+dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def measure(kind: str, size: str) -> tuple[dict[str, float], float]:
     data = batches(N, d, 3, args.device)
     times: dict[str, list[float]] = {}
     difference = 0.0
-    for round_ in range(rounds + 2):  # two to warm up: after the first the road is chosen
+    for round_ in range(rounds + 2):  # two to warm up: after the first the step is sparse or dense
         x, y = data[round_ % len(data)]
         taken, _ = timed(partial(torch.addmm, problem.b_enc, x, problem.W_enc))
         times.setdefault("product", []).append(taken)

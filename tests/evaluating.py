@@ -7,8 +7,8 @@ from torch import Tensor
 
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
-from saeflow.evaluation.baseline import Ablated, measure_baselines
-from saeflow.evaluation.evaluate import Evaluation, Study, evaluate
+from saeflow.evaluation.baseline import AblationSite, measure_baselines
+from saeflow.evaluation.evaluate import Evaluation, EvaluationTask, evaluate
 
 
 def evaluate_all(
@@ -22,8 +22,8 @@ def evaluate_all(
 ) -> list[Evaluation]:
     """Evaluates `dictionaries`, each against mean ablation by `mean` where it writes."""
     places = [(d.spec.hook_name_out, d.spec.hook_head_index) for d in dictionaries]
-    ablated = [Ablated(hook, mean, head) for hook, head in dict.fromkeys(places)]
+    ablated = [AblationSite(hook, mean, head) for hook, head in dict.fromkeys(places)]
     measured = measure_baselines(model, ablated, rows, prepend_bos, batch_rows)
     baselines = {(b.hook_name, b.head): b for b in measured}
-    studies = [Study(d, baselines[place]) for d, place in zip(dictionaries, places, strict=True)]
-    return evaluate(model, studies, rows, prepend_bos, EvaluationConfig(batch_rows, resamples))
+    tasks = [EvaluationTask(d, baselines[place]) for d, place in zip(dictionaries, places, strict=True)]
+    return evaluate(model, tasks, rows, prepend_bos, EvaluationConfig(batch_rows, resamples))

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 import zarr
 
-from saeflow.activations.caching import Wanted, cache
+from saeflow.activations.caching import ColumnRequest, cache
 from saeflow.activations.reader import open_rows
 from saeflow.activations.shards import ShardWriter
 from saeflow.activations.store import ActivationStore, Column, TokenRows, save_tensors
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.models.loading import load_model
 
-COLUMNS = [Wanted("blocks.1.hook_mlp_out", (32,), 1056), Wanted("blocks.0.attn.hook_z", (4, 8), 1056)]
+COLUMNS = [ColumnRequest("blocks.1.hook_mlp_out", (32,), 1056), ColumnRequest("blocks.0.attn.hook_z", (4, 8), 1056)]
 SHORTER = [column._replace(n_tokens=672) for column in COLUMNS]  # ends in the middle of a chunk and a shard
 STEPS = [
     (ActivationStore, "create", 2),
@@ -44,7 +44,7 @@ def main(folder: Path, model_folder: Path, tokens: Path, geometry: dict) -> None
     torch.set_num_threads(1)  # a fork would not survive a pool of threads
     model = load_model(model_folder, ModelConfig(name="tiny", path=str(model_folder)), "cpu")
 
-    def run(name: str, columns: list[Wanted] = COLUMNS) -> None:
+    def run(name: str, columns: list[ColumnRequest] = COLUMNS) -> None:
         store = ActivationStore(folder / name, ActivationsConfig(**geometry))
         with store.locked():
             found = cache(store, columns, TokenRows(tokens), lambda: model)

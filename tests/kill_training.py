@@ -37,7 +37,12 @@ TRAININGS = {
         "resample_warm_up_steps": 5,
     },
 }  # fmt: skip
-STEPS = [(Trainer, "take", 2), (Trainer, "take", 30), (Trainer, "take", 61), (Trainer, "take", 90)]
+STEPS = [
+    (Trainer, "train_step", 2),
+    (Trainer, "train_step", 30),
+    (Trainer, "train_step", 61),
+    (Trainer, "train_step", 90),
+]
 STEPS += [(Checkpoints, "save", 1), (Checkpoints, "save", 25), (Checkpoints, "remove", 2), (Path, "replace", 20)]
 STEPS += [(artifacts, "provenance", 2)]
 

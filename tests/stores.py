@@ -8,7 +8,7 @@ import zarr
 from torch import Tensor
 
 from saeflow.activations.store import ActivationStore, Column, TokenRows, open_column, write_column
-from saeflow.activations.writer import ColumnWriter, Wanted
+from saeflow.activations.writer import ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig
 from saeflow.planning.graph import Instance, Plan
 
@@ -34,7 +34,7 @@ def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> l
     columns = []
     with store.locked(), ThreadPoolExecutor(1) as thread:
         for hook, values in hooks.items():
-            wanted = Wanted(hook, tuple(values.shape[1:]), n_tokens)
+            wanted = ColumnRequest(hook, tuple(values.shape[1:]), n_tokens)
             store.create(hook, wanted.size, {})
             writer = ColumnWriter(store, [wanted], "cpu", thread)
             for start in range(0, n_tokens, 37):
@@ -42,7 +42,7 @@ def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> l
             writer.wait()
             column = Column(folder / f"{hook}-{n_tokens}", *wanted[:1], n_tokens, wanted.size, store.config.dtype)
             column.folder.mkdir()
-            write_column(column, writer.found[wanted])
+            write_column(column, writer.statistics[wanted])
             columns.append(open_column(column.folder))
         store.commit(dict.fromkeys(hooks, n_tokens), rows, {})
     return columns

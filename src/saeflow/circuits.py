@@ -100,9 +100,9 @@ class CircuitRun:
         """`tokens` (P,)"""
         if model.cfg.normalization_type not in ("LNPre", "RMSPre"):
             raise ValueError("circuits need the norms' gain and bias folded into the weights: set model.fold_ln=true")
-        for layer, made in transcoders.items():
+        for layer, transcoder in transcoders.items():
             wanted = (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
-            if (made.spec.hook_name, made.spec.hook_name_out) != wanted:
+            if (transcoder.spec.hook_name, transcoder.spec.hook_name_out) != wanted:
                 raise DictionaryError(f"circuits need a transcoder of layer {layer} from {wanted[0]} to {wanted[1]}")
         self.model, self.transcoders, self.tokens = model, transcoders, tokens
         self.parallel = bool(model.cfg.parallel_attn_mlp)
@@ -112,10 +112,10 @@ class CircuitRun:
         """(P, n) by layer."""
         self.errors: dict[int, Tensor] = {}
         """(P, D) by layer: what the MLP writes and its transcoder does not."""
-        for layer, made in transcoders.items():
+        for layer, transcoder in transcoders.items():
             x = self.read(layer, "mlp")
-            self.features[layer] = made.encode(x)
-            self.errors[layer] = self._at(f"blocks.{layer}.hook_mlp_out") - made.decode(self.features[layer], x)
+            self.features[layer] = transcoder.encode(x)
+            self.errors[layer] = self._at(f"blocks.{layer}.hook_mlp_out") - transcoder.decode(self.features[layer], x)
 
     def read(self, layer: int, part: str) -> Tensor:
         """x (P, D): what the norm before `part` of `layer` gives."""
@@ -155,27 +155,27 @@ class CircuitRun:
                 rows += [("head", layer, head, source, value) for source, value in enumerate(of_head[: t + 1])]
             rows.append(("bias", layer, -1, t, float(attention.b_O @ u)))
         for layer in range(target.layer):
-            made = self.transcoders.get(layer)
-            if made is None:
+            transcoder = self.transcoders.get(layer)
+            if transcoder is None:
                 rows.append(("mlp", layer, -1, t, float(self._at(f"blocks.{layer}.hook_mlp_out")[t] @ u)))
                 continue
             f = self.features[layer][t]
             active = f.nonzero()[:, 0]
-            values = f[active] * (made.W_dec[active] @ u)
+            values = f[active] * (transcoder.W_dec[active] @ u)
             rows += [("feature", layer, i, t, v) for i, v in zip(active.tolist(), values.tolist(), strict=True)]
             rows.append(("error", layer, -1, t, float(self.errors[layer][t] @ u)))
-            rows.append(("bias", layer, -1, t, float(made.b_dec @ u)))
-            if made.W_skip is not None:
-                rows.append(("skip", layer, -1, t, float(made.W_skip @ self.read(layer, "mlp")[t] @ u)))
+            rows.append(("bias", layer, -1, t, float(transcoder.b_dec @ u)))
+            if transcoder.W_skip is not None:
+                rows.append(("skip", layer, -1, t, float(transcoder.W_skip @ self.read(layer, "mlp")[t] @ u)))
         return pd.DataFrame(rows, columns=["kind", "layer", "unit", "token", "contribution"])
 
     def step(self, target: Target, node: Node) -> Target:
         """The target that `node` is to be explained by: the same root, seen from what the node reads."""
         u = self.in_stream(target)
         if node.kind == "feature":
-            made = self.transcoders[node.layer]
-            weight = made.W_dec[node.unit] @ u
-            return Target(node.layer, "mlp", node.token, weight * made.W_enc[:, node.unit])
+            transcoder = self.transcoders[node.layer]
+            weight = transcoder.W_dec[node.unit] @ u
+            return Target(node.layer, "mlp", node.token, weight * transcoder.W_enc[:, node.unit])
         weight = self._pattern(node.layer)[node.unit, target.token, node.token]
         return Target(node.layer, "attn", node.token, weight * (ov(self.model, node.layer, node.unit) @ u))
 
@@ -183,8 +183,8 @@ class CircuitRun:
         """What a node adds to the root whatever it reads: b_enc of a feature, b_V of a head, times the path."""
         u = self.in_stream(target)
         if node.kind == "feature":
-            made = self.transcoders[node.layer]
-            return float(made.W_dec[node.unit] @ u * made.b_enc[node.unit])
+            transcoder = self.transcoders[node.layer]
+            return float(transcoder.W_dec[node.unit] @ u * transcoder.b_enc[node.unit])
         attention: Any = self.model.blocks[node.layer].attn
         weight = self._pattern(node.layer)[node.unit, target.token, node.token]
         return float(weight * (attention.b_V[node.unit] @ attention.W_O[node.unit] @ u))
@@ -218,11 +218,11 @@ def greedy_paths(
     position 0 are skipped: heads rest there. Every path of every iteration is returned, shorter ones first.
     """
     start = Node("target", root.layer, -1, root.token)
-    held: list[tuple[Path, Target]] = [(Path((start,), (_value(run, root),)), root)]
-    found = [held[0][0]]
+    frontier: list[tuple[Path, Target]] = [(Path((start,), (_value(run, root),)), root)]
+    found = [frontier[0][0]]
     for _ in range(n_iterations):
         candidates: list[tuple[Path, Target, Node]] = []
-        for path, target in held:
+        for path, target in frontier:
             table = run.attribute(target)
             table = table[(table["contribution"] > 0) & ~((table["kind"] == "head") & (table["token"] == 0))]
             for kind in ("feature", "head", "embedding"):
@@ -234,7 +234,7 @@ def greedy_paths(
         candidates.sort(key=lambda one: (-one[0].contributions[-1], one[0].nodes))
         kept = candidates[:n_branches]
         found += [path for path, _, _ in kept]
-        held = [(path, run.step(target, node)) for path, target, node in kept if node.kind != "embedding"]
+        frontier = [(path, run.step(target, node)) for path, target, node in kept if node.kind != "embedding"]
     return found
 
 
@@ -271,7 +271,7 @@ def graph(run: CircuitRun, root: Target, paths: list[Path]) -> dict[str, list[di
         node["error"] += error
         node["pruned"] += contribution - children - bias - error
     return {
-        "nodes": [node._asdict() | held for node, held in nodes.items()],
+        "nodes": [node._asdict() | parts for node, parts in nodes.items()],
         "edges": [{"to": a._asdict(), "from": b._asdict(), "contribution": c} for (a, b), c in edges.items()],
     }
 

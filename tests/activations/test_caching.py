@@ -19,8 +19,8 @@ from stores import contents, write_rows, write_store
 
 from saeflow.activations.caching import (
     ActivationError,
+    ColumnRequest,
     DiskFullError,
-    Wanted,
     cache,
     cache_jobs,
     longest_rows,
@@ -43,8 +43,8 @@ HOOK_Z, HIDDEN = "blocks.0.attn.hook_z", "blocks.0.mlp.hook_post"
 SIZES = {MLP_IN: (32,), MLP_OUT: (32,), HOOK_Z: (4, 8), HIDDEN: (64,)}
 
 
-def wanted(*hooks: str, rows: int = 33) -> list[Wanted]:
-    return [Wanted(hook, SIZES[hook], rows * CONTEXT) for hook in hooks]
+def wanted(*hooks: str, rows: int = 33) -> list[ColumnRequest]:
+    return [ColumnRequest(hook, SIZES[hook], rows * CONTEXT) for hook in hooks]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_any_architecture_is_cached(fill, rows, model_folder):
     with torch.inference_mode():
         _, held = other.run_with_cache(torch.from_numpy(rows.tokens(0, 4)).long())
     hooks = ["hook_embed", "blocks.1.attn.hook_k", "blocks.1.hook_resid_post", "ln_final.hook_normalized"]
-    columns = [Wanted(hook, tuple(held[hook].shape[2:]), 4 * CONTEXT) for hook in hooks]
+    columns = [ColumnRequest(hook, tuple(held[hook].shape[2:]), 4 * CONTEXT) for hook in hooks]
     store, _ = fill(columns, load=lambda: other)
     for hook in hooks:
         torch.testing.assert_close(stored(store, hook), held[hook].flatten(0, 1), rtol=1e-4, atol=1e-5)

@@ -206,8 +206,8 @@ def test_small_columns_held_in_memory_give_the_same_batches(columns, monkeypatch
     held = BatchReader(columns, 48, seed=3)
     assert not [c for c in held.columns if isinstance(c, MappedRows)]
     found = list(held.iterate(2, 20))
-    monkeypatch.setattr(reader_module, "HELD_BYTES", 0)
-    monkeypatch.setattr(reader_module, "HELD_TOKENS", 0)
+    monkeypatch.setattr(reader_module, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(reader_module, "IN_MEMORY_TOKENS", 0)
     mapped = BatchReader(columns, 48, seed=3)
     assert all(isinstance(c, MappedRows) for c in mapped.columns)
     for mine, its in zip(found, mapped.iterate(2, 20), strict=True):
@@ -215,7 +215,7 @@ def test_small_columns_held_in_memory_give_the_same_batches(columns, monkeypatch
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(columns, monkeypatch):
-    monkeypatch.setattr(reader_module, "HELD_BYTES", 0)
+    monkeypatch.setattr(reader_module, "IN_MEMORY_BYTES", 0)
     shard = columns[1].array / "c" / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[0] ^= 1
@@ -225,7 +225,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(columns, monkeypatch):
 
 
 def test_the_thread_ends_with_the_consumer(columns, monkeypatch):
-    monkeypatch.setattr(reader_module, "HELD_BYTES", 0)
+    monkeypatch.setattr(reader_module, "IN_MEMORY_BYTES", 0)
 
     def reading() -> bool:
         return any(thread.name == "batch-reader" for thread in threading.enumerate())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec, load_dictionary, save_dictionary
-from saeflow.dictionaries.foreign import Place, read_foreign, read_release
+from saeflow.dictionaries.foreign import Site, read_foreign, read_release
 from saeflow.dictionaries.layouts import foreign_files, foreign_format
 from saeflow.dictionaries.sae import build
 from saeflow.jobs.job import Job
@@ -23,7 +23,7 @@ from saeflow.planning.expansion import compose
 ROOT = Path(__file__).resolve().parents[2]
 D, N_LATENTS, K = 32, 48, 5
 OUT = "blocks.1.hook_mlp_out"
-SAE, TRANSCODER = Place(OUT, OUT), Place("blocks.1.ln2.hook_normalized", OUT)
+SAE, TRANSCODER = Site(OUT, OUT), Site("blocks.1.ln2.hook_normalized", OUT)
 G = torch.Generator().manual_seed(0)
 X = torch.randn(50, D, generator=G)
 W_ENC, W_DEC = torch.randn(D, N_LATENTS, generator=G), torch.randn(N_LATENTS, D, generator=G)
@@ -84,7 +84,7 @@ def test_transcoder_circuits(circuits: Any, tmp_path: Path) -> None:
     check(made, f, f @ W_DEC + B_IN, tmp_path / "b")
     with pytest.raises(DictionaryError, match="is an SAE: it needs a site with hook_name alone"):
         read_foreign(tmp_path / "final.pt", TRANSCODER)
-    other = Place("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out")
+    other = Site("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out")
     with pytest.raises(DictionaryError, match=f"reads {OUT} and writes {OUT}, but the site is blocks.0"):
         read_foreign(tmp_path / "final.pt", other)
 
@@ -202,8 +202,8 @@ def test_sparsify(transcodes: bool, tmp_path: Path) -> None:
     save_file(tensors | ({"W_skip": W_SKIP} if transcodes else {}), folder / "sae.safetensors")
     f = top((X if transcodes else X - B_IN) @ W_ENC + B_ENC)
     y = f @ W_DEC + B_IN + (X @ W_SKIP.T if transcodes else 0)
-    place = Place("blocks.1.hook_resid_pre", OUT) if transcodes else SAE
-    check(read_foreign(folder, place), f, y, tmp_path / "again")
+    site = Site("blocks.1.hook_resid_pre", OUT) if transcodes else SAE
+    check(read_foreign(folder, site), f, y, tmp_path / "again")
     if transcodes:
         with pytest.raises(DictionaryError, match=r"with the norm's gain and bias, which .*hook_normalized lacks"):
             read_foreign(folder, TRANSCODER)
@@ -228,7 +228,7 @@ def test_old_saelens_folders(tmp_path: Path) -> None:
     torch.testing.assert_close(made.forward(X), theirs(X), rtol=1e-5, atol=1e-5)
     assert made.spec.k == K and made.spec.origin.context_size == 128
     with pytest.raises(DictionaryError, match="choose the site that it was made for"):
-        read_foreign(tmp_path, Place("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out"))
+        read_foreign(tmp_path, Site("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out"))
 
 
 def test_a_release_that_is_not_here_is_refused_with_what_to_do() -> None:
@@ -292,9 +292,9 @@ def test_a_foreign_dictionary_of_one_head(neox_folder: Path, corpus_file: Path, 
         paths.append(tmp_path / f"of_{head}")
         paths[-1].mkdir()
         save_dictionary(made, paths[-1])
-    assert read_foreign(paths[0], Place(hook, hook, 2)).spec.hook_head_index == 2
+    assert read_foreign(paths[0], Site(hook, hook, 2)).spec.hook_head_index == 2
     with pytest.raises(DictionaryError, match=r"is of head 2, but the site's is 1; set site.head"):
-        read_foreign(paths[0], Place(hook, hook, 1))
+        read_foreign(paths[0], Site(hook, hook, 1))
     chosen = ["model=local", f"model.path={neox_folder}", "corpus=local", f"corpus.path={corpus_file}", *TINY]
     sites = ",".join(
         f"{{dictionary:foreign,site:attn_z,dictionary.path:{path},site.head:{head}}}"

@@ -15,7 +15,7 @@ from saeflow.dictionaries.sae import build
 from saeflow.evaluation.bootstrap import draws, interval, resample
 from saeflow.evaluation.evaluate import write_evaluation
 from saeflow.evaluation.metrics import summarise
-from saeflow.evaluation.sums import Adder, token_batches
+from saeflow.evaluation.sums import SumAccumulator, token_batches
 from saeflow.models.loading import load_model
 from saeflow.text.tokens import TokenStore, open_tokens
 
@@ -126,10 +126,10 @@ def test_values_of_a_token_go_to_its_document_whatever_the_batches(tokens_folder
     store = open_tokens(tokens_folder)
     tables = []
     for batch_rows in (5, 64):
-        adder = Adder(prepend_bos=True)
+        accumulator = SumAccumulator(prepend_bos=True)
         for tokens, document in token_batches(store, True, batch_rows, "cpu", ""):
-            adder.add(document, {"id": tokens.double()}, {"vector": torch.stack([tokens, 2 * tokens], dim=-1)})
-        tables.append(adder.sums())
+            accumulator.add(document, {"id": tokens.double()}, {"vector": torch.stack([tokens, 2 * tokens], dim=-1)})
+        tables.append(accumulator.sums())
     assert tables[0].documents == tables[1].documents  # integers: exact
     tokens, document, _ = store.rows(0, store.n_rows)
     owner = np.where(document < 0, document[:, 1:2], document)

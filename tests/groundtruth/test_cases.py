@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from saeflow.config import ConfigError
 from saeflow.groundtruth.cases import CASES, Case, get_case
-from saeflow.groundtruth.compiler import compile_program, hooked
+from saeflow.groundtruth.compiler import compile_program, hooked_transformer
 from saeflow.groundtruth.network import Network, initial_weights
 from saeflow.groundtruth.program import (
     Aggregate,
@@ -108,7 +108,7 @@ def test_hooked_transformer_computes_the_same_and_its_hooks_hold_the_variables()
     case = get_case(4)
     rows = case.rows(100)
     compiled = case.compiled
-    output, cache = hooked(compiled.config, compiled.weights).run_with_cache(torch.from_numpy(rows))
+    output, cache = hooked_transformer(compiled.config, compiled.weights).run_with_cache(torch.from_numpy(rows))
     np.testing.assert_allclose(output[..., 0].numpy(), case.labels(rows), rtol=0, atol=1e-6)
     values = run(case.program, rows)
     for hook in ("blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"):
@@ -137,7 +137,7 @@ def test_network_computes_what_hooked_transformer_does(causal: bool) -> None:
     for name, w in network.weights().items():
         np.testing.assert_array_equal(w.numpy(), weights[name].astype(np.float32), err_msg=name)
     tokens = torch.from_numpy(rng.integers(0, 7, (9, 6)))
-    output, cache = hooked(config, weights).run_with_cache(tokens)
+    output, cache = hooked_transformer(config, weights).run_with_cache(tokens)
     mine = network(tokens)
     torch.testing.assert_close(mine.output, output, rtol=1e-5, atol=1e-5)
     for layer in range(2):
@@ -197,10 +197,10 @@ def test_compiled_program_holds_every_variable_of_any_program(program: Program) 
         row[0], row[length:] = program.token_id("BOS"), program.token_id("PAD")
     values = run(program, tokens)
     held = Network(compiled.config, compiled.weights, torch.float64)(torch.from_numpy(tokens)).residual[-1].numpy()
-    for name, place in compiled.places.items():
-        n, value = len(place.columns), values[name]
+    for name, location in compiled.locations.items():
+        n, value = len(location.columns), values[name]
         wanted = value[..., None] if program.variables[name].numerical else np.eye(n + 1)[value][..., :n]
-        np.testing.assert_allclose(held[..., list(place.columns)], wanted, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(held[..., list(location.columns)], wanted, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_a_head_may_move_more_values_than_it_has_keys() -> None:
@@ -208,7 +208,7 @@ def test_a_head_may_move_more_values_than_it_has_keys() -> None:
     compiled = compile_program(Program(tuple(range(9)), n_ctx=2, causal=False, blocks=(moves,), output="word"))
     words = torch.tensor([[compiled.program.token_id("BOS"), compiled.program.token_id(w)] for w in range(9)])
     held = Network(compiled.config, compiled.weights, torch.float64)(words).residual[-1]
-    moved = held[:, 1, list(compiled.places["word"].columns)]
+    moved = held[:, 1, list(compiled.locations["word"].columns)]
     torch.testing.assert_close(moved, torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-6)
 
 

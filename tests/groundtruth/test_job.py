@@ -15,14 +15,14 @@ from saeflow.dictionaries import Origin, Spec
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.groundtruth.alignment import Truth
 from saeflow.groundtruth.cases import get_case, small_config
-from saeflow.groundtruth.compiler import hooked
-from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
+from saeflow.groundtruth.compiler import hooked_transformer
+from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
 from saeflow.groundtruth.folder import load_hooked, read_model, write_model
 from saeflow.groundtruth.jacobians import (
     compare_jacobians,
+    dictionary_jacobians,
     effective_inputs,
     mlp_jacobians,
-    through,
     true_jacobians,
 )
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
@@ -128,7 +128,7 @@ def test_replacement_is_that_of_a_hook_in_transformer_lens(hook: str) -> None:
     case = get_case(4)
     config, truth = small_config(case), Truth(case, case.rows(50))
     weights = initial_weights(config, 0)
-    network, model = Network(config, weights), hooked(config, weights)
+    network, model = Network(config, weights), hooked_transformer(config, weights)
     tokens = torch.from_numpy(truth.rows)
     value = torch.randn(50, 10, config["d_model"], generator=torch.Generator().manual_seed(0))
     clean = network(tokens)
@@ -176,7 +176,7 @@ def test_iia_through_the_truth_is_perfect(number: int, hook: str, variables: dic
     truth = Truth(case, case.rows(300))
     config = case.compiled.config
     network = Network(config, case.compiled.weights)
-    found = interchange_through(network, truth, identity(hook, config["d_model"], (1.0, -1.0)))
+    found = interchange_accuracy(network, truth, identity(hook, config["d_model"], (1.0, -1.0)))
     assert found["iia_all"] == 1.0
     for name, least in variables.items():
         assert found[f"latents_{name}"] >= least
@@ -249,7 +249,7 @@ def test_jacobian_through_a_pair_matches_autograd_and_the_kernel() -> None:
     input, output = (random(spec) for spec in around_mlp(d, activation="topk", k=5, d_sae=60))
     x, y = (clean.at(dictionary.spec.hook_name).flatten(0, 1) for dictionary in (input, output))
     J = mlp_jacobians(network, 0, x)
-    found = through(input, x) @ J @ through(output, y)
+    found = dictionary_jacobians(input, x) @ J @ dictionary_jacobians(output, y)
 
     p = {name.split(".")[-1]: w for name, w in network.parameters.items() if name.startswith("blocks.0.mlp.")}
     blocks = list(Pair(Block(MLP(config["act_fn"], **p)), input, output).blocks([x, y]))

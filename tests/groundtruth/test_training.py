@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saeflow.groundtruth.alignment import Alignment, Truth, align, pairs, quality
 from saeflow.groundtruth.cases import get_case, small_config
-from saeflow.groundtruth.compiler import hooked
+from saeflow.groundtruth.compiler import hooked_transformer
 from saeflow.groundtruth.interpbench import InterpBenchError, plain_pickle, read_interpbench
 from saeflow.groundtruth.lowlevel import Recipe, loss_of, train_small
 from saeflow.groundtruth.network import Network, Node, initial_weights
@@ -26,8 +26,8 @@ def test_case_3_has_the_published_sizes_and_nodes() -> None:
     assert {name: config[name] for name in sizes} == sizes
     assert sum(w.size for w in initial_weights(config, 0).values()) == 3817
     found = align(case, config)
-    assert found.on == {Node(0): ("is_x",), Node(1, 2): ("frac_prevs",)}
-    assert set(found.off) == {
+    assert found.on_circuit == {Node(0): ("is_x",), Node(1, 2): ("frac_prevs",)}
+    assert set(found.off_circuit) == {
         Node(0, 0),
         Node(0, 1),
         Node(0, 2),
@@ -46,9 +46,9 @@ def test_compiled_model_is_perfectly_aligned(number: int) -> None:
     truth = Truth(case, case.rows(25, seed=1))
     network = Network(case.compiled.config, case.compiled.weights, torch.float64)
     on: dict[Node, tuple[str, ...]] = {}
-    for name, place in case.compiled.places.items():
-        if place.sublayer >= 0:
-            node = Node(place.sublayer // 2, None if place.sublayer % 2 else place.head)
+    for name, location in case.compiled.locations.items():
+        if location.sublayer >= 0:
+            node = Node(location.sublayer // 2, None if location.sublayer % 2 else location.head)
             on[node] = (*on.get(node, ()), name)
     every = [
         Node(layer, head)
@@ -68,12 +68,12 @@ def test_quality_equals_hooks_in_transformer_lens_pair_by_pair() -> None:
     case = get_case(3)
     config, truth = small_config(case), Truth(case, case.rows())
     trained = train_small(case, truth.rows, Recipe(n_steps=30), n_pairs=1)
-    model = hooked(config | {"use_attn_result": True}, trained.network.weights())
+    model = hooked_transformer(config | {"use_attn_result": True}, trained.network.weights())
     base, source = pairs(320, 600, seed=5)
     found = quality(trained.network, truth, trained.alignment, base, source)
     tokens, labels = torch.from_numpy(truth.rows), case.labels(truth.rows)
     _, cache = model.run_with_cache(tokens[source])
-    for node in (*trained.alignment.on, *trained.alignment.off):
+    for node in (*trained.alignment.on_circuit, *trained.alignment.off_circuit):
         hook = f"blocks.{node.layer}." + ("mlp.hook_post" if node.head is None else "attn.hook_result")
 
         def put(value: torch.Tensor, hook: Any, node: Node = node) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_quality_equals_hooks_in_transformer_lens_pair_by_pair() -> None:
             return value
 
         output = model.run_with_hooks(tokens[base], fwd_hooks=[(hook, put)])[..., 0].numpy()
-        wanted = labels[source] if node in trained.alignment.on else labels[base]
+        wanted = labels[source] if node in trained.alignment.on_circuit else labels[base]
         share = (np.abs(output - wanted)[:, 1:] < case.tolerance).mean()
         assert {**found.iia, **found.strict}[node.name] == pytest.approx(share, abs=2e-3)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from saeflow.config import ConfigError, EvaluationConfig, ModelConfig
 from saeflow.dictionaries import BlockDiagonal, Spec, load_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.evaluation.baseline import Ablated, measure_baselines
-from saeflow.evaluation.evaluate import Study, evaluate
+from saeflow.evaluation.baseline import AblationSite, measure_baselines
+from saeflow.evaluation.evaluate import EvaluationTask, evaluate
 from saeflow.evaluation.stack import Member, evaluate_stack
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
@@ -59,10 +59,10 @@ def test_all_heads_and_each_alone_with_ablations_of_the_same_scope(model_folder:
     heads = [head(h) for h in range(H)]
     whole = BlockDiagonal(heads)
     means = MEAN.view(H, D)
-    ablated = [Ablated(HOOK, MEAN), *(Ablated(HOOK, means[h], h) for h in range(H))]
+    ablated = [AblationSite(HOOK, MEAN), *(AblationSite(HOOK, means[h], h) for h in range(H))]
     baselines = measure_baselines(model, ablated, ROWS, True, SETTINGS.batch_rows)
-    studies = [Study(d, b) for d, b in zip([whole, *heads], baselines, strict=True)]
-    summaries = [one.summary for one in evaluate(model, studies, ROWS, True, SETTINGS)]
+    tasks = [EvaluationTask(d, b) for d, b in zip([whole, *heads], baselines, strict=True)]
+    summaries = [one.summary for one in evaluate(model, tasks, ROWS, True, SETTINGS)]
     scopes = [list(range(H)), *([h] for h in range(H))]
     for summary, scope in zip(summaries, scopes, strict=True):
         wanted = {
@@ -80,7 +80,7 @@ def test_all_heads_and_each_alone_with_ablations_of_the_same_scope(model_folder:
     active = torch.cat([torch.relu((cache[HOOK][:, :, h] - d.b_dec) @ d.W_enc + d.b_enc) > 0 for h, d in
                         enumerate(heads)], dim=2).sum(2)  # fmt: skip
     assert summaries[0]["l0_without_bos"] == pytest.approx(active[:, 1:].double().mean().item())
-    (counts,) = evaluate(model, studies[:1], ROWS, True, SETTINGS)
+    (counts,) = evaluate(model, tasks[:1], ROWS, True, SETTINGS)
     for part, l0 in zip(counts.by_l0, (active[:, :1], active[:, 1:]), strict=True):
         assert part.tolist() == torch.bincount(l0.flatten(), minlength=len(part)).tolist()
     stack = evaluate_stack(model, [Member(whole, MEAN)], ROWS, True, SETTINGS).summary

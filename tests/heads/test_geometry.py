@@ -70,10 +70,10 @@ def test_a_layers_output_is_the_sum_of_its_heads(model: Any) -> None:
 def test_a_compiled_models_output_is_the_sum_of_its_heads() -> None:
     """It has no norms, and several heads only in some layers."""
     from saeflow.groundtruth.cases import get_case
-    from saeflow.groundtruth.compiler import hooked
+    from saeflow.groundtruth.compiler import hooked_transformer
 
     case = get_case(3)
-    compiled = hooked(case.compiled.config, case.compiled.weights).to(torch.float64)
+    compiled = hooked_transformer(case.compiled.config, case.compiled.weights).to(torch.float64)
     _, cache = compiled.run_with_cache(torch.from_numpy(case.rows(20, 0)))
     for layer in range(compiled.cfg.n_layers):
         attention = read_attention(compiled, layer)

@@ -24,7 +24,7 @@ from saeflow.heads.decomposition import METHODS
 from saeflow.heads.folder import read_head_studies
 from saeflow.heads.job import heads_job
 from saeflow.heads.removal import removals
-from saeflow.heads.study import Study
+from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.loading import load_model
@@ -315,7 +315,7 @@ def test_contexts_are_the_rows_of_the_largest_activations() -> None:
     dense = np.zeros((3, 5))  # 3 rows of 5 kept tokens, after a BOS
     dense[0, 2], dense[0, 4], dense[2, 1], dense[1, 0] = 3.0, 1.0, 3.0, 2.0
     column = sp.csc_array(dense.reshape(-1, 1))
-    held = Study(np.zeros((3, 6), dtype=np.int64), 1, xr.Dataset(), {}, {}, pd.DataFrame())
+    held = HeadMeasurements(np.zeros((3, 6), dtype=np.int64), 1, xr.Dataset(), {}, {}, pd.DataFrame())
     found = top_contexts(held, column, 2)
     assert [(c.row, c.position, c.value) for c in found] == [(0, 3, 3.0), (2, 2, 3.0)]
     assert in_row(held, column, 0).tolist() == [0, 0, 0, 3.0, 0, 1.0]

@@ -285,7 +285,7 @@ def test_tables_hold_every_curve_and_curves_carry_on() -> None:
     directions = {(i, h): generator.standard_normal(6) for i in (3, 5, 8) for h in range(2)}
     directions[3, 1] = own[1][4] * 2.5
     directions[3, ALL] = np.concatenate([directions[3, 0], directions[3, 1]])
-    table = decomposition_table(directions, {"own": own, "random": random}, most=4)
+    table = decomposition_table(directions, {"own": own, "random": random}, max_atoms=4)
     keys = ["latent", "head", "dictionary", "method"]
     assert len(table.groupby(keys)) == 7 * 2 * len(METHODS) and table["n_atoms"].max() == 4
     one = table[

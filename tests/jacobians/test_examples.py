@@ -76,14 +76,14 @@ def test_top_windows_are_those_of_all_activations_sorted(monkeypatch: pytest.Mon
             window = t // 20 * 3 + (t % 20 + 1) // 8
             if value > 0:
                 best[window] = max(best.get(window, 0), value)
-        assert top.of(latent) == sorted(best, key=lambda w: (-best[w], w))[:4]
-    assert top.of(99) == []
+        assert top.windows_of(latent) == sorted(best, key=lambda w: (-best[w], w))[:4]
+    assert top.windows_of(99) == []
 
 
 def test_grid_spans_cover_each_row_once() -> None:
     grid = Grid(context_size=21, window=8)
     assert [grid.span(w) for w in range(4)] == [(0, 0, 8), (0, 8, 16), (0, 16, 21), (1, 0, 8)]
-    row, position = grid.place(np.arange(40))
+    row, position = grid.row_and_position(np.arange(40))
     assert (row[19], position[19], row[20], position[20]) == (0, 20, 1, 1)
     for token, window in enumerate(grid.windows(np.arange(40))):
         r, start, end = grid.span(window)

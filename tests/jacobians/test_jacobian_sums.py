@@ -12,28 +12,30 @@ from stores import contents
 
 from saeflow.config import JacobianConfig
 from saeflow.jacobians import sums as jacobian_global
-from saeflow.jacobians.maps import Blocks
+from saeflow.jacobians.maps import JacobianBlocks
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 
 N_OUT, N_IN = 9, 11
 
 
-def random_blocks(n: int, k_out: int, k_in: int, seed: int) -> Blocks:
+def random_blocks(n: int, k_out: int, k_in: int, seed: int) -> JacobianBlocks:
     """`n` tokens, some of whose active latents are at 0, as TopK and ReLU leave them."""
     g = torch.Generator().manual_seed(seed)
     outputs = torch.stack([torch.randperm(N_OUT, generator=g)[:k_out] for _ in range(n)])
     inputs = torch.stack([torch.randperm(N_IN, generator=g)[:k_in] for _ in range(n)])
     values_out, values_in = ((torch.rand(n, k, generator=g) - 0.2).relu() for k in (k_out, k_in))
     J = torch.randn(n, k_out, k_in, generator=g) * (values_out > 0)[:, :, None] * (values_in > 0)[:, None]
-    return Blocks(slice(0, n), J, inputs, outputs, values_in, values_out, torch.full((n,), k_out * k_in))
+    return JacobianBlocks(slice(0, n), J, inputs, outputs, values_in, values_out, torch.full((n,), k_out * k_in))
 
 
-def parts(blocks: Blocks, size: int) -> list[Blocks]:
+def parts(blocks: JacobianBlocks, size: int) -> list[JacobianBlocks]:
     n = len(blocks.J)
-    return [Blocks(slice(a, min(a + size, n)), *(t[a : a + size] for t in blocks[1:])) for a in range(0, n, size)]
+    return [
+        JacobianBlocks(slice(a, min(a + size, n)), *(t[a : a + size] for t in blocks[1:])) for a in range(0, n, size)
+    ]
 
 
-def dense(blocks: Blocks) -> np.ndarray:
+def dense(blocks: JacobianBlocks) -> np.ndarray:
     """(N, N_OUT, N_IN)"""
     full = np.zeros((len(blocks.J), N_OUT, N_IN))
     for t, (J, outputs, inputs) in enumerate(zip(blocks.J, blocks.outputs, blocks.inputs, strict=True)):
@@ -41,7 +43,7 @@ def dense(blocks: Blocks) -> np.ndarray:
     return full
 
 
-def summed(blocks: Blocks, size: int = 4) -> Pairs:
+def summed(blocks: JacobianBlocks, size: int = 4) -> Pairs:
     sums = PairSums(N_OUT, N_IN)
     for part in parts(blocks, size):
         sums.add(part)
@@ -112,7 +114,7 @@ def test_a_map_with_the_same_entries_on_all_tokens_is_summed_alike() -> None:
     J = torch.randn(20, N_OUT, N_IN, generator=g)
     outputs, inputs = (torch.arange(n).expand(20, n) for n in (N_OUT, N_IN))
     ones = [torch.ones(()).expand(20, n) for n in (N_IN, N_OUT)]
-    blocks = Blocks(slice(0, 20), J, inputs, outputs, *ones, torch.full((20,), N_OUT * N_IN))
+    blocks = JacobianBlocks(slice(0, 20), J, inputs, outputs, *ones, torch.full((20,), N_OUT * N_IN))
     found = PairSums(N_OUT, N_IN, shared=True)
     for part in parts(blocks, 7):
         found.add(part)
@@ -131,7 +133,7 @@ def test_stores_hold_what_was_measured_in_equal_bytes(tmp_path: Path, monkeypatc
         write_pairs(folder / "global.zarr", pairs)
         stored = TokenBlocks(folder / "tokens.zarr", *(np.arange(10) * i for i in (1, 2, 3)))
         for part in parts(blocks, 4):  # the third of them is wanted in part, the rest not at all
-            stored.add(part.some.start, part)
+            stored.add(part.tokens.start, part)
         stored.close()
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 

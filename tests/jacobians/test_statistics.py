@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from saeflow.config import ConfigError, JacobianConfig
-from saeflow.evaluation.bootstrap import central, resampled_sums
+from saeflow.evaluation.bootstrap import central_interval, resampled_sums
 from saeflow.jacobians.statistics import (
     LOG_EDGES,
     Tally,
@@ -194,7 +194,7 @@ def test_resamples_are_seeded_and_weigh_each_document_by_its_draws() -> None:
     assert not np.array_equal(first, other)
     possible = {tuple(sums[list(draw)].sum(0)) for draw in np.ndindex(3, 3, 3)}
     assert {tuple(row) for row in first} <= possible
-    low, high = central(np.column_stack([np.linspace(0, 1, 1001), np.full(1001, np.nan)]))
+    low, high = central_interval(np.column_stack([np.linspace(0, 1, 1001), np.full(1001, np.nan)]))
     assert (low[0], high[0]) == pytest.approx((0.025, 0.975)) and np.isnan([low[1], high[1]]).all()
 
 

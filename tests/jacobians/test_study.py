@@ -17,7 +17,7 @@ from saeflow.dictionaries import Dictionary, Origin, Spec, save_dictionary
 from saeflow.dictionaries.fitting import FitError
 from saeflow.dictionaries.sae import build
 from saeflow.jacobians.maps import Pair, TranscoderMap
-from saeflow.jacobians.one_pass import Tokens, passes
+from saeflow.jacobians.one_pass import Tokens, iterate_jacobians
 from saeflow.jacobians.statistics import Tally, histogram_table, notebook_lines, survival_table
 from saeflow.jacobians.study import jacobian_job, open_map
 from saeflow.jobs.job import Job
@@ -142,7 +142,7 @@ def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(mode
 def counted(model: Any, pair: Pair, rows: np.ndarray, config: JacobianConfig) -> Tally:
     tokens = Tokens(rows, np.arange(config.n_tokens) // 31)
     tally = Tally(config, tokens.n_documents)
-    for part in passes(model, pair, tokens):
+    for part in iterate_jacobians(model, pair, tokens):
         tally.add(part.blocks.J, tokens.document[part.first : part.first + part.n_tokens], part.blocks.n_entries)
     return tally
 
@@ -217,7 +217,7 @@ def test_a_varying_number_of_active_latents_is_padded_with_zeros_that_count_for_
     seen = 0
     for blocks in Pair(Block(mlp), input, output).blocks([x, y]):
         for t, J, A, B, n in zip(
-            range(blocks.some.start, blocks.some.stop),
+            range(blocks.tokens.start, blocks.tokens.stop),
             blocks.J, blocks.inputs, blocks.outputs, blocks.n_entries, strict=True,
         ):  # fmt: skip
             active_in = input.encode(x[t : t + 1])[0] > 0
@@ -245,7 +245,7 @@ def test_transcoder_jacobian_matches_autograd_float64(activation: Any, skip: boo
     x = draw(9, d)
     seen = 0
     for blocks in TranscoderMap(transcoder).blocks([x]):
-        for t, J in zip(range(blocks.some.start, blocks.some.stop), blocks.J, strict=True):
+        for t, J in zip(range(blocks.tokens.start, blocks.tokens.stop), blocks.J, strict=True):
             wanted = torch.autograd.functional.jacobian(
                 lambda v: transcoder.decode(transcoder.encode(v[None]), v[None])[0], x[t]
             )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from saeflow.kernels import jacobian as kernel
 from saeflow.kernels import loops
-from saeflow.kernels.jacobian import Around, Kept
+from saeflow.kernels.jacobian import Linearisation, TopLatents
 from saeflow.kernels.penalties import PENALTIES
-from saeflow.models.blocks import MLP, PART, Block
+from saeflow.models.blocks import CHUNK_TOKENS, MLP, Block
 
 F64 = torch.float64
 
@@ -27,7 +27,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Numba's loops, or torch's operations, which a GPU takes; those on a GPU, where there is one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
-            patch.setattr(loops, "serve", lambda tensor: False)
+            patch.setattr(loops, "supports", lambda tensor: False)
         if request.param == "cuda":
             patch.setitem(globals(), "device", "cuda")
         yield request.param
@@ -41,8 +41,8 @@ class Problem:
     D: Tensor
     E: Tensor
     x: Tensor
-    input: Kept
-    output: Kept
+    input: TopLatents
+    output: TopLatents
 
     def jacobians(self) -> Tensor:
         """By autograd, differentiable."""
@@ -50,7 +50,9 @@ class Problem:
         J = torch.einsum("tid,tde,tje->tij", self.E[self.output.latents], whole, self.D[self.input.latents])
         return J * (self.output.values > 0)[:, :, None] * (self.input.values > 0)[:, None]
 
-    def penalty(self, score: str, around_too: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Around | None]:
+    def penalty(
+        self, score: str, linearisation_too: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Linearisation | None]:
         """Value, J, gradients of D and E, and towards what the block does around x."""
         seen = []
 
@@ -59,12 +61,12 @@ class Problem:
             return PENALTIES[score](J)
 
         g_D, g_E = torch.zeros_like(self.D), torch.zeros_like(self.E)
-        around = Around(*(None if t is None else t.detach() for t in self.block.around(self.x)))  # type: ignore[arg-type]
-        value, g_around = kernel.add_penalty(
-            self.block.weights(), around, self.D.detach(), self.E.detach(), self.input, self.output,
-            scored, g_D, g_E, around_too,
+        linearisation = Linearisation(*(None if t is None else t.detach() for t in self.block.linearise(self.x)))  # type: ignore[arg-type]
+        value, g_linearisation = kernel.add_penalty(
+            self.block.weights(), linearisation, self.D.detach(), self.E.detach(), self.input, self.output,
+            scored, g_D, g_E, linearisation_too,
         )  # fmt: skip
-        return value, torch.cat(seen), g_D, g_E, g_around
+        return value, torch.cat(seen), g_D, g_E, g_linearisation
 
 
 def problem(
@@ -89,7 +91,7 @@ def problem(
     mlp = MLP("silu" if gated else activation, draw(d, m), draw(m), draw(m, d), draw(d), *gate)
     block = Block(mlp) if norm == "none" else Block(mlp, 1e-3, norm == "layer", skip)
     kept = [
-        Kept(draw(tokens, k).relu(), torch.rand(tokens, n, generator=g).topk(k).indices.to(device))
+        TopLatents(draw(tokens, k).relu(), torch.rand(tokens, n, generator=g).topk(k).indices.to(device))
         for k in (k_in, k_out)
     ]  # half of the values are 0: latents that TopK kept and the ReLU silenced
     return Problem(block, draw(n, d).requires_grad_(), draw(n, d).requires_grad_(), draw(tokens, d), *kept)
@@ -102,8 +104,8 @@ KINDS = [kind for kind in KINDS if kind[1] != "none" or not kind[2]]
 @pytest.mark.parametrize("kind", KINDS)
 def test_around_in_parts_is_around_at_once(kind: tuple[bool, str, bool]) -> None:
     block = problem(*kind).block
-    x = torch.randn(2 * PART + 5, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
-    for found, wanted in zip(block.around_in_parts(x), block.around(x), strict=True):
+    x = torch.randn(2 * CHUNK_TOKENS + 5, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for found, wanted in zip(block.linearise_in_chunks(x), block.linearise(x), strict=True):
         assert (found is None) == (wanted is None)
         if found is not None:
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -142,9 +144,9 @@ def test_gradients_towards_the_input_match_autograd(kind: tuple[bool, str, bool]
     """What a Jacobian taken at the reconstruction needs: second derivatives of the block."""
     p = problem(*kind)
     p.x.requires_grad_()
-    value, _, g_D, g_E, g_around = p.penalty(score, around_too=True)
-    assert g_around is not None
-    pairs = [(a, g) for a, g in zip(p.block.around(p.x), g_around, strict=True) if a is not None]
+    value, _, g_D, g_E, g_linearisation = p.penalty(score, linearisation_too=True)
+    assert g_linearisation is not None
+    pairs = [(a, g) for a, g in zip(p.block.linearise(p.x), g_linearisation, strict=True) if a is not None]
     (g_x,) = torch.autograd.grad([a for a, _ in pairs], p.x, [g for _, g in pairs])
     costs = AS_WRITTEN[score](p.jacobians())
     torch.testing.assert_close(value, costs.detach(), rtol=1e-10, atol=1e-10)
@@ -188,9 +190,9 @@ def test_any_block_gives_the_same(kind: tuple[bool, str, bool]) -> None:
     value, J, g_D, g_E, _ = p.penalty("l1")
     h_D, h_E = torch.zeros_like(p.D), torch.zeros_like(p.E)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "TOKENS_THROUGH_ANY", 3)
-        other = kernel.add_penalty_of_any(p.block, p.x, p.D, p.E, p.input, p.output, PENALTIES["l1"], h_D, h_E)
-    same = kernel.jacobian_of_any(p.block, p.x, p.D[p.input.latents], p.E[p.output.latents])
+        patch.setattr(kernel, "JVP_TOKENS", 3)
+        other = kernel.add_penalty_by_jvp(p.block, p.x, p.D, p.E, p.input, p.output, PENALTIES["l1"], h_D, h_E)
+    same = kernel.jacobian_by_jvp(p.block, p.x, p.D[p.input.latents], p.E[p.output.latents])
     kernel.mask_inactive(same.detach_(), p.input.values, p.output.values)
     for found, wanted in ((other, value), (same, J), (h_D, g_D), (h_E, g_E)):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
@@ -216,14 +218,14 @@ def test_few_tokens_leave_out_the_rows_of_silent_latents() -> None:
 def test_blocks_equal_the_definition_and_change_nothing(kind: tuple[bool, str, bool]) -> None:
     p = problem(*kind, tokens=9)
     products = kernel.make_products(p.D.detach(), p.E.detach(), p.block.weights())
-    around = p.block.around(p.x)
-    tensors = [t for t in (*products[:4], *around) if t is not None]
+    linearisation = p.block.linearise(p.x)
+    tensors = [t for t in (*products[:4], *linearisation) if t is not None]
     before = [t.clone() for t in tensors]
     A, B = p.input.latents, p.output.latents
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "CHUNK_ELEMENTS", 50)
-        J = torch.cat([part for _, part in kernel.jacobian_chunks(products, around, A, B)])
-    torch.testing.assert_close(J, kernel.jacobian_blocks_slow(products, around, A, B), rtol=1e-12, atol=1e-12)
+        J = torch.cat([part for _, part in kernel.jacobian_chunks(products, linearisation, A, B)])
+    torch.testing.assert_close(J, kernel.jacobian_blocks_slow(products, linearisation, A, B), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 

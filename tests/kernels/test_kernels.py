@@ -17,23 +17,23 @@ from saeflow.kernels import loops, select, sparse
 from saeflow.kernels import rows as rows_module
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.select import Active, batch_top_k, positive, top_k
-from saeflow.kernels.sparse import Pattern, decode, dense_decode, dense_encode, encode, side_by_side, sum_by_latent
+from saeflow.kernels.sparse import Pattern, concatenate_heads, decode, dense_decode, dense_encode, encode, sum_by_latent
 from saeflow.kernels.step import (
     Objective,
     Weights,
     clip_norm_,
-    loss_as_written,
+    loss_slow,
     normalise_rows_,
     remove_parallel_,
     take_step,
     take_steps,
     token_weights,
 )
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 
 ERRORS = ("sum", "mean", "target_norm")
-ROADS = (("topk", True), ("batchtopk", True), ("relu", True), ("relu", False))  # activation, and `sparse`
+SPARSE_AND_DENSE = (("topk", True), ("batchtopk", True), ("relu", True), ("relu", False))  # activation, and `sparse`
 seeds = st.integers(0, 10**6)
 sizes = st.integers(1, 9)
 exactly = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -49,7 +49,7 @@ def route(request):
     is a GPU, on it, by the operations of torch and by Triton's loops."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
-            patch.setattr(loops, "serve", lambda tensor: False)
+            patch.setattr(loops, "supports", lambda tensor: False)
         if request.param == "gpu":
             patch.setattr(loops, "on_gpu", lambda tensor: None)
         patch.setattr(select, "multiplies_bfloat16", lambda: request.param == "sieve")
@@ -135,19 +135,19 @@ def assert_gradients_close(found, wanted, **tolerance):
     p=sizes,
     n=sizes,
     k=sizes,
-    road=st.sampled_from(ROADS),
+    kind_of_step=st.sampled_from(SPARSE_AND_DENSE),
     squared_error=st.sampled_from(ERRORS),
     by_norm=st.booleans(),
     centred=st.booleans(),
     skip=st.booleans(),
     shift=st.sampled_from((0.0, -2.0, -100.0)),
 )
-def test_step_matches_autograd_float64(seed, N, d, p, n, k, road, squared_error, by_norm, centred, skip, shift):
+def test_step_matches_autograd_float64(seed, N, d, p, n, k, kind_of_step, squared_error, by_norm, centred, skip, shift):
     weights, x, y = random_problem(seed, N, d, d if centred else p, n, skip)
     weights.b_enc.add_(shift)  # then some or all latents are below 0: tokens with few active latents or none
-    activation, sparse = road
+    activation, sparse = kind_of_step
     objective = Objective(activation, min(k, n), by_norm, centred, squared_error)
-    loss, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x, y, 0.3), weights)
+    loss, gradients = autograd(lambda leaves: loss_slow(objective, leaves, x, y, 0.3), weights)
     step = take_step(objective, weights, x, y, 0.3, sparse)
     exactly(step.loss, loss)
     assert_gradients_close(step.gradients, gradients)
@@ -159,13 +159,18 @@ def test_step_matches_autograd_float64(seed, N, d, p, n, k, road, squared_error,
 
 @settings(deadline=None, max_examples=60)
 @given(
-    seed=seeds, N=sizes, d=st.integers(1, 3), n=st.integers(2, 12), k=st.integers(1, 12), road=st.sampled_from(ROADS)
+    seed=seeds,
+    N=sizes,
+    d=st.integers(1, 3),
+    n=st.integers(2, 12),
+    k=st.integers(1, 12),
+    kind_of_step=st.sampled_from(SPARSE_AND_DENSE),
 )
-def test_step_matches_autograd_where_latents_tie(seed, N, d, n, k, road, route):
+def test_step_matches_autograd_where_latents_tie(seed, N, d, n, k, kind_of_step, route):
     weights, x, y = random_problem(seed, N, d, d, n, whole=True)
-    activation, sparse = road
+    activation, sparse = kind_of_step
     objective = Objective(activation, min(k, n), centred=True)
-    _, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x, y, 0.3), weights)
+    _, gradients = autograd(lambda leaves: loss_slow(objective, leaves, x, y, 0.3), weights)
     step = take_step(objective, weights, x, y, 0.3, sparse)
     if activation == "batchtopk" or (activation == "topk" and not on_cpu(route)):
         # of equal values any may be kept; how much is active is the same
@@ -174,12 +179,12 @@ def test_step_matches_autograd_where_latents_tie(seed, N, d, n, k, road, route):
             f.view(1, -1) if activation == "batchtopk" else f, min(k, n) * (N if activation == "batchtopk" else 1)
         ).values
         exactly(step.activity.sum(), kept.sum())
-        assert step.active == (kept > 0).sum()
+        assert step.n_active == (kept > 0).sum()
     else:
         assert_gradients_close(step.gradients, gradients)
 
 
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 @pytest.mark.parametrize("by_norm", [False, True])
 @pytest.mark.parametrize("shift", [0.0, -100.0])
 def test_step_counts_what_is_active(activation, sparse, by_norm, shift):
@@ -194,7 +199,7 @@ def test_step_counts_what_is_active(activation, sparse, by_norm, shift):
     }
     f = f * (rank >= lowest[activation])
     step = take_step(Objective(activation, 2, by_norm), weights, x, y, sparse=sparse)
-    assert step.active == (f > 0).sum()
+    assert step.n_active == (f > 0).sum()
     exactly(step.activity, f.sum(dim=0))
     exactly(step.sparsity, (f @ (weights.W_dec.norm(dim=1) if by_norm else torch.ones(12).double())).mean())
     if activation == "batchtopk":
@@ -203,7 +208,7 @@ def test_step_counts_what_is_active(activation, sparse, by_norm, shift):
         assert step.smallest is None
 
 
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 @pytest.mark.parametrize("squared_error", ERRORS)
 @pytest.mark.parametrize("centred", [False, True])
 def test_steps_of_heads_are_the_steps_of_each(activation, sparse, squared_error, centred):
@@ -225,11 +230,11 @@ def test_steps_of_heads_are_the_steps_of_each(activation, sparse, squared_error,
 
 def test_relu_counts_densely_only_if_asked():
     problem = random_problem(0, 5, 3, 3, 4)
-    assert take_step(Objective("relu"), *problem, sparse=False, count=False).active is None
-    assert take_step(Objective("relu"), *problem, sparse=True, count=False).active is not None
+    assert take_step(Objective("relu"), *problem, sparse=False, count=False).n_active is None
+    assert take_step(Objective("relu"), *problem, sparse=True, count=False).n_active is not None
 
 
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 def test_an_extra_term_adds_its_gradients(activation, sparse):
     weights, x, y = random_problem(0, 7, 4, 4, 10, skip=True)
     objective = Objective(activation, 3, centred=True)
@@ -244,13 +249,12 @@ def test_an_extra_term_adds_its_gradients(activation, sparse):
         seen.append(situation.error)
         return term(*situation)
 
-    step = take_step(objective, weights, x, y, 0.3, sparse, extra=extra)
+    step = take_step(objective, weights, x, y, 0.3, sparse, auxiliary_loss=extra)
     (error,) = seen  # a constant of the term
     exactly(error.square().sum(dim=1), step.squared_norms)
     loss, gradients = autograd(
         lambda leaves: (
-            loss_as_written(objective, leaves, x, y, 0.3)
-            + term(leaves, x - leaves.b_dec, error, token_weights(y, "sum"))
+            loss_slow(objective, leaves, x, y, 0.3) + term(leaves, x - leaves.b_dec, error, token_weights(y, "sum"))
         ),
         weights,
     )
@@ -269,16 +273,16 @@ def test_latents_compete_by_norm_only_if_asked():
 
 @pytest.mark.parametrize("squared_error", ERRORS)
 @pytest.mark.parametrize("centred", [False, True])
-def test_both_roads_of_relu_agree_in_float32(squared_error, centred):
+def test_sparse_and_dense_relu_agree_in_float32(squared_error, centred):
     problem = random_problem(0, 50, 16, 16, 64, skip=True, dtype=torch.float32)
     objective = Objective("relu", by_norm=True, centred=centred, squared_error=squared_error)
-    sparse, dense = (take_step(objective, *problem, 0.3, road) for road in (True, False))
+    sparse, dense = (take_step(objective, *problem, 0.3, is_sparse) for is_sparse in (True, False))
     torch.testing.assert_close(sparse.loss, dense.loss)
     torch.testing.assert_close(sparse.activity, dense.activity, rtol=1e-5, atol=1e-4)
     assert_gradients_close(sparse.gradients, dense.gradients.parameters(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 def test_gradients_lie_in_memory_as_the_weights_do(activation, sparse):
     weights, x, y = random_problem(0, 7, 4, 3, 10, skip=True, dtype=torch.float32)
     step = take_step(Objective(activation, 2), weights, x, y, 0.3, sparse)
@@ -588,7 +592,7 @@ def test_bf16_decides_what_is_kept_but_not_its_value(which, scaled):
         assert (kept & (ranked >= lowest)).sum() > 0.95 * N * k
 
 
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 def test_a_bf16_step_is_nearly_the_exact_one(activation, sparse):
     problem = random_problem(0, 64, 16, 16, 128, dtype=torch.float32)
     exact, rough = (take_step(Objective(activation, 8, bf16=b), *problem, 0.3, sparse) for b in (False, True))
@@ -709,7 +713,7 @@ def test_adam_refuses_a_gradient_in_another_order_of_memory():
 
 
 # ----------------------------------------------------------------------------------------------------- on any device
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 @pytest.mark.parametrize("by_norm", [False, True])
 def test_a_float32_step_matches_autograd_in_float64(activation, sparse, by_norm):
     """With tokens of several tiles, and latents that are active for none, few and all of them."""
@@ -721,7 +725,7 @@ def test_a_float32_step_matches_autograd_in_float64(activation, sparse, by_norm)
     weights.b_enc[25:] -= 10.0
     objective = Objective(activation, 40, by_norm, squared_error="target_norm")
     double = Weights(*(t.double() for t in weights))
-    loss, gradients = autograd(lambda leaves: loss_as_written(objective, leaves, x.double(), y.double(), 0.3), double)
+    loss, gradients = autograd(lambda leaves: loss_slow(objective, leaves, x.double(), y.double(), 0.3), double)
     step = take_step(objective, weights, x, y, 0.3, sparse)
     torch.testing.assert_close(step.loss.double(), loss, rtol=1e-5, atol=0.0)
     for mine, theirs in zip(step.gradients.parameters(), gradients, strict=True):
@@ -730,7 +734,7 @@ def test_a_float32_step_matches_autograd_in_float64(activation, sparse, by_norm)
     assert all(torch.equal(a, b) for a, b in zip(step.gradients, again.gradients, strict=True))
 
 
-@pytest.mark.parametrize(("activation", "sparse"), ROADS)
+@pytest.mark.parametrize(("activation", "sparse"), SPARSE_AND_DENSE)
 @pytest.mark.parametrize("of", ["x", "encoder", "b_enc"])
 def test_what_is_no_number_shows_in_the_loss(activation, sparse, of):
     weights, x, y = random_problem(0, 20, 4, 4, 300, dtype=torch.float32)
@@ -753,7 +757,7 @@ def trainer_of(name, device, **fields):
     config, more = TRAININGS[name]
     options = TrainingConfig(256 * 60, 256, lr=3e-3, dead_after_tokens=256 * 10, **{"log_every": 20} | more | fields)
     hooks = ("in", "in" if config.kind == "sae" else "out")
-    side = Side(torch.zeros(16, device="cpu"), 1.5)
+    side = HookStatistics(torch.zeros(16, device="cpu"), 1.5)
     with torch.device("cpu"):
         return Trainer(config.spec(16, 16, *hooks, 0, Origin()), options, side, side, device)
 
@@ -765,7 +769,7 @@ def trained(trainer, first=0, last=60):
     for step in range(last):
         f = torch.relu(draw(256, 24) - 1.2)
         if step >= first:
-            trainer.take((f @ atoms, f @ atoms.roll(1, 0)))
+            trainer.train_step((f @ atoms, f @ atoms.roll(1, 0)))
     return trainer
 
 
@@ -807,7 +811,7 @@ def test_a_step_never_waits_for_the_gpu(name, route):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            trainer.take((x, x))
+            trainer.train_step((x, x))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -817,15 +821,15 @@ def test_a_recorded_relu_step_has_room_for_more_and_for_fewer_pairs(route):
     if route != "triton":
         pytest.skip("not recorded")
     mine, theirs = (trainer_of("relu", "cuda", log_every=1000) for _ in range(2))
-    theirs.alike = -1000  # never recorded
+    theirs.n_steady_steps = -1000  # never recorded
     rooms = set()
     for step, shift in enumerate([0.0] * 10 + [0.5, -1.0, -1.0, 0.5, -10.0, -10.0, 0.0]):
         x = drawing(step, dtype=torch.float32)(256, 16)
         for trainer in (mine, theirs):
             trainer.sparse = True
             trainer.weights.b_enc.add_(shift)
-            trainer.take((x,))
-        rooms.add(mine.recorded.room if mine.recorded else 0)
+            trainer.train_step((x,))
+        rooms.add(mine.graphed_step.capacity if mine.graphed_step else 0)
     assert len(rooms) > 3
     assert all(torch.equal(a, b) for a, b in zip(mine.weights.parameters(), theirs.weights.parameters(), strict=True))
 
@@ -854,13 +858,13 @@ def test_selecting_from_heads_at_once_is_selecting_from_each(seed, H, N, n, k, s
         patch.setattr(loops, "FEWEST", 8)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         assert select.at_once(x, encoder)
-        found = select.of_heads(x, encoder, b_enc, k, scale)
+        found = select.active_of_heads(x, encoder, b_enc, k, scale)
         heads = [
             positive(x[h], encoder[h], b_enc[h])
             if k is None
             else top_k(x[h], encoder[h], b_enc[h], k, None if scale is None else scale[h])
             for h in range(H)
         ]
-    wanted = side_by_side(heads, n)
+    wanted = concatenate_heads(heads, n)
     for mine, theirs in zip(found, wanted, strict=True):
         assert torch.equal(mine, theirs) if mine.dtype == torch.int64 else torch.allclose(mine, theirs, rtol=1e-6)

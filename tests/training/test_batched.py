@@ -10,7 +10,7 @@ from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.training.batched import BatchedTrainer
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 
 D, BATCH, STEPS = 6, 128, 40
@@ -38,7 +38,7 @@ def trainers(config, H, **training):
         mine = config if config.l1_coefficient is None else dataclasses.replace(config, l1_coefficient=0.2 * (h + 1))
         hooks = ("in", "out" if config.kind == "transcoder" else "in")
         spec = mine.spec(D, D, *hooks, h, Origin())
-        side = Side(torch.full((D,), 0.3 * (h + 1)), 1.5 * (h + 1))
+        side = HookStatistics(torch.full((D,), 0.3 * (h + 1)), 1.5 * (h + 1))
         found.append(Trainer(spec, options, side, side))
     return found
 
@@ -53,8 +53,8 @@ def run(take, H, config):
 def test_each_gets_what_it_gets_alone(name, clip):
     config, H = CONFIGS[name], 3
     alone, members = trainers(config, H, clip_grad_norm=clip), trainers(config, H, clip_grad_norm=clip)
-    run(lambda batches: [t.take(b) for t, b in zip(alone, batches, strict=True)], H, config)
-    run(BatchedTrainer(members).take, H, config)
+    run(lambda batches: [t.train_step(b) for t, b in zip(alone, batches, strict=True)], H, config)
+    run(BatchedTrainer(members).train_step, H, config)
     for one, other in zip(members, alone, strict=True):
         for mine, theirs in zip(one.metrics.rows, other.metrics.rows, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
@@ -70,16 +70,16 @@ def test_each_gets_what_it_gets_alone(name, clip):
 def test_members_are_written_down_and_go_on_alone_or_together():
     config = CONFIGS["topk"]
     whole, first = trainers(config, 2), trainers(config, 2)
-    run(BatchedTrainer(whole).take, 2, config)
+    run(BatchedTrainer(whole).train_step, 2, config)
     batched = BatchedTrainer(first)
     for batches in data(2)[:17]:
-        batched.take(batches)
+        batched.train_step(batches)
     again = trainers(config, 2)
     for mine, held in zip(again, first, strict=True):
         mine.restore(held.state())
     batched = BatchedTrainer(again)
     for batches in data(2)[17:]:
-        batched.take(batches)
+        batched.train_step(batches)
     for mine, wanted in zip(again, whole, strict=True):
         assert all(torch.equal(held, wanted.state()[key]) for key, held in mine.state().items())
 

@@ -19,7 +19,7 @@ from saeflow.training import loop as training
 from saeflow.training.checkpoints import Checkpoints
 from saeflow.training.heads import HeadsTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 
 HOOK, H, D = "blocks.0.attn.hook_z", 3, 6
@@ -72,7 +72,7 @@ def job_of(results, name, how="{}"):
 
 def side_of(z, dtype=torch.float64):
     rows = z.flatten(1).to(dtype)
-    return Side(rows.mean(0), rows.norm(dim=1).mean().item(), z.to(dtype).square().sum(2).mean(0).sqrt())
+    return HookStatistics(rows.mean(0), rows.norm(dim=1).mean().item(), z.to(dtype).square().sum(2).mean(0).sqrt())
 
 
 def specs_of(dictionary):
@@ -97,7 +97,7 @@ def run(trainer, batches):
     for batch in batches.iterate(0, STEPS):
         if trainer.resamples_next():
             trainer.resample(batches)
-        trainer.take(batch)
+        trainer.train_step(batch)
     return trainer
 
 
@@ -106,14 +106,16 @@ def run(trainer, batches):
 def test_each_head_gets_what_it_gets_alone(z, name, monkeypatch):
     """Loss by loss, resampling included, with its own scaling: that of its own RMS norm."""
     dictionary, more = CASES[name]
-    resampled, reset = [], Trainer.reset
-    monkeypatch.setattr(Trainer, "reset", lambda t, *args: (resampled.append(t.spec.hook_head_index), reset(t, *args)))
+    resampled, reset = [], Trainer.reset_latents
+    monkeypatch.setattr(
+        Trainer, "reset_latents", lambda t, *args: (resampled.append(t.spec.hook_head_index), reset(t, *args))
+    )
     training = options(**more)
     heads = run(HeadsTrainer(specs_of(dictionary), training, side_of(z)), Rows(z))
     for h, spec in enumerate(specs_of(dictionary)):
         own = z[:, h].double()
         rms = own.square().sum(1).mean().sqrt()
-        side = Side(own.mean(0), own.norm(dim=1).mean().item(), rms[None])
+        side = HookStatistics(own.mean(0), own.norm(dim=1).mean().item(), rms[None])
         alone = run(Trainer(spec, training, side, side), Rows(z, h))
         for mine, theirs in zip(heads.heads[h].metrics.rows, alone.metrics.rows, strict=True):
             assert mine == pytest.approx(theirs, rel=2e-4, abs=1e-6)
@@ -140,7 +142,7 @@ def test_in_float64_each_head_is_the_one_alone_to_rounding(z, monkeypatch):
     monkeypatch.setattr("saeflow.training.heads.Trainer", lambda *args: in_double(Trainer(*args)))
     heads = run(HeadsTrainer(specs_of(dictionary), training, side_of(z)), Rows(z.double()))
     for h, spec in enumerate(specs_of(dictionary)):
-        side = side_of(z).of_heads()[h]
+        side = side_of(z).by_head()[h]
         alone = run(in_double(Trainer(spec, training, side, side)), Rows(z.double(), h))
         losses = [np.array([row["loss"] for row in t.metrics.rows]) for t in (heads.heads[h], alone)]
         np.testing.assert_allclose(*losses, rtol=1e-12)
@@ -179,7 +181,7 @@ def test_a_job_writes_a_dictionary_a_head_that_opens_as_one(results, z, name):
     # its batches and its sides are those of the store
     column = open_column(results / "activations" / TRAINING_STORE / f"{HOOK}-1000")
     _, more = CASES[name]
-    again = HeadsTrainer(training.specs_of_job(job, [column]), options(**more), training._side(column))
+    again = HeadsTrainer(training.specs_of_job(job, [column]), options(**more), training._hook_statistics(column))
     run(again, BatchReader([column], BATCH, 0))
     for mine, head in zip(whole.heads, again.heads, strict=True):
         assert mine.spec.hook_head_index is not None and torch.equal(mine.W_dec, head.finished().W_dec)
@@ -215,7 +217,7 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(results, monkeypatch, 
     training.train([job_of(results, name, how)])
     folder = results / "train" / "it"
     wanted = {key: held for key, held in contents(folder).items() if key != "provenance.json"}
-    take = HeadsTrainer.take
+    take = HeadsTrainer.train_step
     stop = {11, 26, 33}
 
     def dying(trainer, batch):
@@ -225,7 +227,7 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(results, monkeypatch, 
         take(trainer, batch)
 
     monkeypatch.setattr("saeflow.training.checkpoints.SHARE", float("inf"))  # a checkpoint after every step
-    monkeypatch.setattr(HeadsTrainer, "take", dying)
+    monkeypatch.setattr(HeadsTrainer, "train_step", dying)
     for step in sorted(stop):
         (folder / "provenance.json").unlink(missing_ok=True)
         with pytest.raises(Preempted):

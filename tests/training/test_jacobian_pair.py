@@ -25,7 +25,7 @@ from saeflow.planning.graph import Instance, Plan
 from saeflow.training import loop as jobs
 from saeflow.training.jacobian_pair import JacobianTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 
 D, N_LATENTS, K, N = 6, 24, 3, 64
@@ -50,7 +50,7 @@ def trainer_of(
     config: JacobianPairConfig = PAIR, training: TrainingConfig = TRAINING, seed: int = 0
 ) -> JacobianTrainer:
     specs = [alone(config).spec(D, D, hook, hook, seed, Origin()) for hook in ("in", "out")]
-    sides = [Side(torch.zeros(D), 2.0), Side(torch.ones(D), 5.0)]
+    sides = [HookStatistics(torch.zeros(D), 2.0), HookStatistics(torch.ones(D), 5.0)]
     return JacobianTrainer(specs, config, training, sides, block_of())
 
 
@@ -66,9 +66,9 @@ def test_without_penalty_the_pair_is_two_saes_trained_alone(revive: str) -> None
     pair, other = trainer_of(config, training), trainer_of(config, training)
     for step in range(40):
         x, y = batch_of(step, pair.block)
-        pair.take((x, y))
-        other.input.take((x,))
-        other.output.take((y,))
+        pair.train_step((x, y))
+        other.input.train_step((x,))
+        other.output.train_step((y,))
     assert all(torch.equal(a, b) for a, b in zip(weights_of(pair), weights_of(other), strict=True))
     assert pair.input.metrics.rows == other.input.metrics.rows
     assert type(other.input) is Trainer
@@ -79,7 +79,7 @@ def test_the_penalty_makes_the_jacobian_smaller() -> None:
     for coefficient in (0.0, 0.5):
         trainer = trainer_of(replace(PAIR, jacobian_coefficient=coefficient))
         for step in range(40):
-            trainer.take(batch_of(step, trainer.block))
+            trainer.train_step(batch_of(step, trainer.block))
         found[coefficient] = trainer.rows[-1]
     assert found[0.5]["jacobian_l1"] < 0.8 * found[0.0]["jacobian_l1"]
     assert found[0.5]["jacobian_loss"] > 0 == found[0.0]["jacobian_loss"]
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
     y = trainer.block(x)
     seen: dict[str, Any] = {}
     for name, part in trainer.parts.items():
-        part.apply = lambda found, y, name=name: seen.update({name: found})  # type: ignore[method-assign]
+        part.apply_gradients = lambda found, y, name=name: seen.update({name: found})  # type: ignore[method-assign]
         part.metrics.row = lambda *_: {}  # type: ignore[method-assign]
     leaves = {
         name: [t.detach().clone().requires_grad_() for t in part.weights.parameters()]
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
     trainer.training = replace(trainer.training, log_every=10**9)
     for part in trainer.parts.values():
         part._logged = lambda: False  # type: ignore[method-assign]
-    trainer.take((x, y))
+    trainer.train_step((x, y))
 
     scales = [part.scale_in for part in trainer.parts.values()]
     loss = torch.zeros((), dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_the_coefficient_rises() -> None:
     seen = []
     for step in range(6):
         seen.append(trainer._coefficient())
-        trainer.take(batch_of(step, trainer.block))
+        trainer.train_step(batch_of(step, trainer.block))
     assert seen == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
 
 
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     trainer = trainer_of(training=replace(TRAINING, lr=1e30))
     with pytest.raises(TrainingError, match=r"Jacobian's penalty became nan at step 10: lower training\.lr"):
         for step in range(40):
-            trainer.take(batch_of(step, trainer.block))
+            trainer.train_step(batch_of(step, trainer.block))
 
 
 # -------------------------------------------------------------------- state
@@ -175,13 +175,13 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped(training: dict[s
     options = replace(TRAINING, **training)
     straight = trainer_of(training=options)
     for step in range(30):
-        straight.take(batch_of(step, straight.block))
+        straight.train_step(batch_of(step, straight.block))
         if step == 14:
             state = {name: t.clone() for name, t in straight.state().items()}
     resumed = trainer_of(training=options, seed=0)
     resumed.restore(state)
     for step in range(15, 30):
-        resumed.take(batch_of(step, resumed.block))
+        resumed.train_step(batch_of(step, resumed.block))
     assert all(torch.equal(a, b) for a, b in zip(weights_of(straight), weights_of(resumed), strict=True))
     assert straight.rows == resumed.rows
     with pytest.raises(TrainingError, match="another dictionary"):
@@ -241,17 +241,17 @@ def test_a_job_writes_both_saes_and_again_the_same_bytes(
     assert list(table["jacobian_scheduled"].unique()) == [0.3]
     assert table["jacobian_l1"].iloc[-1] < table["jacobian_l1"].iloc[0]
 
-    take = JacobianTrainer.take
+    take = JacobianTrainer.train_step
 
     def asked(trainer: JacobianTrainer, batch: tuple[Tensor, ...]) -> None:
         if trainer.step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         take(trainer, batch)
 
-    monkeypatch.setattr(JacobianTrainer, "take", asked)
+    monkeypatch.setattr(JacobianTrainer, "train_step", asked)
     with pytest.raises(Preempted):
         jobs.train([job_of(tmp_path, neox_folder)])
-    monkeypatch.setattr(JacobianTrainer, "take", take)
+    monkeypatch.setattr(JacobianTrainer, "train_step", take)
     jobs.train([job_of(tmp_path, neox_folder)])
     again = contents(job.path)
     assert {name for name in first if first[name] != again[name]} <= {"provenance.json"}

@@ -78,7 +78,7 @@ def test_a_failing_member_does_not_stop_the_others(results, monkeypatch):
     assert not (results / "train" / "bad").exists()
     wanted = artifact(results, "topk-3")
     # Snakemake now removes the receipts; the rerun must not train again
-    monkeypatch.setattr(training.Trainer, "take", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training.Trainer, "train_step", lambda *_: pytest.fail("trained again"))
     training.train(jobs(results))
     assert artifact(results, "topk-3") == wanted
 
@@ -94,18 +94,18 @@ def test_jobs_that_cannot_share_batches_are_refused(results):
 def test_a_job_that_is_asked_to_stop_saves_its_state_and_goes_on(results, monkeypatch, name):
     training.train(jobs(results))
     undisturbed = {key: artifact(results, key) for key in SEVERAL}
-    take = training.Trainer.take
+    take = training.Trainer.train_step
 
     def asked(trainer, batch):
         if trainer.step == 11 and trainer.spec.k:  # one of the three
             os.kill(os.getpid(), getattr(signal, name))
         take(trainer, batch)
 
-    monkeypatch.setattr(training.Trainer, "take", asked)
+    monkeypatch.setattr(training.Trainer, "train_step", asked)
     with pytest.raises(Preempted, match=f"stopped by {name} after step 12; run again"):
         training.train(jobs(results))
     steps = []
-    monkeypatch.setattr(training.Trainer, "take", lambda t, batch: (steps.append(t.step), take(t, batch)))
+    monkeypatch.setattr(training.Trainer, "train_step", lambda t, batch: (steps.append(t.step), take(t, batch)))
     training.train(jobs(results))
     assert min(steps) == 12
     assert {key: artifact(results, key) for key in SEVERAL} == undisturbed

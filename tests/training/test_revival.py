@@ -6,9 +6,9 @@ import torch
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
-from saeflow.kernels.step import Objective, Situation, Weights, take_step, token_weights
+from saeflow.kernels.step import AuxiliaryLossInput, Objective, Weights, take_step, token_weights
 from saeflow.training import trainer as trainers
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.revival import auxk, ghost, resample
 from saeflow.training.trainer import Trainer, learning_rate
 
@@ -26,7 +26,7 @@ def problem(seed=0, d=D, p=P, dtype=torch.float64):
 def situation_of(weights, x, y, squared_error="sum"):
     leaves = Weights(*(t.clone().requires_grad_() for t in weights.parameters()))
     f = torch.relu(x @ weights.encoder.T + weights.b_enc)
-    return Situation(leaves, x, f @ weights.W_dec + weights.b_dec - y, token_weights(y, squared_error))
+    return AuxiliaryLossInput(leaves, x, f @ weights.W_dec + weights.b_dec - y, token_weights(y, squared_error))
 
 
 def test_auxk_is_saelens_auxiliary_loss():
@@ -137,13 +137,13 @@ def test_each_remedy_revives_latents_that_are_dead_from_the_start(activation, re
         options = TrainingConfig(
             256 * 480, 256, lr=1e-2, revive=revive, dead_after_tokens=256 * 20, resample_warm_up_steps=20, **steps
         )
-        sides = [Side(t.mean(dim=0), t.norm(dim=1).mean().item()) for t in (x, y)]
+        sides = [HookStatistics(t.mean(dim=0), t.norm(dim=1).mean().item()) for t in (x, y)]
         spec = config.spec(16, y.shape[1], "in", "in" if kind == "sae" else "out", 0, Origin())
         trainer, batches = Trainer(spec, options, *sides), Batches()
         for batch in batches.iterate(0, 480):
             if trainer.resamples_next():
                 trainer.resample(batches)
-            trainer.take(batch)
+            trainer.train_step(batch)
         return trainer.metrics.rows[-1]["dead"]
 
     alone = dead_in_the_end("none")
@@ -157,9 +157,9 @@ def test_without_dead_latents_a_remedy_changes_nothing():
     plain = take_step(objective, weights, x, y)
     spec = SAEConfig("sae", "topk", k=4, expansion=3).spec(D, D, "in", "in", 0, Origin())
     options = TrainingConfig(1000, 10, revive="auxk")
-    side = Side(torch.zeros(D), 1.0)
-    assert Trainer(spec, options, side, side)._extra() is None
-    again = take_step(objective, weights, x, y, extra=None)
+    side = HookStatistics(torch.zeros(D), 1.0)
+    assert Trainer(spec, options, side, side)._auxiliary_loss() is None
+    again = take_step(objective, weights, x, y, auxiliary_loss=None)
     assert torch.equal(plain.loss, again.loss)
 
 

@@ -11,7 +11,7 @@ from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.dictionaries.kinds.saelens import SAELENS
 from saeflow.jobs.job import Job
 from saeflow.training import loop as training
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 
 D, BATCH, STEPS = 8, 128, 60
 HOOK = "blocks.0.hook_mlp_out"
@@ -50,7 +50,7 @@ def tree(name, **more):
 def trainer_of(name, x, options=None, **more):
     config = build(DictionaryConfig, tree(name, **more))
     spec = config.spec(D, D, HOOK, HOOK, 3, Origin())
-    side = Side(x.mean(dim=0), float(x.norm(dim=1).mean()))
+    side = HookStatistics(x.mean(dim=0), float(x.norm(dim=1).mean()))
     asked = {"lr": 3e-3, "clip_grad_norm": 1.0, "log_every": 1} | (options or {})
     return training.make_trainer(spec, TrainingConfig(STEPS * BATCH, BATCH, **asked), side, side)
 
@@ -98,7 +98,7 @@ def test_its_losses_are_those_of_saelenss_trainer(name, x):
     )  # fmt: skip
     peer = SAETrainer(config, theirs, iter([]))
     for batch in batches(x):
-        trainer.take((batch,))
+        trainer.train_step((batch,))
         wanted = peer.step(batch).loss.item()
         peer.n_training_steps += 1
         assert trainer.metrics.rows[-1]["loss"] == pytest.approx(wanted, rel=1e-4)
@@ -112,12 +112,12 @@ def test_training_that_goes_on_from_its_state_is_the_same_training(name, x):
     whole, first, second = (trainer_of(name, x, options) for _ in range(3))
     given = batches(x)
     for batch in given:
-        whole.take((batch,))
+        whole.train_step((batch,))
     for batch in given[:23]:
-        first.take((batch,))
+        first.train_step((batch,))
     second.restore(first.state())
     for batch in given[23:]:
-        second.take((batch,))
+        second.train_step((batch,))
     wanted = whole.state()
     assert all(torch.equal(held, wanted[key]) for key, held in second.state().items())
 
@@ -127,7 +127,7 @@ def test_scaling_is_folded_into_what_is_written(x):
     for name in ("gated", "jumprelu", "matching_pursuit"):
         trainer = trainer_of(name, 10 * x, normalize_activations="expected_average_only_in")
         for batch in batches(10 * x):
-            trainer.take((batch,))
+            trainer.train_step((batch,))
         assert trainer.scale_in == pytest.approx(D**0.5 / float((10 * x).norm(dim=1).mean()))
         with torch.no_grad():
             seen = trainer.sae(10 * x * trainer.scale_in) / trainer.scale_in

@@ -6,7 +6,7 @@ import torch
 from saeflow.config import TrainingConfig
 from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 
 D, N_LATENTS, BATCH, STEPS = 16, 64, 256, 200
@@ -70,11 +70,11 @@ def test_two_hundred_steps_follow_saelens_loss_by_loss(config, options, batches)
         l1_warm_up_steps=options.get("l1_warm_up_steps", 0),
     )  # fmt: skip
     spec = config.spec(D, D, "hook", "hook", 0, Origin())
-    side = Side(torch.zeros(D), 1.0)
+    side = HookStatistics(torch.zeros(D), 1.0)
     trainer = Trainer(spec, training, side, side)
     wanted, sae = theirs(config.activation, options, trainer.weights, batches, training)
     for batch in batches:
-        trainer.take((batch,))
+        trainer.train_step((batch,))
     losses = [row["loss"] for row in trainer.metrics.rows]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-4, atol=0)
     assert losses[-1] < 0.5 * losses[0]  # it did train

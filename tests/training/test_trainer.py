@@ -14,11 +14,11 @@ from saeflow.dictionaries import DictionaryError, Origin, load_dictionary, save_
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
-from saeflow.kernels.step import Objective, loss_as_written
+from saeflow.kernels.step import Objective, loss_slow
 from saeflow.training import trainer
 from saeflow.training.loop import fit
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import l1_coefficient, learning_rate
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
@@ -43,7 +43,7 @@ class InMemory:
 
 
 def side(x):
-    return Side(x.double().mean(dim=0), x.double().norm(dim=1).mean().item())
+    return HookStatistics(x.double().mean(dim=0), x.double().norm(dim=1).mean().item())
 
 
 def sparse_truth(N=20_000, d=16, n=24, seed=0):
@@ -186,7 +186,7 @@ def test_the_first_loss_is_the_loss_as_written_at_the_initial_weights(squared_er
     spec = config.spec(16, 6, HOOK, HOOK_OUT, 0, Origin())
     weights = initial_weights(spec, y.mean(dim=0) * scale_y, 0)
     objective = Objective("relu", by_norm=sparsity == "decoder_norm", squared_error=squared_error)
-    wanted = loss_as_written(objective, weights, *first, 0.3)
+    wanted = loss_slow(objective, weights, *first, 0.3)
     assert rows[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from saeflow.activations.moments import Statistics
 from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
-from saeflow.activations.writer import ActivationError, ColumnWriter, Wanted
+from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import progress
@@ -37,7 +37,16 @@ from saeflow.models.loading import load_model
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-__all__ = ["ActivationError", "Column", "DiskFullError", "Wanted", "cache", "cache_jobs", "forward", "open_column"]
+__all__ = [
+    "ActivationError",
+    "Column",
+    "ColumnRequest",
+    "DiskFullError",
+    "cache",
+    "cache_jobs",
+    "forward",
+    "open_column",
+]
 
 
 class DiskFullError(OSError):
@@ -54,30 +63,32 @@ def cache_jobs(jobs: list[Job]) -> str:
     processing = {k: v for k, v in config["model"].items() if k != "weights"}
     source = jobs[0].source("model")
     model = ModelConfig(name=folders[0].name, path=str(source), **processing)
-    columns = [Wanted(j.config["hook_name"], tuple(j.config["size"]), j.config["n_rows"] * context_size) for j in jobs]
+    columns = [
+        ColumnRequest(j.config["hook_name"], tuple(j.config["size"]), j.config["n_rows"] * context_size) for j in jobs
+    ]
 
     store = ActivationStore(folders[0], ActivationsConfig(**config["activations"]))
     start = time.perf_counter()
     with store.locked():
         rows = longest_rows(job.input("tokens") for job in jobs)
         attributes = {"model": config["model"]["weights"], "processing": processing, "context_size": context_size}
-        found = cache(store, columns, rows, lambda: load_model(source, model, device), device, attributes)
+        statistics = cache(store, columns, rows, lambda: load_model(source, model, device), device, attributes)
         for job, column in zip(jobs, columns, strict=True):
             with job.writing() as folder:
                 receipt = Column(folder, column.hook_name, column.n_tokens, column.size, store.config.dtype)
-                write_column(receipt, found[column])
+                write_column(receipt, statistics[column])
     tokens = max(column.n_tokens for column in columns)
     return f"{len(jobs)} columns, {tokens:,} tokens, in {store.folder}: {time.perf_counter() - start:.1f} s"
 
 
 def cache(
     store: ActivationStore,
-    columns: Iterable[Wanted],
+    columns: Iterable[ColumnRequest],
     rows: TokenRows,
     load: "Callable[[], HookedTransformer]",
     device: str = "cpu",
     attributes: dict[str, Any] | None = None,
-) -> dict[Wanted, Statistics]:
+) -> dict[ColumnRequest, Statistics]:
     """Brings columns onto the disk and returns their statistics. The caller holds the store's lock.
 
     `load` opens the model, and is called only if there is a row to compute. `attributes` go into the store's metadata.
@@ -87,10 +98,10 @@ def cache(
     """
     columns = sorted(set(columns))
     n_tokens = {column.hook_name: column.n_tokens for column in columns}  # sorted: the longest of each hook
-    held = rows.n_rows * rows.context_size
-    if max(n_tokens.values()) > held:
+    stored = rows.n_rows * rows.context_size
+    if max(n_tokens.values()) > stored:
         raise StoreError(
-            f"{max(n_tokens.values())} tokens are to be cached, but {rows.folder} has {held} ({rows.n_rows} rows of "
+            f"{max(n_tokens.values())} tokens are to be cached, but {rows.folder} has {stored} ({rows.n_rows} rows of "
             f"{rows.context_size}); lower tokens.train_tokens or use a longer corpus"
         )
     store.check_tokens(rows)
@@ -105,8 +116,8 @@ def cache(
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as thread:
             for hook in n_tokens:
-                mine = [column for column in columns if column.hook_name == hook]
-                writers.append(ColumnWriter(store, mine, device, thread))
+                of_hook = [column for column in columns if column.hook_name == hook]
+                writers.append(ColumnWriter(store, of_hook, device, thread))
             _fill(writers, rows, store.config.batch_rows, load, device)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -116,7 +127,7 @@ def cache(
         needed, free = _needed_bytes(store, columns), shutil.disk_usage(store.folder).free
         raise DiskFullError(error.errno, _disk_full(store, "became full while caching", needed, free)) from error
     store.commit(n_tokens, rows, attributes)
-    return {column: found for writer in writers for column, found in writer.found.items()}
+    return {column: statistics for writer in writers for column, statistics in writer.statistics.items()}
 
 
 def longest_rows(folders: Iterable[Path]) -> TokenRows:
@@ -126,8 +137,8 @@ def longest_rows(folders: Iterable[Path]) -> TokenRows:
         if other.context_size != longest.context_size:
             raise StoreError(f"{other.folder} and {longest.folder} have rows of different lengths; use two stores")
         both = zip(longest.coordinates(0, other.n_rows), other.coordinates(0, other.n_rows), strict=True)
-        for (where, mine), (_, its) in both:
-            if any((mine[name] != its[name]).any() for name in mine):
+        for (where, ours), (_, its) in both:
+            if any((ours[name] != its[name]).any() for name in ours):
                 raise StoreError(
                     f"{other.folder} is not a beginning of {longest.folder}: they differ between tokens {where.start} "
                     f"and {where.stop}. Columns of one store hold the same rows; remove both folders and run again"
@@ -154,9 +165,9 @@ def _fill(
                 needing = [w for w in writers if not w.done and w.position < first + block_tokens]
                 if needing:
                     tokens = _block(rows, block * batch_rows, batch_rows).to(device)
-                    found = forward(model, tokens, [w.hook_name for w in needing])
+                    values = forward(model, tokens, [w.hook_name for w in needing])
                     for writer in needing:
-                        writer.append(first, found[writer.hook_name])
+                        writer.append(first, values[writer.hook_name])
     for writer in writers:
         writer.wait()
 
@@ -167,30 +178,30 @@ def forward(model: "HookedTransformer", tokens: Tensor, hooks: list[str]) -> dic
 
     tokens: (rows, positions) int64. Raises `ActivationError` for a hook that does not fire in this model.
     """
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
-        found[hook.name] = value.flatten(0, 1)
+        values[hook.name] = value.flatten(0, 1)
 
     after_blocks = any(hook.startswith("ln_final") for hook in hooks)
     stop = None if after_blocks else max(hook_layer(hook, model.cfg.n_layers) for hook in hooks)
     model.run_with_hooks(tokens, return_type=None, stop_at_layer=stop, fwd_hooks=[(hook, keep) for hook in hooks])
     for hook in hooks:
-        if hook not in found:
+        if hook not in values:
             raise ActivationError(f"{hook} did not fire in the model's forward pass; use another site")
-    return found
+    return values
 
 
 def _block(rows: TokenRows, first: int, batch_rows: int) -> Tensor:
     """A whole block of rows, (batch_rows, context_size) int64; beyond the last row, token 0."""
     block = torch.zeros(batch_rows, rows.context_size, dtype=torch.int64)
-    held = rows.tokens(first, min(first + batch_rows, rows.n_rows))
-    block[: len(held)] = torch.from_numpy(held)
+    ids = rows.tokens(first, min(first + batch_rows, rows.n_rows))
+    block[: len(ids)] = torch.from_numpy(ids)
     return block
 
 
 # -------------------------------------------------------------------- space
-def _needed_bytes(store: ActivationStore, columns: list[Wanted]) -> int:
+def _needed_bytes(store: ActivationStore, columns: list[ColumnRequest]) -> int:
     """Bytes that are still to be written: shards that are not on disk, coordinates, statistics and progress."""
     needed = 0
     longest = {column.hook_name: column for column in columns}

@@ -28,7 +28,7 @@ from saeflow.activations.shards import LayoutError, Shard, ShardError, shard_pat
 from saeflow.activations.store import Column, StoreError, array_layout
 
 ROUNDS = 8
-HELD_TOKENS, HELD_BYTES = (
+IN_MEMORY_TOKENS, IN_MEMORY_BYTES = (
     1 << 16,
     16 << 20,
 )  # up to so many tokens an epoch, and float32 bytes a column, are kept in memory
@@ -45,7 +45,7 @@ class BatchReader:
             what = ", ".join(f"{c.folder} ({c.n_tokens} tokens)" for c in columns)
             raise StoreError(f"only columns of one store and one length can be read together, not {what}")
         self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens, batch_size, seed
-        self.columns = [_held(open_rows(column)) for column in columns]
+        self.columns = [_in_memory(open_rows(column)) for column in columns]
 
     def rows(self, s: int) -> np.ndarray:
         """Token numbers of batch s, (batch_size,) int64."""
@@ -60,11 +60,11 @@ class BatchReader:
 
     def _order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Token numbers at places `start` to `stop - 1` of an epoch."""
-        if self.n_tokens > HELD_TOKENS:
+        if self.n_tokens > IN_MEMORY_TOKENS:
             return permute(np.arange(start, stop, dtype=np.int64), self.n_tokens, self.seed, epoch)
         if epoch not in self._orders:
-            whole = permute(np.arange(self.n_tokens, dtype=np.int64), self.n_tokens, self.seed, epoch)
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1} | {epoch: whole}
+            order_of_epoch = permute(np.arange(self.n_tokens, dtype=np.int64), self.n_tokens, self.seed, epoch)
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1} | {epoch: order_of_epoch}
         return self._orders[epoch][start:stop]
 
     def batch(self, s: int) -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ class BatchReader:
         What fails in the thread is raised here. The thread ends when the iterator is exhausted, closed or dropped.
         Columns that are held in memory need no thread.
         """
-        if all(isinstance(column, HeldRows) for column in self.columns):
+        if all(isinstance(column, InMemoryRows) for column in self.columns):
             yield from map(self.batch, range(start_step, start_step + n_steps))
             return
         ready: queue.Queue[tuple[Tensor, ...] | BaseException] = queue.Queue(prefetch)
@@ -172,11 +172,11 @@ class MappedRows:
         first, last = ordered[0] // shard_tokens, ordered[-1] // shard_tokens
         bounds = np.searchsorted(ordered, np.arange(first, last + 2) * shard_tokens)
         out = np.empty((len(rows), self.layout.row_bytes), dtype=np.uint8)
-        whole = out.view(np.dtype((np.void, self.layout.row_bytes)))[:, 0]  # one element a row: moved as one copy
+        out_rows = out.view(np.dtype((np.void, self.layout.row_bytes)))[:, 0]  # one element a row: moved as one copy
         for number in np.flatnonzero(np.diff(bounds)):
             a, b = bounds[number], bounds[number + 1]
             shard = first + number
-            whole[order[a:b]] = self.shards[shard].take(ordered[a:b] - shard * shard_tokens)
+            out_rows[order[a:b]] = self.shards[shard].take(ordered[a:b] - shard * shard_tokens)
         return _float32(out, self.column)
 
 
@@ -208,7 +208,7 @@ class ZarrRows:
         return found
 
 
-class HeldRows:
+class InMemoryRows:
     """Rows of a small column: all of them are read with the first, and kept in memory."""
 
     def __init__(self, rows: "MappedRows | ZarrRows") -> None:
@@ -221,12 +221,12 @@ class HeldRows:
         return self.values[torch.from_numpy(rows)]
 
 
-def _held(rows: "MappedRows | ZarrRows") -> "MappedRows | ZarrRows | HeldRows":
+def _in_memory(rows: "MappedRows | ZarrRows") -> "MappedRows | ZarrRows | InMemoryRows":
     """The same rows in memory, where they are few."""
     column = rows.column
-    if column.n_tokens > HELD_TOKENS or 4 * column.n_tokens * math.prod(column.size) > HELD_BYTES:
+    if column.n_tokens > IN_MEMORY_TOKENS or 4 * column.n_tokens * math.prod(column.size) > IN_MEMORY_BYTES:
         return rows
-    return HeldRows(rows)
+    return InMemoryRows(rows)
 
 
 def open_rows(column: Column) -> MappedRows | ZarrRows:

@@ -70,8 +70,8 @@ class Layout:
 
     def column_bytes(self, n_tokens: int) -> int:
         """Size of all shard files of a column."""
-        whole, rest = divmod(n_tokens, self.shard_tokens)
-        return whole * self.shard_bytes(self.shard_tokens) + (self.shard_bytes(rest) if rest else 0)
+        full_shards, rest = divmod(n_tokens, self.shard_tokens)
+        return full_shards * self.shard_bytes(self.shard_tokens) + (self.shard_bytes(rest) if rest else 0)
 
     def holds(self, path: Path, n_rows: int) -> bool:
         """Whether a shard file is there and long enough for `n_rows` rows."""
@@ -149,11 +149,11 @@ class Shard:
         """
         self.path, self.layout = path, layout
         try:
-            held = os.stat(path).st_size
+            file_bytes = os.stat(path).st_size
         except FileNotFoundError:
             raise ShardError(path, "the file is missing") from None
-        if held < layout.index_bytes:
-            raise ShardError(path, f"{held} bytes are too few for its index")
+        if file_bytes < layout.index_bytes:
+            raise ShardError(path, f"{file_bytes} bytes are too few for its index")
         self._map = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         index = self._map[-layout.index_bytes :]
         if google_crc32c.value(index[: -CRC.size]) != CRC.unpack(index[-CRC.size :].data)[0]:
@@ -164,7 +164,7 @@ class Shard:
             raise ShardError(path, f"it holds {present} chunks where {n_rows} rows need {layout.chunks_of(n_rows)}")
         expected = np.arange(present, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
         as_written = (entries[:present, 0] == expected).all() and (entries[:present, 1] == layout.chunk_bytes).all()
-        if not as_written or held != present * layout.chunk_bytes + layout.index_bytes:
+        if not as_written or file_bytes != present * layout.chunk_bytes + layout.index_bytes:
             raise LayoutError(f"shard {path} is not laid out as saeflow writes it")
         self._checked = np.zeros(present, dtype=bool)
         # Element i is the row whose first byte is byte i: one index gathers rows across the checksums between chunks.

@@ -57,13 +57,13 @@ class TokenRows:
         self.folder, self.store = folder, open_tokens(folder)
         self.n_rows, self.context_size = self.store.n_rows, self.store.context_size
         self._slab = max(1, SLAB_TOKENS // self.context_size)
-        self._first, self._held = 0, self.store[0:0]
+        self._first, self._loaded = 0, self.store[0:0]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids of rows, (rows, context_size) int32; the last slab stays in memory."""
-        if start < self._first or stop > self._first + len(self._held):
-            self._first, self._held = start, self.store[start : max(stop, start + self._slab)]
-        return self._held[start - self._first : stop - self._first]
+        if start < self._first or stop > self._first + len(self._loaded):
+            self._first, self._loaded = start, self.store[start : max(stop, start + self._slab)]
+        return self._loaded[start - self._first : stop - self._first]
 
     def coordinates(self, start: int, stop: int) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         """Of rows `start` to `stop`, slab by slab: the slice of tokens, and (N,) int32 values by coordinate."""
@@ -118,11 +118,11 @@ class ActivationStore:
         dtype = STORED_AS[c.dtype]
         if hook_name in group:
             array: Any = group[hook_name]
-            held = (array.shape[1:], str(array.dtype), array.chunks[0], (array.shards or array.chunks)[0])
+            layout = (array.shape[1:], str(array.dtype), array.chunks[0], (array.shards or array.chunks)[0])
             wanted = (tuple(size), dtype, c.chunk_tokens, c.shard_tokens)
-            if held != wanted:
+            if layout != wanted:
                 raise StoreError(
-                    f"{self.zarr}/{hook_name} has (size, dtype, chunk, shard) {held}, but {wanted} is asked for: "
+                    f"{self.zarr}/{hook_name} has (size, dtype, chunk, shard) {layout}, but {wanted} is asked for: "
                     f"remove {self.folder} to cache it anew"
                 )
             return
@@ -260,8 +260,8 @@ def open_column(folder: str | Path) -> Column:
     file = folder / "column.json"
     if not file.is_file():
         raise StoreError(f"{folder} is no column of an activation store: it has no column.json; run the workflow again")
-    held = json.loads(file.read_text())
-    return Column(folder, held["hook_name"], held["n_tokens"], tuple(held["size"]), held["dtype"])
+    receipt = json.loads(file.read_text())
+    return Column(folder, receipt["hook_name"], receipt["n_tokens"], tuple(receipt["size"]), receipt["dtype"])
 
 
 def array_layout(column: Column) -> Layout | None:
@@ -271,21 +271,21 @@ def array_layout(column: Column) -> Layout | None:
         raise StoreError(
             f"{column.folder} is a column of {column.array}, which is not there; remove the column's folder"
         )
-    held = json.loads(file.read_text())
+    metadata = json.loads(file.read_text())
     checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     size = list(column.size)
     try:
-        (sharding,) = held["codecs"]
+        (sharding,) = metadata["codecs"]
         inner = sharding["configuration"]
-        shard_tokens, *shard_size = held["chunk_grid"]["configuration"]["chunk_shape"]
+        shard_tokens, *shard_size = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         chunk_tokens, *chunk_size = inner["chunk_shape"]
         known = (
-            held["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
-            and held["data_type"] == STORED_AS[column.dtype]
+            metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
+            and metadata["data_type"] == STORED_AS[column.dtype]
             and sharding["name"] == "sharding_indexed"
             and inner["codecs"] == inner["index_codecs"] == checksummed
             and inner["index_location"] == "end"
-            and held["shape"][1:] == shard_size == chunk_size == size
+            and metadata["shape"][1:] == shard_size == chunk_size == size
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -294,6 +294,6 @@ def array_layout(column: Column) -> Layout | None:
 
 def write_column(column: Column, statistics: "Statistics") -> None:
     """Fills a column folder."""
-    held = {k: getattr(column, k) for k in ("hook_name", "n_tokens", "size", "dtype")}
-    (column.folder / "column.json").write_text(json.dumps(held, indent=1) + "\n")
+    receipt = {k: getattr(column, k) for k in ("hook_name", "n_tokens", "size", "dtype")}
+    (column.folder / "column.json").write_text(json.dumps(receipt, indent=1) + "\n")
     save_tensors(column.folder / "statistics.safetensors", statistics._asdict())

@@ -29,7 +29,7 @@ class ActivationError(ValueError):
     """Activations that cannot be stored; the message names the hook, the value and what to do."""
 
 
-class Wanted(NamedTuple):
+class ColumnRequest(NamedTuple):
     """One column: a hook, its size per token, and how many tokens."""
 
     hook_name: str
@@ -44,11 +44,13 @@ class ColumnWriter:
     records it with the moments up to its end, and a run that was killed continues there.
     """
 
-    def __init__(self, store: ActivationStore, columns: list[Wanted], device: str, thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, store: ActivationStore, columns: list[ColumnRequest], device: str, thread: ThreadPoolExecutor
+    ) -> None:
         self.store, self.device, self._thread = store, device, thread
         self.hook_name, self.size = columns[0].hook_name, columns[0].size
         self.layout, self.dtype = store.layout(self.size), getattr(torch, store.config.dtype)
-        self.found: dict[Wanted, Statistics] = {}
+        self.statistics: dict[ColumnRequest, Statistics] = {}
         self._columns = sorted(columns, key=lambda w: w.n_tokens)
         self.last = self._columns[-1].n_tokens
         self._pending: deque[Future] = deque()
@@ -86,8 +88,8 @@ class ColumnWriter:
     def _begin(self) -> None:
         """Goes to the end of the whole shards on record; to 0 if one of them is gone or the column ends before it."""
         empty = Moments(math.prod(self.size), self.device)
-        held = self.store.load_progress(self.hook_name, self.device)
-        self.stored, recorded = held or (0, empty)
+        progress = self.store.load_progress(self.hook_name, self.device)
+        self.stored, recorded = progress or (0, empty)
         gone = [s for s in range(recorded.count // self.layout.shard_tokens) if not self._available(s)]
         if gone:
             log.warning("%s is gone or short: computing it again", self._path(gone[0]))
@@ -136,7 +138,7 @@ class ColumnWriter:
         """The column is complete: its last shard may be partial, and its statistics include the last, partial chunk."""
         if self._filled:
             self._merge(self._chunk[: self._filled])  # the next column begins anew from what is on record
-        self.found[self._columns.pop(0)] = self.moments.statistics()
+        self.statistics[self._columns.pop(0)] = self.moments.statistics()
         if self._shard:
             if self._filled:
                 self._chunk[self._filled :] = math.nan  # the fill value, as Zarr pads a chunk

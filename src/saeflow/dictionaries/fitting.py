@@ -18,8 +18,8 @@ class FitError(ConfigError):
 
 def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
     """`load_model`'s config from a job's `model` group, in which the weights' digest stands for the path."""
-    held = {name: value for name, value in model.items() if name != "weights"}
-    return ModelConfig(name=folder.name, path=str(folder), **held)
+    fields = {name: value for name, value in model.items() if name != "weights"}
+    return ModelConfig(name=folder.name, path=str(folder), **fields)
 
 
 def check_fit(

@@ -39,7 +39,7 @@ from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
 
 
-class Place(NamedTuple):
+class Site(NamedTuple):
     """Where a dictionary reads and writes."""
 
     hook_name: str
@@ -52,14 +52,14 @@ class Place(NamedTuple):
         return "sae" if self.hook_name == self.hook_name_out else "transcoder"
 
 
-def read_foreign(path: Path, place: Place, form: str | None = None) -> Dictionary:
+def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     """Reads a dictionary from disk; the format is known by the files where `form` is None.
 
     Raises `DictionaryError` for what cannot be read, is of another kind, or says that it belongs elsewhere.
     """
     form = form or foreign_format(path)
     try:
-        return _READERS[form](path, place)
+        return _READERS[form](path, site)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError, OSError) as error:
         raise DictionaryError(
             f"{path} is not a whole {form} dictionary: {type(error).__name__} {error}; if it is of another library, "
@@ -67,7 +67,7 @@ def read_foreign(path: Path, place: Place, form: str | None = None) -> Dictionar
         ) from error
 
 
-def read_release(release: str, sae_id: str, place: Place) -> Dictionary:
+def read_release(release: str, sae_id: str, site: Site) -> Dictionary:
     """Fetches one of SAELens's releases, as its `SAE.from_pretrained` does: from the local cache, or the network."""
     from sae_lens import SAE
 
@@ -78,44 +78,44 @@ def read_release(release: str, sae_id: str, place: Place) -> Dictionary:
             f"SAELens cannot get {sae_id} of release {release}: {error}. It needs the network, or the files in the "
             "Hugging Face cache; offline, copy the folder here and set dictionary.path"
         ) from error
-    return _through_saelens(sae, f"release {release}, {sae_id}", place)
+    return _through_saelens(sae, f"release {release}, {sae_id}", site)
 
 
 # -------------------------------------------------------------------- formats
-def _saelens(path: Path, place: Place) -> Dictionary:
+def _saelens(path: Path, site: Site) -> Dictionary:
     config = json.loads((path / CONFIG_FILE).read_text())
     if "metadata" in config:
         dictionary = load_dictionary(path)
-        return _placed(dictionary, path, place, dictionary.spec.hook_name, dictionary.spec.hook_name_out)
+        return _with_checked_site(dictionary, path, site, dictionary.spec.hook_name, dictionary.spec.hook_name_out)
     from sae_lens import SAE
 
-    return _through_saelens(SAE.load_from_disk(path, device="cpu"), str(path), place)
+    return _through_saelens(SAE.load_from_disk(path, device="cpu"), str(path), site)
 
 
-def _through_saelens(sae: Any, name: str, place: Place) -> Dictionary:
+def _through_saelens(sae: Any, name: str, site: Site) -> Dictionary:
     """What SAELens opened, saved in its present format."""
-    held = sae.cfg.metadata
-    hook, out = held.hook_name or place.hook_name, held.hook_name_out or held.hook_name or place.hook_name_out
-    held.hook_name, held.hook_name_out = hook, None if out == hook else out
-    held.sae_lens_version = SAELENS_FORMAT
+    metadata = sae.cfg.metadata
+    hook, out = metadata.hook_name or site.hook_name, metadata.hook_name_out or metadata.hook_name or site.hook_name_out
+    metadata.hook_name, metadata.hook_name_out = hook, None if out == hook else out
+    metadata.sae_lens_version = SAELENS_FORMAT
     with TemporaryDirectory() as folder:
         sae.save_model(folder)
-        return _placed(load_dictionary(folder), name, place, hook, out)
+        return _with_checked_site(load_dictionary(folder), name, site, hook, out)
 
 
-def _transcoder_circuits(path: Path, place: Place) -> Dictionary:
-    held = _load_weights(path)
-    config, tensors = vars(held["cfg"]), held["state_dict"]
+def _transcoder_circuits(path: Path, site: Site) -> Dictionary:
+    content = _load_weights(path)
+    config, tensors = vars(content["cfg"]), content["state_dict"]
     is_transcoder = bool(config.get("is_transcoder", False))
-    _check_kind(path, place, "transcoder" if is_transcoder else "sae")
-    said_out = config.get("out_hook_point") if is_transcoder else config["hook_point"]
-    _check_place(path, place, config["hook_point"], said_out)
+    _check_kind(path, site, "transcoder" if is_transcoder else "sae")
+    hook_out = config.get("out_hook_point") if is_transcoder else config["hook_point"]
+    _check_site(path, site, config["hook_point"], hook_out)
     W_enc, b_enc, b_dec = (tensors[name].float() for name in ("W_enc", "b_enc", "b_dec"))
     if is_transcoder:  # its b_dec belongs to the input alone
         b_enc, b_dec = b_enc - b_dec @ W_enc, tensors["b_dec_out"].float()
     # It was trained on TransformerLens's default processing.
     origin = Origin(config.get("model_name"), None, True, True, True, config.get("context_size"), True)
-    spec = _spec(place, "relu", W_enc, b_dec, not is_transcoder, origin)
+    spec = _spec(site, "relu", W_enc, b_dec, not is_transcoder, origin)
     spec = dataclasses.replace(spec, l1_coefficient=config.get("l1_coefficient"))
     return build(spec, W_enc, b_enc, tensors["W_dec"].float(), b_dec)
 
@@ -139,17 +139,17 @@ def _load_weights(path: Path) -> Any:
         ) from error
 
 
-def _dictionary_learning(path: Path, place: Place) -> Dictionary:
+def _dictionary_learning(path: Path, site: Site) -> Dictionary:
     trainer = json.loads((path / "config.json").read_text())["trainer"]
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in _load_weights(path / "ae.pt").items()}
     dict_class = trainer["dict_class"]
-    _check_kind(path, place, "sae")
+    _check_kind(path, site, "sae")
     layer = trainer.get("layer")
-    if isinstance(layer, int) and f"blocks.{layer}." not in place.hook_name:
-        raise DictionaryError(f"{path} is of layer {layer}, but the site is {place.hook_name}; set site.layer={layer}")
+    if isinstance(layer, int) and f"blocks.{layer}." not in site.hook_name:
+        raise DictionaryError(f"{path} is of layer {layer}, but the site is {site.hook_name}; set site.layer={layer}")
     origin = Origin(trainer.get("lm_name"), None, False, False, False)  # activations of the model as it is published
     if dict_class == "GatedAutoEncoder":
-        return _gated(tensors, place, origin)
+        return _gated(tensors, site, origin)
     activation, subtracts = {
         "AutoEncoder": ("relu", True),
         "AutoEncoderNew": ("relu", False),
@@ -170,16 +170,16 @@ def _dictionary_learning(path: Path, place: Place) -> Dictionary:
         if threshold.min() < 0:
             raise DictionaryError(f"{path}: its threshold was never set, as it was trained for too few steps")
     k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
-    spec = _spec(place, activation, W_enc, b_dec, subtracts, origin, k=k)
+    spec = _spec(site, activation, W_enc, b_dec, subtracts, origin, k=k)
     spec = dataclasses.replace(spec, l1_coefficient=trainer.get("l1_penalty"))
     return build(spec, W_enc, b_enc, W_dec, b_dec, None, threshold)
 
 
-def _gated(tensors: dict[str, Tensor], place: Place, origin: Origin) -> Dictionary:
+def _gated(tensors: dict[str, Tensor], site: Site, origin: Origin) -> Dictionary:
     """SAELens has the same: a gate and a magnitude that share directions."""
     W_enc, W_dec = (tensors[f"{side}.weight"].T.contiguous() for side in ("encoder", "decoder"))
     renamed = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag", "b_dec": "decoder_bias"}
-    spec = _spec(place, "saelens", W_enc, tensors["decoder_bias"], True, origin)
+    spec = _spec(site, "saelens", W_enc, tensors["decoder_bias"], True, origin)
     config = {
         "architecture": "gated",
         "d_in": spec.d_in,
@@ -200,27 +200,27 @@ def _gated(tensors: dict[str, Tensor], place: Place, origin: Origin) -> Dictiona
     return dictionary
 
 
-def _sparsify(path: Path, place: Place) -> Dictionary:
+def _sparsify(path: Path, site: Site) -> Dictionary:
     config = json.loads((path / CONFIG_FILE).read_text())
     tensors = {name: t.float() for name, t in load_file(path / "sae.safetensors").items()}
     transcodes = bool(config.get("transcode", False))
-    _check_kind(path, place, "transcoder" if transcodes else "sae")
+    _check_kind(path, site, "transcoder" if transcodes else "sae")
     if config.get("activation", "topk") != "topk" or config.get("signed", False):
         raise DictionaryError(f"{path}/{CONFIG_FILE}: only activation=topk, unsigned, can be read here")
-    if transcodes and place.hook_name.endswith("hook_normalized"):
+    if transcodes and site.hook_name.endswith("hook_normalized"):
         raise DictionaryError(
-            f"{path} reads the MLP's input with the norm's gain and bias, which {place.hook_name} lacks; "
+            f"{path} reads the MLP's input with the norm's gain and bias, which {site.hook_name} lacks; "
             "there is no hook for it, unless the norm has neither"
         )
     W_enc = tensors["encoder.weight"].T.contiguous()
     W_skip = tensors.get("W_skip")
     origin = Origin(None, None, False, False, False)
-    spec = _spec(place, "topk", W_enc, tensors["b_dec"], not transcodes, origin, k=config["k"], skip=W_skip is not None)
+    spec = _spec(site, "topk", W_enc, tensors["b_dec"], not transcodes, origin, k=config["k"], skip=W_skip is not None)
     # Its skip connection multiplies by the transpose of W_skip, as ours does.
     return build(spec, W_enc, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], W_skip)
 
 
-_READERS: dict[str, Callable[[Path, Place], Dictionary]] = {
+_READERS: dict[str, Callable[[Path, Site], Dictionary]] = {
     "saelens": _saelens,
     "transcoder_circuits": _transcoder_circuits,
     "dictionary_learning": _dictionary_learning,
@@ -229,35 +229,35 @@ _READERS: dict[str, Callable[[Path, Place], Dictionary]] = {
 
 
 # -------------------------------------------------------------------- what they share
-def _spec(place: Place, activation: Any, W_enc: Tensor, b_dec: Tensor, subtracts: bool, origin: Origin,
+def _spec(site: Site, activation: Any, W_enc: Tensor, b_dec: Tensor, subtracts: bool, origin: Origin,
           k: int | None = None, skip: bool = False) -> Spec:  # fmt: skip
     d, n = W_enc.shape
     return Spec(
-        place.kind, activation, d, len(b_dec), n, *place, k=k, skip=skip, apply_b_dec_to_input=subtracts, origin=origin
+        site.kind, activation, d, len(b_dec), n, *site, k=k, skip=skip, apply_b_dec_to_input=subtracts, origin=origin
     )
 
 
-def _placed(dictionary: Dictionary, name: str | Path, place: Place, hook: str, out: str) -> Dictionary:
-    _check_place(name, place, hook, out)
-    if dictionary.spec.hook_head_index != place.hook_head_index:
+def _with_checked_site(dictionary: Dictionary, name: str | Path, site: Site, hook: str, out: str) -> Dictionary:
+    _check_site(name, site, hook, out)
+    if dictionary.spec.hook_head_index != site.hook_head_index:
         raise DictionaryError(
-            f"{name} is of head {dictionary.spec.hook_head_index}, but the site's is {place.hook_head_index}; "
+            f"{name} is of head {dictionary.spec.hook_head_index}, but the site's is {site.hook_head_index}; "
             "set site.head to it"
         )
     return dictionary
 
 
-def _check_kind(name: str | Path, place: Place, kind: str) -> None:
-    if kind != place.kind:
+def _check_kind(name: str | Path, site: Site, kind: str) -> None:
+    if kind != site.kind:
         wanted = "a site with hook_name alone" if kind == "sae" else "a site with hook_name_out: site=mlp"
         raise DictionaryError(f"{name} is {'an SAE' if kind == 'sae' else 'a transcoder'}: it needs {wanted}")
 
 
-def _check_place(name: str | Path, place: Place, hook: str, out: str | None) -> None:
-    if (hook, out or hook) != (place.hook_name, place.hook_name_out):
+def _check_site(name: str | Path, site: Site, hook: str, out: str | None) -> None:
+    if (hook, out or hook) != (site.hook_name, site.hook_name_out):
         raise DictionaryError(
-            f"{name} reads {hook} and writes {out or hook}, but the site is {place.hook_name} to "
-            f"{place.hook_name_out}; choose the site that it was made for"
+            f"{name} reads {hook} and writes {out or hook}, but the site is {site.hook_name} to "
+            f"{site.hook_name_out}; choose the site that it was made for"
         )
 
 
@@ -265,13 +265,13 @@ def _check_place(name: str | Path, place: Place, hook: str, out: str | None) -> 
 def foreign_job(job: Job) -> Dictionary:
     """Reads the dictionary that a job names, checks it against the model, and writes it as a SAELens folder."""
     config = job.config
-    place = Place(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
+    site = Site(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
     if config["release"] is None:
         source = job.source("foreign")
-        dictionary = read_foreign(source, place, config["format"])
+        dictionary = read_foreign(source, site, config["format"])
     else:
         source = Path(config["release"]) / config["sae_id"]
-        dictionary = read_release(config["release"], config["sae_id"], place)
+        dictionary = read_release(config["release"], config["sae_id"], site)
     dictionary.spec = dataclasses.replace(
         dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=config["label"])
     )

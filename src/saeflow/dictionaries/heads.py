@@ -93,12 +93,12 @@ class BlockDiagonal(Dictionary):
     def decode_top(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
         """`decode` of what `top_latents` gives: values and indices (N, H k) -> (N, d)."""
         parts = zip(*(t.tensor_split(len(self.heads), dim=1) for t in (values, indices)), strict=True)
-        made = [self.heads[h].decode_top(v, i - h * self.heads[0].d_sae) for h, (v, i) in enumerate(parts)]
-        return torch.cat(made, dim=1)
+        outputs = [self.heads[h].decode_top(v, i - h * self.heads[0].d_sae) for h, (v, i) in enumerate(parts)]
+        return torch.cat(outputs, dim=1)
 
     def _of_each(self, x: Tensor, method: str) -> Tensor:
-        made = [getattr(head, method)(part) for head, part in zip(self.heads, self._split(x), strict=True)]
-        return torch.cat(made, dim=1)
+        outputs = [getattr(head, method)(part) for head, part in zip(self.heads, self._split(x), strict=True)]
+        return torch.cat(outputs, dim=1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (N, d) -> (N, d_head) of each head."""
@@ -127,9 +127,9 @@ class BlockDiagonal(Dictionary):
 def _check(specs: list[Spec]) -> None:
     if not specs or any(spec.kind != "sae" for spec in specs):
         raise DictionaryError("a dictionary of heads is made of one SAE a head")
-    given = [spec.hook_head_index for spec in specs]
-    if given != list(range(len(specs))):
-        raise DictionaryError(f"a dictionary of heads needs those of head 0 to {len(specs) - 1} in order, got {given}")
+    heads = [spec.hook_head_index for spec in specs]
+    if heads != list(range(len(specs))):
+        raise DictionaryError(f"a dictionary of heads needs those of head 0 to {len(specs) - 1} in order, got {heads}")
 
     def shared(spec: Spec) -> tuple[Any, ...]:
         return spec.activation, spec.d_in, spec.d_sae, spec.hook_name, spec.k, spec.apply_b_dec_to_input, spec.origin

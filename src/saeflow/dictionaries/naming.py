@@ -53,7 +53,7 @@ def place_name(hook_name: str, head: int = -1) -> str:
 
 
 def with_names(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Adds `head` (-1: all), `place` and `series` to a table of dictionaries, and names its amounts for people."""
+    """Adds `head` (-1: all), `site` and `series` to a table of dictionaries, and names its amounts for people."""
     head = table["hook_head_index"].fillna(-1).astype(int) if "hook_head_index" in table else -1
     table = table.assign(head=head)
     table["place"] = [place_name(*row) for row in zip(table["hook_name_out"], table["head"], strict=True)]

@@ -24,7 +24,7 @@ from torch import Tensor
 from saeflow.activations.store import open_column
 from saeflow.dictionaries.fitting import model_config
 from saeflow.evaluation.metrics import squared_norm
-from saeflow.evaluation.sums import Adder, Sums, token_batches
+from saeflow.evaluation.sums import SumAccumulator, Sums, token_batches
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
 from saeflow.models.attention import fused_attention
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("saeflow")
 
 
-class Ablated(NamedTuple):
+class AblationSite(NamedTuple):
     """A hook at which dictionaries write, and what mean ablation puts there."""
 
     hook_name: str
@@ -59,34 +59,36 @@ class Baseline(NamedTuple):
 
 def measure_baselines(
     model: "HookedTransformer",
-    ablated: list[Ablated],
+    sites: list[AblationSite],
     rows: "TokenStore | np.ndarray",
     prepend_bos: bool,
     batch_rows: int,
 ) -> list[Baseline]:
     """Runs `rows` (sequence, position) of token ids clean and with every hook ablated, each at every position."""
-    adders = [Adder(prepend_bos) for _ in ablated]
+    accumulators = [SumAccumulator(prepend_bos) for _ in sites]
     for tokens, document in token_batches(rows, prepend_bos, batch_rows, model.cfg.device, "baselines"):
         with fused_attention(model), torch.no_grad():
-            for adder, (values, centred) in zip(adders, _measure(model, ablated, tokens), strict=True):
-                adder.add(document, values, {"centred": centred})
-    return [Baseline(a.hook_name, a.head, adder.sums()) for a, adder in zip(ablated, adders, strict=True)]
+            for accumulator, (values, centred) in zip(accumulators, _measure(model, sites, tokens), strict=True):
+                accumulator.add(document, values, {"centred": centred})
+    return [
+        Baseline(a.hook_name, a.head, accumulator.sums()) for a, accumulator in zip(sites, accumulators, strict=True)
+    ]
 
 
 def _measure(
-    model: "HookedTransformer", ablated: list[Ablated], tokens: Tensor
+    model: "HookedTransformer", sites: list[AblationSite], tokens: Tensor
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Of one batch `tokens` (B, P) and each hook: values (B, P) by name, and the centred target (B, P, p)."""
     B, P = tokens.shape
-    clean = run_clean(model, tokens, [], {a.hook_name for a in ablated})
+    clean = run_clean(model, tokens, [], {a.hook_name for a in sites})
     finals = []
-    for hook, mean, head in ablated:
+    for hook, mean, head in sites:
         for value in (torch.zeros_like(mean), mean):
-            finals.append(predicting(run_spliced(model, clean, hook, value.expand(B * P, -1), head)))
-    ce_clean, losses = unembedded(model, tokens, predicting(clean.final), finals)
+            finals.append(drop_last_position(run_spliced(model, clean, hook, value.expand(B * P, -1), head)))
+    ce_clean, losses = model_losses(model, tokens, drop_last_position(clean.final), finals)
     n_predictions = at_positions(torch.ones_like(ce_clean), B)
     found = []
-    for i, (hook, mean, head) in enumerate(ablated):
+    for i, (hook, mean, head) in enumerate(sites):
         y = flattened(clean.values[hook], head)
         zero, averaged = losses[2 * i : 2 * i + 2]
         centred = y - mean
@@ -105,7 +107,7 @@ def _measure(
     return found
 
 
-def unembedded(
+def model_losses(
     model: "HookedTransformer", tokens: Tensor, clean: Tensor, variants: list[Tensor]
 ) -> tuple[Tensor, list[Losses]]:
     """`next_token_losses` of the model on `tokens` (B, P), of final values (B (P - 1), D)."""
@@ -113,7 +115,7 @@ def unembedded(
     return next_token_losses(W_U, b_U, softcap, tokens[:, 1:].flatten(), clean, variants)
 
 
-def predicting(final: Tensor) -> Tensor:
+def drop_last_position(final: Tensor) -> Tensor:
     """(B, P, D) to (B (P - 1), D): the positions that have a next token."""
     return final[:, :-1].flatten(0, 1)
 
@@ -129,16 +131,16 @@ def baseline_jobs(jobs: list[Job]) -> list[Baseline]:
     first = jobs[0]
     config = first.config
     folder = first.source("model")
-    ablated = []
+    sites = []
     for job in jobs:
         column = open_column(job.input("activations"))
         mean, head = column.statistics.mean.to(first.device, torch.float32), job.config["head"]
-        ablated.append(Ablated(column.hook_name, mean if head is None else mean.view(*column.size)[head], head))
+        sites.append(AblationSite(column.hook_name, mean if head is None else mean.view(*column.size)[head], head))
     rows = open_tokens(first.input("tokens"))
     model = load_model(folder, model_config(folder, config["model"]), first.device)
-    log.info("%d hooks, %d tokens", len(ablated), rows.n_rows * rows.context_size)
+    log.info("%d hooks, %d tokens", len(sites), rows.n_rows * rows.context_size)
     batch_rows = config["evaluation"]["batch_rows"]
-    found = measure_baselines(model, ablated, rows, rows.attributes["prepend_bos"], batch_rows)
+    found = measure_baselines(model, sites, rows, rows.attributes["prepend_bos"], batch_rows)
     for job, baseline in zip(jobs, found, strict=True):
         with job.writing() as out:
             write_baseline(baseline, out)
@@ -157,7 +159,7 @@ def write_baseline(baseline: Baseline, folder: Path) -> None:
 def read_baseline(folder: Path) -> Baseline:
     from safetensors.numpy import load_file
 
-    held: dict[str, Any] = json.loads((folder / "baseline.json").read_text())
+    site: dict[str, Any] = json.loads((folder / "baseline.json").read_text())
     batches, documents = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("batches", "documents"))
     sums = Sums(batches, documents, load_file(folder / "vectors.safetensors"))
-    return Baseline(held["hook_name"], held["head"], sums)
+    return Baseline(site["hook_name"], site["head"], sums)

@@ -80,11 +80,11 @@ def find_activations(
             f = torch.cat([dictionary.encode(some)[:, chosen] for some in x.split(size)])
         values = f.view(*tokens.shape, -1).cpu().numpy()
         values[:, : int(prepend_bos)] = 0
-        for held, of_one in zip(found, np.moveaxis(values, 2, 0), strict=True):
+        for parts, of_one in zip(found, np.moveaxis(values, 2, 0), strict=True):
             row, position = np.nonzero(of_one)
-            held.append(np.stack([row + start, position, of_one[row, position]]))
+            parts.append(np.stack([row + start, position, of_one[row, position]]))
         start += len(tokens)
-    joined = (np.concatenate(held, axis=1) for held in found)
+    joined = (np.concatenate(parts, axis=1) for parts in found)
     return [Activations(one[0].astype(int), one[1].astype(int), one[2]) for one in joined]
 
 
@@ -173,15 +173,15 @@ def blind_job(job: Job) -> int:
             key.append({"dictionary": name, "kind": dictionary.spec.kind, "feature": int(feature)})
     order = list(range(len(shown)))
     random.Random(settings.seed).shuffle(order)
-    called = names(len(order), settings.seed)
+    feature_names = names(len(order), settings.seed)
     with job.writing() as out:
-        (out / "dashboards.html").write_text(page([(n, shown[i]) for n, i in zip(called, order, strict=True)]))
+        (out / "dashboards.html").write_text(page([(n, shown[i]) for n, i in zip(feature_names, order, strict=True)]))
         with (out / "sheet.csv").open("w", newline="") as file:
             csv.writer(file).writerows(
-                [("feature", "verdict", "context_free", "note"), *((n, "", "", "") for n in called)]
+                [("feature", "verdict", "context_free", "note"), *((n, "", "", "") for n in feature_names)]
             )
         (out / "secret").mkdir()
-        secret = {name: key[i] for name, i in zip(called, order, strict=True)}
+        secret = {name: key[i] for name, i in zip(feature_names, order, strict=True)}
         (out / "secret/key.json").write_text(json.dumps(secret, indent=1) + "\n")
     return len(order)
 
@@ -220,9 +220,9 @@ def read_sheet(path: Path, key: dict[str, Any]) -> pd.DataFrame:
             raise SheetError(f"{where}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}")
         if row["context_free"] not in ("", "yes", "no"):
             raise SheetError(f"{where}: context_free {row['context_free']!r} is neither yes nor no")
-    given = [row["feature"] for row in rows]
-    if len(set(given)) < len(given) or len(given) < len(key):
-        missing = sorted(set(key) - set(given))
+    names = [row["feature"] for row in rows]
+    if len(set(names)) < len(names) or len(names) < len(key):
+        missing = sorted(set(key) - set(names))
         raise SheetError(
             f"{path} must have every feature once; missing: {', '.join(missing) or 'none, some are twice'}"
         )

@@ -65,7 +65,7 @@ def resampled_sums(sums: np.ndarray, n_resamples: int, seed: int = 0) -> np.ndar
     return found.reshape(n_resamples, *sums.shape[1:])
 
 
-def central(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def central_interval(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ends (...) of the central 95 % of `resampled` (resamples, ...), of those that are not NaN; NaN where all are."""
     tail = (1 - CONFIDENCE) / 2
     undefined = np.isnan(resampled).all(0)

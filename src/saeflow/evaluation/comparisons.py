@@ -141,8 +141,8 @@ def notebook_004(evaluations: pd.DataFrame) -> pd.DataFrame:
     rows = evaluations[(evaluations["activation"] == "relu") & ~evaluations["skip"].astype(bool)]
     rows = rows[rows["hook_name_out"].str.endswith("hook_mlp_out")]
     rows = rows.sort_values(["hook_name_out", "kind", "l1_coefficient"])
-    own = (rows["model_name"] == "pythia-410m") & (rows["hook_name_out"] == "blocks.15.hook_mlp_out")
-    found = zip(rows["kind"], rows["l1_coefficient"], own, strict=True)
+    same_model = (rows["model_name"] == "pythia-410m") & (rows["hook_name_out"] == "blocks.15.hook_mlp_out")
+    found = zip(rows["kind"], rows["l1_coefficient"], same_model, strict=True)
     printed = [NOTEBOOK_004.get((kind, l1), (None, None)) if is_own else (None, None) for kind, l1, is_own in found]
     table = pd.DataFrame(
         {

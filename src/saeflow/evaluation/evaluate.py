@@ -26,10 +26,10 @@ from torch import Tensor
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import FitError, check_fit, model_config
-from saeflow.evaluation.baseline import Baseline, at_positions, predicting, read_baseline, unembedded
+from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
 from saeflow.evaluation.bootstrap import interval, resample
 from saeflow.evaluation.metrics import firing, reconstruct, summarise, target
-from saeflow.evaluation.sums import Adder, Row, columns, joined, token_batches
+from saeflow.evaluation.sums import Row, SumAccumulator, columns, joined, token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import read_geometry
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("saeflow")
 
 
-class Study(NamedTuple):
+class EvaluationTask(NamedTuple):
     """One dictionary to evaluate, and the baseline of the hook at which it writes, of the same tokens and batches."""
 
     dictionary: Dictionary
@@ -67,32 +67,32 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     model: "HookedTransformer",
-    studies: list[Study],
+    tasks: list[EvaluationTask],
     rows: TokenStore | np.ndarray,
     prepend_bos: bool,
     config: EvaluationConfig,
 ) -> list[Evaluation]:
-    """Evaluates every study on `rows` (sequence, position) of token ids."""
-    adders = [Adder(prepend_bos) for _ in studies]
-    fired = [np.zeros((2, s.dictionary.d_sae), dtype=np.int64) for s in studies]
-    by_l0 = [np.zeros((2, s.dictionary.d_sae + 1), dtype=np.int64) for s in studies]
+    """Evaluates every task on `rows` (sequence, position) of token ids."""
+    accumulators = [SumAccumulator(prepend_bos) for _ in tasks]
+    fired = [np.zeros((2, s.dictionary.d_sae), dtype=np.int64) for s in tasks]
+    by_l0 = [np.zeros((2, s.dictionary.d_sae + 1), dtype=np.int64) for s in tasks]
     for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "evaluating"):
         is_bos = torch.zeros_like(tokens, dtype=torch.bool)
         is_bos[:, 0] = prepend_bos
         is_bos = is_bos.flatten()
         with fused_attention(model):
-            for i, one in enumerate(_evaluate_batch(model, studies, tokens, is_bos)):
-                adders[i].add(document, one.per_token)
+            for i, one in enumerate(_evaluate_batch(model, tasks, tokens, is_bos)):
+                accumulators[i].add(document, one.per_token)
                 fired[i] += one.fired.cpu().numpy()
                 l0 = one.per_token["l0"].flatten().long()
                 for counts, chosen in zip(by_l0[i], (is_bos, ~is_bos), strict=True):
                     counts += torch.bincount(l0[chosen], minlength=len(counts)).cpu().numpy()
-    measured = zip(studies, adders, fired, by_l0, strict=True)
-    return [_evaluation(s.baseline, adder, f, counts, config) for s, adder, f, counts in measured]
+    results = zip(tasks, accumulators, fired, by_l0, strict=True)
+    return [_evaluation(s.baseline, accumulator, f, counts, config) for s, accumulator, f, counts in results]
 
 
-class _Measured(NamedTuple):
-    """Of one study and batch of B rows, P positions."""
+class _BatchResult(NamedTuple):
+    """Of one task and batch of B rows, P positions."""
 
     per_token: dict[str, Tensor]
     """(B, P) each, float64. A prediction counts at the position that it is made from."""
@@ -102,37 +102,38 @@ class _Measured(NamedTuple):
 
 @torch.no_grad()
 def _evaluate_batch(
-    model: "HookedTransformer", studies: list[Study], tokens: Tensor, is_bos: Tensor
-) -> list[_Measured]:
-    """Measures every study on `tokens` (B, P); `is_bos` (B P,)."""
-    splices = {s.baseline.hook_name for s in studies}
-    clean = run_clean(model, tokens, {s.dictionary.spec.hook_name for s in studies}, splices)
+    model: "HookedTransformer", tasks: list[EvaluationTask], tokens: Tensor, is_bos: Tensor
+) -> list[_BatchResult]:
+    """Measures every task on `tokens` (B, P); `is_bos` (B P,)."""
+    splices = {s.baseline.hook_name for s in tasks}
+    clean = run_clean(model, tokens, {s.dictionary.spec.hook_name for s in tasks}, splices)
     targets = {
         (hook, head): target(flattened(clean.values[hook], head))
-        for hook, head in {(s.baseline.hook_name, s.baseline.head) for s in studies}
+        for hook, head in {(s.baseline.hook_name, s.baseline.head) for s in tasks}
     }
     finals, reconstructions = [], []
-    for dictionary, (hook, head, _) in studies:
+    for dictionary, (hook, head, _) in tasks:
         x = flattened(clean.values[dictionary.spec.hook_name], head)
-        made = reconstruct(dictionary, x, targets[hook, head], is_bos)
-        finals.append(predicting(run_spliced(model, clean, hook, made.output, head)))
-        reconstructions.append((made.per_token, made.fired))  # not what it made: that is as large as the final value
+        reconstruction = reconstruct(dictionary, x, targets[hook, head], is_bos)
+        finals.append(drop_last_position(run_spliced(model, clean, hook, reconstruction.output, head)))
+        # not the output: it is as large as the final value
+        reconstructions.append((reconstruction.per_token, reconstruction.fired))
     B, P = tokens.shape
-    _, losses = unembedded(model, tokens, predicting(clean.final), finals)
-    measured = []
+    _, losses = model_losses(model, tokens, drop_last_position(clean.final), finals)
+    results = []
     for (per_token, fired), loss in zip(reconstructions, losses, strict=True):
         replaced = {"ce_replaced": at_positions(loss.ce, B), "kl": at_positions(loss.kl, B)}
-        own = {name: v.view(B, P) for name, v in per_token.items()}
-        measured.append(_Measured(replaced | own, fired))
-    return measured
+        reshaped = {name: v.view(B, P) for name, v in per_token.items()}
+        results.append(_BatchResult(replaced | reshaped, fired))
+    return results
 
 
 def _evaluation(
-    baseline: Baseline, adder: Adder, fired: np.ndarray, by_l0: np.ndarray, config: EvaluationConfig
+    baseline: Baseline, accumulator: SumAccumulator, fired: np.ndarray, by_l0: np.ndarray, config: EvaluationConfig
 ) -> Evaluation:
-    own = adder.sums()
-    batches = joined(baseline.sums.batches, own.batches)
-    documents = joined(baseline.sums.documents, own.documents)
+    sums = accumulator.sums()
+    batches = joined(baseline.sums.batches, sums.batches)
+    documents = joined(baseline.sums.documents, sums.documents)
     centred = baseline.sums.vectors["centred"]
     rest = np.array([row["positions"] == "rest" for row in documents])
     everything, resamples = _metrics(documents, centred, config)
@@ -154,21 +155,21 @@ def _metrics(
     rows: list[Row], centred: np.ndarray, config: EvaluationConfig, chosen: np.ndarray | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics with their intervals, and resampled, of the `chosen` rows of documents."""
-    held = columns(rows)
+    sums = columns(rows)
     document = np.array([row["document"] for row in rows])
     if chosen is not None:
-        held, centred, document = {n: v[chosen] for n, v in held.items()}, centred[chosen], document[chosen]
-    total = {name: values.sum() for name, values in held.items()}
+        sums, centred, document = {n: v[chosen] for n, v in sums.items()}, centred[chosen], document[chosen]
+    total = {name: values.sum() for name, values in sums.items()}
     summary = summarise(total | {"centred": np.square(centred.sum(0)).sum()})
     present, group = np.unique(document, return_inverse=True)
-    by_document = {name: np.bincount(group, values, len(present)) for name, values in held.items()}
+    by_document = {name: np.bincount(group, values, len(present)) for name, values in sums.items()}
     centred_by_document = np.zeros((len(present), centred.shape[1]))
     np.add.at(centred_by_document, group, centred)
     resampled = resample(by_document, centred_by_document, config.resamples, config.bootstrap_seed)
     for name, values in resampled.items():
-        found = interval(values, config.confidence) if len(present) > 1 and summary[name] is not None else None
-        summary[f"{name}_low"], summary[f"{name}_high"] = found or (None, None)
-        if found is None and summary[name] is not None:
+        bounds = interval(values, config.confidence) if len(present) > 1 and summary[name] is not None else None
+        summary[f"{name}_low"], summary[f"{name}_high"] = bounds or (None, None)
+        if bounds is None and summary[name] is not None:
             few = f"{len(present)} document" if len(present) == 1 else "some drawn documents give it no meaning"
             summary[f"{name}_low_reason"] = f"no interval: {few}"
     return summary | {"n_documents": len(present)}, resampled
@@ -187,32 +188,30 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     folder, config = first.source("model"), first.config
     geometry = read_geometry(folder)
     baselines: dict[Path, Baseline] = {}
-    studies = []
+    tasks = []
     for job in jobs:
-        (made,) = job.dictionaries()
-        dictionary = load_dictionary(made, first.device)
-        check_fit(dictionary, made, folder, config["model"], geometry)
-        measured = job.input("baseline")
-        if measured not in baselines:
-            baselines[measured] = read_baseline(measured)
-        hook, head, _ = baselines[measured]
+        (path,) = job.dictionaries()
+        dictionary = load_dictionary(path, first.device)
+        check_fit(dictionary, path, folder, config["model"], geometry)
+        baseline_path = job.input("baseline")
+        if baseline_path not in baselines:
+            baselines[baseline_path] = read_baseline(baseline_path)
+        hook, head, _ = baselines[baseline_path]
         if (hook, head) != (dictionary.spec.hook_name_out, dictionary.spec.hook_head_index):
             raise FitError(
-                f"dictionary {made} writes at {_place(*_writes(dictionary))}, but is compared with the "
-                f"baseline of {_place(hook, head)} ({measured}); evaluate it at its own site"
+                f"dictionary {path} writes at {_site_name(*_writes(dictionary))}, but is compared with the "
+                f"baseline of {_site_name(hook, head)} ({baseline_path}); evaluate it at its own site"
             )
-        studies.append(Study(dictionary, baselines[measured]))
+        tasks.append(EvaluationTask(dictionary, baselines[baseline_path]))
 
     rows = open_tokens(first.input("tokens"))
     n_tokens = rows.n_rows * rows.context_size
-    log.info("%d dictionaries at %d hooks, %d tokens", len(studies), len(baselines), n_tokens)
+    log.info("%d dictionaries at %d hooks, %d tokens", len(tasks), len(baselines), n_tokens)
     model = load_model(folder, model_config(folder, config["model"]), first.device)
-    evaluations = evaluate(
-        model, studies, rows, rows.attributes["prepend_bos"], EvaluationConfig(**config["evaluation"])
-    )
+    evaluations = evaluate(model, tasks, rows, rows.attributes["prepend_bos"], EvaluationConfig(**config["evaluation"]))
     summaries = []
-    for job, study, evaluation in zip(jobs, studies, evaluations, strict=True):
-        summaries.append(_identity(job, study.dictionary) | evaluation.summary)
+    for job, task, evaluation in zip(jobs, tasks, evaluations, strict=True):
+        summaries.append(_identity(job, task.dictionary) | evaluation.summary)
         with job.writing() as out:
             write_evaluation(evaluation, summaries[-1], out)
     return summaries
@@ -240,7 +239,7 @@ def _writes(dictionary: Dictionary) -> tuple[str, int | None]:
     return dictionary.spec.hook_name_out, dictionary.spec.hook_head_index
 
 
-def _place(hook: str, head: int | None) -> str:
+def _site_name(hook: str, head: int | None) -> str:
     return hook if head is None else f"head {head} of {hook}"
 
 
@@ -261,9 +260,9 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
         "seed",
     )
     name, amount = spec.amount
-    held = {name: getattr(spec, name) for name in names}
+    identity = {name: getattr(spec, name) for name in names}
     keys = {"train_key": (job.inputs("train") + job.inputs("foreign"))[0].name, "part": job.config.get("part")}
     keys["dictionary_key"] = "/".join(key for key in keys.values() if key)
     keys |= {"tokens_key": job.input("tokens").name, "model_name": spec.origin.model_name or ""}
     pair = {"source": spec.origin.source or "", "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
-    return keys | pair | {"amount_name": name, "amount": amount} | held
+    return keys | pair | {"amount_name": name, "amount": amount} | identity

@@ -19,10 +19,10 @@ from saeflow.activations.store import open_column
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import FitError, check_fit, model_config
-from saeflow.evaluation.baseline import at_positions, predicting, unembedded
+from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
 from saeflow.evaluation.bootstrap import interval, resample
 from saeflow.evaluation.metrics import Ratio, loss_ratios, why_undefined
-from saeflow.evaluation.sums import Adder, Row, columns, token_batches
+from saeflow.evaluation.sums import Row, SumAccumulator, columns, token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer, read_geometry
@@ -65,19 +65,19 @@ def evaluate_stack(
     hooks = [m.dictionary.spec.hook_name_out for m in members]
     if len(set(hooks)) < len(hooks):
         raise FitError(f"two dictionaries of a stack write at one hook: {', '.join(hooks)}")
-    adder = Adder(prepend_bos)
+    accumulator = SumAccumulator(prepend_bos)
     for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "stack"):
         with fused_attention(model), torch.no_grad():
-            adder.add(document, _measure(model, members, tokens))
-    sums = adder.sums()
-    held = columns(sums.documents)
+            accumulator.add(document, _measure(model, members, tokens))
+    sums = accumulator.sums()
+    sums_by_name = columns(sums.documents)
     owner = np.unique([row["document"] for row in sums.documents], return_inverse=True)[1]
     rest = np.array([row["positions"] == "rest" for row in sums.documents])
     summary: dict[str, Any] = {"n_documents": int(owner.max()) + 1, "confidence": config.confidence}
     resamples: dict[str, np.ndarray] = {}
     for suffix, chosen in (("", np.ones(len(rest), dtype=bool)), ("_without_bos", rest)):
         present, group = np.unique(owner[chosen], return_inverse=True)
-        by_document = {n: np.bincount(group, v[chosen], len(present)) for n, v in held.items()}
+        by_document = {n: np.bincount(group, v[chosen], len(present)) for n, v in sums_by_name.items()}
         total = {name: values.sum() for name, values in by_document.items()}
         drawn = resample(by_document, None, config.resamples, config.bootstrap_seed, _ratios)
         summary |= {f"{name}{suffix}": int(total[name]) for name in ("n_tokens", "n_predictions")}
@@ -129,8 +129,8 @@ def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) 
         writing[0].append((hook, partial(replace, dictionary=dictionary)))
         writing[1].append((hook, partial(ablate, dictionary=dictionary, by=torch.zeros_like(mean))))
         writing[2].append((hook, partial(ablate, dictionary=dictionary, by=mean)))
-    finals = [predicting(run_hooked(model, tokens, hooks, residual, layer)) for hooks in writing]
-    ce_clean, losses = unembedded(model, tokens, predicting(clean.final), finals)
+    finals = [drop_last_position(run_hooked(model, tokens, hooks, residual, layer)) for hooks in writing]
+    ce_clean, losses = model_losses(model, tokens, drop_last_position(clean.final), finals)
     replaced, zero, averaged = losses
     n_predictions = at_positions(torch.ones_like(ce_clean), B)
     values = {"n_tokens": torch.ones_like(n_predictions), "n_predictions": n_predictions}
@@ -157,8 +157,8 @@ def stack_job(job: Job) -> dict[str, Any]:
     folder, config = job.source("model"), job.config
     geometry = read_geometry(folder)
     members = []
-    made = job.inputs("train") + job.inputs("foreign")
-    for path, column in zip(made, job.inputs("activations"), strict=True):
+    dictionary_folders = job.inputs("train") + job.inputs("foreign")
+    for path, column in zip(dictionary_folders, job.inputs("activations"), strict=True):
         dictionary = load_dictionary(path, job.device)
         check_fit(dictionary, path, folder, config["model"], geometry)
         mean = open_column(column).statistics.mean.to(job.device, torch.float32)
@@ -167,13 +167,13 @@ def stack_job(job: Job) -> dict[str, Any]:
     model = load_model(folder, model_config(folder, config["model"]), job.device)
     log.info("%d dictionaries at once, %d tokens", len(members), rows.n_rows * rows.context_size)
     prepend_bos = rows.attributes["prepend_bos"]
-    found = evaluate_stack(model, members, rows, prepend_bos, EvaluationConfig(**config["evaluation"]))
+    evaluation = evaluate_stack(model, members, rows, prepend_bos, EvaluationConfig(**config["evaluation"]))
     hooks = [m.dictionary.spec.hook_name_out for m in members]
-    names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in made]}
-    summary = names | {"layers": config["layers"], "hooks": hooks} | found.summary
+    names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in dictionary_folders]}
+    summary = names | {"layers": config["layers"], "hooks": hooks} | evaluation.summary
     with job.writing() as out:
-        pq.write_table(pa.Table.from_pylist(found.batches), out / "batches.parquet")
-        pq.write_table(pa.Table.from_pylist(found.documents), out / "documents.parquet")
-        pq.write_table(pa.table(found.resamples), out / "resamples.parquet")
+        pq.write_table(pa.Table.from_pylist(evaluation.batches), out / "batches.parquet")
+        pq.write_table(pa.Table.from_pylist(evaluation.documents), out / "documents.parquet")
+        pq.write_table(pa.table(evaluation.resamples), out / "resamples.parquet")
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return summary

@@ -27,7 +27,7 @@ class Sums(NamedTuple):
     """(rows of `documents`, p): sums of what is a vector for each token."""
 
 
-class Adder:
+class SumAccumulator:
     """Adds values up, a batch at a time."""
 
     def __init__(self, prepend_bos: bool) -> None:
@@ -61,10 +61,10 @@ class Adder:
                 {"batch": len(self._batches) // len(self.parts), "positions": part} | self._named(total)
             )
         for name, vector in (vectors or {}).items():
-            held = self._vectors.setdefault(name, {})
+            by_key = self._vectors.setdefault(name, {})
             added = (chosen @ vector.flatten(0, 1).double()).cpu().numpy()
             for key, row in zip(keys, added, strict=True):
-                held[key] = held[key] + row if key in held else row
+                by_key[key] = by_key[key] + row if key in by_key else row
 
     def sums(self) -> Sums:
         keys = sorted(self._documents)
@@ -72,7 +72,7 @@ class Adder:
             {"document": document, "positions": self.parts[part]} | self._named(self._documents[document, part])
             for document, part in keys
         ]
-        vectors = {name: np.stack([held[key] for key in keys]) for name, held in self._vectors.items()}
+        vectors = {name: np.stack([by_key[key] for key in keys]) for name, by_key in self._vectors.items()}
         return Sums(self._batches, documents, vectors)
 
     def _named(self, sums: np.ndarray) -> Row:

@@ -25,9 +25,9 @@ PAIRS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    on: dict[Node, tuple[str, ...]]
+    on_circuit: dict[Node, tuple[str, ...]]
     """Nodes of the circuit, and the variables that they stand for."""
-    off: tuple[Node, ...]
+    off_circuit: tuple[Node, ...]
 
 
 class Quality(NamedTuple):
@@ -56,7 +56,7 @@ class Truth:
         given = {name: self.values[name][source] for name in variables}
         return run(self.case.program, self.rows[base], given)[self.case.program.output]
 
-    def right(self, output: Tensor, labels: np.ndarray) -> np.ndarray:
+    def correct(self, output: Tensor, labels: np.ndarray) -> np.ndarray:
         """Whether `output` (N, P, d_vocab_out) is what `labels` (N, P) say, at the positions that count: (M,) bool."""
         if self.case.program.output_variable.numerical:
             error = np.abs(output[:, 1:, 0].numpy().astype(np.float64) - labels[:, 1:])
@@ -67,17 +67,17 @@ class Truth:
 
 def align(case: Case, config: dict[str, Any]) -> Alignment:
     """The alignment of a model of that config, which has as many layers and heads as the compiled one or more."""
-    on: dict[Node, tuple[str, ...]] = {}
+    on_circuit: dict[Node, tuple[str, ...]] = {}
     for block in case.program.blocks:
-        place = case.compiled.places[block.output]
-        layer = place.sublayer // 2
-        if place.head is not None:
-            on[Node(layer, case.heads.get(block.output, place.head))] = (block.output,)
-        if place.sublayer % 2:
-            on[Node(layer)] = (*on.get(Node(layer), ()), block.output)
-        assert place.head is None or isinstance(block, SelectorWidth) or place.sublayer % 2 == 0
+        location = case.compiled.locations[block.output]
+        layer = location.sublayer // 2
+        if location.head is not None:
+            on_circuit[Node(layer, case.heads.get(block.output, location.head))] = (block.output,)
+        if location.sublayer % 2:
+            on_circuit[Node(layer)] = (*on_circuit.get(Node(layer), ()), block.output)
+        assert location.head is None or isinstance(block, SelectorWidth) or location.sublayer % 2 == 0
     every = [Node(layer, head) for layer in range(config["n_layers"]) for head in (*range(config["n_heads"]), None)]
-    return Alignment(on, tuple(node for node in every if node not in on))
+    return Alignment(on_circuit, tuple(node for node in every if node not in on_circuit))
 
 
 def pairs(n_rows: int, most: int = ALL_PAIRS_UP_TO, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -96,17 +96,17 @@ def quality(network: Network, truth: Truth, alignment: Alignment, base: np.ndarr
     labels = truth.values[truth.case.program.output]
 
     def share(node: Node, variables: tuple[str, ...] | None) -> float:
-        right = []
+        correct = []
         for some in _chunks(len(base)):
             b, s = base[some], source[some]
             output = network.patched(clean, node, clean.value(node)[torch.from_numpy(s)], torch.from_numpy(b))
             wanted = labels[b] if variables is None else truth.output(b, s, variables)
-            right.append(truth.right(output, wanted))
-        return float(np.concatenate(right).mean())
+            correct.append(truth.correct(output, wanted))
+        return float(np.concatenate(correct).mean())
 
-    accuracy = float(truth.right(clean.output, labels).mean())
-    iia = {node.name: share(node, variables) for node, variables in alignment.on.items()}
-    return Quality(accuracy, iia, {node.name: share(node, None) for node in alignment.off})
+    accuracy = float(truth.correct(clean.output, labels).mean())
+    iia = {node.name: share(node, variables) for node, variables in alignment.on_circuit.items()}
+    return Quality(accuracy, iia, {node.name: share(node, None) for node in alignment.off_circuit})
 
 
 def _chunks(n: int) -> Iterator[slice]:

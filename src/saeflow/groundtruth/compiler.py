@@ -45,7 +45,7 @@ LEAST_SCORE = 40.0  # of what is selected, after the division by sqrt(d_head): B
 
 
 @dataclass(frozen=True)
-class Place:
+class VariableLocation:
     """Where a variable is made and held."""
 
     variable: str
@@ -75,7 +75,7 @@ class Compiled:
     directions: tuple[str, ...]
     """(d_model,): `tokens:x`, `indices:0`, ..., `one`."""
     weights: dict[str, np.ndarray]
-    places: dict[str, Place]
+    locations: dict[str, VariableLocation]
     """By variable."""
 
     def variables_at(self, hook_name: str) -> dict[str, tuple[int, ...]]:
@@ -85,7 +85,7 @@ class Compiled:
         before; other hooks raise `ProgramError`.
         """
         sublayers = written_before(hook_name)
-        return {name: place.columns for name, place in self.places.items() if place.sublayer in sublayers}
+        return {name: location.columns for name, location in self.locations.items() if location.sublayer in sublayers}
 
 
 def written_before(hook_name: str) -> range:
@@ -111,7 +111,7 @@ def compile_program(program: Program) -> Compiled:
     return _Compiler(program).compiled()
 
 
-def hooked(config: dict[str, Any], weights: dict[str, Any]) -> "HookedTransformer":
+def hooked_transformer(config: dict[str, Any], weights: dict[str, Any]) -> "HookedTransformer":
     """A `HookedTransformer` of a config and float32 weights by TransformerLens's names; imports it (ten seconds)."""
     import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -132,8 +132,8 @@ class _Compiler:
         for block in program.blocks:
             below = max(self.sublayer[name] for name in block.inputs)
             wants_mlp = not isinstance(block, Aggregate | SelectorWidth)
-            own = below + 1 if (below + 1) % 2 == wants_mlp else below + 2
-            self.sublayer[block.output] = own + 1 if isinstance(block, SelectorWidth) else own
+            lowest = below + 1 if (below + 1) % 2 == wants_mlp else below + 2
+            self.sublayer[block.output] = lowest + 1 if isinstance(block, SelectorWidth) else lowest
         self.n_layers = max(self.sublayer.values()) // 2 + 1
         self.names = {name: self._direction_names(v) for name, v in self.variables.items()}
         self.names |= {_width_of(b): [_width_of(b)] for b in program.blocks if isinstance(b, SelectorWidth)}
@@ -161,9 +161,9 @@ class _Compiler:
         program, d = self.program, len(self.directions)
         heads: list[list[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(self.n_layers)]
         hidden: list[list[np.ndarray]] = [[] for _ in range(self.n_layers)]  # [W_in column | W_out row], (2, d) a unit
-        places = {
-            "tokens": Place("tokens", tuple(self.columns("tokens")), -1),
-            "indices": Place("indices", tuple(self.columns("indices")), -1),
+        locations = {
+            "tokens": VariableLocation("tokens", tuple(self.columns("tokens")), -1),
+            "indices": VariableLocation("indices", tuple(self.columns("indices")), -1),
         }
         for block in program.blocks:
             sublayer = self.sublayer[block.output]
@@ -172,10 +172,12 @@ class _Compiler:
                 head = len(heads[layer])
                 heads[layer].append((block, *self._head(block)))
             if not isinstance(block, Aggregate):
-                made = self._units(block)
-                units = range(len(hidden[layer]), len(hidden[layer]) + len(made))
-                hidden[layer] += made
-            places[block.output] = Place(block.output, tuple(self.columns(block.output)), sublayer, head, tuple(units))
+                new_units = self._units(block)
+                units = range(len(hidden[layer]), len(hidden[layer]) + len(new_units))
+                hidden[layer] += new_units
+            locations[block.output] = VariableLocation(
+                block.output, tuple(self.columns(block.output)), sublayer, head, tuple(units)
+            )
 
         n_heads = max(1, *(len(some) for some in heads))
         d_head = max([1, *(self._wide(block, scores) for some in heads for block, scores, _, _ in some)])
@@ -201,7 +203,7 @@ class _Compiler:
                 self._write_head(block_weights, h, block, scores, queries, keys, d_head)
             for i, (into, out) in enumerate(hidden[layer]):
                 block_weights["mlp.W_in"][:, i], block_weights["mlp.W_out"][i] = into, out
-        return Compiled(program, config, self.directions, weights, places)
+        return Compiled(program, config, self.directions, weights, locations)
 
     # ---------------------------------------------------------------- attention
     def _head(self, block: Aggregate | SelectorWidth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,8 +214,8 @@ class _Compiler:
         queries = np.array(sorted({*self.columns(block.query), one, bos}))
         keys = np.array(sorted({*self.columns(block.key), bos}))
         scores = np.zeros((len(queries), len(keys)))
-        places = np.searchsorted(queries, self.columns(block.query)), np.searchsorted(keys, self.columns(block.key))
-        scores[np.ix_(*places)] = table[:-1, :-1]
+        locations = np.searchsorted(queries, self.columns(block.query)), np.searchsorted(keys, self.columns(block.key))
+        scores[np.ix_(*locations)] = table[:-1, :-1]
         always = isinstance(block, SelectorWidth)
         scores[np.searchsorted(queries, one), np.searchsorted(keys, bos)] = 1.0 if always else 0.5
         return scores, queries, keys

@@ -47,8 +47,8 @@ def page(title: str, labels: pd.DataFrame, contexts: pd.DataFrame) -> str:
         body.append(f'<tr id="row{row["latent"]}">{cells}</tr>')
     parts = [f"<table><tr>{head}</tr>{''.join(body)}</table>"]
     for latent, rows in contexts.groupby("latent"):
-        said = labels.loc[labels["latent"] == latent, "label"]
-        parts.append(f"<h2 id=latent{latent}>latent {latent}: {html.escape(str(said.iloc[0]))}</h2><table>")
+        label = labels.loc[labels["latent"] == latent, "label"]
+        parts.append(f"<h2 id=latent{latent}>latent {latent}: {html.escape(str(label.iloc[0]))}</h2><table>")
         parts.append("<tr><th>activation</th><th>position</th><th>context</th></tr>")
         for position, context, activation in zip(rows["position"], rows["context"], rows["activation"], strict=True):
             words = [html.escape(word) for word in context.split(" ")]

@@ -55,7 +55,7 @@ def faithfulness(network: Network, truth: Truth, dictionary: "Dictionary", seed:
     numerical = truth.case.program.output_variable.numerical
     for name, output in outputs.items():
         row[f"error_{name}"] = loss_of(output, labels, numerical).item()
-        row[f"accuracy_{name}"] = float(truth.right(output, labels).mean())
+        row[f"accuracy_{name}"] = float(truth.correct(output, labels).mean())
     for name in ("zero", "mean", "resample"):
         for measure, sign in (("error", 1.0), ("accuracy", -1.0)):
             ablated, lost = (row[f"{measure}_{name}"] - row[f"{measure}_{which}"] for which in ("replaced", "clean"))
@@ -67,38 +67,40 @@ def faithfulness(network: Network, truth: Truth, dictionary: "Dictionary", seed:
 
 
 @torch.no_grad()
-def interchange_through(network: Network, truth: Truth, dictionary: "Dictionary", seed: int = 0) -> dict[str, Any]:
+def interchange_accuracy(network: Network, truth: Truth, dictionary: "Dictionary", seed: int = 0) -> dict[str, Any]:
     """`iia_<variable>`, `latents_<variable>` and `iia_nothing_<variable>` of every variable that the compiled model has
     at the hook where the dictionary writes, `indices` apart: rows have the same."""
     case, hook = truth.case, dictionary.spec.hook_name_out
     clean = network(torch.from_numpy(truth.rows))
     x, y = clean.at(dictionary.spec.hook_name), clean.at(hook)
     f = dictionary.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
-    made = [name for name, place in case.compiled.places.items() if place.sublayer < written_before(hook).stop]
+    up_to_hook = [
+        name for name, location in case.compiled.locations.items() if location.sublayer < written_before(hook).stop
+    ]
     base, source = pairs(len(truth.rows), N_PAIRS, seed)
     b, s = torch.from_numpy(base), torch.from_numpy(source)
     after = type(clean)(clean.output, *([t[b] for t in some] for some in clean[1:]))
     W_dec = dictionary.tensors["W_dec"]
 
-    def right(variables: list[str], latents: list[int] | slice) -> float:
-        given = {name: truth.values[name][source if name in variables else base] for name in made}
-        wanted = run(case.program, truth.rows[base], given)[case.program.output]
+    def accuracy(variables: list[str], latents: list[int] | slice) -> float:
+        values = {name: truth.values[name][source if name in variables else base] for name in up_to_hook}
+        wanted = run(case.program, truth.rows[base], values)[case.program.output]
         if latents == []:
-            return float(truth.right(clean.output[b], wanted).mean())
-        moved = (f[s] - f[b])[..., latents] @ W_dec[latents]
-        return float(truth.right(network.spliced(after, hook, y[b] + moved), wanted).mean())
+            return float(truth.correct(clean.output[b], wanted).mean())
+        change = (f[s] - f[b])[..., latents] @ W_dec[latents]
+        return float(truth.correct(network.spliced(after, hook, y[b] + change), wanted).mean())
 
-    held = list(case.compiled.variables_at(hook))
-    row: dict[str, Any] = {"iia_all": right(held, slice(None))}
-    for variable, latents in stand_for(truth, held, f).items():
+    variables_at_hook = list(case.compiled.variables_at(hook))
+    row: dict[str, Any] = {"iia_all": accuracy(variables_at_hook, slice(None))}
+    for variable, latents in assign_latents(truth, variables_at_hook, f).items():
         if variable != "indices":
-            row[f"iia_{variable}"] = right([variable], latents)
-            row[f"iia_nothing_{variable}"] = right([variable], [])
+            row[f"iia_{variable}"] = accuracy([variable], latents)
+            row[f"iia_nothing_{variable}"] = accuracy([variable], [])
             row[f"latents_{variable}"] = len(latents)
     return row
 
 
-def stand_for(truth: Truth, variables: list[str], f: Tensor) -> dict[str, list[int]]:
+def assign_latents(truth: Truth, variables: list[str], f: Tensor) -> dict[str, list[int]]:
     """Latents by the variable that each matches best: as one of its values by F1, or as its number by correlation; each
     latent stands for one at most. Of variables that are as good (token=x and is_x), it is the one made last, on which
     the other has no effect any more. f (N, P, n)."""

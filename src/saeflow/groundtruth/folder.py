@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saeflow.groundtruth.cases import Case, get_case
-from saeflow.groundtruth.compiler import hooked
+from saeflow.groundtruth.compiler import hooked_transformer
 from saeflow.groundtruth.network import Network
 from saeflow.groundtruth.program import BOS, PAD
 from saeflow.models.folder import GROUND_TRUTH, ModelError, config_file, read_keys
@@ -73,4 +73,4 @@ def read_model(folder: Path) -> tuple[Case, Network]:
 def load_hooked(folder: Path) -> "HookedTransformer":
     """The same as a `HookedTransformer`; imports TransformerLens (ten seconds)."""
     _, network = read_model(folder)
-    return hooked(network.config, network.weights())
+    return hooked_transformer(network.config, network.weights())

@@ -41,13 +41,15 @@ def read_interpbench(folder: str | Path) -> Published:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise InterpBenchError(f"{folder} has no {name}: it is no folder of a model of InterpBench")
-    held = plain_pickle(folder / CONFIG_FILE)
-    if not isinstance(held, dict):
-        raise InterpBenchError(f"{folder / CONFIG_FILE} holds a {type(held).__name__}, not a dict of a model's sizes")
-    lacking = [name for name in _FIELDS if name not in held]
+    content = plain_pickle(folder / CONFIG_FILE)
+    if not isinstance(content, dict):
+        raise InterpBenchError(
+            f"{folder / CONFIG_FILE} holds a {type(content).__name__}, not a dict of a model's sizes"
+        )
+    lacking = [name for name in _FIELDS if name not in content]
     if lacking:
         raise InterpBenchError(f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}")
-    config = {name: held[name] for name in _FIELDS}
+    config = {name: content[name] for name in _FIELDS}
     legal = {
         "act_fn": tuple(ACTIVATIONS),
         "normalization_type": (None,),
@@ -56,8 +58,10 @@ def read_interpbench(folder: str | Path) -> Published:
     }
     for name, values in legal.items():
         if config[name] not in values:
-            said = " or ".join(map(str, values))
-            raise InterpBenchError(f"{folder / CONFIG_FILE}: {name} is {config[name]!r}; a case's model has {said}")
+            legal_values = " or ".join(map(str, values))
+            raise InterpBenchError(
+                f"{folder / CONFIG_FILE}: {name} is {config[name]!r}; a case's model has {legal_values}"
+            )
     return Published(config, _weights(folder / WEIGHTS_FILE, config))
 
 

@@ -44,7 +44,7 @@ def mlp_jacobians(network: Network, layer: int, x: Tensor) -> Tensor:
     return torch.einsum("im,Mm,mo->Mio", p[name + "W_in"], slopes, p[name + "W_out"])
 
 
-def through(dictionary: "Dictionary", x: Tensor) -> Tensor:
+def dictionary_jacobians(dictionary: "Dictionary", x: Tensor) -> Tensor:
     """x (M, d) -> the Jacobian of the dictionary's output by its input there (M, d, d), rows by input direction."""
     J = torch.einsum("in,Mn,no->Mio", dictionary.W_enc, (dictionary.encode(x) > 0).to(x.dtype), dictionary.W_dec)
     return J if dictionary.W_skip is None else J + dictionary.W_skip.T
@@ -70,9 +70,11 @@ def compare_jacobians(
     x, y = (clean.at(name).flatten(0, 1) for name in (hook_name, hook_name_out))
     J, root = mlp_jacobians(network, int(layer), x), _root(torch.cov(x.T))
     if input is None:
-        cosine, error = _agreement(root @ J, root @ through(dictionary, x))
+        cosine, error = _agreement(root @ J, root @ dictionary_jacobians(dictionary, x))
         return {"jacobian_cosine": cosine, "jacobian_error": error}
-    cosine, error = _agreement(root @ J, root @ through(input, x) @ J @ through(dictionary, y))
+    cosine, error = _agreement(
+        root @ J, root @ dictionary_jacobians(input, x) @ J @ dictionary_jacobians(dictionary, y)
+    )
     between = torch.einsum("ni,Mio,oq->Mnq", input.W_dec, J, dictionary.W_enc)
     between *= (input.encode(x) > 0)[:, :, None] & (dictionary.encode(y) > 0)[:, None]
     return {"jacobian_cosine": cosine, "jacobian_error": error, "effective_inputs": effective_inputs(between)}

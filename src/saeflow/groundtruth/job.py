@@ -8,7 +8,7 @@ import numpy as np
 
 from saeflow.groundtruth.cases import get_case
 from saeflow.jobs.job import Job
-from saeflow.text.tokens import open_tokens, write_whole_rows
+from saeflow.text.tokens import open_tokens, write_unpacked_rows
 
 SEEDS = {"train": 0, "held_out": 1}  # of sampled rows; a model trains on rows of yet another seed
 MODEL_ROWS_SEED = 2
@@ -21,7 +21,7 @@ def write_case_rows(job: Job) -> str:
     rows = case.rows(config["n_rows"], SEEDS[config["split"]])
     attributes = {"prepend_bos": True, "bos_token_id": case.program.token_id("BOS"), "split": config["split"]}
     with job.writing() as folder:
-        write_whole_rows(folder, rows, f"case {case.number}", attributes | {"case": case.number})
+        write_unpacked_rows(folder, rows, f"case {case.number}", attributes | {"case": case.number})
     return f"wrote {len(rows):,} rows of case {case.number} to {job.path}/"
 
 
@@ -42,8 +42,8 @@ def make_model(job: Job) -> str:
         network = Network(case.compiled.config, case.compiled.weights)
         truth = Truth(case, case.rows(1000, MODEL_ROWS_SEED))
         output = network(torch.from_numpy(truth.rows)).output
-        right = truth.right(output, truth.values[case.program.output])
-        quality = Quality(float(right.mean()), {}, {})
+        correct = truth.correct(output, truth.values[case.program.output])
+        quality = Quality(float(correct.mean()), {}, {})
     else:
         rows = case.rows(config["n_rows"], MODEL_ROWS_SEED)
         names = ("method", "seed", "n_steps", "batch_rows", "lr")
@@ -54,12 +54,12 @@ def make_model(job: Job) -> str:
         write_model(folder, case, network.config, weights, config | quality._asdict())
         if curve:
             pd.DataFrame(curve).to_parquet(folder / "curve.parquet")
-    said = f"accuracy {quality.accuracy:.4f}"
+    sentence = f"accuracy {quality.accuracy:.4f}"
     if quality.iia:
-        said += (
+        sentence += (
             f", IIA {min(quality.iia.values()):.4f}, strict accuracy {min(quality.strict.values()):.4f} (worst node)"
         )
-    return f"case {case.number}, {config['method']}: {said}, in {job.path}/"
+    return f"case {case.number}, {config['method']}: {sentence}, in {job.path}/"
 
 
 def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.dictionaries.fitting import check_fit
     from saeflow.groundtruth.alignment import Truth
     from saeflow.groundtruth.contexts import page, top_contexts
-    from saeflow.groundtruth.faithfulness import faithfulness, interchange_through
+    from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
     from saeflow.groundtruth.folder import read_model
     from saeflow.groundtruth.jacobians import compare_jacobians, true_jacobians
     from saeflow.groundtruth.labels import label, without_leaks
@@ -93,8 +93,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     known = cache(partial(true_jacobians, network, clean))
     summaries = []
     for job in jobs:
-        whole, part = job.input("train"), job.config.get("part")
-        folder = whole / part if part else whole
+        train_folder, part = job.input("train"), job.config.get("part")
+        folder = train_folder / part if part else train_folder
         dictionary = load_dictionary(folder)
         check_fit(dictionary, folder, model_folder, job.config["model"], read_geometry(model_folder))
         spec = dictionary.spec
@@ -104,12 +104,12 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         labels, contexts = label(f, against), top_contexts(case, rows, f)
         name, amount = spec.amount
         names = ("kind", "activation", "skip", "saelens", "hook_name", "hook_name_out", "d_sae", "seed")
-        summary = {"train_key": whole.name, "model_key": model_folder.name, "case": case.number}
+        summary = {"train_key": train_folder.name, "model_key": model_folder.name, "case": case.number}
         summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
         summary |= {"part": part, "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
         summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
-        summary |= faithfulness(network, truth, dictionary) | interchange_through(network, truth, dictionary)
-        input = load_dictionary(whole / "input") if part == "output" else None
+        summary |= faithfulness(network, truth, dictionary) | interchange_accuracy(network, truth, dictionary)
+        input = load_dictionary(train_folder / "input") if part == "output" else None
         summary |= compare_jacobians(network, clean, dictionary, input)
         if model["method"] == "compiled" and spec.hook_name_out.endswith("hook_mlp_out"):
             summary |= known(int(spec.hook_name_out.split(".")[1]))

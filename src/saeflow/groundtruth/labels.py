@@ -39,14 +39,16 @@ class Matches(NamedTuple):
 def match(activations: np.ndarray, against: Predicates) -> Matches:
     """`activations` (M, n), at the positions of `against`; 0 or more."""
     live = np.flatnonzero((activations > 0).any(0))
-    held = activations[:, live].T  # (L, M)
+    live_activations = activations[:, live].T  # (L, M)
     masks = against.masks.astype(np.float64).T  # (M, predicates)
-    fires = (held > 0).astype(np.float64)
+    fires = (live_activations > 0).astype(np.float64)
     both = fires @ masks
     n_fires, n_true = fires.sum(1)[:, None], masks.sum(0)[None]
     n_false = masks.shape[0] - n_true
     with np.errstate(invalid="ignore"):
-        auroc = (_ranks(held) @ masks - n_true * (n_true + 1) / 2) / np.where(n_false > 0, n_true * n_false, np.nan)
+        auroc = (_ranks(live_activations) @ masks - n_true * (n_true + 1) / 2) / np.where(
+            n_false > 0, n_true * n_false, np.nan
+        )
     return Matches(live, both / np.maximum(n_fires, 1), both / n_true, 2 * both / (n_fires + n_true), auroc)
 
 

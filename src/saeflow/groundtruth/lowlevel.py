@@ -83,12 +83,12 @@ def train_small(case: Case, rows: np.ndarray, recipe: Recipe, n_pairs: int = ALL
     best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
     curve = []
     for step in progress(range(recipe.n_steps), f"{recipe.method} {recipe.seed}"):
-        losses = steps.take(step)
+        losses = steps.train_step(step)
         if (step + 1) % recipe.check_every == 0 or step + 1 == recipe.n_steps:
-            found = quality(network, truth, alignment, *check)
-            curve.append({"step": step + 1} | losses | _row(found))
-            held = found.accuracy if recipe.method == "supervised" else found.worst
-            score = (held, -losses["behaviour"])
+            current = quality(network, truth, alignment, *check)
+            curve.append({"step": step + 1} | losses | _row(current))
+            worst = current.accuracy if recipe.method == "supervised" else current.worst
+            score = (worst, -losses["behaviour"])
             if best is None or score >= best[0]:
                 best = score, {name: p.detach().clone() for name, p in network.parameters.items()}
     assert best is not None
@@ -105,7 +105,7 @@ class _Steps:
         self.parameters = [p.requires_grad_() for p in network.parameters.values()]
         self.optimiser = torch.optim.Adam(self.parameters, recipe.lr, (recipe.beta1, recipe.beta2), foreach=True)
 
-    def take(self, step: int) -> dict[str, float]:
+    def train_step(self, step: int) -> dict[str, float]:
         """One batch; returns its losses."""
         r, n = self.recipe, len(self.tokens)
         for group in self.optimiser.param_groups:
@@ -116,12 +116,12 @@ class _Steps:
             base = self.rng.permutation(n)[:size]
         else:
             base, source = self.rng.integers(0, n, (2, r.batch_rows))
-            node, variables = self._one_of(list(self.alignment.on.items()))
+            node, variables = self._one_of(list(self.alignment.on_circuit.items()))
             wanted = self.truth.output(base, source, variables)
             rows = self.tokens[base], self.tokens[source]
             losses["iit"] = self._descend(r.iit_weight, self.network.interchanged(*rows, node), wanted)
-            if r.method == "siit" and self.alignment.off:
-                node = self._one_of(self.alignment.off)
+            if r.method == "siit" and self.alignment.off_circuit:
+                node = self._one_of(self.alignment.off_circuit)
                 output = self.network.interchanged(*rows, node)
                 losses["strict"] = self._descend(r.strict_weight, output, self.labels[base])
         output = self.network(self.tokens[base]).output

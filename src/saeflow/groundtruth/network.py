@@ -73,12 +73,12 @@ class Network:
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Any], dtype: torch.dtype = torch.float32):
         """`weights` by TransformerLens's names and in its shapes (`saeflow.groundtruth.compiler.empty_weights`)."""
         self.config = dict(config)
-        held = {name: torch.as_tensor(w).to(dtype, copy=True) for name, w in weights.items()}
+        tensors = {name: torch.as_tensor(w).to(dtype, copy=True) for name, w in weights.items()}
         self.parameters: dict[str, Tensor] = {}
-        for name, w in held.items():
+        for name, w in tensors.items():
             kind = name.split(".")[-1]
             if kind in ("W_Q", "b_Q"):
-                three = [held[name[:-1] + letter] for letter in "QKV"]  # (H, d, h) or (H, h) each
+                three = [tensors[name[:-1] + letter] for letter in "QKV"]  # (H, d, h) or (H, h) each
                 packed = torch.cat([t.movedim(0, -2).flatten(-2) for t in three], -1)
                 self.parameters[name[:-1] + "QKV"] = packed.contiguous()
             elif kind == "W_O":
@@ -153,8 +153,8 @@ class Network:
                     z = torch.cat([z[: node.head], value.permute(2, 1, 0)[None], z[node.head + 1 :]])
             residual = residual + _affine(z.flatten(0, 1), p[name + "attn.W_O"], p[name + "attn.b_O"])
             middles.append(_rows_first(residual))
-            given = values.get(Node(layer))
-            hidden = self._hidden(residual, layer) if given is None else given.permute(2, 1, 0)
+            patched_value = values.get(Node(layer))
+            hidden = self._hidden(residual, layer) if patched_value is None else patched_value.permute(2, 1, 0)
             residual = residual + self._mlp_out(hidden, layer)
             zs.append(z.permute(3, 2, 0, 1))
             hiddens.append(_rows_first(hidden))

@@ -93,9 +93,9 @@ def predicates(case: Case, tokens: np.ndarray) -> Predicates:
 def states(case: Case, tokens: np.ndarray, hook_name: str) -> np.ndarray:
     """(N P,) int64: which of the reachable states each position is in: a different number for each combination of the
     variables that the compiled model has at a hook, and of BOS and PAD where it has the tokens."""
-    held = case.compiled.variables_at(hook_name)
+    variables_at_hook = case.compiled.variables_at(hook_name)
     values = run(case.program, tokens)
-    columns = [np.unique(values[name].round(9), return_inverse=True)[1].ravel() for name in held]
-    columns += [tokens.ravel()] if "tokens" in held else []
+    columns = [np.unique(values[name].round(9), return_inverse=True)[1].ravel() for name in variables_at_hook]
+    columns += [tokens.ravel()] if "tokens" in variables_at_hook else []
     _, state = np.unique(np.stack(columns), axis=1, return_inverse=True)
     return np.asarray(state).ravel()

@@ -185,12 +185,12 @@ def _value(block: Block, program: Program, values: dict[str, np.ndarray], is_bos
     width = selected.sum(2)
     if isinstance(block, SelectorWidth):
         return np.where(is_bos, NONE, width)
-    held = values[block.value]
+    to_average = values[block.value]
     if variables[block.value].numerical:
-        return np.einsum("nqk,nk->nq", selected.astype(float), held) / np.maximum(width, 1)
+        return np.einsum("nqk,nk->nq", selected.astype(float), to_average) / np.maximum(width, 1)
     if width.max(initial=0) > 1:
         raise ProgramError(f"block {block.output!r} averages a categorical variable over several positions")
-    return np.where(width == 1, np.take_along_axis(held, selected.argmax(2), 1), NONE)
+    return np.where(width == 1, np.take_along_axis(to_average, selected.argmax(2), 1), NONE)
 
 
 def map_table(block: TokenMap, variables: Mapping[str, Variable]) -> np.ndarray:
@@ -228,9 +228,9 @@ def values_of(variable: Variable) -> tuple[Any, ...]:
     return variable.values
 
 
-def _inferred(block: Block, made: dict[str, Variable], n_ctx: int) -> Variable:
+def _inferred(block: Block, earlier: dict[str, Variable], n_ctx: int) -> Variable:
     """The variable that a block makes. Raises `ProgramError` for inputs of the wrong kind."""
-    inputs = [made[name] for name in block.inputs]
+    inputs = [earlier[name] for name in block.inputs]
     numerical = [v.numerical for v in inputs]
     wanted = {Linear: [True, True], Aggregate: [False, False, numerical[-1]]}.get(type(block), [False] * len(inputs))
     if numerical != wanted:

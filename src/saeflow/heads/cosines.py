@@ -37,23 +37,24 @@ class HeadCosines:
     def add(self, z: Tensor) -> None:
         """`z` (B, P, H, d) of whole rows."""
         B, P = z.shape[:2]
-        for W_O, held in ((self.W_O, self._found), (self.rotated, self._null)):
+        for W_O, chunks in ((self.W_O, self._found), (self.rotated, self._null)):
             cosines = pair_cosines(head_outputs(z.flatten(0, 1), W_O))
-            held.append(cosines.view(B, P, -1).float().cpu().numpy())
+            chunks.append(cosines.view(B, P, -1).float().cpu().numpy())
 
     def dataset(self, first: int) -> xr.Dataset:
         """Quantiles by pair, over all positions from `first` on, and by pair and position over rows; and first rows."""
         H = self.W_O.shape[0]
-        found, null = np.concatenate(self._found), np.concatenate(self._null)  # (rows, P, pairs)
+        cosines, null = np.concatenate(self._found), np.concatenate(self._null)  # (rows, P, pairs)
         units = {"units": "1", "description": "cosine of the two heads' outputs z_h W_O[h]"}
         rotated = {"units": "1", "description": "the same, each head rotated by a random rotation of its own"}
         quantiles = list(QUANTILES)
         by_pair, by_pair_null = (
-            np.quantile(values[:, first:].reshape(-1, values.shape[2]), quantiles, axis=0).T for values in (found, null)
+            np.quantile(values[:, first:].reshape(-1, values.shape[2]), quantiles, axis=0).T
+            for values in (cosines, null)
         )
-        by_position = np.quantile(found, quantiles, axis=0).transpose(2, 1, 0)
-        mean, mean_null = (values[:, first:].mean((0, 1), dtype=np.float64) for values in (found, null))
-        lines = found[:LINES].transpose(2, 0, 1)
+        by_position = np.quantile(cosines, quantiles, axis=0).transpose(2, 1, 0)
+        mean, mean_null = (values[:, first:].mean((0, 1), dtype=np.float64) for values in (cosines, null))
+        lines = cosines[:LINES].transpose(2, 0, 1)
         return xr.Dataset(
             {
                 "cosine": (("pair", "quantile"), by_pair.astype(np.float32), units),
@@ -65,9 +66,13 @@ class HeadCosines:
             },
             {
                 "quantile": quantiles,
-                "position": np.arange(found.shape[1]),
-                "row": np.arange(len(found[:LINES])),
+                "position": np.arange(cosines.shape[1]),
+                "row": np.arange(len(cosines[:LINES])),
                 **pair_coordinates(H),
             },
-            {"n_rows": len(found), "first_position": first, "positions": "quantiles by pair leave out those before it"},
+            {
+                "n_rows": len(cosines),
+                "first_position": first,
+                "positions": "quantiles by pair leave out those before it",
+            },
         )

@@ -23,7 +23,7 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.attribution import by_source, de_embedding, logit_effects
 from saeflow.heads.shares import MEASURES
-from saeflow.heads.study import Study
+from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import Attention, decoder_by_head, encoder_by_head
 from saeflow.jacobians.pages import visible
 
@@ -54,24 +54,24 @@ class Context(NamedTuple):
     value: float
 
 
-def top_contexts(study: Study, column: sp.csc_array, most: int) -> list[Context]:
+def top_contexts(measurements: HeadMeasurements, column: sp.csc_array, most: int) -> list[Context]:
     """The rows with the largest activations of one latent (N, 1), the largest first; of equal ones the earlier."""
     tokens, values = column.indices, column.data
     found: dict[int, Context] = {}
     for i in np.lexsort((tokens, -values)):
-        row, position = study.place(tokens[i])
+        row, position = measurements.row_and_position(tokens[i])
         found.setdefault(row, Context(row, position, float(values[i])))
         if len(found) == most:
             break
     return list(found.values())
 
 
-def in_row(study: Study, column: sp.csc_array, row: int) -> np.ndarray:
+def in_row(measurements: HeadMeasurements, column: sp.csc_array, row: int) -> np.ndarray:
     """Activations of one latent (N, 1) at every position of a row, 0 at BOS."""
-    width = study.rows.shape[1] - study.first
-    dense = np.zeros(study.rows.shape[1])
-    mine = (column.indices >= row * width) & (column.indices < (row + 1) * width)
-    dense[column.indices[mine] - row * width + study.first] = column.data[mine]
+    width = measurements.rows.shape[1] - measurements.first
+    dense = np.zeros(measurements.rows.shape[1])
+    in_this_row = (column.indices >= row * width) & (column.indices < (row + 1) * width)
+    dense[column.indices[in_this_row] - row * width + measurements.first] = column.data[in_this_row]
     return dense
 
 
@@ -93,18 +93,19 @@ def read_values(model: "HookedTransformer", layer: int, row: np.ndarray) -> Valu
     return Values(*(cache[name][0].cpu() for name in names))
 
 
-class Beside(NamedTuple):
+class HeadDictionary(NamedTuple):
     """The dictionaries of single heads whose atoms are shown beside latents."""
 
     key: str
-    whole: BlockDiagonal
+    dictionary: BlockDiagonal
     agreement: pd.DataFrame
     """`Decomposed.agreement`"""
 
 
 def dashboards(
-    model: "HookedTransformer", attention: Attention, study: Study, key: str, concat: Dictionary, chosen: np.ndarray,
-    shares: xr.Dataset, beside: Beside | None, config: HeadsConfig, text: Callable[[int], str],
+    model: "HookedTransformer", attention: Attention, measurements: HeadMeasurements, key: str, concat: Dictionary,
+    chosen: np.ndarray, shares: xr.Dataset, head_dictionary: HeadDictionary | None, config: HeadsConfig,
+    text: Callable[[int], str],
 ) -> tuple[str, pd.DataFrame]:  # fmt: skip
     """The page of the first `config.dashboards` of the `chosen` latents, and their attributions by source.
 
@@ -118,25 +119,29 @@ def dashboards(
     read = de_embedding(model, attention.to(model.cfg.device), w).cpu()  # (H, m, V)
     directions = torch.einsum("mhd,hde->me", decoder[latents], attention.W_O).to(model.cfg.device)
     promoted = logit_effects(model, directions).cpu()
-    values = functools.cache(lambda row: read_values(model, attention.layer, study.rows[row]))
-    shown = _Shown(study, config, functools.cache(text))
+    values = functools.cache(lambda row: read_values(model, attention.layer, measurements.rows[row]))
+    renderer = _Renderer(measurements, config, functools.cache(text))
     parts = []
     rows = [_sources_table(-1, 0, Context(0, 0, 0.0), np.zeros((n_heads, 1)))[:0]]  # columns, whatever is shown
     for m, i in enumerate(latents):
-        column = study.latents[key][:, [i]]
+        column = measurements.latents[key][:, [i]]
         left = [f"<h3>latent {i}, active on {column.nnz:,} tokens</h3>"]
-        left.append(_share_table(shares.sel(latent=i), read[:, m], shown.text))
-        left.append(_promoted(promoted[m], shown.text))
-        for number, context in enumerate(top_contexts(study, column, config.contexts)):
-            given = by_source(*values(context.row), encoder[:, :, i])[:, context.position].numpy()  # (H, P)
-            left.append(shown.line(context, in_row(study, column, context.row), f"activation {context.value:.3g}"))
-            left.append(shown.line(context, given.sum(0), f"attribution, sum {given.sum():.3g}"))
-            left.append(shown.sources(context, given))
-            rows.append(_sources_table(i, number, context, given))
-        right = _atoms(shown, beside, i) if beside is not None else []
+        left.append(_share_table(shares.sel(latent=i), read[:, m], renderer.text))
+        left.append(_promoted(promoted[m], renderer.text))
+        for number, context in enumerate(top_contexts(measurements, column, config.contexts)):
+            attribution = by_source(*values(context.row), encoder[:, :, i])[:, context.position].numpy()  # (H, P)
+            left.append(
+                renderer.line(context, in_row(measurements, column, context.row), f"activation {context.value:.3g}")
+            )
+            left.append(renderer.line(context, attribution.sum(0), f"attribution, sum {attribution.sum():.3g}"))
+            left.append(renderer.sources(context, attribution))
+            rows.append(_sources_table(i, number, context, attribution))
+        right = _atoms(renderer, head_dictionary, i) if head_dictionary is not None else []
         both = "".join(f"<div>{chr(10).join(side)}</div>" for side in (left, right))
         parts.append(f'<section id="latent-{i}"><div class="beside">{both}</div></section>')
-    title = f"Latents of {key}" + (f" in atoms of single heads, {beside.key}" if beside is not None else "")
+    title = f"Latents of {key}" + (
+        f" in atoms of single heads, {head_dictionary.key}" if head_dictionary is not None else ""
+    )
     begin = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(ABOUT)}</p>"
@@ -144,21 +149,21 @@ def dashboards(
     return "\n".join([begin, *parts]) + "\n</html>\n", pd.concat(rows, ignore_index=True)
 
 
-def _atoms(shown: "_Shown", beside: Beside, latent: int) -> list[str]:
+def _atoms(renderer: "_Renderer", head_dictionary: HeadDictionary, latent: int) -> list[str]:
     """The first atoms of a latent, and the texts on which they are most active."""
     parts = []
-    for _, atom in beside.agreement[beside.agreement["latent"] == latent].head(ATOMS).iterrows():
-        number = int(atom["head"]) * beside.whole.heads[0].d_sae + int(atom["atom"])
-        column = shown.study.latents[beside.key][:, [number]]
+    for _, atom in head_dictionary.agreement[head_dictionary.agreement["latent"] == latent].head(ATOMS).iterrows():
+        number = int(atom["head"]) * head_dictionary.dictionary.heads[0].d_sae + int(atom["atom"])
+        column = renderer.measurements.latents[head_dictionary.key][:, [number]]
         agrees = f"Jaccard {atom['jaccard']:.2f}, correlation {atom['correlation']:.2f}"
         parts.append(f"<h3>head {int(atom['head'])}, latent {int(atom['atom'])}</h3>")
         parts.append(
             f'<p class="note">coefficient {atom["coefficient"]:.3g}, cosine {atom["cosine"]:.2f}; fires on '
             f"{column.nnz:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
         )
-        for context in top_contexts(shown.study, column, shown.config.contexts):
-            active = in_row(shown.study, column, context.row)
-            parts.append(shown.line(context, active, f"activation {context.value:.3g}"))
+        for context in top_contexts(renderer.measurements, column, renderer.config.contexts):
+            active = in_row(renderer.measurements, column, context.row)
+            parts.append(renderer.line(context, active, f"activation {context.value:.3g}"))
     return parts
 
 
@@ -169,14 +174,14 @@ ABOUT = (
 )
 
 
-class _Shown(NamedTuple):
-    study: Study
+class _Renderer(NamedTuple):
+    measurements: HeadMeasurements
     config: HeadsConfig
     text: Callable[[int], str]
 
     def line(self, context: Context, values: np.ndarray, label: str) -> str:
         """The text around a context, each token shaded by `values` (P,) over the largest of those shown."""
-        ids = self.study.rows[context.row]
+        ids = self.measurements.rows[context.row]
         first = max(0, context.position - self.config.window)
         end = min(len(ids), context.position + self.config.window + 1)
         largest = float(np.abs(values[first:end]).max()) or 1.0
@@ -190,24 +195,24 @@ class _Shown(NamedTuple):
             parts.append(f'<span{at}{style} title="{position}: {value:.3g}">{token}</span>')
         return f'<div class="text">{"".join(parts)}</div><p class="note">{html.escape(label)}</p>'
 
-    def sources(self, context: Context, given: np.ndarray) -> str:
-        """The largest terms of `given` (H, P), and what each head adds."""
-        ids = self.study.rows[context.row]
-        heads, positions = np.unravel_index(np.argsort(-np.abs(given), axis=None)[:SOURCES], given.shape)
+    def sources(self, context: Context, attribution: np.ndarray) -> str:
+        """The largest terms of `attribution` (H, P), and what each head adds."""
+        ids = self.measurements.rows[context.row]
+        heads, positions = np.unravel_index(np.argsort(-np.abs(attribution), axis=None)[:SOURCES], attribution.shape)
         terms = [
-            f"{given[h, s]:+.2f} head {h} ← “{visible(self.text(int(ids[s])))}” ({context.position - s} back)"
+            f"{attribution[h, s]:+.2f} head {h} ← “{visible(self.text(int(ids[s])))}” ({context.position - s} back)"
             for h, s in zip(heads, positions, strict=True)
         ]
-        by_head = ", ".join(f"{h}: {value:+.2f}" for h, value in enumerate(given.sum(1)))
+        by_head = ", ".join(f"{h}: {value:+.2f}" for h, value in enumerate(attribution.sum(1)))
         return f'<p class="note">by head {by_head}<br>{html.escape("; ".join(terms))}</p>'
 
 
-def _sources_table(latent: int, number: int, context: Context, given: np.ndarray) -> pd.DataFrame:
-    n_heads = len(given)
+def _sources_table(latent: int, number: int, context: Context, attribution: np.ndarray) -> pd.DataFrame:
+    n_heads = len(attribution)
     end = context.position + 1
     columns: dict[str, Any] = {"latent": latent, "context": number, "row": context.row, "position": context.position}
     columns |= {"activation": context.value, "head": np.repeat(np.arange(n_heads), end)}
-    columns |= {"source": np.tile(np.arange(end), n_heads), "attribution": given[:, :end].ravel()}
+    columns |= {"source": np.tile(np.arange(end), n_heads), "attribution": attribution[:, :end].ravel()}
     return pd.DataFrame(columns)
 
 

@@ -17,7 +17,7 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.decomposition import (
     ALL,
-    Sparse,
+    SparseCode,
     block_diagonal,
     curves,
     decompose,
@@ -26,7 +26,7 @@ from saeflow.heads.decomposition import (
     random_atoms,
     unit,
 )
-from saeflow.heads.study import Study
+from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import Attention, decoder_by_head
 
 FOR_ATOMS = "nn_omp"
@@ -67,17 +67,18 @@ def choose_latents(active: np.ndarray, config: HeadsConfig) -> np.ndarray:
 
 def decompose_latents(
     concat: Dictionary,
-    whole: BlockDiagonal,
-    study: Study,
+    head_dictionary: BlockDiagonal,
+    measurements: HeadMeasurements,
     keys: tuple[str, str],
     chosen: np.ndarray,
     attention: Attention,
     config: HeadsConfig,
 ) -> Decomposed:
-    """The `chosen` latents of `concat` in the atoms of `whole`; `keys` of the two dictionaries in the study."""
+    """The `chosen` latents of `concat` in the atoms of `head_dictionary`; `keys` of the two dictionaries in the
+    study."""
     n_heads, d_head, _ = attention.W_O.shape
     decoder = decoder_by_head(concat, n_heads).double().numpy()
-    own = {h: unit(one.W_dec.double().numpy()) for h, one in enumerate(whole.heads)}
+    own = {h: unit(one.W_dec.double().numpy()) for h, one in enumerate(head_dictionary.heads)}
     dictionaries = {
         "own": own,
         "random": {h: random_atoms(D.shape, config.seed + h) for h, D in own.items()},
@@ -95,12 +96,12 @@ def decompose_latents(
     table["top_head"] = [int(squares[i].argmax()) == h for i, h in at]
     of = {"top_head": table["top_head"], "all_heads": table["head"] == ALL}
     lines = pd.concat([curves(table[rows], config.max_atoms).assign(of=name) for name, rows in of.items()])
-    firing = agreement(study.latents[keys[0]][:, chosen], study.latents[keys[1]])
+    firing = agreement(measurements.latents[keys[0]][:, chosen], measurements.latents[keys[1]])
     rows: list[dict[str, Any]] = []
     for m, i in enumerate(chosen.tolist()):
-        path = decompose(decoder[i].ravel(), own[ALL], FOR_ATOMS, config.max_atoms)
-        if path:
-            rows += _atoms(i, decoder[i].ravel(), path[max(path)], own[ALL], whole, _row(firing, m))
+        codes = decompose(decoder[i].ravel(), own[ALL], FOR_ATOMS, config.max_atoms)
+        if codes:
+            rows += _atoms(i, decoder[i].ravel(), codes[max(codes)], own[ALL], head_dictionary, _row(firing, m))
     agreed = pd.DataFrame(rows)
     return Decomposed(table, lines.reset_index(drop=True), agreed, _summary(table, agreed, len(own[0]), d_head))
 
@@ -129,23 +130,23 @@ def _row(firing: Agreement, m: int) -> Agreement:
 
 
 def _atoms(
-    latent: int, v: np.ndarray, best: Sparse, atoms: np.ndarray, whole: BlockDiagonal, firing: Agreement
+    latent: int, v: np.ndarray, best: SparseCode, atoms: np.ndarray, head_dictionary: BlockDiagonal, firing: Agreement
 ) -> list[dict[str, Any]]:
     """Rows of `Decomposed.agreement` of one latent, whose decoder row is `v`."""
-    size = whole.heads[0].d_sae
+    size = head_dictionary.heads[0].d_sae
     rows = []
     for rank, (number, coefficient) in enumerate(zip(best.atoms.tolist(), best.coefficients, strict=True), start=1):
-        head, atom = whole.latent(number)
-        held: dict[str, Any] = {"latent": latent, "rank": rank, "head": head, "atom": atom}
-        held |= {"coefficient": float(coefficient), "cosine": float(atoms[number] @ v / np.linalg.norm(v))}
-        held |= {"tokens_together": int(firing.together[number])}
+        head, atom = head_dictionary.latent(number)
+        row: dict[str, Any] = {"latent": latent, "rank": rank, "head": head, "atom": atom}
+        row |= {"coefficient": float(coefficient), "cosine": float(atoms[number] @ v / np.linalg.norm(v))}
+        row |= {"tokens_together": int(firing.together[number])}
         for name in ("jaccard", "correlation"):
             values = getattr(firing, name)
-            mine = values[head * size : (head + 1) * size]
-            held |= {name: float(values[number])}
-            held |= {f"{name}_mean_of_head": float(np.nanmean(mine)) if np.isfinite(mine).any() else np.nan}
-            held |= {f"{name}_best": float(np.nanmax(values)) if np.isfinite(values).any() else np.nan}
-        rows.append(held)
+            of_head = values[head * size : (head + 1) * size]
+            row |= {name: float(values[number])}
+            row |= {f"{name}_mean_of_head": float(np.nanmean(of_head)) if np.isfinite(of_head).any() else np.nan}
+            row |= {f"{name}_best": float(np.nanmax(values)) if np.isfinite(values).any() else np.nan}
+        rows.append(row)
     return rows
 
 

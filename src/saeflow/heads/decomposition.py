@@ -29,7 +29,7 @@ from saeflow.jobs.log import progress
 METHODS = ("pseudo_inverse", "omp", "nn_omp", "nn_lasso")
 
 
-class Sparse(NamedTuple):
+class SparseCode(NamedTuple):
     """An approximation by few atoms, the first chosen first."""
 
     atoms: np.ndarray
@@ -43,7 +43,7 @@ class Sparse(NamedTuple):
 ALL = -1
 """In place of a head: all of them, concatenated."""
 
-Path = dict[int, Sparse]
+SparseCodes = dict[int, SparseCode]
 """Approximations by number of atoms. A number that a method never has exactly is missing."""
 
 
@@ -53,17 +53,17 @@ def unit(D: np.ndarray) -> np.ndarray:
     return D / np.where(norms > 0, norms, 1)
 
 
-def decompose(v: np.ndarray, D: np.ndarray, method: str, most: int) -> Path:
-    """Approximations of v (d,) by up to `most` of the unit atoms D (n, d).
+def decompose(v: np.ndarray, D: np.ndarray, method: str, max_atoms: int) -> SparseCodes:
+    """Approximations of v (d,) by up to `max_atoms` of the unit atoms D (n, d).
 
     Raises `ValueError` for an unknown method and for v = 0, which has no direction.
     """
     if not np.linalg.norm(v) > 0:
         raise ValueError("a direction of norm 0 cannot be decomposed")
-    finders = {"pseudo_inverse": _pseudo_inverse, "omp": _omp, "nn_omp": _nn_omp, "nn_lasso": _nn_lasso}
-    if method not in finders:
-        raise ValueError(f"no method {method!r}; there are: {', '.join(finders)}")
-    return finders[method](v, D, min(most, len(D), len(v)))
+    methods = {"pseudo_inverse": _pseudo_inverse, "omp": _omp, "nn_omp": _nn_omp, "nn_lasso": _nn_lasso}
+    if method not in methods:
+        raise ValueError(f"no method {method!r}; there are: {', '.join(methods)}")
+    return methods[method](v, D, min(max_atoms, len(D), len(v)))
 
 
 def pseudo_inverse(v: np.ndarray, D: np.ndarray) -> np.ndarray:
@@ -71,39 +71,39 @@ def pseudo_inverse(v: np.ndarray, D: np.ndarray) -> np.ndarray:
     return v @ np.linalg.pinv(D.T @ D, hermitian=True) @ D.T
 
 
-def _sparse(v: np.ndarray, D: np.ndarray, atoms: np.ndarray, coefficients: np.ndarray) -> Sparse:
+def _sparse(v: np.ndarray, D: np.ndarray, atoms: np.ndarray, coefficients: np.ndarray) -> SparseCode:
     residual = np.linalg.norm(v - coefficients @ D[atoms]) / np.linalg.norm(v)
-    return Sparse(np.asarray(atoms), np.asarray(coefficients), float(residual))
+    return SparseCode(np.asarray(atoms), np.asarray(coefficients), float(residual))
 
 
-def _pseudo_inverse(v: np.ndarray, D: np.ndarray, most: int) -> Path:
+def _pseudo_inverse(v: np.ndarray, D: np.ndarray, max_atoms: int) -> SparseCodes:
     c = pseudo_inverse(v, D)
     order = np.argsort(-np.abs(c), kind="stable")
-    return {m: _sparse(v, D, order[:m], c[order[:m]]) for m in range(1, most + 1)}
+    return {m: _sparse(v, D, order[:m], c[order[:m]]) for m in range(1, max_atoms + 1)}
 
 
-def _omp(v: np.ndarray, D: np.ndarray, most: int) -> Path:
+def _omp(v: np.ndarray, D: np.ndarray, max_atoms: int) -> SparseCodes:
     from sklearn.linear_model import orthogonal_mp
 
     with warnings.catch_warnings():  # it ends early where nothing is left
         warnings.filterwarnings("ignore", message="Orthogonal matching pursuit ended prematurely")
-        found = orthogonal_mp(D.T, v / np.linalg.norm(v), n_nonzero_coefs=most, return_path=True)
-    found = found.reshape(len(D), -1) * np.linalg.norm(v)
-    path: Path = {}
+        coefficients = orthogonal_mp(D.T, v / np.linalg.norm(v), n_nonzero_coefs=max_atoms, return_path=True)
+    coefficients = coefficients.reshape(len(D), -1) * np.linalg.norm(v)
+    codes: SparseCodes = {}
     chosen: list[int] = []
-    for c in found.T:
+    for c in coefficients.T:
         chosen += [int(i) for i in np.flatnonzero(c) if i not in chosen]
-        path[len(chosen)] = _sparse(v, D, np.array(chosen), c[chosen])
-    return path
+        codes[len(chosen)] = _sparse(v, D, np.array(chosen), c[chosen])
+    return codes
 
 
-def _nn_omp(v: np.ndarray, D: np.ndarray, most: int) -> Path:
+def _nn_omp(v: np.ndarray, D: np.ndarray, max_atoms: int) -> SparseCodes:
     from scipy.optimize import nnls
 
-    path: Path = {}
+    codes: SparseCodes = {}
     chosen: list[int] = []
     residual = v
-    while len(chosen) < most:
+    while len(chosen) < max_atoms:
         correlation = D @ residual
         correlation[chosen] = -np.inf
         best = int(correlation.argmax())
@@ -112,33 +112,35 @@ def _nn_omp(v: np.ndarray, D: np.ndarray, most: int) -> Path:
         chosen.append(best)
         c, _ = nnls(D[chosen].T, v)
         residual = v - c @ D[chosen]
-        _keep(path, _sparse(v, D, np.array(chosen)[c > 0], c[c > 0]))
-    return path
+        _keep(codes, _sparse(v, D, np.array(chosen)[c > 0], c[c > 0]))
+    return codes
 
 
-def _keep(path: Path, one: Sparse) -> None:
+def _keep(codes: SparseCodes, one: SparseCode) -> None:
     """The better of two with as many atoms."""
     n_atoms = len(one.atoms)
-    if n_atoms not in path or one.residual < path[n_atoms].residual:
-        path[n_atoms] = one
+    if n_atoms not in codes or one.residual < codes[n_atoms].residual:
+        codes[n_atoms] = one
 
 
-def _nn_lasso(v: np.ndarray, D: np.ndarray, most: int) -> Path:
+def _nn_lasso(v: np.ndarray, D: np.ndarray, max_atoms: int) -> SparseCodes:
     from scipy.optimize import nnls
     from sklearn.linear_model import lars_path
 
     size = np.linalg.norm(v)
     with warnings.catch_warnings():  # where two atoms join at once it says so
         warnings.simplefilter("ignore")
-        _, _, found = lars_path(D.T, v / size, method="lasso", positive=True, max_iter=2 * most, alpha_min=1e-6)
-    path: Path = {}
-    for c in found.T:
+        _, _, coefficients = lars_path(
+            D.T, v / size, method="lasso", positive=True, max_iter=2 * max_atoms, alpha_min=1e-6
+        )
+    codes: SparseCodes = {}
+    for c in coefficients.T:
         support = np.flatnonzero(c > 0)
-        if 0 < len(support) <= most:
+        if 0 < len(support) <= max_atoms:
             support = support[np.argsort(-c[support], kind="stable")]
             refitted, _ = nnls(D[support].T, v)
-            _keep(path, _sparse(v, D, support[refitted > 0], refitted[refitted > 0]))
-    return path
+            _keep(codes, _sparse(v, D, support[refitted > 0], refitted[refitted > 0]))
+    return codes
 
 
 # -------------------------------------------------------------------- nulls and tables
@@ -160,7 +162,9 @@ def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def decomposition_table(
-    directions: Mapping[tuple[int, int], np.ndarray], dictionaries: Mapping[str, Mapping[int, np.ndarray]], most: int
+    directions: Mapping[tuple[int, int], np.ndarray],
+    dictionaries: Mapping[str, Mapping[int, np.ndarray]],
+    max_atoms: int,
 ) -> pd.DataFrame:
     """Every direction by every method in every dictionary: one row for each number of atoms.
 
@@ -172,25 +176,25 @@ def decomposition_table(
     for (latent, head), v in progress(directions.items(), "decomposing"):
         for name, by_head in dictionaries.items():
             for method in METHODS:
-                for m, one in sorted(decompose(v, by_head[head], method, most).items()):
-                    held = {"latent": latent, "head": head, "dictionary": name, "method": method, "n_atoms": m}
+                for m, one in sorted(decompose(v, by_head[head], method, max_atoms).items()):
+                    row = {"latent": latent, "head": head, "dictionary": name, "method": method, "n_atoms": m}
                     chosen = {"atoms": one.atoms.tolist(), "coefficients": one.coefficients.tolist()}
-                    rows.append(held | {"residual": one.residual} | chosen)
+                    rows.append(row | {"residual": one.residual} | chosen)
     return pd.DataFrame(rows)
 
 
-def curves(table: pd.DataFrame, most: int) -> pd.DataFrame:
+def curves(table: pd.DataFrame, max_atoms: int) -> pd.DataFrame:
     """Quantiles over directions of the residual by method, dictionary and number of atoms.
 
     A number that a method does not have for a direction counts with the residual of the next smaller that it has: it
     needs no more atoms.
     """
     keys = ["latent", "head", "dictionary", "method"]
-    wide = table.pivot_table(index=keys, columns="n_atoms", values="residual").reindex(columns=range(1, most + 1))
+    wide = table.pivot_table(index=keys, columns="n_atoms", values="residual").reindex(columns=range(1, max_atoms + 1))
     rows = []
     for (name, method), one in wide.ffill(axis=1).groupby(["dictionary", "method"], sort=True):
         for m in one.columns:
             low, median, high = np.nanquantile(one[m], [0.25, 0.5, 0.75])
-            held = {"dictionary": name, "method": method, "n_atoms": m}
-            rows.append(held | {"low": low, "median": median, "high": high})
+            row = {"dictionary": name, "method": method, "n_atoms": m}
+            rows.append(row | {"low": low, "median": median, "high": high})
     return pd.DataFrame(rows)

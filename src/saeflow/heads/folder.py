@@ -41,25 +41,27 @@ class HeadStudy(NamedTuple):
 
     def of_kind(self, kind: str) -> list[str]:
         """Keys of the dictionaries of a kind, the sparsest last."""
-        held = self.summary["dictionaries"]
-        return sorted((key for key in held if held[key]["kind"] == kind), key=lambda key: -held[key]["l0"])
+        dictionaries = self.summary["dictionaries"]
+        return sorted(
+            (key for key in dictionaries if dictionaries[key]["kind"] == kind), key=lambda key: -dictionaries[key]["l0"]
+        )
 
-    def chosen(self, kind: str) -> str | None:
+    def shown_dictionary(self, kind: str) -> str | None:
         """The dictionary of a kind that figures of one dictionary show; none that never fires."""
-        held = self.summary["dictionaries"]
-        keys = [key for key in self.of_kind(kind) if held[key]["l0"] > 0]
+        dictionaries = self.summary["dictionaries"]
+        keys = [key for key in self.of_kind(kind) if dictionaries[key]["l0"] > 0]
         if kind == "heads":
-            concat = self.chosen("concat")
-            if concat is not None and "decomposed_in" in held[concat]:
-                return str(held[concat]["decomposed_in"])
-        return min(keys, key=lambda key: abs(np.log(held[key]["l0"] / WANTED_L0))) if keys else None
+            concat = self.shown_dictionary("concat")
+            if concat is not None and "decomposed_in" in dictionaries[concat]:
+                return str(dictionaries[concat]["decomposed_in"])
+        return min(keys, key=lambda key: abs(np.log(dictionaries[key]["l0"] / WANTED_L0))) if keys else None
 
-    def says(self, key: str) -> str:
-        held = self.summary["dictionaries"][key]
-        of = "SAEs of heads" if held["kind"] == "heads" else "SAE of all heads"
-        name = {"l1_coefficient": "L1"}.get(held["amount_name"], held["amount_name"])
-        amount = f", {name} = {held['amount']:g}" if held["amount"] is not None else ""
-        return f"{of}{amount}, L0 {held['l0']:.0f}"
+    def label(self, key: str) -> str:
+        dictionary = self.summary["dictionaries"][key]
+        of = "SAEs of heads" if dictionary["kind"] == "heads" else "SAE of all heads"
+        name = {"l1_coefficient": "L1"}.get(dictionary["amount_name"], dictionary["amount_name"])
+        amount = f", {name} = {dictionary['amount']:g}" if dictionary["amount"] is not None else ""
+        return f"{of}{amount}, L0 {dictionary['l0']:.0f}"
 
     def file(self, name: str, dictionary: str | None) -> Path:
         return self.folder / "dictionaries" / dictionary / name if dictionary else self.folder / name

@@ -132,8 +132,8 @@ def interference_dataset(
     null: list[PairInterference] = []
     for g, h in progress(pairs_of(len(atoms)), "interference"):
         versions = [(atoms[g], atoms[h]), (rotated[g], rotated[h])]
-        for held, one in zip((found, null), interference(latents[g], latents[h], versions, top), strict=True):
-            held.append(one)
+        for results, one in zip((found, null), interference(latents[g], latents[h], versions, top), strict=True):
+            results.append(one)
     data: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     about = {
         "plain": "pairs of live latents by the cosine of their lifted atoms",

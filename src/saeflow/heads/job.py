@@ -20,7 +20,7 @@ from saeflow.config import ConfigError, HeadsConfig
 from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import check_fit, model_config
 from saeflow.dictionaries.heads import BlockDiagonal
-from saeflow.heads.dashboards import Beside, dashboards
+from saeflow.heads.dashboards import HeadDictionary, dashboards
 from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
 from saeflow.heads.folder import HeadStudy, read_dataset, write_dataset
 from saeflow.heads.geometry import decoder_norms, principal_angles, rank, spectra
@@ -28,7 +28,7 @@ from saeflow.heads.interference import interference_dataset
 from saeflow.heads.lifting import lifted_table
 from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
-from saeflow.heads.study import Study, by_head, measure
+from saeflow.heads.study import HeadMeasurements, by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
@@ -53,8 +53,8 @@ def heads_job(job: Job) -> dict[str, Any]:
     model = load_model(folder, model_config(folder, job.config["model"]), job.device)
     attention = read_attention(model, int(hook.split(".")[1]))
     log.info("%d dictionaries, %d tokens", len(dictionaries), tokens.size)
-    study = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
-    cosines = study.cosines["cosine"].sel(quantile=0.5), study.cosines["cosine_rotated"].sel(quantile=0.5)
+    measurements = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
+    cosines = measurements.cosines["cosine"].sel(quantile=0.5), measurements.cosines["cosine_rotated"].sel(quantile=0.5)
     summary: dict[str, Any] = {
         "layer": attention.layer,
         "hook_name": hook,
@@ -77,42 +77,46 @@ def heads_job(job: Job) -> dict[str, Any]:
     attention = attention.to("cpu")
     dictionaries = {key: one.to("cpu") for key, one in dictionaries.items()}
     with job.writing() as out:
-        write_dataset(out / "cosines.zarr", study.cosines)
+        write_dataset(out / "cosines.zarr", measurements.cosines)
         write_dataset(out / "angles.zarr", principal_angles(attention.W_O))
-        study.cross_terms.to_parquet(out / "cross_terms.parquet")
+        measurements.cross_terms.to_parquet(out / "cross_terms.parquet")
         for key, one in dictionaries.items():
-            own = out / "dictionaries" / key
-            own.mkdir(parents=True)
+            dictionary_folder = out / "dictionaries" / key
+            dictionary_folder.mkdir(parents=True)
             kind = "heads" if isinstance(one, BlockDiagonal) else "concat"
             name, amount = one.spec.amount
-            held = {"kind": kind, "amount_name": name, "amount": amount, "d_sae": one.d_sae, "seed": one.spec.seed}
-            held |= {"l0": study.latents[key].nnz / study.latents[key].shape[0]}
+            entry = {"kind": kind, "amount_name": name, "amount": amount, "d_sae": one.d_sae, "seed": one.spec.seed}
+            entry |= {"l0": measurements.latents[key].nnz / measurements.latents[key].shape[0]}
             if isinstance(one, BlockDiagonal):
-                held |= _write_heads(own, one, study.latents[key], attention, config)
+                entry |= _write_heads(dictionary_folder, one, measurements.latents[key], attention, config)
             else:
-                held |= _write_concat(own, one, study, key, attention, config)
-            summary["dictionaries"][key] = held
-        for key, held in summary["dictionaries"].items():
-            if held["kind"] != "concat":
+                entry |= _write_concat(dictionary_folder, one, measurements, key, attention, config)
+            summary["dictionaries"][key] = entry
+        for key, entry in summary["dictionaries"].items():
+            if entry["kind"] != "concat":
                 continue
-            own, one = out / "dictionaries" / key, dictionaries[key]
-            chosen = choose_latents(study.active[key].count, config)
+            dictionary_folder, one = out / "dictionaries" / key, dictionaries[key]
+            chosen = choose_latents(measurements.active[key].count, config)
             if not len(chosen):
                 log.warning("%s has no latent that is active on %d tokens or more", key, config.min_active)
                 continue
-            beside = None
-            matched = _nearest(summary["dictionaries"], held["l0"])
+            head_dictionary = None
+            matched = _nearest(summary["dictionaries"], entry["l0"])
             if matched is not None:
-                whole = dictionaries[matched]
-                assert isinstance(whole, BlockDiagonal)
-                made = decompose_latents(one, whole, study, (key, matched), chosen, attention, config)
-                held |= {"decomposed_in": matched} | made.summary
-                _write_decomposition(own, made)
-                beside = Beside(matched, whole, made.agreement)
-            shares = read_dataset(own / "shares.zarr")
-            page, sources = dashboards(model, attention, study, key, one, chosen, shares, beside, config, text)
-            (own / "dashboards.html").write_text(page, encoding="utf-8")
-            sources.to_parquet(own / "attribution.parquet")
+                matched_dictionary = dictionaries[matched]
+                assert isinstance(matched_dictionary, BlockDiagonal)
+                decomposed = decompose_latents(
+                    one, matched_dictionary, measurements, (key, matched), chosen, attention, config
+                )
+                entry |= {"decomposed_in": matched} | decomposed.summary
+                _write_decomposition(dictionary_folder, decomposed)
+                head_dictionary = HeadDictionary(matched, matched_dictionary, decomposed.agreement)
+            shares = read_dataset(dictionary_folder / "shares.zarr")
+            page, sources = dashboards(
+                model, attention, measurements, key, one, chosen, shares, head_dictionary, config, text
+            )
+            (dictionary_folder / "dashboards.html").write_text(page, encoding="utf-8")
+            sources.to_parquet(dictionary_folder / "attribution.parquet")
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
         (out / "table.txt").write_text(report(HeadStudy(out, summary)))
     return summary
@@ -151,8 +155,8 @@ def _write_heads(
     n_heads, _, D = attention.W_O.shape
     rotations = random_rotations(n_heads, D, config.seed).numpy()
     atoms = [a.numpy() for a in lifted(one.heads, attention.W_O)]
-    found, pairs = interference_dataset(by_head(latents, n_heads), atoms, rotations, config.top_pairs)
-    write_dataset(out / "interference.zarr", found)
+    dataset, pairs = interference_dataset(by_head(latents, n_heads), atoms, rotations, config.top_pairs)
+    write_dataset(out / "interference.zarr", dataset)
     pairs.to_parquet(out / "interference.parquet")
     each = by_head(latents, n_heads)
     per_head = dataclasses.replace(config, n_latents=max(1, config.n_latents // n_heads))
@@ -165,19 +169,21 @@ def _write_heads(
         "rank_D": values["rank"].sel(matrix="D").values.tolist(),
         "rank_W_O": values["rank"].sel(matrix="W_O").values.tolist(),
         "rank_D_W_O": values["rank"].sel(matrix="D_W_O").values.tolist(),
-        "interference_over_weight": _number(found["total"].sum() / found["weight"].sum()),
-        "interference_over_weight_rotated": _number(found["total_rotated"].sum() / found["weight_rotated"].sum()),
+        "interference_over_weight": _number(dataset["total"].sum() / dataset["weight"].sum()),
+        "interference_over_weight_rotated": _number(dataset["total_rotated"].sum() / dataset["weight_rotated"].sum()),
     }
 
 
 def _write_concat(
-    out: Path, one: Dictionary, study: Study, key: str, attention: Attention, config: HeadsConfig
+    out: Path, one: Dictionary, measurements: HeadMeasurements, key: str, attention: Attention, config: HeadsConfig
 ) -> dict[str, Any]:
     """Head shares of one dictionary of all heads."""
     n_heads = len(attention.W_O)
-    held = study.active[key].dataset(decoder_by_head(one, n_heads).double().numpy(), attention.W_O.double().numpy())
-    compared = compare_measures(held, config.min_active)
-    write_dataset(out / "shares.zarr", held)
+    dataset = measurements.active[key].dataset(
+        decoder_by_head(one, n_heads).double().numpy(), attention.W_O.double().numpy()
+    )
+    compared = compare_measures(dataset, config.min_active)
+    write_dataset(out / "shares.zarr", dataset)
     write_dataset(out / "measures.zarr", compared)
     singular_values = torch.linalg.svdvals(one.W_dec.double()).numpy()
     between = {"measure_a": "decoder", "measure_b": "dfa"}
@@ -193,7 +199,7 @@ def _number(value: xr.DataArray) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _write_decomposition(out: Path, made: Decomposed) -> None:
-    made.table.to_parquet(out / "decomposition.parquet")
-    made.curves.to_parquet(out / "curves.parquet")
-    made.agreement.to_parquet(out / "agreement.parquet")
+def _write_decomposition(out: Path, decomposed: Decomposed) -> None:
+    decomposed.table.to_parquet(out / "decomposition.parquet")
+    decomposed.curves.to_parquet(out / "curves.parquet")
+    decomposed.agreement.to_parquet(out / "agreement.parquet")

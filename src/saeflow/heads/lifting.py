@@ -48,11 +48,11 @@ def lifted_table(
             for (h, rotated), (D, basis) in others.items():
                 if h == g or not v.any():
                     continue
-                path = decompose(v, D, "nn_omp", max(n_atoms))
+                codes = decompose(v, D, "nn_omp", max(n_atoms))
                 inside = float(np.linalg.norm(basis @ v))
                 for m in n_atoms:
-                    residual = min((one.residual for k, one in path.items() if k <= m), default=1.0)
-                    held = {"head": g, "latent": i, "other_head": h, "rotated": rotated, "in_row_space": inside}
-                    rows.append(held | {"n_atoms": m, "residual": residual})
+                    residual = min((one.residual for k, one in codes.items() if k <= m), default=1.0)
+                    row = {"head": g, "latent": i, "other_head": h, "rotated": rotated, "in_row_space": inside}
+                    rows.append(row | {"n_atoms": m, "residual": residual})
     names = ["head", "latent", "other_head", "rotated", "in_row_space", "n_atoms", "residual"]
     return pd.DataFrame(rows, columns=names)

@@ -85,10 +85,10 @@ def changes(
     outputs: Tensor, rest: Tensor, ways: dict[str, Callable[[Tensor], Tensor]], generator: torch.Generator
 ) -> Iterable[Change]:
     """`outputs` (N, H, D), `rest` (D,) or (N, D): what is added to it. Controls draw from `generator` (CPU)."""
-    whole = outputs.sum(1) + rest
+    unchanged = outputs.sum(1) + rest
     for way, remove in ways.items():
         changed = remove(outputs).sum(1) + rest
         yield Change(way, False, changed)
-        direction = torch.randn(whole.shape, generator=generator, dtype=torch.float32).to(whole)
+        direction = torch.randn(unchanged.shape, generator=generator, dtype=torch.float32).to(unchanged)
         direction /= direction.norm(dim=1, keepdim=True)
-        yield Change(way, True, whole + (changed - whole).norm(dim=1, keepdim=True) * direction)
+        yield Change(way, True, unchanged + (changed - unchanged).norm(dim=1, keepdim=True) * direction)

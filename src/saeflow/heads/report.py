@@ -33,21 +33,21 @@ def _text(table: pd.DataFrame, digits: int = 3, index: bool = False) -> str:
 
 
 def _cosines(study: HeadStudy) -> str:
-    held = study.dataset("cosines")
-    table = pd.DataFrame({"head": held["head"], "other": held["other_head"]})
+    dataset = study.dataset("cosines")
+    table = pd.DataFrame({"head": dataset["head"], "other": dataset["other_head"]})
     for name, label in (("cosine", ""), ("cosine_rotated", " rotated")):
         for quantile in (0.05, 0.5, 0.95):
-            table[f"{100 * quantile:.0f} %{label}"] = held[name].sel(quantile=quantile).values
+            table[f"{100 * quantile:.0f} %{label}"] = dataset[name].sel(quantile=quantile).values
     return "cosine of two heads' outputs, quantiles over tokens; rotated: each head by a random rotation\n" + _text(
         table
     )
 
 
 def _angles(study: HeadStudy) -> str:
-    held = study.dataset("angles")
-    table = pd.DataFrame({"head": held["head"], "other": held["other_head"]})
+    dataset = study.dataset("angles")
+    table = pd.DataFrame({"head": dataset["head"], "other": dataset["other_head"]})
     for name, label in (("angle", ""), ("angle_random", " random")):
-        degrees = held[name] * 180 / math.pi
+        degrees = dataset[name] * 180 / math.pi
         table["smallest" + label], table["median" + label] = degrees.min("index").values, degrees.median("index").values
     return "principal angles of the row spaces of W_O, degrees; random: of random subspaces\n" + _text(table, 1)
 
@@ -56,12 +56,12 @@ def _cross_terms(study: HeadStudy) -> str:
     table = study.table("cross_terms")
     lines = ["CE loss without cross terms between heads: increase in nats, 95 % interval; beyond: over the control"]
     for source in dict.fromkeys(table["source"]):
-        mine = table[table["source"] == source].set_index(["way", "control"])
-        name = "the model's heads" if source == MODEL else study.says(str(source))
-        zeroed = mine.loc[(NO_HEADS, False), "ce_increase"]
-        lines.append(f"{name}: CE {mine['ce_before'].iloc[0]:.4f}, all heads zeroed +{zeroed:.4f}")
+        of_source = table[table["source"] == source].set_index(["way", "control"])
+        name = "the model's heads" if source == MODEL else study.label(str(source))
+        zeroed = of_source.loc[(NO_HEADS, False), "ce_increase"]
+        lines.append(f"{name}: CE {of_source['ce_before'].iloc[0]:.4f}, all heads zeroed +{zeroed:.4f}")
         for way in WAYS:
-            row, control = mine.loc[(way, False)], mine.loc[(way, True), "ce_increase"]
+            row, control = of_source.loc[(way, False)], of_source.loc[(way, True), "ce_increase"]
             lines.append(
                 f"  {way:11s} {_interval(row, 'ce_increase')}, random change {control:+.4f}, beyond "
                 f"{_interval(row, 'ce_beyond_control')}, size {row['relative_change']:.3f}"
@@ -79,12 +79,12 @@ def _of_heads(study: HeadStudy, key: str) -> str:
     for matrix in spectra["matrix"].values:
         table[f"rank {matrix}"] = spectra["rank"].sel(matrix=matrix).values
         table[f"participation {matrix}"] = spectra["participation"].sel(matrix=matrix).values
-    held = study.dataset("interference", key)
-    pairs = pd.DataFrame({"head": held["head"], "other": held["other_head"]})
+    dataset = study.dataset("interference", key)
+    pairs = pd.DataFrame({"head": dataset["head"], "other": dataset["other_head"]})
     for suffix, label in (("", ""), ("_rotated", " rotated")):
-        pairs["rms cosine" + label] = held["mean_square" + suffix].values ** 0.5
-        pairs["weighted" + label] = (held["total" + suffix] / held["weight" + suffix]).values
-    pairs["if independent"] = (held["from_means"] / held["weight"]).values
+        pairs["rms cosine" + label] = dataset["mean_square" + suffix].values ** 0.5
+        pairs["weighted" + label] = (dataset["total" + suffix] / dataset["weight" + suffix]).values
+    pairs["if independent"] = (dataset["from_means"] / dataset["weight"]).values
     top = study.table("interference", key)
     top = top.reindex(top["interference"].abs().sort_values(ascending=False, kind="stable").index).head(5)
     lifted = study.table("lifted", key)
@@ -95,10 +95,10 @@ def _of_heads(study: HeadStudy, key: str) -> str:
     names = ["head", "latent", "other_head", "other_latent", "interference", "cosine", "tokens_together"]
     return "\n".join(
         [
-            f"{study.says(key)} ({key})",
+            f"{study.label(key)} ({key})",
             _text(table, 2),
             "cosines of lifted atoms between heads, root mean square and weighted by co-activation "
-            f"(random directions: rms {held.attrs['d_model'] ** -0.5:.3f})",
+            f"(random directions: rms {dataset.attrs['d_model'] ** -0.5:.3f})",
             _text(pairs, 4),
             "pairs of latents that interfere most",
             _text(top[names], 4),
@@ -110,21 +110,21 @@ def _of_heads(study: HeadStudy, key: str) -> str:
 
 
 def _of_concat(study: HeadStudy, key: str) -> str:
-    held = study.dataset("measures", key)
-    shares = _frame(held["mean_share"]).rename_axis("head").reset_index()
+    dataset = study.dataset("measures", key)
+    shares = _frame(dataset["mean_share"]).rename_axis("head").reset_index()
     between = pd.DataFrame(
         {
             "decoder and": list(AGREEING[1:]),
-            "rank correlation": held["rank_correlation"].sel(measure_a="decoder").values[1:],
-            "same top head": held["top_agreement"].sel(measure_a="decoder").values[1:],
+            "rank correlation": dataset["rank_correlation"].sel(measure_a="decoder").values[1:],
+            "same top head": dataset["top_agreement"].sel(measure_a="decoder").values[1:],
         }
     )
     parts = [
-        f"{study.says(key)} ({key}), {held.attrs['n_latents']} latents, rank "
+        f"{study.label(key)} ({key}), {dataset.attrs['n_latents']} latents, rank "
         f"{study.summary['dictionaries'][key]['rank_W_dec']}",
         "mean share of each head",
         _text(shares, 3),
-        f"do measures agree? (same top head by chance: {held.attrs['chance_of_top']:.2f})",
+        f"do measures agree? (same top head by chance: {dataset.attrs['chance_of_top']:.2f})",
         _text(between, 2),
     ]
     summary = study.summary["dictionaries"][key]
@@ -138,7 +138,7 @@ def _of_concat(study: HeadStudy, key: str) -> str:
         first = agreed.groupby("rank")[names].mean().head(4).reset_index()
         cosines = ", ".join(f"{name} {value:.2f}" for name, value in summary["best_cosine"].items())
         parts += [
-            f"{summary['decomposed_latents']} latents decomposed in {study.says(summary['decomposed_in'])}; best "
+            f"{summary['decomposed_latents']} latents decomposed in {study.label(summary['decomposed_in'])}; best "
             f"cosine of an atom with the top head's part: {cosines}",
             "median relative residual by number of atoms",
             _text(wide.rename_axis(columns=None), 3),

@@ -79,15 +79,15 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return values.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
 
 
-def compare_measures(held: xr.Dataset, min_active: int = 1) -> xr.Dataset:
+def compare_measures(dataset: xr.Dataset, min_active: int = 1) -> xr.Dataset:
     """Of every two measures: Spearman's rank correlation over heads and agreement on the top head, by latent, averaged
     over the latents active on `min_active` tokens or more; and each head's mean share.
 
     With H heads two independent orders agree on the top with probability 1 / H.
     """
-    live = held["active"].values >= min_active
-    values = held["value"].values[live]
-    share = held["share"].values[live]
+    live = dataset["active"].values >= min_active
+    values = dataset["value"].values[live]
+    share = dataset["share"].values[live]
     n_heads = values.shape[1]
     ordered = {name: ranks(values[:, :, MEASURES.index(name)]) for name in AGREEING}
     size = len(AGREEING)
@@ -106,7 +106,7 @@ def compare_measures(held: xr.Dataset, min_active: int = 1) -> xr.Dataset:
     coordinates = {
         "measure_a": list(AGREEING),
         "measure_b": list(AGREEING),
-        "head": held["head"].values,
+        "head": dataset["head"].values,
         "measure": list(MEASURES),
     }
     return xr.Dataset(

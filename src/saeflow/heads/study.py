@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ENCODED = 1 << 22  # activations that are held dense at once
 
 
-class Study(NamedTuple):
+class HeadMeasurements(NamedTuple):
     """What the pass finds; dictionaries by key."""
 
     rows: np.ndarray
@@ -44,7 +44,7 @@ class Study(NamedTuple):
     """Of the dictionaries that are no `BlockDiagonal`."""
     cross_terms: pd.DataFrame
 
-    def place(self, token: int) -> tuple[int, int]:
+    def row_and_position(self, token: int) -> tuple[int, int]:
         """Row and position of a kept token."""
         row, rest = divmod(int(token), self.rows.shape[1] - self.first)
         return row, rest + self.first
@@ -58,7 +58,7 @@ def measure(
     document: np.ndarray,
     prepend_bos: bool,
     config: HeadsConfig,
-) -> Study:
+) -> HeadMeasurements:
     """`rows` and `document` (rows, P): token ids, and the document of each."""
     if prepend_bos:  # a BOS belongs to the document whose token it predicts
         document = np.concatenate([document[:, 1:2], document[:, 1:]], axis=1)
@@ -92,7 +92,7 @@ def measure(
                     active[key].add(f, kept.cpu().numpy())
             n = min(len(tokens), n_loss_rows - start)
             if n > 0:
-                whole = clean._replace(
+                clean_rows = clean._replace(
                     tokens=tokens[:n], final=clean.final[:n], values={k: v[:n] for k, v in clean.values.items()}
                 )
                 x = flattened(z[:n])
@@ -101,10 +101,10 @@ def measure(
                     one = dictionaries[key]
                     decoded = torch.cat([one.forward(some) - one.b_dec for some in x.split(ENCODED // one.d_sae or 1)])
                     sources[key] = (decoded.view(len(x), n_heads, d_head), rest)
-                cross_terms.add(model, whole, document[start : start + n], sources)
+                cross_terms.add(model, clean_rows, document[start : start + n], sources)
         start += len(tokens)
     joined = {key: sp.vstack(parts, format="csc").astype(np.float64) for key, parts in latents.items()}
-    return Study(rows, first, cosines.dataset(first), joined, active, cross_terms.table(config.resamples))
+    return HeadMeasurements(rows, first, cosines.dataset(first), joined, active, cross_terms.table(config.resamples))
 
 
 @torch.no_grad()

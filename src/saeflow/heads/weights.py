@@ -60,15 +60,15 @@ def head_outputs(z: Tensor, W_O: Tensor) -> Tensor:
 
 def encoder_by_head(dictionary: Dictionary, n_heads: int) -> Tensor:
     """W_enc of a dictionary on concatenated heads, (H, d, n)."""
-    return _whole(dictionary, n_heads).W_enc.view(n_heads, -1, dictionary.d_sae)
+    return _check_all_heads(dictionary, n_heads).W_enc.view(n_heads, -1, dictionary.d_sae)
 
 
 def decoder_by_head(dictionary: Dictionary, n_heads: int) -> Tensor:
     """W_dec of a dictionary on concatenated heads, (n, H, d)."""
-    return _whole(dictionary, n_heads).W_dec.view(dictionary.d_sae, n_heads, -1)
+    return _check_all_heads(dictionary, n_heads).W_dec.view(dictionary.d_sae, n_heads, -1)
 
 
-def _whole(dictionary: Dictionary, n_heads: int) -> Dictionary:
+def _check_all_heads(dictionary: Dictionary, n_heads: int) -> Dictionary:
     if dictionary.spec.hook_head_index is not None or dictionary.d_in % n_heads:
         raise DictionaryError(
             f"this needs a dictionary on all {n_heads} heads of a layer, flattened; that of "

@@ -14,7 +14,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.jacobians.maps import Blocks
+from saeflow.jacobians.maps import JacobianBlocks
 from saeflow.jacobians.sums import Pairs
 
 GATHERED = 1 << 20  # activations that are gathered before they are sorted
@@ -82,14 +82,14 @@ class Grid(NamedTuple):
         """Windows of a row; the last may be shorter."""
         return -(-self.context_size // self.window)
 
-    def place(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def row_and_position(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row and position of a token number."""
         row, rest = divmod(token, self.context_size - 1)
         return row, rest + 1
 
     def windows(self, token: np.ndarray) -> np.ndarray:
         """Number of the window that a token is in."""
-        row, position = self.place(token)
+        row, position = self.row_and_position(token)
         return row * self.per_row + position // self.window
 
     def span(self, window: int) -> tuple[int, int, int]:
@@ -116,7 +116,7 @@ class TopWindows:
         if self._waiting >= GATHERED:
             self._sort()
 
-    def of(self, latent: int) -> list[int]:
+    def windows_of(self, latent: int) -> list[int]:
         """Windows of a latent, the largest activation first; of equal ones the earlier."""
         self._sort()
         start, end = np.searchsorted(self._best[0], [latent, latent + 1])
@@ -139,7 +139,7 @@ class TopWindows:
         self._best = (latent[rank < self.keep], window[rank < self.keep], value[rank < self.keep])
 
 
-class Wanted(NamedTuple):
+class ExampleSelection(NamedTuple):
     """Latents and pairs whose examples are shown, and the windows that they take them from."""
 
     outputs: dict[int, list[int]]
@@ -154,18 +154,18 @@ class Wanted(NamedTuple):
         return sorted({w for side in (self.outputs, self.inputs) for found in side.values() for w in found})
 
 
-def wanted_examples(tables: Iterable[pa.Table], outputs: TopWindows, inputs: TopWindows) -> Wanted:
+def select_examples(tables: Iterable[pa.Table], outputs: TopWindows, inputs: TopWindows) -> ExampleSelection:
     """Everything that the tables of pairs name."""
     named = (zip(t["output"].to_pylist(), t["input"].to_pylist(), strict=True) for t in tables)
     pairs = list(dict.fromkeys(pair for table in named for pair in table))
-    by_output = {i: outputs.of(i) for i in sorted({i for i, _ in pairs})}
-    return Wanted(by_output, {j: inputs.of(j) for j in sorted({j for _, j in pairs})}, pairs)
+    by_output = {i: outputs.windows_of(i) for i in sorted({i for i, _ in pairs})}
+    return ExampleSelection(by_output, {j: inputs.windows_of(j) for j in sorted({j for _, j in pairs})}, pairs)
 
 
 class Activity:
     """Activations of the wanted latents, and J of the wanted pairs, on the tokens of the windows."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: ExampleSelection) -> None:
         self.wanted = wanted
         self.outputs: dict[tuple[int, int], float] = {}
         """By latent and token number."""
@@ -175,17 +175,17 @@ class Activity:
         self._outputs, self._inputs = (np.array(sorted(side)) for side in (wanted.outputs, wanted.inputs))
         self._pairs = np.array([i << 32 | j for i, j in wanted.pairs])
 
-    def add(self, token: np.ndarray, blocks: Blocks) -> None:
+    def add(self, token: np.ndarray, blocks: JacobianBlocks) -> None:
         """`token` (N,): numbers of the blocks' tokens."""
         sides = (
             (blocks.outputs, blocks.values_out, self._outputs, self.outputs),
             (blocks.inputs, blocks.values_in, self._inputs, self.inputs),
         )
-        for latents, values, chosen, found in sides:
-            held, size = latents.cpu().numpy(), values.cpu().numpy()
-            rows, places = np.nonzero(np.isin(held, chosen) & (size > 0))
-            keys = zip(held[rows, places].tolist(), token[rows].tolist(), strict=True)
-            found.update(zip(keys, size[rows, places].tolist(), strict=True))
+        for latents, values, chosen, activations in sides:
+            indices, size = latents.cpu().numpy(), values.cpu().numpy()
+            rows, places = np.nonzero(np.isin(indices, chosen) & (size > 0))
+            keys = zip(indices[rows, places].tolist(), token[rows].tolist(), strict=True)
+            activations.update(zip(keys, size[rows, places].tolist(), strict=True))
         i, j = blocks.outputs.cpu().numpy()[:, :, None], blocks.inputs.cpu().numpy()[:, None, :]
         J = blocks.J.cpu().numpy()
         rows, a, b = np.nonzero(np.isin(i << 32 | j, self._pairs) & (J != 0))

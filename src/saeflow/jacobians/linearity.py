@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saeflow.evaluation.bootstrap import central, ratio, resampled_sums
+from saeflow.evaluation.bootstrap import central_interval, ratio, resampled_sums
 from saeflow.jacobians.maps import Pair
 
 POINTS = 100
@@ -73,7 +73,7 @@ def linearity_table(pair: Pair, samples: Samples, seed: int = 0) -> pa.Table:
 def _rows(pair: Pair, samples: Samples, chosen: np.ndarray) -> list[dict[str, Any]]:
     found = []
     for blocks in pair.blocks([samples.x, samples.y]):
-        for n, place in enumerate(range(blocks.some.start, blocks.some.stop)):
+        for n, place in enumerate(range(blocks.tokens.start, blocks.tokens.stop)):
             on_in, on_out = ((v[n] > 0).nonzero().flatten() for v in (blocks.values_in, blocks.values_out))
             if len(on_in) and len(on_out):
                 a, b = (int(on[int(u * len(on))]) for on, u in zip((on_in, on_out), chosen[place], strict=True))
@@ -182,7 +182,7 @@ def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
     value = measures(sums.sum(0))
     low = high = np.full_like(value, np.nan)
     if len(which) > 1:
-        low, high = central(measures(resampled_sums(sums, n_samples)))
+        low, high = central_interval(measures(resampled_sums(sums, n_samples)))
     out: dict[str, Any] = {"linearity_samples": len(J)}
     for name, *ends in zip([*names, "ablation_slope", "ablation_r2"], value, low, high, strict=True):
         for suffix, number in zip(("", "_low", "_high"), ends, strict=True):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
-from saeflow.kernels.jacobian import jacobian_chunks, jacobian_of_any, make_products, mask_inactive
+from saeflow.kernels.jacobian import jacobian_by_jvp, jacobian_chunks, make_products, mask_inactive
 from saeflow.models.blocks import Block, ModuleBlock
 
 LATENT_ELEMENTS = 1 << 24  # of one (tokens, n) tensor of pre-activations: 64 MiB in float32
@@ -34,10 +34,10 @@ GATHERED_ELEMENTS = 1 << 22  # of one (tokens, k, d) or (tokens, p, d) tensor: 1
 TOKENS_THROUGH_MODULES = 64  # at once, whose k decoder rows are pushed through a block without closed form
 
 
-class Blocks(NamedTuple):
+class JacobianBlocks(NamedTuple):
     """The Jacobians of some tokens. What is not active is 0."""
 
-    some: slice
+    tokens: slice
     """Which of the tokens that were asked for."""
     J: Tensor
     """(N, k_out, k_in)"""
@@ -63,7 +63,7 @@ class JacobianMap(Protocol):
     shared: bool
     """Whether the entries are the same for all tokens."""
 
-    def blocks(self, values: list[Tensor]) -> Iterator[Blocks]:
+    def blocks(self, values: list[Tensor]) -> Iterator[JacobianBlocks]:
         """Yields the Jacobians of all tokens in order, a few at a time; `values` (N, d), one a hook."""
         ...
 
@@ -111,13 +111,13 @@ class Pair:
         return self.input.forward(x) if self.at_reconstruction else x
 
     @torch.no_grad()
-    def blocks(self, values: list[Tensor]) -> Iterator[Blocks]:
+    def blocks(self, values: list[Tensor]) -> Iterator[JacobianBlocks]:
         x, y = values
         step = max(1, LATENT_ELEMENTS // max(self.n_in, self.n_out))
         for start in range(0, len(x), step):
             yield from self._blocks(start, x[start : start + step], y[start : start + step])
 
-    def _blocks(self, start: int, x: Tensor, y: Tensor) -> Iterator[Blocks]:
+    def _blocks(self, start: int, x: Tensor, y: Tensor) -> Iterator[JacobianBlocks]:
         values_in, A = active_latents(self.input, x)
         base = self.base(x)
         values_out, B = active_latents(self.output, self.f(base) if self.own_output else y)
@@ -125,15 +125,15 @@ class Pair:
         for some, J in self._chunks(base, A, B):
             mask_inactive(J, values_in[some], values_out[some])
             there = slice(start + some.start, start + some.start + len(J))
-            yield Blocks(there, J, A[some], B[some], values_in[some], values_out[some], n_entries[some])
+            yield JacobianBlocks(there, J, A[some], B[some], values_in[some], values_out[some], n_entries[some])
 
     def _chunks(self, x: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
         if isinstance(self.f, Block) and self.products is not None:
-            yield from jacobian_chunks(self.products, self.f.around(x), A, B)
+            yield from jacobian_chunks(self.products, self.f.linearise(x), A, B)
         else:
             for start in range(0, len(x), TOKENS_THROUGH_MODULES):
                 some = slice(start, start + TOKENS_THROUGH_MODULES)
-                yield some, jacobian_of_any(self.f, x[some], self.input.W_dec[A[some]], self.E[B[some]])
+                yield some, jacobian_by_jvp(self.f, x[some], self.input.W_dec[A[some]], self.E[B[some]])
 
 
 def _n_active(dictionary: Dictionary, values: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class TranscoderMap:
         self.W_enc_rows = transcoder.W_enc.T.contiguous()  # (n, d)
 
     @torch.no_grad()
-    def blocks(self, values: list[Tensor]) -> Iterator[Blocks]:
+    def blocks(self, values: list[Tensor]) -> Iterator[JacobianBlocks]:
         (x,) = values
         latents, active = active_latents(self.transcoder, x)
         ones = x.new_ones(())
@@ -170,4 +170,6 @@ class TranscoderMap:
             inputs, outputs = (torch.arange(n, device=x.device).expand(len(A), n) for n in (self.n_in, self.n_out))
             n_entries = torch.full((len(A),), self.n_in * self.n_out, device=x.device)
             there = slice(start, start + len(A))
-            yield Blocks(there, J, inputs, outputs, ones.expand(inputs.shape), ones.expand(outputs.shape), n_entries)
+            yield JacobianBlocks(
+                there, J, inputs, outputs, ones.expand(inputs.shape), ones.expand(outputs.shape), n_entries
+            )

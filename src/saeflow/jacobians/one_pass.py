@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.jacobians.examples import Activity, Grid, Wanted
-from saeflow.jacobians.maps import Blocks, JacobianMap
+from saeflow.jacobians.examples import Activity, ExampleSelection, Grid
+from saeflow.jacobians.maps import JacobianBlocks, JacobianMap
 from saeflow.jobs.log import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import read_hooks
@@ -45,33 +45,35 @@ class Tokens:
         return int(self.document.max()) + 1
 
 
-class Part(NamedTuple):
+class TokenChunk(NamedTuple):
     """Some tokens of the study, in order."""
 
     first: int
     """Number of the first of them."""
     values: list[Tensor]
     """(N, d): the model's, one a hook of the map."""
-    blocks: Blocks
+    blocks: JacobianBlocks
 
     @property
     def n_tokens(self) -> int:
         return len(self.blocks.J)
 
 
-def passes(model: "HookedTransformer", map: JacobianMap, tokens: Tokens) -> Iterator[Part]:
+def iterate_jacobians(model: "HookedTransformer", jacobian_map: JacobianMap, tokens: Tokens) -> Iterator[TokenChunk]:
     """Yields the Jacobians of all tokens, in order; one forward pass, which stops above the hooks."""
     per_row = tokens.context_size - 1
     n_rows = -(-tokens.n_tokens // per_row)
     for start in progress(range(0, n_rows, ROWS), "Jacobians"):
         first = start * per_row
-        read = _read(model, map, tokens.rows[start : start + ROWS])
+        read = _read(model, jacobian_map, tokens.rows[start : start + ROWS])
         values = [v[:, 1:].flatten(0, 1)[: tokens.n_tokens - first] for v in read]
-        for blocks in map.blocks(values):
-            yield Part(first + blocks.some.start, [v[blocks.some] for v in values], blocks)
+        for blocks in jacobian_map.blocks(values):
+            yield TokenChunk(first + blocks.tokens.start, [v[blocks.tokens] for v in values], blocks)
 
 
-def look_at(model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: Grid, wanted: Wanted) -> Activity:
+def collect_activity(
+    model: "HookedTransformer", jacobian_map: JacobianMap, tokens: Tokens, grid: Grid, wanted: ExampleSelection
+) -> Activity:
     """Runs the rows that hold wanted windows once more, for what the wanted latents and pairs do there."""
     activity = Activity(wanted)
     per_row = tokens.context_size - 1
@@ -81,16 +83,16 @@ def look_at(model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: 
     rows = np.unique(numbers // per_row)
     for start in progress(range(0, len(rows), ROWS), "examples"):
         some = rows[start : start + ROWS]
-        values = _read(model, map, tokens.rows[some])
+        values = _read(model, jacobian_map, tokens.rows[some])
         here = numbers[np.isin(numbers // per_row, some)]
         place, position = np.searchsorted(some, here // per_row), here % per_row + 1
-        for blocks in map.blocks([v[place, position] for v in values]):
-            activity.add(here[blocks.some], blocks)
+        for blocks in jacobian_map.blocks([v[place, position] for v in values]):
+            activity.add(here[blocks.tokens], blocks)
     return activity
 
 
-def _read(model: "HookedTransformer", map: JacobianMap, rows: np.ndarray) -> list[Tensor]:
+def _read(model: "HookedTransformer", jacobian_map: JacobianMap, rows: np.ndarray) -> list[Tensor]:
     """Values (rows, position, d) at the map's hooks."""
     ids = torch.from_numpy(rows.astype(np.int64)).to(model.cfg.device)
     with fused_attention(model):
-        return read_hooks(model, ids, map.hooks)
+        return read_hooks(model, ids, jacobian_map.hooks)

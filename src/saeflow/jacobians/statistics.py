@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.evaluation.bootstrap import central, ratio, resampled_sums
+from saeflow.evaluation.bootstrap import central_interval, ratio, resampled_sums
 
 NORMS = ("none", "l1", "l2", "rms")
 LOG_EDGES = np.logspace(-8, 3, 11 * 32 + 1)
@@ -113,7 +113,9 @@ class Tally:
         if self.n_documents < 2:
             return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
         n = self.config.resamples
-        return value, *central(ratio(resampled_sums(numerator, n), resampled_sums(denominator, n).reshape(shape)))
+        return value, *central_interval(
+            ratio(resampled_sums(numerator, n), resampled_sums(denominator, n).reshape(shape))
+        )
 
 
 def token_statistics(size: Tensor, n: Tensor) -> dict[str, Tensor]:
@@ -235,7 +237,7 @@ def _above_rms(tally: Tally) -> pa.Table:
     low = high = np.full_like(value, np.nan)
     if tally.n_documents > 1:
         replicates = resampled_sums(parts, tally.config.resamples)
-        low, high = central(np.array([fraction(row) for row in replicates]))
+        low, high = central_interval(np.array([fraction(row) for row in replicates]))
     per_token = value * total.sum() / tally.n_tokens
     columns = {"normalisation": ["rms_all"] * len(wanted), "threshold": wanted, "values_above_per_token": per_token}
     return pa.table(columns | {"fraction": value, "fraction_low": low, "fraction_high": high})

@@ -29,13 +29,13 @@ from saeflow.jacobians.examples import (
     TopWindows,
     contexts_table,
     pair_contexts_table,
+    select_examples,
     top_inputs_table,
     top_pairs_table,
-    wanted_examples,
 )
 from saeflow.jacobians.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.jacobians.maps import JacobianMap, Pair, TranscoderMap
-from saeflow.jacobians.one_pass import Tokens, look_at, passes
+from saeflow.jacobians.one_pass import Tokens, collect_activity, iterate_jacobians
 from saeflow.jacobians.pages import write_pages
 from saeflow.jacobians.statistics import (
     Tally,
@@ -75,20 +75,20 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     tokens = _open_tokens(job.input("tokens"), config)
 
     model = load_model(folder, model_config(folder, job.config["model"]), job.device)
-    map = open_map(model, dictionaries, config)
+    jacobian_map = open_map(model, dictionaries, config)
     identity = _identity(job, dictionaries, layer, norm, config)
     grid = Grid(tokens.context_size, config.window)
     with job.writing() as out:
-        found = _measure(out, model, map, tokens, grid, config)
-        summary = identity | _write_statistics(out, found, config)
-        if isinstance(map, Pair):
-            summary |= _write_linearity(out, map, found.samples, config)
-            tables = _examples(model, map, tokens, grid, found, config, _reader(tokens, grid, folder))
+        result = _run_pass(out, model, jacobian_map, tokens, grid, config)
+        summary = identity | _write_statistics(out, result, config)
+        if isinstance(jacobian_map, Pair):
+            summary |= _write_linearity(out, jacobian_map, result.samples, config)
+            tables = _examples(model, jacobian_map, tokens, grid, result, config, _reader(tokens, grid, folder))
             for name, table in tables.items():
                 pq.write_table(table, out / f"{name}.parquet")
             write_pages(out, summary, **{name: table.to_pandas() for name, table in tables.items()})
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        lines = notebook_lines(found.tally)
+        lines = notebook_lines(result.tally)
         for line in lines:
             log.info(line)
         (out / "table.txt").write_text("\n".join([_title(summary), *lines]) + "\n")
@@ -103,7 +103,7 @@ def _title(summary: dict[str, Any]) -> str:
     return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
 
 
-class _Found(NamedTuple):
+class _PassResult(NamedTuple):
     """What one pass over the tokens gives."""
 
     tally: Tally
@@ -114,34 +114,37 @@ class _Found(NamedTuple):
     """Tokens whose functions are looked at."""
 
 
-def _measure(
-    out: Path, model: "HookedTransformer", map: JacobianMap, tokens: Tokens, grid: Grid, config: JacobianConfig
-) -> _Found:
+def _run_pass(
+    out: Path, model: "HookedTransformer", jacobian_map: JacobianMap, tokens: Tokens, grid: Grid, config: JacobianConfig
+) -> _PassResult:
     """The pass itself, which also writes the first tokens' Jacobians."""
-    tally, sums = Tally(config, tokens.n_documents), PairSums(map.n_out, map.n_in, map.shared)
+    tally, sums = (
+        Tally(config, tokens.n_documents),
+        PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared),
+    )
     top_outputs, top_inputs = (TopWindows(grid, config.contexts) for _ in range(2))
     stored = TokenBlocks(out / "tokens.zarr", *_where(tokens, grid, min(config.stored_tokens, tokens.n_tokens)))
     chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
     kept: list[list[Tensor]] = []
-    for part in passes(model, map, tokens):
-        here = slice(part.first, part.first + part.n_tokens)
-        tally.add(part.blocks.J, tokens.document[here], part.blocks.n_entries)
-        sums.add(part.blocks)
-        stored.add(part.first, part.blocks)
-        if not map.shared:  # the model's own dimensions are active everywhere, and have no examples
-            top_outputs.add(part.first, part.blocks.outputs, part.blocks.values_out)
-            top_inputs.add(part.first, part.blocks.inputs, part.blocks.values_in)
-        mine = chosen[(chosen >= here.start) & (chosen < here.stop)] - here.start
-        kept.append([v[mine] for v in part.values])
+    for chunk in iterate_jacobians(model, jacobian_map, tokens):
+        here = slice(chunk.first, chunk.first + chunk.n_tokens)
+        tally.add(chunk.blocks.J, tokens.document[here], chunk.blocks.n_entries)
+        sums.add(chunk.blocks)
+        stored.add(chunk.first, chunk.blocks)
+        if not jacobian_map.shared:  # the model's own dimensions are active everywhere, and have no examples
+            top_outputs.add(chunk.first, chunk.blocks.outputs, chunk.blocks.values_out)
+            top_inputs.add(chunk.first, chunk.blocks.inputs, chunk.blocks.values_in)
+        sampled = chosen[(chosen >= here.start) & (chosen < here.stop)] - here.start
+        kept.append([v[sampled] for v in chunk.values])
     stored.close()
     values = [torch.cat(parts) for parts in zip(*kept, strict=True)]
     samples = Samples(chosen, tokens.document[chosen], values[0], values[-1])
-    return _Found(tally, sums.pairs(), top_outputs, top_inputs, samples)
+    return _PassResult(tally, sums.pairs(), top_outputs, top_inputs, samples)
 
 
-def _write_statistics(out: Path, found: _Found, config: JacobianConfig) -> dict[str, Any]:
+def _write_statistics(out: Path, result: _PassResult, config: JacobianConfig) -> dict[str, Any]:
     """Tables of what was counted and summed; their numbers for the summary."""
-    tally, pairs = found.tally, found.pairs
+    tally, pairs = result.tally, result.pairs
     outputs = outputs_table(pairs)
     tables = {
         "histogram": histogram_table(tally),
@@ -171,16 +174,16 @@ def _write_linearity(out: Path, pair: Pair, samples: Samples, config: JacobianCo
 
 def _examples(
     model: "HookedTransformer",
-    map: JacobianMap,
+    jacobian_map: JacobianMap,
     tokens: Tokens,
     grid: Grid,
-    found: _Found,
+    result: _PassResult,
     config: JacobianConfig,
     read: Read,
 ) -> dict[str, pa.Table]:
-    tables = {"pairs": top_pairs_table(found.pairs, config), "top_inputs": top_inputs_table(found.pairs, config)}
-    wanted = wanted_examples(tables.values(), found.top_outputs, found.top_inputs)
-    activity = look_at(model, map, tokens, grid, wanted)
+    tables = {"pairs": top_pairs_table(result.pairs, config), "top_inputs": top_inputs_table(result.pairs, config)}
+    wanted = select_examples(tables.values(), result.top_outputs, result.top_inputs)
+    activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
     tables["contexts"] = contexts_table(activity, grid, read)
     tables["pair_contexts"] = pair_contexts_table(activity, grid, config.contexts, read)
     return tables
@@ -188,7 +191,7 @@ def _examples(
 
 def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Id, row and position of the first `n` tokens of the study."""
-    row, position = grid.place(np.arange(n))
+    row, position = grid.row_and_position(np.arange(n))
     return tokens.rows[row, position], row, position
 
 
@@ -213,12 +216,12 @@ def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], paral
     """`block_of_hooks` of the dictionaries. Raises `FitError` where they are around no MLP."""
     kinds = [d.spec.kind for d in dictionaries]
     if kinds not in (["sae", "sae"], ["transcoder"]) or any(d.spec.activation == "saelens" for d in dictionaries):
-        held = " and ".join(
+        described = " and ".join(
             f"{path} is a {d.spec.activation} {d.spec.kind} at {d.spec.hook_name}"
             for d, path in zip(dictionaries, folders, strict=True)
         )
         raise FitError(
-            f"a Jacobian needs two TopK or ReLU SAEs around one MLP, or one transcoder, but {held}; use "
+            f"a Jacobian needs two TopK or ReLU SAEs around one MLP, or one transcoder, but {described}; use "
             "dictionary=pair or dictionary=transcoder with site=mlp"
         )
     try:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.jacobians.maps import Blocks
+from saeflow.jacobians.maps import JacobianBlocks
 
 GATHERED = 1 << 21  # entries that are gathered before they are sorted: some 100 MB with what sorting takes
 CHUNK = 1 << 18  # of a Zarr array
@@ -74,7 +74,7 @@ class PairSums:
         self._waiting = 0
         self._runs: list[_Run] = []
 
-    def add(self, blocks: Blocks) -> None:
+    def add(self, blocks: JacobianBlocks) -> None:
         self.n_tokens += len(blocks.J)
         if self.shared:
             self._add_shared(blocks.J.double())
@@ -96,8 +96,8 @@ class PairSums:
         keys, count = np.arange(self.n_out * self.n_in), np.full(self.n_out * self.n_in, len(J))
         if before is not None:
             count += before.count
-            for total, held in zip(sums, before.sums, strict=True):
-                total += held
+            for total, earlier in zip(sums, before.sums, strict=True):
+                total += earlier
         self._runs = [_Run(keys, count, tuple(sums))]
         self.active_output += len(J)
         self.active_input += len(J)
@@ -226,15 +226,15 @@ class TokenBlocks:
             array = _create(group, name, np.int32, "token", len(values), "of the token in the held-out split")
             array[:] = values
         self._arrays = {n: _create(group, n, t, "entry", 0, "") for n, t in self._COLUMNS.items()}
-        self._held: list[tuple[np.ndarray, ...]] = []
+        self._gathered: list[tuple[np.ndarray, ...]] = []
         self._waiting = 0
 
-    def add(self, first: int, blocks: Blocks) -> None:
+    def add(self, first: int, blocks: JacobianBlocks) -> None:
         """`first`: number of the blocks' first token. What is beyond the tokens asked for is left out."""
         J = blocks.J[: max(0, self.n_tokens - first)]
         token, i, j = J.nonzero(as_tuple=True)
         columns = (first + token, blocks.outputs[token, i], blocks.inputs[token, j], J[token, i, j])
-        self._held.append(tuple(column.cpu().numpy() for column in columns))
+        self._gathered.append(tuple(column.cpu().numpy() for column in columns))
         self._waiting += len(token)
         if self._waiting >= CHUNK:
             self._write(self._waiting // CHUNK * CHUNK)
@@ -246,13 +246,13 @@ class TokenBlocks:
     def _write(self, n: int) -> None:
         if not self._waiting:
             return
-        columns = [np.concatenate(parts) for parts in zip(*self._held, strict=True)]
+        columns = [np.concatenate(parts) for parts in zip(*self._gathered, strict=True)]
         for name, values in zip(self._COLUMNS, columns, strict=True):
             array = self._arrays[name]
             start = array.shape[0]
             array.resize((start + n,))
             array[start:] = values[:n]
-        self._held, self._waiting = [tuple(values[n:] for values in columns)], self._waiting - n
+        self._gathered, self._waiting = [tuple(values[n:] for values in columns)], self._waiting - n
 
 
 def _open_group(path: Path, attributes: dict[str, Any]) -> Any:

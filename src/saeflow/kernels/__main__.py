@@ -2,7 +2,7 @@
 
 import torch
 
-from saeflow.kernels.jacobian import Around, BlockWeights, Kept, add_penalty
+from saeflow.kernels.jacobian import BlockWeights, Linearisation, TopLatents, add_penalty
 from saeflow.kernels.penalties import l1
 from saeflow.kernels.step import Objective, Weights, take_step, take_steps
 
@@ -16,9 +16,9 @@ def main() -> None:
         take_step(Objective(activation, 4), weights, x, x, 0.1)
         take_steps(Objective(activation, 4), heads, both, both, torch.zeros(2))
     block = BlockWeights(torch.rand(1, 8, 12), torch.rand(12, 8))
-    around = Around(torch.rand(1, 16, 12))
-    kept = Kept(x[:, :4], torch.arange(4).expand(16, 4).contiguous())
-    add_penalty(block, around, weights.W_dec, weights.encoder, kept, kept, l1, *torch.zeros(2, 64, 8))
+    linearisation = Linearisation(torch.rand(1, 16, 12))
+    kept = TopLatents(x[:, :4], torch.arange(4).expand(16, 4).contiguous())
+    add_penalty(block, linearisation, weights.W_dec, weights.encoder, kept, kept, l1, *torch.zeros(2, 64, 8))
 
 
 main()

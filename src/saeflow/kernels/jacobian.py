@@ -15,7 +15,7 @@ divides by the norm's scale; the latter is part of the slope. The residual strea
 with direction y_t / d and drift_b = y_t W_b (`models.blocks`). Both products, D W_b and E W_out^T, keep latents as
 rows, so that those of a token are contiguous.
 
-`add_penalty` is the term of the training loss, sum_t score(J_t), with its gradients, in passes over tokens that keep
+`add_penalty` is the term of the training loss, sum_t penalty(J_t), with its gradients, in passes over tokens that keep
 nothing of size N k m: J itself is kept, N k k. Gradients are sums in a fixed order.
 
 Shapes: N tokens, d model width, m = d_mlp, n latents, k active ones.
@@ -30,25 +30,25 @@ import torch
 from torch import Tensor
 
 from saeflow.kernels import jacobian_loops, loops
-from saeflow.kernels.memory import Space, empty, give_back_freed_memory
+from saeflow.kernels.memory import Workspace, empty, give_back_freed_memory
 from saeflow.kernels.rows import inner_products, sum_rows
 from saeflow.kernels.sparse import Pattern
 
 CHUNK_ELEMENTS = 1 << 20  # of J on a CPU: 4 MiB in float32
 CHUNK_ELEMENTS_ON_GPU = 1 << 24  # of one gathered (tokens, k, m) operand
-TOKENS_THROUGH_ANY = 512  # whose passes through a block without closed form are kept for the way back
+JVP_TOKENS = 512  # whose passes through a block without closed form are kept for the way back
 COLUMNS = 512  # hidden units whose gradients are added up first; then as many as were done before
 TOO_LARGE_FOR_PIECES = 1 << 24  # numbers of the products that memory freed by others does not hold: 64 MiB in float32
 WORTH_LEAVING_OUT = 0.9  # share of latents that are active below which the others' rows are left out of the products
 
 Task = Callable[[int, int], None]
 """Work on a run of columns."""
-Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+Penalty = Callable[[Tensor], tuple[Tensor, Tensor]]
 """J (N, k_out, k_in) -> what each token's costs (N,), and its derivative, of J's shape, perhaps in J's memory; see
 `kernels.penalties`."""
 
 
-class Around(NamedTuple):
+class Linearisation(NamedTuple):
     """What a block does around N inputs: its derivative there, but for its weights."""
 
     slopes: Tensor
@@ -85,37 +85,39 @@ class Products(NamedTuple):
 
 
 @torch.no_grad()
-def make_products(D: Tensor, E: Tensor, block: BlockWeights, space: Space | None = None) -> Products:
-    """In `space`, they are those of this step only."""
+def make_products(D: Tensor, E: Tensor, block: BlockWeights, workspace: Workspace | None = None) -> Products:
+    """In `workspace`, they are those of this step only."""
     branches, _, m = block.W_in.shape
-    space = space or Space()
-    WD, WE = space.empty("WD", D, branches, len(D), m), space.empty("WE", E, len(E), m)
+    workspace = workspace or Workspace()
+    WD, WE = workspace.empty("WD", D, branches, len(D), m), workspace.empty("WE", E, len(E), m)
     for out, W in zip(WD, block.W_in, strict=True):
         torch.mm(D, W, out=out)
     return Products(D, E, WD, torch.mm(E, block.W_out.T, out=WE), block.skip)
 
 
 @torch.no_grad()
-def jacobian_blocks(products: Products, around: Around, A: Tensor, B: Tensor) -> Tensor:
+def jacobian_blocks(products: Products, linearisation: Linearisation, A: Tensor, B: Tensor) -> Tensor:
     """J (N, k_out, k_in) of all tokens at once; `A` (N, k_in) and `B` (N, k_out) are the active latents.
 
     On a GPU it takes memory for a few times N k m numbers: for many tokens use `jacobian_chunks`.
     """
-    along = _along(products, around, A)
-    if loops.serve(products.WE):
+    projections = _input_projections(products, linearisation, A)
+    if loops.supports(products.WE):
         J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
-        arrays = _arrays(products.WD, products.WE, around.slopes, _drifts(around), along, A, B, J)
+        arrays = _arrays(products.WD, products.WE, linearisation.slopes, _drifts(linearisation), projections, A, B, J)
         work = partial(jacobian_loops.blocks, *arrays)
         loops.in_threads(work, len(A), A.numel() * products.WE.shape[1])
     else:
-        J = products.WE[B] @ _moved(products, around, along, A).transpose(1, 2)
+        J = products.WE[B] @ _hidden_tangents(products, linearisation, projections, A).transpose(1, 2)
     return J.baddbmm_(products.E[B], products.D[A].transpose(1, 2)) if products.skip else J
 
 
-def jacobian_chunks(products: Products, around: Around, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def jacobian_chunks(
+    products: Products, linearisation: Linearisation, A: Tensor, B: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
     """Yields (tokens, J of these tokens) over all N tokens, a few at a time."""
     for some in _chunks(A, B, products.WE):
-        yield some, jacobian_blocks(products, _at(around, some), A[some], B[some])
+        yield some, jacobian_blocks(products, _at(linearisation, some), A[some], B[some])
 
 
 def mask_inactive(J: Tensor, values_in: Tensor, values_out: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def mask_inactive(J: Tensor, values_in: Tensor, values_out: Tensor) -> Tensor:
     return J.mul_((values_out > 0)[:, :, None]).mul_((values_in > 0)[:, None, :])
 
 
-class Kept(NamedTuple):
+class TopLatents(NamedTuple):
     """Latents that TopK kept."""
 
     values: Tensor
@@ -138,44 +140,46 @@ class Kept(NamedTuple):
 @torch.no_grad()
 def add_penalty(
     block: BlockWeights,
-    around: Around,
+    linearisation: Linearisation,
     D: Tensor,
     E: Tensor,
-    input: Kept,
-    output: Kept,
-    score: Score,
+    input: TopLatents,
+    output: TopLatents,
+    penalty: Penalty,
     g_D: Tensor,
     g_E: Tensor,
-    around_too: bool = False,
-    space: Space | None = None,
-) -> tuple[Tensor, Around | None]:
+    linearisation_too: bool = False,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Linearisation | None]:
     """The sum () of what the tokens' Jacobians cost; adds its gradients to `g_D`, `g_E` (n, d).
 
-    Where a latent is silent J is 0. With `around_too` also the gradients towards `around`, for a Jacobian that is taken
-    where parameters decide. Which latents are active, and the block's own weights, are constants. `space`: for the
-    products, which the next step may then have.
+    Where a latent is silent J is 0. With `linearisation_too` also the gradients towards `linearisation`, for a Jacobian
+    that is taken where parameters decide. Which latents are active, and the block's own weights, are constants.
+    `workspace`: for the products, which the next step may then have.
     """
     rows_in, A, D_rows = _only_active(D, input.latents)
     rows_out, B, E_rows = _only_active(E, output.latents)
-    if loops.serve(D) and (len(D_rows) + len(E_rows)) * block.W_out.shape[0] >= TOO_LARGE_FOR_PIECES:
+    if loops.supports(D) and (len(D_rows) + len(E_rows)) * block.W_out.shape[0] >= TOO_LARGE_FOR_PIECES:
         give_back_freed_memory()
-    products = make_products(D_rows, E_rows, block, space)
+    products = make_products(D_rows, E_rows, block, workspace)
     G, costs = products.WE.new_empty(len(A), B.shape[1], A.shape[1]), []
-    for some, J in jacobian_chunks(products, around, A, B):
+    for some, J in jacobian_chunks(products, linearisation, A, B):
         values = input.values[some], output.values[some]
-        cost, slope = score(mask_inactive(J, *values))
+        cost, slope = penalty(mask_inactive(J, *values))
         G[some] = mask_inactive(slope, *values)
         costs.append(cost)
-    found_in = _Gradient(g_D, rows_in, D_rows)
-    found_out = _Gradient(g_E, rows_out, E_rows)
-    g_around = None
-    if loops.serve(D) and not around_too:  # the loops have no gradient of `around`
-        _in_loops(block, products, around, A, B, G, found_in.rows, found_out.rows)
+    gradient_in = _Gradient(g_D, rows_in, D_rows)
+    gradient_out = _Gradient(g_E, rows_out, E_rows)
+    g_linearisation = None
+    if loops.supports(D) and not linearisation_too:  # the loops have no gradient of `linearisation`
+        _in_loops(block, products, linearisation, A, B, G, gradient_in.rows, gradient_out.rows)
     else:
-        g_around = _on_device(block, products, around, A, B, G, found_in.rows, found_out.rows, around_too)
-    found_in.add()
-    found_out.add()
-    return torch.cat(costs).sum(), g_around
+        g_linearisation = _on_device(
+            block, products, linearisation, A, B, G, gradient_in.rows, gradient_out.rows, linearisation_too
+        )
+    gradient_in.add()
+    gradient_out.add()
+    return torch.cat(costs).sum(), g_linearisation
 
 
 def _only_active(rows: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -194,20 +198,20 @@ def _only_active(rows: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor, 
 class _Gradient:
     """The gradient of rows, or of those of them that are active."""
 
-    def __init__(self, whole: Tensor, needed: Tensor | None, rows: Tensor) -> None:
-        self.whole, self.needed = whole, needed
-        self.rows = whole if needed is None else torch.zeros_like(rows)
+    def __init__(self, all_rows: Tensor, needed: Tensor | None, rows: Tensor) -> None:
+        self.all_rows, self.needed = all_rows, needed
+        self.rows = all_rows if needed is None else torch.zeros_like(rows)
 
     def add(self) -> None:
         """Adds what was found to the whole, where that is not the same."""
         if self.needed is not None:
-            self.whole.index_put_((self.needed,), self.rows, accumulate=True)  # each row once
+            self.all_rows.index_put_((self.needed,), self.rows, accumulate=True)  # each row once
 
 
 def _in_loops(
     block: BlockWeights,
     products: Products,
-    around: Around,
+    linearisation: Linearisation,
     A: Tensor,
     B: Tensor,
     G: Tensor,
@@ -215,27 +219,31 @@ def _in_loops(
     g_E: Tensor,
 ) -> None:
     """Overwrites `products`: the sums of some columns take the place of columns that are done."""
-    along, drifts, m = _along(products, around, A), _drifts(around), products.WE.shape[1]
-    if around.direction is not None:
+    projections, drifts, m = (
+        _input_projections(products, linearisation, A),
+        _drifts(linearisation),
+        products.WE.shape[1],
+    )
+    if linearisation.direction is not None:
         starts = torch.arange(0, A.numel() + 1, A.shape[1])
         tokens, order, starts = Pattern(A.flatten(), starts, len(products.D)).by_latent
-        g_along = _gradient_along(products, around, B, G).flatten()
-        g_D += sum_rows(around.direction, tokens, starts, g_along[order])
+        g_projections = _projection_gradients(products, linearisation, B, G).flatten()
+        g_D += sum_rows(linearisation.direction, tokens, starts, g_projections[order])
     G, targets_in, targets_out = _padded(G), _padded_latents(A), _padded_latents(B)
-    flat = drifts[:, :0, :0], along[:0]  # of the output SAE's rows nothing is taken
+    flat = drifts[:, :0, :0], projections[:0]  # of the output SAE's rows nothing is taken
 
     def toward_D(E: Tensor, slope: Tensor, start: int, out: Tensor) -> Task:
         arrays = _arrays(E[None], slope[None], *flat, B, targets_in, G)
         return partial(jacobian_loops.add_rows, *arrays, G.shape[2], 1, start, out.numpy())
 
     def toward_E(D: Tensor, slopes: Tensor, drifts: Tensor, start: int, out: Tensor) -> Task:
-        arrays = _arrays(D, slopes, drifts, along, A, targets_out, G)
+        arrays = _arrays(D, slopes, drifts, projections, A, targets_out, G)
         return partial(jacobian_loops.add_rows, *arrays, 1, G.shape[2], start, out.numpy())
 
     def add(start: int, size: int, g_WD: Iterable[Tensor], g_WE: Iterable[Tensor]) -> None:
         """What columns from `start` on add, in the first columns of the memory given for each branch, and for WE."""
-        tasks = [toward_D(products.WE, slope, start, g) for slope, g in zip(around.slopes, g_WD, strict=False)]
-        tasks += [toward_E(products.WD, around.slopes, drifts, start, g) for g in g_WE]
+        tasks = [toward_D(products.WE, slope, start, g) for slope, g in zip(linearisation.slopes, g_WD, strict=False)]
+        tasks += [toward_E(products.WD, linearisation.slopes, drifts, start, g) for g in g_WE]
         for g in (*g_WD, *g_WE):
             g[:, :size].zero_()
         loops.all_in_threads(tasks, size)
@@ -260,83 +268,83 @@ def _in_loops(
 def _on_device(
     block: BlockWeights,
     products: Products,
-    around: Around,
+    linearisation: Linearisation,
     A: Tensor,
     B: Tensor,
     G: Tensor,
     g_D: Tensor,
     g_E: Tensor,
-    around_too: bool,
-) -> Around | None:
+    linearisation_too: bool,
+) -> Linearisation | None:
     """The same by torch's operations, some tokens at a time."""
     g_WD, g_WE = torch.zeros_like(products.WD), torch.zeros_like(products.WE)
     parts = []
     for some in _chunks(A, B, products.WE):
-        here, a, b, g = _at(around, some), A[some], B[some], G[some]
-        along = _along(products, here, a)
-        _scatter(g_WE, b, g @ _moved(products, here, along, a))
-        g_moved = g.transpose(1, 2) @ products.WE[b]
+        here, a, b, g = _at(linearisation, some), A[some], B[some], G[some]
+        projections = _input_projections(products, here, a)
+        _scatter(g_WE, b, g @ _hidden_tangents(products, here, projections, a))
+        g_tangents = g.transpose(1, 2) @ products.WE[b]
         for out, slope in zip(g_WD, here.slopes, strict=True):
-            _scatter(out, a, g_moved * slope[:, None])
+            _scatter(out, a, g_tangents * slope[:, None])
         g_direction = None
         if here.direction is not None:
-            g_along = _gradient_along(products, here, b, g)
-            _scatter(g_D, a, g_along[..., None] * here.direction[:, None])
-            g_direction = (g_along[..., None] * products.D[a]).sum(dim=1)
+            g_projections = _projection_gradients(products, here, b, g)
+            _scatter(g_D, a, g_projections[..., None] * here.direction[:, None])
+            g_direction = (g_projections[..., None] * products.D[a]).sum(dim=1)
         if products.skip:
             _scatter(g_D, a, g.transpose(1, 2) @ products.E[b])
             _scatter(g_E, b, g @ products.D[a])
-        if around_too:
-            parts.append((*_gradients_around(products, here, along, a, g_moved), g_direction))
+        if linearisation_too:
+            parts.append((*_linearisation_gradients(products, here, projections, a, g_tangents), g_direction))
     for g_branch, W in zip(g_WD, block.W_in, strict=True):
         g_D.addmm_(g_branch, W.T)
     g_E.addmm_(g_WE, block.W_out)
-    if not around_too:
+    if not linearisation_too:
         return None
     slopes, drifts, direction = zip(*parts, strict=True)
-    if around.direction is None:
-        return Around(torch.cat(slopes, dim=1))
-    return Around(torch.cat(slopes, dim=1), torch.cat(drifts, dim=1), torch.cat(direction))
+    if linearisation.direction is None:
+        return Linearisation(torch.cat(slopes, dim=1))
+    return Linearisation(torch.cat(slopes, dim=1), torch.cat(drifts, dim=1), torch.cat(direction))
 
 
-def _gradients_around(
-    products: Products, around: Around, along: Tensor, A: Tensor, g_moved: Tensor
+def _linearisation_gradients(
+    products: Products, linearisation: Linearisation, projections: Tensor, A: Tensor, g_tangents: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients towards slopes and drifts, from those towards M (N, k_in, m)."""
-    drifts = [None] * len(around.slopes) if around.drifts is None else list(around.drifts)
+    drifts = [None] * len(linearisation.slopes) if linearisation.drifts is None else list(linearisation.drifts)
     g_slopes, g_drifts = [], []
-    for WD, slope, drift in zip(products.WD, around.slopes, drifts, strict=True):
-        moved = WD[A] if drift is None else WD[A] - along[..., None] * drift[:, None]
-        g_slopes.append((g_moved * moved).sum(dim=1))
-        g_drifts.append(-slope * (g_moved * along[..., None]).sum(dim=1))
-    return torch.stack(g_slopes), None if around.drifts is None else torch.stack(g_drifts)
+    for WD, slope, drift in zip(products.WD, linearisation.slopes, drifts, strict=True):
+        tangents = WD[A] if drift is None else WD[A] - projections[..., None] * drift[:, None]
+        g_slopes.append((g_tangents * tangents).sum(dim=1))
+        g_drifts.append(-slope * (g_tangents * projections[..., None]).sum(dim=1))
+    return torch.stack(g_slopes), None if linearisation.drifts is None else torch.stack(g_drifts)
 
 
-def _moved(products: Products, around: Around, along: Tensor, A: Tensor) -> Tensor:
+def _hidden_tangents(products: Products, linearisation: Linearisation, projections: Tensor, A: Tensor) -> Tensor:
     """M (N, k_in, m): how active input latents move the hidden units' activations."""
     total = None
-    for b, (WD, slope) in enumerate(zip(products.WD, around.slopes, strict=True)):
+    for b, (WD, slope) in enumerate(zip(products.WD, linearisation.slopes, strict=True)):
         rows = WD[A]
-        if around.drifts is not None:
-            rows.addcmul_(along[..., None], around.drifts[b][:, None], value=-1)
+        if linearisation.drifts is not None:
+            rows.addcmul_(projections[..., None], linearisation.drifts[b][:, None], value=-1)
         total = rows.mul_(slope[:, None]) if total is None else total.addcmul_(rows, slope[:, None])
     assert total is not None
     return total
 
 
-def _along(products: Products, around: Around, A: Tensor) -> Tensor:
+def _input_projections(products: Products, linearisation: Linearisation, A: Tensor) -> Tensor:
     """What active decoder rows have along the normalised input, over d: (N, k_in); 0 without a norm."""
-    if around.direction is None:
+    if linearisation.direction is None:
         return products.D.new_zeros(A.shape)
     starts = torch.arange(0, A.numel() + 1, A.shape[1], device=A.device)
-    return inner_products(around.direction, products.D, A.flatten(), starts).view(A.shape)
+    return inner_products(linearisation.direction, products.D, A.flatten(), starts).view(A.shape)
 
 
-def _gradient_along(products: Products, around: Around, B: Tensor, G: Tensor) -> Tensor:
+def _projection_gradients(products: Products, linearisation: Linearisation, B: Tensor, G: Tensor) -> Tensor:
     """Of the same (N, k_in)."""
-    assert around.drifts is not None
+    assert linearisation.drifts is not None
     starts = torch.arange(0, B.numel() + 1, B.shape[1], device=B.device)
-    pulls = inner_products((around.slopes * around.drifts).sum(dim=0), products.WE, B.flatten(), starts)
+    pulls = inner_products((linearisation.slopes * linearisation.drifts).sum(dim=0), products.WE, B.flatten(), starts)
     return -torch.einsum("tij,ti->tj", G, pulls.view(B.shape))
 
 
@@ -345,20 +353,20 @@ def _scatter(out: Tensor, latents: Tensor, rows: Tensor) -> None:
     out.index_put_((latents.flatten(),), rows.flatten(0, 1), accumulate=True)
 
 
-def _drifts(around: Around) -> Tensor:
+def _drifts(linearisation: Linearisation) -> Tensor:
     """For the loops, which take an empty tensor for none."""
-    return around.slopes[:, :0, :0].contiguous() if around.drifts is None else around.drifts
+    return linearisation.slopes[:, :0, :0].contiguous() if linearisation.drifts is None else linearisation.drifts
 
 
-def _at(around: Around, some: slice) -> Around:
-    drifts = None if around.drifts is None else around.drifts[:, some]
-    direction = None if around.direction is None else around.direction[some]
-    return Around(around.slopes[:, some], drifts, direction)
+def _at(linearisation: Linearisation, some: slice) -> Linearisation:
+    drifts = None if linearisation.drifts is None else linearisation.drifts[:, some]
+    direction = None if linearisation.direction is None else linearisation.direction[some]
+    return Linearisation(linearisation.slopes[:, some], drifts, direction)
 
 
 def _chunks(A: Tensor, B: Tensor, WE: Tensor) -> Iterator[slice]:
     """Runs of tokens: in the loops only J takes memory."""
-    each = A.shape[1] * B.shape[1] if loops.serve(WE) else max(A.shape[1], B.shape[1]) * WE.shape[1]
+    each = A.shape[1] * B.shape[1] if loops.supports(WE) else max(A.shape[1], B.shape[1]) * WE.shape[1]
     size = max(1, (CHUNK_ELEMENTS if WE.device.type == "cpu" else CHUNK_ELEMENTS_ON_GPU) // each)
     for start in range(0, len(A), size):
         yield slice(start, start + size)
@@ -385,40 +393,48 @@ Map = Callable[[Tensor], Tensor]
 """f: (N, d) to (N, d), each token by itself, of operations that torch differentiates forwards."""
 
 
-def jacobian_of_any(f: Map, x: Tensor, D_rows: Tensor, E_rows: Tensor) -> Tensor:
+def jacobian_by_jvp(f: Map, x: Tensor, D_rows: Tensor, E_rows: Tensor) -> Tensor:
     """J (N, k_out, k_in) of any block around x (N, d), by forward-mode differentiation: k_in passes through f.
 
     D_rows (N, k_in, d), E_rows (N, k_out, d): the rows of each token's active latents.
     """
-    moved = [torch.func.jvp(f, (x,), (D_rows[:, j].contiguous(),))[1] for j in range(D_rows.shape[1])]
-    return E_rows @ torch.stack(moved, dim=2)
+    tangents = [torch.func.jvp(f, (x,), (D_rows[:, j].contiguous(),))[1] for j in range(D_rows.shape[1])]
+    return E_rows @ torch.stack(tangents, dim=2)
 
 
-def add_penalty_of_any(
-    f: Map, x: Tensor, D: Tensor, E: Tensor, input: Kept, output: Kept, score: Score, g_D: Tensor, g_E: Tensor
+def add_penalty_by_jvp(
+    f: Map,
+    x: Tensor,
+    D: Tensor,
+    E: Tensor,
+    input: TopLatents,
+    output: TopLatents,
+    penalty: Penalty,
+    g_D: Tensor,
+    g_E: Tensor,
 ) -> Tensor:
     """`add_penalty` of any block, at x (N, d)."""
     total = x.new_zeros(())
-    for start in range(0, len(x), TOKENS_THROUGH_ANY):
-        some = slice(start, start + TOKENS_THROUGH_ANY)
+    for start in range(0, len(x), JVP_TOKENS):
+        some = slice(start, start + JVP_TOKENS)
         A, B = input.latents[some], output.latents[some]
         with torch.enable_grad():
             D_rows, E_rows = D.detach()[A].requires_grad_(), E.detach()[B].requires_grad_()
-            J = mask_inactive(jacobian_of_any(f, x[some], D_rows, E_rows), input.values[some], output.values[some])
-        costs, G = score(J.detach())
+            J = mask_inactive(jacobian_by_jvp(f, x[some], D_rows, E_rows), input.values[some], output.values[some])
+        costs, G = penalty(J.detach())
         for g, latents, rows in zip((g_D, g_E), (A, B), torch.autograd.grad(J, (D_rows, E_rows), G), strict=True):
             _scatter(g, latents, rows)
         total += costs.sum()
     return total
 
 
-def jacobian_blocks_slow(products: Products, around: Around, A: Tensor, B: Tensor) -> Tensor:
+def jacobian_blocks_slow(products: Products, linearisation: Linearisation, A: Tensor, B: Tensor) -> Tensor:
     """The definition of `jacobian_blocks`, for tests."""
     D, (N, k_in) = products.D[A], A.shape
     J = products.E.new_zeros(N, B.shape[1], k_in)
     for b in range(len(products.WD)):
-        moved = products.WD[b][A]
-        if around.drifts is not None and around.direction is not None:
-            moved = moved - torch.einsum("tjd,td,tm->tjm", D, around.direction, around.drifts[b])
-        J = J + torch.einsum("tim,tm,tjm->tij", products.WE[B], around.slopes[b], moved)
+        tangents = products.WD[b][A]
+        if linearisation.drifts is not None and linearisation.direction is not None:
+            tangents = tangents - torch.einsum("tjd,td,tm->tjm", D, linearisation.direction, linearisation.drifts[b])
+        J = J + torch.einsum("tim,tm,tjm->tij", products.WE[B], linearisation.slopes[b], tangents)
     return J + torch.einsum("tid,tjd->tij", products.E[B], D) if products.skip else J

@@ -17,48 +17,50 @@ _tile, _narrow_tile = make_tile(TILE, 2, wide=True), make_tile(TILE, 1, wide=Fal
 
 
 @compiled
-def blocks(WD, WE, slopes, drifts, along, A, B, J, first, last):
-    """J (N, k_out, k_in), where J[t, i, j] = WE[B_i] . sum_b slope_b (WD_b[A_j] - along_j drift_b), of a run of tokens.
+def blocks(WD, WE, slopes, drifts, projections, A, B, J, first, last):
+    """J (N, k_out, k_in), where J[t, i, j] = WE[B_i] . sum_b slope_b (WD_b[A_j] - projection_j drift_b), of a run of
+    tokens.
 
-    WD (branches, n, m), WE (n, m), slopes (branches, N, m), drifts the same or (branches, 0, 0) for none, along
-    (N, k_in).
+    WD (branches, n, m), WE (n, m), slopes (branches, N, m), drifts the same or (branches, 0, 0) for none,
+    projections (N, k_in).
     """
     k_in, k_out, m = A.shape[1], B.shape[1], WE.shape[1]
     products = np.empty((_padded(k_out), _padded(k_in)), WE.dtype)
-    space = np.empty(_padded(k_in) * min(STRIP, m), WE.dtype)
+    workspace = np.empty(_padded(k_in) * min(STRIP, m), WE.dtype)
     read = np.empty(len(products), np.int64)
     for t in range(first, last):
         products[:] = 0
         read[:k_out], read[k_out:] = B[t], B[t, 0]
         for start in range(0, m, STRIP):
             width = min(STRIP, m - start)
-            moved = space[: _padded(k_in) * width].reshape(-1, width)
-            moved[k_in:] = 0
-            _move(WD, slopes, drifts, along, A, t, start, moved)
-            _add_dots(WE, read, start, moved, products)
+            tangents = workspace[: _padded(k_in) * width].reshape(-1, width)
+            tangents[k_in:] = 0
+            _fill_tangents(WD, slopes, drifts, projections, A, t, start, tangents)
+            _add_dots(WE, read, start, tangents, products)
         J[t] = products[:k_out, :k_in]
 
 
 @compiled
-def add_rows(W, slopes, drifts, along, S, T, G, by_source, by_target, start, out, first, last):
-    """out[T_j] += sum_i G_ij sum_b slope_b (W_b[S_i] - along_i drift_b) over all tokens, in columns `first` to `last`.
+def add_rows(W, slopes, drifts, projections, S, T, G, by_source, by_target, start, out, first, last):
+    """out[T_j] += sum_i G_ij sum_b slope_b (W_b[S_i] - projection_i drift_b) over all tokens, in columns `first` to
+    `last`.
 
-    Sources S (N, k), targets T (N, padded), W (branches, n, m); slopes, drifts, along as in `blocks`. G_ij of a token
-    is number i by_source + j by_target of its part of G. Column 0 of `out` (n, ...) is column `start` of W.
+    Sources S (N, k), targets T (N, padded), W (branches, n, m); slopes, drifts, projections as in `blocks`. G_ij of a
+    token is number i by_source + j by_target of its part of G. Column 0 of `out` (n, ...) is column `start` of W.
     """
     n, m = W.shape[1:]
     rows, numbers, sums = W.reshape(-1), G.reshape(-1), out.reshape(-1)
     sources, targets = np.empty(S.shape[1], np.int64), np.empty(T.shape[1], np.int64)
     step = 2 * (64 // out.itemsize)
-    whole = first + (last - first) // step * step
+    aligned_end = first + (last - first) // step * step
     for t in range(len(S)):
         targets[:] = T[t] * out.shape[1]
         begin = t * G.shape[1] * G.shape[2]
         for b in range(len(W)):
             sources[:] = (b * n + S[t]) * m + start
             scale = slopes[b, t, start : start + last]
-            for c in range(first, whole, step):
-                if c + step < whole:
+            for c in range(first, aligned_end, step):
+                if c + step < aligned_end:
                     _fetch(rows, sources, 1, c + step, step)
                     _fetch(sums, targets, 1, c + step, step)
                 elif b + 1 < len(W):
@@ -69,13 +71,13 @@ def add_rows(W, slopes, drifts, along, S, T, G, by_source, by_target, start, out
                 for j in range(0, len(targets), TILE):
                     place = begin + j * by_target
                     _tile(sums, targets, j, rows, sources, numbers, place, by_source, by_target, scale, c)
-            for c in range(whole, last):
+            for c in range(aligned_end, last):
                 for j in range(0, len(targets), TILE):
                     place = begin + j * by_target
                     _narrow_tile(sums, targets, j, rows, sources, numbers, place, by_source, by_target, scale, c)
             if drifts.shape[1]:
                 drift = drifts[b, t, start:]
-                _add_drifts(scale, drift, along[t], T[t], numbers, begin, by_source, by_target, out, first, last)
+                _add_drifts(scale, drift, projections[t], T[t], numbers, begin, by_source, by_target, out, first, last)
 
 
 @compiled
@@ -90,12 +92,12 @@ def _fetch(rows, which, size, column, count):
 
 
 @compiled
-def _add_drifts(scale, drift, along, targets, G, place, by_source, by_target, out, first, last):
+def _add_drifts(scale, drift, projections, targets, G, place, by_source, by_target, out, first, last):
     """What the norm takes from the rows that `add_rows` adds, for one token and branch."""
     for j in range(len(targets)):
         share, row = drift.dtype.type(0), out[targets[j]]
-        for i in range(len(along)):
-            share += G[place + i * by_source + j * by_target] * along[i]
+        for i in range(len(projections)):
+            share += G[place + i * by_source + j * by_target] * projections[i]
         for c in range(first, last):
             row[c] -= share * scale[c] * drift[c]
 
@@ -106,21 +108,21 @@ def _padded(k):
 
 
 @compiled
-def _move(WD, slopes, drifts, along, A, t, start, rows):
-    """rows[j] = sum_b slope_b (WD_b[A_j] - along_j drift_b), from column `start` on."""
+def _fill_tangents(WD, slopes, drifts, projections, A, t, start, rows):
+    """rows[j] = sum_b slope_b (WD_b[A_j] - projection_j drift_b), from column `start` on."""
     end = start + rows.shape[1]
     for b in range(len(WD)):
         slope = slopes[b, t, start:end]
         for j in range(A.shape[1]):
-            row, given = rows[j], WD[b, A[t, j], start:end]
+            row, source = rows[j], WD[b, A[t, j], start:end]
             if b == 0:
                 for c in range(len(slope)):
-                    row[c] = slope[c] * given[c]
+                    row[c] = slope[c] * source[c]
             else:
                 for c in range(len(slope)):
-                    row[c] += slope[c] * given[c]
+                    row[c] += slope[c] * source[c]
             if drifts.shape[1]:
-                drift, share = drifts[b, t, start:end], along[t, j]
+                drift, share = drifts[b, t, start:end], projections[t, j]
                 for c in range(len(slope)):
                     row[c] -= share * slope[c] * drift[c]
 

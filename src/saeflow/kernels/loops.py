@@ -31,7 +31,7 @@ _add_wide, _add_narrow, _add_number = make_adder(8, True), make_adder(1, True), 
 _eight_dots, _one_dot = make_dots(DOTS), make_dots(1)
 
 
-def serve(tensor: Tensor) -> bool:
+def supports(tensor: Tensor) -> bool:
     """Whether these loops work on such a tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64, torch.int64)
 
@@ -421,13 +421,13 @@ def reconstruct(values, latents, starts, W_dec, double_w, penalty, error, square
     `double_w` (N,): 2 w_t. `penalty` (n,).
     """
     for t in range(first, last):
-        own = error[t]
-        _add_rows(W_dec, latents, values, starts[t], starts[t + 1], own)
+        error_row = error[t]
+        _add_rows(W_dec, latents, values, starts[t], starts[t + 1], error_row)
         total = error.dtype.type(0)
-        for c in range(len(own)):
-            total += own[c] * own[c]
+        for c in range(len(error_row)):
+            total += error_row[c] * error_row[c]
         squares[t] = total
-        _dots(own, W_dec, latents, starts[t], starts[t + 1], g_values)
+        _dots(error_row, W_dec, latents, starts[t], starts[t + 1], g_values)
         for j in range(starts[t], starts[t + 1]):
             g_value = g_values[j] * double_w[t] + penalty[latents[j]]
             g_values[j] = g_value if values[j] > 0 else 0
@@ -472,16 +472,16 @@ def _dots(x, rows, indices, start, end, out):
     """out[j] = x . rows[indices[j]] for j from `start` to `end - 1`. Each adds its terms in one order, whatever others
     are taken with it: which others these are depends on how rows were sliced."""
     width = rows.shape[1]
-    whole = width // (64 // rows.itemsize) * (64 // rows.itemsize)
+    aligned_width = width // (64 // rows.itemsize) * (64 // rows.itemsize)
     j = start
     while j + DOTS <= end:
-        _eight_dots(x, rows, width, indices, j, whole, out)
+        _eight_dots(x, rows, width, indices, j, aligned_width, out)
         j += DOTS
     while j < end:
-        _one_dot(x, rows, width, indices, j, whole, out)
+        _one_dot(x, rows, width, indices, j, aligned_width, out)
         j += 1
-    for i in range(start, end if whole < width else start):
-        for c in range(whole, width):
+    for i in range(start, end if aligned_width < width else start):
+        for c in range(aligned_width, width):
             out[i] += x[c] * rows[indices[i], c]
 
 

@@ -42,17 +42,17 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.from_numpy(np.empty(shape, dtype=like.numpy().dtype))
 
 
-class Space:
+class Workspace:
     """Memory on the CPU that is used again at each step, by name: taken anew, the system would clear it each time."""
 
     def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """`empty`, where what had this name before is over."""
         if like.device.type != "cpu":
             return empty(like, *shape)
-        size, held = math.prod(shape), self.held.get(name)
-        if held is None or held.numel() < size or held.dtype != like.dtype:
-            held = self.held[name] = empty(like, size)
-        return held[:size].view(shape)
+        size, buffer = math.prod(shape), self.buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
+            buffer = self.buffers[name] = empty(like, size)
+        return buffer[:size].view(shape)

@@ -20,7 +20,7 @@ def sum_rows(rows: Tensor, indices: Tensor, starts: Tensor, values: Tensor) -> T
     """
     if (gpu := loops.on_gpu(rows)) is not None:
         return gpu.sum_rows(rows, indices, starts, values)
-    if not loops.serve(rows):
+    if not loops.supports(rows):
         return torch.nn.functional.embedding_bag(
             indices, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
         )
@@ -34,7 +34,7 @@ def inner_products(g: Tensor, rows: Tensor, indices: Tensor, starts: Tensor) -> 
     """For each pair j of bag b: g[b] . rows[indices[j]], (P,). g (bags, width), rows (m, width), starts (bags + 1,)."""
     if (gpu := loops.on_gpu(rows)) is not None:
         return gpu.inner_products(g, rows, indices, starts)
-    if not loops.serve(rows):
+    if not loops.supports(rows):
         bags = torch.repeat_interleave(starts.diff(), output_size=len(indices))
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(g, rows, indices, starts[:-1], bags, 0)
     out = rows.new_empty(len(indices))
@@ -45,7 +45,7 @@ def inner_products(g: Tensor, rows: Tensor, indices: Tensor, starts: Tensor) -> 
 
 def sum_bags(values: Tensor, starts: Tensor) -> Tensor:
     """Values (P,) -> their sums in each bag (bags,)."""
-    if not loops.serve(values):
+    if not loops.supports(values):
         return torch.segment_reduce(values, "sum", offsets=starts)
     out = values.new_empty(len(starts) - 1)
     loops.sum_bags(values.numpy(), starts.numpy(), out.numpy())

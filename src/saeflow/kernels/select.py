@@ -73,7 +73,7 @@ def batch_top_k(
     is above it is collected, and the best of that are kept; where the threshold was too high, it is 0 the second time.
     """
     wanted = len(x) * k
-    if not loops.serve(x):
+    if not loops.supports(x):
         (part,) = _products(x, encoder, b_enc, scale, bf16)
         assert isinstance(part, _OnDevice)
         values, flat = torch.topk(part.product.view(-1), min(wanted, part.product.numel()), sorted=False)
@@ -93,12 +93,12 @@ def batch_top_k(
 
 
 def at_once(x: Tensor, encoder: Tensor) -> bool:
-    """Whether `of_heads` takes several of the heads of x (H, N, d) and encoder (H, n, d) at once: small ones."""
+    """Whether `active_of_heads` takes several of the heads of x (H, N, d) and encoder (H, n, d) at once: small ones."""
     fit = 2 * x.shape[1] * encoder.shape[1] <= WORKSPACE
-    return fit and loops.serve(x) and x.dtype == torch.float32 and multiplies_bfloat16()
+    return fit and loops.supports(x) and x.dtype == torch.float32 and multiplies_bfloat16()
 
 
-def of_heads(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int | None, scale: Tensor | None = None) -> Active:
+def active_of_heads(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int | None, scale: Tensor | None = None) -> Active:
     """`top_k` of H heads as one pattern, or, without k, `positive`. Only `at_once`.
 
     x (H, N, d), encoder (H, n, d), b_enc and scale (H, n). Row t of head h is row h N + t, its latent i column h n + i.
@@ -193,7 +193,7 @@ def _products(
     """x encoder^T + b_enc, times `scale`, some tokens at a time. The next overwrites the last."""
     if scale is not None:
         encoder, b_enc = encoder * scale[:, None], b_enc * scale
-    if not loops.serve(x):
+    if not loops.supports(x):
         product = x.bfloat16() @ encoder.bfloat16().T + b_enc if bf16 else torch.addmm(b_enc, x, encoder.T)
         yield _OnDevice(product.relu_())
         return
@@ -240,7 +240,7 @@ def _rounded(rows: Tensor) -> tuple[Tensor, tuple[np.ndarray, np.ndarray]]:
 
 def _valued(found: Active, x: Tensor, encoder: Tensor, b_enc: Tensor, scale: Tensor | None, bf16: bool) -> Active:
     """With the values that the pairs have before scaling, and in full precision."""
-    if bf16 and not loops.serve(x):
+    if bf16 and not loops.supports(x):
         exact = inner_products(x, encoder, found.latents, found.starts).add_(b_enc[found.latents]).relu_()
         return found._replace(values=exact)
     return found if scale is None else found._replace(values=found.values / scale[found.latents])

@@ -47,7 +47,7 @@ class Pattern:
     def by_latent(self) -> ByLatent:
         """Built once a step, however many products use it."""
         latents, n = self.latents, self.n_latents
-        if loops.serve(latents):
+        if loops.supports(latents):
             by_latent = ByLatent(torch.empty_like(latents), torch.empty_like(latents), latents.new_empty(n + 1))
             loops.transpose(latents.numpy(), self.starts.numpy(), *(t.numpy() for t in by_latent))
             return by_latent
@@ -77,7 +77,9 @@ def encode(
         if x.dim() == 2:
             active = select(centred, encoder, b_enc)
         else:
-            active = side_by_side([select(*head) for head in zip(centred, encoder, b_enc, strict=True)], len(b_enc[0]))
+            active = concatenate_heads(
+                [select(*head) for head in zip(centred, encoder, b_enc, strict=True)], len(b_enc[0])
+            )
     pattern = Pattern(active.latents, active.starts, b_enc.numel())
     values: Tensor = _Encode.apply(x, encoder, b_enc, centre, centred, active.values, pattern)
     return values, pattern
@@ -178,7 +180,7 @@ class _SumByLatent(torch.autograd.Function):
         return g[ctx.pattern.latents], None
 
 
-def side_by_side(heads: list[Active], n_latents: int) -> Active:
+def concatenate_heads(heads: list[Active], n_latents: int) -> Active:
     """Patterns of H heads as one: the latents of head h are numbered from h n, its pairs follow those before it."""
     values = torch.cat([head.values for head in heads])
     latents = torch.cat([head.latents + h * n_latents for h, head in enumerate(heads)])

@@ -6,7 +6,7 @@ Shapes: N tokens, d = `d_in`, p = `d_out`, n = `d_sae`. All steps minimise
     y_hat = f W_dec + b_dec (+ x W_skip^T),
 
 where the weights w_t of the tokens say how the squared error is averaged (`token_weights`), and c_i is the norm of
-latent i's decoder row or 1. `loss_as_written` is that, densely; its autograd gradients define those of `take_step`.
+latent i's decoder row or 1. `loss_slow` is that, densely; its autograd gradients define those of `take_step`.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from saeflow.kernels import loops
 from saeflow.kernels.rows import inner_products, sum_bags, sum_rows
-from saeflow.kernels.select import Active, at_once, batch_top_k, of_heads, positive, top_k
-from saeflow.kernels.sparse import Pattern, side_by_side
+from saeflow.kernels.select import Active, active_of_heads, at_once, batch_top_k, positive, top_k
+from saeflow.kernels.sparse import Pattern, concatenate_heads
 
 
 class Weights(NamedTuple):
@@ -63,7 +63,7 @@ class Objective:
     """The encoder's product, which decides what is active, in bfloat16."""
 
 
-class Situation(NamedTuple):
+class AuxiliaryLossInput(NamedTuple):
     """What a term for dead latents may look at: the parameters with gradients, and the step so far."""
 
     weights: Weights
@@ -76,7 +76,7 @@ class Situation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
+class StepMetrics:
     """What any trainer's step tells its metrics. Tensors stay on the device; nothing here has waited for it."""
 
     loss: Tensor
@@ -89,19 +89,19 @@ class Found:
     """(N,): ||y_hat_t - y_t||^2, whatever the weights of the tokens."""
     activity: Tensor
     """(n,): sum of each latent's activations over the tokens; above 0 where it fired."""
-    active: Tensor | None
+    n_active: Tensor | None
     """(): how many (token, latent) pairs are active; None where counting costs a pass and was not asked for."""
 
 
 @dataclass(frozen=True)
-class Step(Found):
+class Step(StepMetrics):
     """What one step found."""
 
     smallest: Tensor | None
     """(): with batchtopk the smallest kept value (times norm with `by_norm`), infinite where nothing was active."""
     gradients: Weights
-    kept: Active | None = None
-    """The active pairs, on the sparse road."""
+    active_pairs: Active | None = None
+    """The active pairs, of a sparse step."""
 
 
 @torch.no_grad()
@@ -113,22 +113,22 @@ def take_step(
     l1: float | Tensor = 0.0,
     sparse: bool = True,
     count: bool = True,
-    extra: Callable[[Situation], Tensor] | None = None,
+    auxiliary_loss: Callable[[AuxiliaryLossInput], Tensor] | None = None,
     active: Active | None = None,
 ) -> Step:
     """Loss and gradients at inputs x (N, d) and targets y (N, p).
 
-    `sparse`: the road to take with relu; the result is the same up to rounding, which is bfloat16's on the dense road
-    with `objective.bf16`. `count`: count the active pairs even where that costs a pass. `extra`: one more term of the
-    loss, whose gradients autograd takes. `active`: what is active, where the caller knows. N is 1 or more, and k at
-    most n.
+    `sparse`: whether a step with relu is sparse or dense; the result is the same up to rounding, which is bfloat16's in
+    a dense step with `objective.bf16`. `count`: count the active pairs even where that costs a pass. `auxiliary_loss`:
+    one more term of the loss, whose gradients autograd takes. `active`: what is active, where the caller knows. N is 1
+    or more, and k at most n.
     """
     N = len(x)
     relu = objective.activation == "relu"
     norms = _norms(objective, weights)
     penalty = norms * (l1 / N if relu else 0.0)  # the price of one unit of each latent
     f = _activations(objective, weights, x, norms, sparse, active)
-    error = _unexplained(weights, x, y)
+    error = _error_without_latents(weights, x, y)
     w = token_weights(y, objective.squared_error)
     squared_norms = f.reconstruct_(error, weights.W_dec, w, penalty)
     squared_error = w @ squared_norms
@@ -142,8 +142,8 @@ def take_step(
     gradients = Weights(encoder, b_enc, W_dec, b_dec, W_skip)
     sparsity = activity @ norms / N
     loss = squared_error + l1 * sparsity if relu else squared_error
-    if extra is not None:
-        loss = loss + _add_term(extra, weights, x, error, w, objective.centred, gradients)
+    if auxiliary_loss is not None:
+        loss = loss + _add_auxiliary_loss(auxiliary_loss, weights, x, error, w, objective.centred, gradients)
     n_active = smallest = kept = None
     if isinstance(f, _Sparse):
         n_active = (f.values > 0).sum()
@@ -161,7 +161,7 @@ def take_steps(
     """`take_step` of H dictionaries of one shape at once: weights, x (H, N, d) and y (H, N, p) with heads in front.
 
     `l1` (H,). After the products, taken head by head, all H are one pattern of H N tokens and H n latents, so that a
-    step makes as many calls for H small dictionaries as for one. On the dense road each goes alone. Active pairs are
+    step makes as many calls for H small dictionaries as for one. In dense steps each goes alone. Active pairs are
     counted only where `count` says so. Also returns the gradients with heads in front; those of each step are parts of
     them.
     """
@@ -169,9 +169,9 @@ def take_steps(
     relu = objective.activation == "relu"
     if relu and not sparse:
         alone = [Weights(*(None if t is None else t[h] for t in weights)) for h in range(H)]  # type: ignore[arg-type]
-        found = [take_step(objective, alone[h], x[h], y[h], float(l1[h]), sparse, count) for h in range(H)]
-        each = zip(*(step.gradients for step in found), strict=True)
-        return found, Weights(*(None if g[0] is None else torch.stack(g) for g in each))  # type: ignore[arg-type]
+        results = [take_step(objective, alone[h], x[h], y[h], float(l1[h]), sparse, count) for h in range(H)]
+        each = zip(*(step.gradients for step in results), strict=True)
+        return results, Weights(*(None if g[0] is None else torch.stack(g) for g in each))  # type: ignore[arg-type]
     norms = _norms(objective, weights)
     price = (l1 / N if relu else torch.zeros_like(l1))[:, None]
     centred = x - weights.b_dec[:, None] if objective.centred else x
@@ -198,11 +198,11 @@ def take_steps(
     activity = activity.view(H, -1)
     sparsity = (activity * norms.view(H, -1)).sum(dim=1) / N
     loss = squared_error + l1 * sparsity if relu else squared_error
-    own: list[Active | None] = [None] * H
+    by_head: list[Active | None] = [None] * H
     if count or objective.activation == "batchtopk":  # asking where heads begin waits for a GPU
         bounds = pairwise(active.starts[::N].tolist())
-        own = [active._replace(values=active.values[a:b], latents=active.latents[a:b]) for a, b in bounds]
-    found = [
+        by_head = [active._replace(values=active.values[a:b], latents=active.latents[a:b]) for a, b in bounds]
+    results = [
         Step(
             loss[h],
             squared_error[h],
@@ -213,9 +213,9 @@ def take_steps(
             None if one is None else _smallest(objective, one, norms),
             Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
         )
-        for h, one in enumerate(own)
+        for h, one in enumerate(by_head)
     ]
-    return found, gradients
+    return results, gradients
 
 
 @torch.no_grad()
@@ -223,7 +223,9 @@ def squared_norms(objective: Objective, weights: Weights, x: Tensor, y: Tensor, 
     """||y_hat_t - y_t||^2 of each token (N,), as in `take_step`, without gradients."""
     norms = _norms(objective, weights)
     f = _activations(objective, weights, x, norms, sparse)
-    return f.reconstruct_(_unexplained(weights, x, y), weights.W_dec, y.new_zeros(len(y)), torch.zeros_like(norms))
+    return f.reconstruct_(
+        _error_without_latents(weights, x, y), weights.W_dec, y.new_zeros(len(y)), torch.zeros_like(norms)
+    )
 
 
 def _norms(objective: Objective, weights: Weights) -> Tensor:
@@ -231,14 +233,14 @@ def _norms(objective: Objective, weights: Weights) -> Tensor:
     return weights.W_dec.norm(dim=-1) if objective.by_norm else torch.ones_like(weights.b_enc)
 
 
-def _unexplained(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
+def _error_without_latents(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
     """The error (N, p) of an output without latents."""
     error = weights.b_dec - y
     return error if weights.W_skip is None else error.addmm_(x, weights.W_skip.T)
 
 
-def _add_term(
-    extra: Callable[[Situation], Tensor],
+def _add_auxiliary_loss(
+    auxiliary_loss: Callable[[AuxiliaryLossInput], Tensor],
     weights: Weights,
     x: Tensor,
     error: Tensor,
@@ -249,7 +251,7 @@ def _add_term(
     """The value of the term; its gradients are added to those given."""
     with torch.enable_grad():
         leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights))  # type: ignore[arg-type]
-        term = extra(Situation(leaves, x - leaves.b_dec if centred else x, error, w))
+        term = auxiliary_loss(AuxiliaryLossInput(leaves, x - leaves.b_dec if centred else x, error, w))
         found = torch.autograd.grad(term, leaves.parameters(), allow_unused=True)
     for gradient, more in zip(gradients.parameters(), found, strict=True):
         if more is not None:
@@ -257,7 +259,7 @@ def _add_term(
     return term.detach()
 
 
-def loss_as_written(objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: float = 0.0) -> Tensor:
+def loss_slow(objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: float = 0.0) -> Tensor:
     """The loss, densely; among equal values the first are kept."""
     N, n = len(x), len(weights.b_enc)
     norms = _norms(objective, weights)
@@ -331,7 +333,7 @@ class _Sparse:
         if (gpu := loops.on_gpu(error)) is not None:
             squares, self.g_values = gpu.reconstruct(values, latents, starts, W_dec, 2 * w, penalty, error)
             return squares
-        if not loops.serve(error):
+        if not loops.supports(error):
             error += sum_rows(W_dec, latents, starts, values)
             self.g_values = inner_products(error * (2 * w)[:, None], W_dec, latents, starts).add_(penalty[latents])
             self.g_values *= values > 0
@@ -345,7 +347,7 @@ class _Sparse:
     def gradients(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
         """After `reconstruct_` -> gradients of encoder, b_enc and W_dec; sums of activations (n,)."""
         values, g_values = self.values, self.g_values
-        if loops.serve(error):
+        if loops.supports(error):
             return self._gradients_in_loops(error, w, W_dec)
         tokens, order, starts = self.pattern.by_latent
         if (gpu := loops.on_gpu(error)) is not None:
@@ -411,9 +413,9 @@ def _select_of_heads(objective: Objective, x: Tensor, encoder: Tensor, b_enc: Te
     if objective.activation != "batchtopk" and at_once(x, encoder):
         k = objective.k if objective.activation == "topk" else None
         scale = norms.clamp(min=1e-12) if objective.by_norm and k else None
-        return of_heads(x, encoder, b_enc, k, scale)
+        return active_of_heads(x, encoder, b_enc, k, scale)
     heads = [_select(objective, *head) for head in zip(x, encoder, b_enc, norms, strict=True)]
-    return side_by_side(heads, b_enc.shape[1])
+    return concatenate_heads(heads, b_enc.shape[1])
 
 
 def _smallest(objective: Objective, active: Active, norms: Tensor) -> Tensor | None:

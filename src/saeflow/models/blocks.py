@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from saeflow.config import ConfigError
 from saeflow.kernels import loops
-from saeflow.kernels.jacobian import Around, BlockWeights
+from saeflow.kernels.jacobian import BlockWeights, Linearisation
 from saeflow.kernels.memory import empty
 from saeflow.models.folder import block_of_hooks
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
-PART = 512  # tokens
+CHUNK_TOKENS = 512  # that are linearised at a time
 
 
 def _gelu_slope(z: Tensor, approximate: str = "none") -> Tensor:
@@ -135,29 +135,29 @@ class Block:
             W_in = W_in - W_in.mean(dim=1, keepdim=True)  # directions lose their mean
         return BlockWeights(W_in, self.mlp.W_out, self.skip)
 
-    def around(self, x: Tensor) -> Around:
+    def linearise(self, x: Tensor) -> Linearisation:
         """What the block does around x (N, d); differentiable."""
         y, scale = self._normalised(x)
         slopes = _together(self.mlp.slopes(y))
         if scale is None:
-            return Around(slopes)
+            return Linearisation(slopes)
         drifts = torch.stack([y @ W for W in self.weights().W_in])
-        return Around(slopes / scale, drifts, y / x.shape[1])
+        return Linearisation(slopes / scale, drifts, y / x.shape[1])
 
     @torch.no_grad()
-    def around_in_parts(self, x: Tensor) -> Around:
-        """`around` for the loops, some tokens at a time: nothing but the result takes memory."""
-        if not loops.serve(x):
-            return self.around(x)
-        part = self.around(x[:PART])
-        shapes = (None if t is None else (*t.shape[:-2], len(x), t.shape[-1]) for t in part)
-        whole = Around(*(None if shape is None else empty(x, *shape) for shape in shapes))  # type: ignore[arg-type]
-        for start in range(0, len(x), PART):
-            part = self.around(x[start : start + PART]) if start else part
-            for out, found in zip(whole, part, strict=True):
-                if out is not None and found is not None:
-                    out[..., start : start + PART, :] = found
-        return whole
+    def linearise_in_chunks(self, x: Tensor) -> Linearisation:
+        """`linearise` for the loops, some tokens at a time: nothing but the result takes memory."""
+        if not loops.supports(x):
+            return self.linearise(x)
+        chunk = self.linearise(x[:CHUNK_TOKENS])
+        shapes = (None if t is None else (*t.shape[:-2], len(x), t.shape[-1]) for t in chunk)
+        result = Linearisation(*(None if shape is None else empty(x, *shape) for shape in shapes))  # type: ignore[arg-type]
+        for start in range(0, len(x), CHUNK_TOKENS):
+            chunk = self.linearise(x[start : start + CHUNK_TOKENS]) if start else chunk
+            for out, values in zip(result, chunk, strict=True):
+                if out is not None and values is not None:
+                    out[..., start : start + CHUNK_TOKENS, :] = values
+        return result
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The MLP's input and the norm's scale (N, 1)."""

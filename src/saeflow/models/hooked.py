@@ -88,11 +88,11 @@ def _config(keys: dict[str, Any], fold_ln: bool) -> Any:
 def _check(folder: Path, state: dict[str, Tensor], plain: "HookedTransformer") -> None:
     """Every parameter and its shape, before anything is folded: TransformerLens fills what is missing, unsaid."""
     wanted = {name: tuple(t.shape) for name, t in plain.state_dict().items() if not name.endswith(BUFFERS)}
-    given = {name: tuple(t.shape) for name, t in state.items()}
-    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    stored = {name: tuple(t.shape) for name, t in state.items()}
+    wrong = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
     if wrong:
         name = wrong[0]
         raise ModelError(
             f"the weights of {folder} do not fit its config.json in {len(wrong)} tensors: {name} is "
-            f"{given.get(name, 'missing')} where {wanted.get(name, 'nothing')} belongs; fetch the model again"
+            f"{stored.get(name, 'missing')} where {wanted.get(name, 'nothing')} belongs; fetch the model again"
         )

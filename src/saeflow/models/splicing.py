@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
-class Clean(NamedTuple):
+class CleanPass(NamedTuple):
     """The clean pass of one batch."""
 
     tokens: Tensor
@@ -43,7 +43,7 @@ class _Resume(NamedTuple):
 
 
 @torch.no_grad()
-def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> Clean:
+def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> CleanPass:
     """Runs the model on `tokens` (B, P); keeps the values at `hooks`, and what resuming at `splices` takes."""
     kept = {*hooks, *splices}
     for splice in splices:
@@ -55,12 +55,12 @@ def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], 
 
     with model.hooks(fwd_hooks=[(name, keep) for name in sorted(kept)]):
         final = _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
-    return Clean(tokens, final, values)
+    return CleanPass(tokens, final, values)
 
 
 @torch.no_grad()
 def run_spliced(
-    model: "HookedTransformer", clean: Clean, hook_name: str, value: Tensor, head: int | None = None
+    model: "HookedTransformer", clean: CleanPass, hook_name: str, value: Tensor, head: int | None = None
 ) -> Tensor:
     """The final value (B, P, D) with the value at the hook replaced by `value`, of its shape or flattened to (N, d).
 
@@ -70,9 +70,9 @@ def run_spliced(
     if head is None:
         value = value.reshape(clean.values[hook_name].shape)
     else:
-        whole = clean.values[hook_name].clone()
-        whole[:, :, head] = value.view(*whole.shape[:2], -1)
-        value = whole
+        all_heads = clean.values[hook_name].clone()
+        all_heads[:, :, head] = value.view(*all_heads.shape[:2], -1)
+        value = all_heads
     parts = [clean.values[name] for name in resume.base] + ([value] if resume.adds else [])
     hooks = [] if resume.adds else [(hook_name, lambda _, hook: value)]
     with model.hooks(fwd_hooks=hooks):

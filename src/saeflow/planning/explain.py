@@ -58,15 +58,15 @@ def sentence(explanation: Explanation) -> str:
     more = len(explanation.reasons) - len(why)
     reason = (", ".join(why) + (f", and {more} more" if more else "")) if why else "an artifact was removed"
     to_cache = f"{', '.join(cached)}, {readable(explanation.bytes_to_cache)} to cache"
-    told = f"{', '.join(counts.values()) or 'no other stage'}: {reason}; {to_cache}"
-    told += f"; {readable(explanation.bytes_in_all)} in all"
+    text = f"{', '.join(counts.values()) or 'no other stage'}: {reason}; {to_cache}"
+    text += f"; {readable(explanation.bytes_in_all)} in all"
     if explanation.operations:
         seconds = explanation.operations / explanation.rate
         unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
         least = f"{seconds / size:.2g} {unit}"
         rate = f"device.flops={explanation.rate:.0e}"
-        told += f"; {explanation.operations:.1e} operations of training, at least {least} at {rate}"
-    return told
+        text += f"; {explanation.operations:.1e} operations of training, at least {least} at {rate}"
+    return text
 
 
 def check_disk(plan: Plan) -> None:

@@ -111,22 +111,22 @@ def shuffle_documents(documents: Iterable[Document]) -> Iterator[Document]:
     smaller where documents are long: `SHUFFLE_CHARACTERS` in all.
     """
     rng = random.Random(SHUFFLE_SEED)
-    held: list[Document] = []
+    buffer: list[Document] = []
     size = 0
 
     def draw() -> Document:
-        i = int(rng.random() * len(held))
-        held[i], held[-1] = held[-1], held[i]
-        return held.pop()
+        i = int(rng.random() * len(buffer))
+        buffer[i], buffer[-1] = buffer[-1], buffer[i]
+        return buffer.pop()
 
     for document in documents:
-        held.append(document)
+        buffer.append(document)
         size += len(document.text)
-        while len(held) > SHUFFLE_DOCUMENTS or size > SHUFFLE_CHARACTERS:
+        while len(buffer) > SHUFFLE_DOCUMENTS or size > SHUFFLE_CHARACTERS:
             drawn = draw()
             size -= len(drawn.text)
             yield drawn
-    while held:
+    while buffer:
         yield draw()
 
 
@@ -198,23 +198,23 @@ def _read_jsonl(file: Path, lines: Iterator[str], text_field: str, source_field:
 
 def _read_text(file: Path, lines: Iterator[str], sample_by: str) -> Iterator[Document]:
     """Groups lines into documents; line ends around each are dropped."""
-    held: list[str] = []
+    block: list[str] = []
     size = 0
     for line in lines:
         if sample_by == "line":
             yield Document(line.strip("\n"), file.name)
         elif sample_by == "paragraph" and not line.strip():
-            yield Document("".join(held).strip("\n"), file.name)
-            held, size = [], 0
+            yield Document("".join(block).strip("\n"), file.name)
+            block, size = [], 0
         else:
-            held.append(line)
+            block.append(line)
             size += len(line)
             if size > MAX_DOCUMENT_CHARACTERS:
                 raise CorpusError(
                     f"corpus {file}: a document of more than {MAX_DOCUMENT_CHARACTERS:,} characters; "
                     "set corpus.sample_by=paragraph or line"
                 )
-    yield Document("".join(held).strip("\n"), file.name)
+    yield Document("".join(block).strip("\n"), file.name)
 
 
 def _read_parquet(file: Path, text_field: str, source_field: str) -> Iterator[Document]:

@@ -147,15 +147,15 @@ def write_tokens(
     return table.n_documents
 
 
-def write_whole_rows(folder: str | Path, tokens: np.ndarray, source: str, attributes: dict[str, Any]) -> None:
+def write_unpacked_rows(folder: str | Path, tokens: np.ndarray, source: str, attributes: dict[str, Any]) -> None:
     """Writes rows (rows, context_size) of token ids that are not packed from text: each is a document of its own, and
     the offset of a token is its position."""
     folder = Path(folder)
     n_rows, context_size = tokens.shape
     document = np.broadcast_to(np.arange(n_rows)[:, None], tokens.shape)
     offset = np.broadcast_to(np.arange(context_size), tokens.shape)
-    held = {"context_size": context_size, "packing": "whole rows"} | attributes
-    arrays = _create(folder / "tokens.zarr", n_rows, context_size, held)
+    metadata = {"context_size": context_size, "packing": "whole rows"} | attributes
+    arrays = _create(folder / "tokens.zarr", n_rows, context_size, metadata)
     for name, values in zip(Rows._fields, (tokens, document, offset), strict=True):
         arrays[name][:] = values.astype(np.int32)
     with _DocumentTable(folder / "documents.parquet") as table:
@@ -191,20 +191,20 @@ class _Stream:
 
 def _shards(blocks: Iterable[Rows], n_rows: int, shard_rows: int) -> Iterator[Rows]:
     """Joins blocks of rows into shards; stops asking for blocks at `n_rows`. The last shard may be smaller."""
-    held: list[Rows] = []
-    waiting = given = 0
+    pending: list[Rows] = []
+    waiting = written = 0
     for block in blocks:
-        held.append(block)
+        pending.append(block)
         waiting += len(block.tokens)
-        while waiting and (waiting >= shard_rows or given + waiting >= n_rows):
-            joined = Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
-            n = min(waiting, shard_rows, n_rows - given)
+        while waiting and (waiting >= shard_rows or written + waiting >= n_rows):
+            joined = Rows(*(np.concatenate(parts) for parts in zip(*pending, strict=True)))
+            n = min(waiting, shard_rows, n_rows - written)
             yield Rows(*(values[:n] for values in joined))
-            held, waiting, given = [Rows(*(values[n:] for values in joined))], waiting - n, given + n
-            if given == n_rows:
+            pending, waiting, written = [Rows(*(values[n:] for values in joined))], waiting - n, written + n
+            if written == n_rows:
                 return
     if waiting:
-        yield Rows(*(np.concatenate(parts) for parts in zip(*held, strict=True)))
+        yield Rows(*(np.concatenate(parts) for parts in zip(*pending, strict=True)))
 
 
 def _create(path: Path, n_rows: int, context_size: int, attributes: dict[str, Any]) -> dict[str, "zarr.Array"]:

@@ -43,28 +43,32 @@ class BatchedTrainer:
                     moments = getattr(member.optimiser, name)
                     stacked[h].copy_(moments[i])
                     moments[i] = stacked[h]
-        for mine, theirs in zip(self.optimiser.steps, first.optimiser.steps, strict=True):
-            mine.copy_(theirs)
+        for stacked_step, step in zip(self.optimiser.steps, first.optimiser.steps, strict=True):
+            stacked_step.copy_(step)
         for h, member in enumerate(members):
             member.weights = Weights(*(None if t is None else t[h] for t in self.weights))  # type: ignore[arg-type]
             member.optimiser.parameters, member.optimiser.steps = member.weights.parameters(), self.optimiser.steps
 
-    def take(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    def train_step(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
         """One step of all: a batch for each member, (x,) or (x, y), of equally many tokens."""
         scaled = [member._scaled(batch) for member, batch in zip(self.members, batches, strict=True)]
-        x = torch.stack([mine for mine, _ in scaled])
-        self.apply(x, x if self.members[0].spec.kind == "sae" else torch.stack([target for _, target in scaled]))
+        x = torch.stack([one for one, _ in scaled])
+        self.train_step_scaled(
+            x, x if self.members[0].spec.kind == "sae" else torch.stack([target for _, target in scaled])
+        )
 
-    def apply(self, x: Tensor, y: Tensor) -> None:
-        """`take` of batches in training's units: x (H, N, d), and y (H, N, p), which is x for SAEs."""
+    def train_step_scaled(self, x: Tensor, y: Tensor) -> None:
+        """`train_step` of batches in training's units: x (H, N, d), and y (H, N, p), which is x for SAEs."""
         members, first = self.members, self.members[0]
         for h, member in enumerate(members):
-            member._look_ahead(x[h], y[h])
+            member._choose_first_step(x[h], y[h])
         lr, _ = first._rates()
         l1 = [member._rates()[1] for member in members]
         sparse = all(member.sparse for member in members)
-        prices = torch.tensor(l1, dtype=x.dtype, device=x.device)
-        found, stacked = take_steps(first.objective, self.weights, x, y, prices, sparse, first._counts())
+        l1_coefficients = torch.tensor(l1, dtype=x.dtype, device=x.device)
+        results, stacked = take_steps(
+            first.objective, self.weights, x, y, l1_coefficients, sparse, first._counts_active()
+        )
         gradients = stacked.parameters()
         W_dec = self.weights.W_dec.flatten(0, 1)
         if first.spec.sparsity == "unit_norm":
@@ -76,7 +80,7 @@ class BatchedTrainer:
             normalise_rows_(W_dec)
         for h, member in enumerate(members):
             try:
-                member._record(found[h], y[h], lr, l1[h])
+                member._record(results[h], y[h], lr, l1[h])
             except TrainingError as error:
                 head = member.spec.hook_head_index
                 raise TrainingError(f"dictionary {h}: {error}" if head is None else f"head {head}: {error}") from error

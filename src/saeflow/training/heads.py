@@ -13,37 +13,38 @@ from saeflow.config import TrainingConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.training.batched import BatchedTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import Batches, Inputs, SeveralTrainers, Side
+from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers
 from saeflow.training.trainer import Trainer
 
-OF_ALL = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
+SHARED_METRICS = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
 
 
 class HeadsTrainer(SeveralTrainers):
     """Trains the SAEs of H heads on batches of all of them; does what a `Trainer` does."""
 
     @classmethod
-    def of_job(cls, given: Inputs) -> "HeadsTrainer":
-        return cls(given.specs, given.training, given.sides[0], given.device, given.on_row)
+    def of_job(cls, inputs: Inputs) -> "HeadsTrainer":
+        return cls(inputs.specs, inputs.training, inputs.statistics[0], inputs.device, inputs.on_row)
 
     def __init__(
         self,
         specs: Sequence[Spec],
         training: TrainingConfig,
-        side: Side,
+        statistics: HookStatistics,
         device: str = "cpu",
         on_row: Callable[[dict[str, float]], None] = lambda row: None,
     ) -> None:
-        """`specs` of head 0, 1, ...; `side` of the whole hook. `on_row` gets one row of all heads, as `head_h.<name>`.
+        """`specs` of head 0, 1, ...; `statistics` of the whole hook. `on_row` gets one row of all heads, as
+        `head_h.<name>`.
 
         Raises `TrainingError` for a head whose activations are all 0.
         """
         self.training, self.device, self.on_row = training, device, on_row
-        sides = side.of_heads()
-        silent = [h for h, one in enumerate(sides) if one.mean_norm == 0]
+        by_head = statistics.by_head()
+        silent = [h for h, of_head in enumerate(by_head) if of_head.mean_norm == 0]
         if silent:
             raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
-        self.heads = [Trainer(s, training, one, one, device) for s, one in zip(specs, sides, strict=True)]
+        self.heads = [Trainer(s, training, of_head, of_head, device) for s, of_head in zip(specs, by_head, strict=True)]
         self.batched = BatchedTrainer(self.heads)
         scales = (torch.as_tensor(head.scale_in, dtype=torch.float32, device=device) for head in self.heads)
         self.scale = torch.stack([scale.expand(specs[0].d_in) for scale in scales])[:, None]
@@ -62,7 +63,7 @@ class HeadsTrainer(SeveralTrainers):
             f"{sum(head.spec.d_sae for head in self.heads)} latents dead"
         )
 
-    def take(self, batch: tuple[Tensor, ...]) -> None:
+    def train_step(self, batch: tuple[Tensor, ...]) -> None:
         """One step on batch number `self.step`: z (N, H d_head), raw, heads side by side.
 
         Raises `TrainingError`, at the next row of metrics, when the loss of a head stops being finite.
@@ -70,26 +71,31 @@ class HeadsTrainer(SeveralTrainers):
         logged = self.heads[0]._logged()
         z = batch[0].to(self.device, non_blocking=True).unflatten(1, (len(self.heads), -1)).transpose(0, 1)
         x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        self.batched.apply(torch.mul(z, self.scale, out=x), x)
+        self.batched.train_step_scaled(torch.mul(z, self.scale, out=x), x)
         if logged:
             rows = {name: head.metrics.rows[-1] for name, head in self.parts.items()}
-            row = {name: value for name, value in self.heads[0].metrics.rows[-1].items() if name in OF_ALL}
-            each = {f"{part}.{n}": v for part, own in rows.items() for n, v in own.items() if n not in OF_ALL}
-            self.on_row(row | {"l0": sum(own["l0"] for own in rows.values())} | each)
+            row = {name: value for name, value in self.heads[0].metrics.rows[-1].items() if name in SHARED_METRICS}
+            each = {
+                f"{part}.{n}": v
+                for part, row_of_head in rows.items()
+                for n, v in row_of_head.items()
+                if n not in SHARED_METRICS
+            }
+            self.on_row(row | {"l0": sum(row_of_head["l0"] for row_of_head in rows.values())} | each)
 
     def _split(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         return [(z,) for z in batch[0].tensor_split(len(self.heads), dim=1)]
 
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each head, from one read of the batches."""
-        dead = [head.dead_now() for head in self.heads]
+        dead = [head.dead_latents() for head in self.heads]
         if not any(map(len, dead)):
             return
         samples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.heads]
         for batch in batches.iterate(self.n_steps, self.training.resample_batches):
-            for h, own in enumerate(self._split(batch)):
+            for h, head_batch in enumerate(self._split(batch)):
                 if len(dead[h]):
-                    samples[h].append(self.heads[h].judge(own))
-        for head, latents, judged in zip(self.heads, dead, samples, strict=True):
+                    samples[h].append(self.heads[h].token_errors(head_batch))
+        for head, latents, errors in zip(self.heads, dead, samples, strict=True):
             if len(latents):
-                head.reset(latents, judged)
+                head.reset_latents(latents, errors)

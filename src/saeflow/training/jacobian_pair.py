@@ -26,23 +26,23 @@ from saeflow.config import TrainingConfig
 from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.jacobian import (
-    Around,
-    Kept,
+    Linearisation,
+    TopLatents,
     add_penalty,
-    add_penalty_of_any,
+    add_penalty_by_jvp,
     jacobian_blocks,
-    jacobian_of_any,
+    jacobian_by_jvp,
     make_products,
     mask_inactive,
 )
-from saeflow.kernels.memory import Space
+from saeflow.kernels.memory import Workspace
 from saeflow.kernels.penalties import PENALTIES
 from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
 from saeflow.models.blocks import Block, ModuleBlock
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import Batches, Inputs, SeveralTrainers, Side, Tables
+from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers, Tables
 from saeflow.training.trainer import Trainer
 
 LOGGED_TOKENS = 128  # on which a row of metrics compares both places where the Jacobian can be taken
@@ -53,11 +53,17 @@ class JacobianTrainer(SeveralTrainers):
     """Trains the two SAEs on batches (x, f(x)); does what a `Trainer` does."""
 
     @classmethod
-    def of_job(cls, given: Inputs) -> "JacobianTrainer":
-        assert isinstance(given.config, JacobianPairConfig)
-        (first, last), (side_in, side_out) = given.specs, given.sides
+    def of_job(cls, inputs: Inputs) -> "JacobianTrainer":
+        assert isinstance(inputs.config, JacobianPairConfig)
+        (first, last), (statistics_in, statistics_out) = inputs.specs, inputs.statistics
         return cls(
-            (first, last), given.config, given.training, (side_in, side_out), given.block(), given.device, given.on_row
+            (first, last),
+            inputs.config,
+            inputs.training,
+            (statistics_in, statistics_out),
+            inputs.block(),
+            inputs.device,
+            inputs.on_row,
         )
 
     def __init__(
@@ -65,7 +71,7 @@ class JacobianTrainer(SeveralTrainers):
         specs: tuple[Spec, Spec],
         dictionary: JacobianPairConfig,
         training: TrainingConfig,
-        sides: tuple[Side, Side],
+        statistics: tuple[HookStatistics, HookStatistics],
         block: Block | ModuleBlock,
         device: str = "cpu",
         on_row: Callable[[dict[str, float]], None] = lambda row: None,
@@ -73,15 +79,15 @@ class JacobianTrainer(SeveralTrainers):
         """`block` is on the device. `on_row` gets the rows of the input SAE, with those of the pair added."""
         self.training, self.block, self.device, self.on_row = training, block, device, on_row
         self.coefficient, self.at = dictionary.jacobian_coefficient or 0.0, dictionary.jacobian_at
-        self.score = PENALTIES[dictionary.jacobian_penalty]
+        self.penalty = PENALTIES[dictionary.jacobian_penalty]
         self.input, self.output = (
-            Trainer(s, training, side, side, device) for s, side in zip(specs, sides, strict=True)
+            Trainer(s, training, one, one, device) for s, one in zip(specs, statistics, strict=True)
         )
         scales = self.input.scale_in, self.output.scale_in
         assert isinstance(scales[0], float) and isinstance(scales[1], float)  # an MLP's sites have no heads
         self.scale_in, self.units = scales[0], scales[1] / scales[0]
         """`units`: a Jacobian for raw activations, over one for those that the SAEs see."""
-        self.space = Space()
+        self.workspace = Workspace()
         self.rows: list[dict[str, float]] = []
         """About the Jacobian, one for each row of the SAEs' metrics."""
 
@@ -98,20 +104,20 @@ class JacobianTrainer(SeveralTrainers):
 
     # ------------------------------------------------------------------------------------------------ one step
     @torch.no_grad()
-    def take(self, batch: tuple[Tensor, ...]) -> None:
+    def train_step(self, batch: tuple[Tensor, ...]) -> None:
         """One step on batch number `self.step`: x (N, d) and f(x) (N, d), raw.
 
         Raises `TrainingError`, at the next row of metrics, when a loss stops being finite.
         """
         raw = batch[0].to(self.device, non_blocking=True)
         (x, _), (y, _) = self.input._scaled((raw,)), self.output._scaled(batch[1:])
-        found_in, found_out = self.input.find(x, x), self.output.find(y, y)
+        found_in, found_out = self.input.loss_and_gradients(x, x), self.output.loss_and_gradients(y, y)
         coefficient, logged = self._coefficient(), self.input._logged()
         cost = self._penalise(raw, x, found_in, found_out, coefficient) if coefficient else None
         if logged:
             self._add_row(raw, x, found_in, found_out, coefficient, cost)
-        self.input.apply(found_in, x)
-        self.output.apply(found_out, y)
+        self.input.apply_gradients(found_in, x)
+        self.output.apply_gradients(found_out, y)
         if logged:
             self.on_row(self.input.metrics.rows[-1] | self.rows[-1])
 
@@ -122,37 +128,39 @@ class JacobianTrainer(SeveralTrainers):
 
     def _penalise(self, raw: Tensor, x: Tensor, found_in: Step, found_out: Step, coefficient: float) -> Tensor:
         """Adds the penalty's gradients to those found; returns what it adds to the loss."""
-        kept_in, kept_out = _kept(found_in), _kept(found_out)
+        kept_in, kept_out = _top_latents(found_in), _top_latents(found_out)
         some = self._some_tokens(len(x))
         if some is not None:
             raw, x = raw[some], x[some]
-            kept_in, kept_out = (Kept(k.values[some], k.latents[some]) for k in (kept_in, kept_out))
-        price = coefficient / (len(x) * kept_in.values.shape[1] * kept_out.values.shape[1])
+            kept_in, kept_out = (TopLatents(k.values[some], k.latents[some]) for k in (kept_in, kept_out))
+        weight = coefficient / (len(x) * kept_in.values.shape[1] * kept_out.values.shape[1])
 
-        def score(J: Tensor) -> tuple[Tensor, Tensor]:
-            costs, slope = self.score(J.mul_(self.units))
-            return price * costs, slope.mul_(price * self.units)
+        def penalty(J: Tensor) -> tuple[Tensor, Tensor]:
+            costs, slope = self.penalty(J.mul_(self.units))
+            return weight * costs, slope.mul_(weight * self.units)
 
         weights_in, weights_out = self.input.weights, self.output.weights
         gradients = found_in.gradients.W_dec, found_out.gradients.encoder
         if self.at == "input":
-            args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients
+            args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, penalty, *gradients
             if isinstance(self.block, ModuleBlock):
-                return add_penalty_of_any(self.block, raw, *args)
-            return add_penalty(self.block.weights(), self.block.around_in_parts(raw), *args, space=self.space)[0]
+                return add_penalty_by_jvp(self.block, raw, *args)
+            return add_penalty(
+                self.block.weights(), self.block.linearise_in_chunks(raw), *args, workspace=self.workspace
+            )[0]
         assert isinstance(self.block, Block)
         with torch.enable_grad():
             leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights_in))  # type: ignore[arg-type]
             at = self._reconstruction(leaves, x, kept_in)
-            around = self.block.around(at)
-        kept_out = self._kept_of_output(self.block(at.detach()))
-        detached = Around(*(None if t is None else t.detach() for t in around))  # type: ignore[arg-type]
+            linearisation = self.block.linearise(at)
+        kept_out = self._top_latents_of_output(self.block(at.detach()))
+        detached = Linearisation(*(None if t is None else t.detach() for t in linearisation))  # type: ignore[arg-type]
         cost, towards = add_penalty(
-            self.block.weights(), detached, weights_in.W_dec, weights_out.encoder, kept_in, kept_out, score, *gradients,
-            around_too=True, space=self.space,
+            self.block.weights(), detached, weights_in.W_dec, weights_out.encoder, kept_in, kept_out, penalty,
+            *gradients, linearisation_too=True, workspace=self.workspace,
         )  # fmt: skip
         assert towards is not None
-        pairs = [(t, g) for t, g in zip(around, towards, strict=True) if t is not None]
+        pairs = [(t, g) for t, g in zip(linearisation, towards, strict=True) if t is not None]
         more = torch.autograd.grad([t for t, _ in pairs], leaves.parameters(), [g for _, g in pairs])
         for gradient, extra in zip(found_in.gradients.parameters(), more, strict=True):
             gradient += extra
@@ -166,7 +174,7 @@ class JacobianTrainer(SeveralTrainers):
         generator = torch.Generator().manual_seed((self.input.spec.seed or 0) * 1_000_003 + self.step)
         return torch.randperm(N, generator=generator)[:count].sort().values.to(self.device)
 
-    def _reconstruction(self, weights: Weights, x: Tensor, kept: Kept) -> Tensor:
+    def _reconstruction(self, weights: Weights, x: Tensor, kept: TopLatents) -> Tensor:
         """What the input SAE makes of x, raw; differentiable."""
         starts = torch.arange(0, kept.values.numel() + 1, kept.values.shape[1], device=x.device)
         active = Active(kept.values.flatten(), kept.latents.flatten(), starts)
@@ -174,12 +182,12 @@ class JacobianTrainer(SeveralTrainers):
         values, pattern = encode(x, weights.encoder, weights.b_enc, lambda *_: active, centre)
         return (decode(values, pattern, weights.W_dec) + weights.b_dec) / self.scale_in
 
-    def _kept_of_output(self, y: Tensor) -> Kept:
+    def _top_latents_of_output(self, y: Tensor) -> TopLatents:
         """What the output SAE keeps of raw y."""
         weights, objective = self.output.weights, self.output.objective
         y = y * self.output.scale_in
         found = top_k(y - weights.b_dec if objective.centred else y, weights.encoder, weights.b_enc, objective.k)
-        return Kept(found.values.view(len(y), -1), found.latents.view(len(y), -1))
+        return TopLatents(found.values.view(len(y), -1), found.latents.view(len(y), -1))
 
     # ------------------------------------------------------------------------------------------------ metrics
     def _add_row(
@@ -198,32 +206,34 @@ class JacobianTrainer(SeveralTrainers):
             "jacobian_loss": loss,
         }
         few = slice(0, LOGGED_TOKENS)
-        kept_in, kept_out = (Kept(k.values[few], k.latents[few]) for k in (_kept(found_in), _kept(found_out)))
+        kept_in, kept_out = (
+            TopLatents(k.values[few], k.latents[few]) for k in (_top_latents(found_in), _top_latents(found_out))
+        )
         at = self._reconstruction(self.input.weights, x[few], kept_in)
-        places = {"": (raw[few], kept_out), "_at_reconstruction": (at, self._kept_of_output(self.block(at)))}
-        for name, (place, kept) in places.items():
-            size = (self._jacobians(place, kept_in, kept) * self.units).abs()
+        points = {"": (raw[few], kept_out), "_at_reconstruction": (at, self._top_latents_of_output(self.block(at)))}
+        for name, (point, kept) in points.items():
+            size = (self._jacobians(point, kept_in, kept) * self.units).abs()
             row[f"jacobian_l1{name}"] = size.mean().item()
             row[f"jacobian_above_{LARGE}{name}"] = (size > LARGE).float().mean().item()
         self.rows.append(row)
 
-    def _jacobians(self, x: Tensor, kept_in: Kept, kept_out: Kept) -> Tensor:
+    def _jacobians(self, x: Tensor, kept_in: TopLatents, kept_out: TopLatents) -> Tensor:
         """(N, k_out, k_in) at x (N, d)."""
         D, E = self.input.weights.W_dec, self.output.weights.encoder
         if isinstance(self.block, ModuleBlock):
-            J = jacobian_of_any(self.block, x, D[kept_in.latents], E[kept_out.latents])
+            J = jacobian_by_jvp(self.block, x, D[kept_in.latents], E[kept_out.latents])
         else:
             rows, A = torch.unique(kept_in.latents, return_inverse=True)
             others, B = torch.unique(kept_out.latents, return_inverse=True)
             products = make_products(D[rows], E[others], self.block.weights())
-            J = jacobian_blocks(products, self.block.around(x), A, B)
+            J = jacobian_blocks(products, self.block.linearise(x), A, B)
         return mask_inactive(J, kept_in.values, kept_out.values)
 
     # ------------------------------------------------------------------------------------------------ the rest
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each SAE."""
-        self.input.resample(_Side(batches, 0))
-        self.output.resample(_Side(batches, 1))
+        self.input.resample(_OneColumn(batches, 0))
+        self.output.resample(_OneColumn(batches, 1))
 
     def state(self) -> dict[str, Tensor]:
         text = torch.frombuffer(bytearray(json.dumps(self.rows).encode()), dtype=torch.uint8)
@@ -234,7 +244,7 @@ class JacobianTrainer(SeveralTrainers):
         self.rows = json.loads(state["rows"].numpy().tobytes())
 
 
-class _Side:
+class _OneColumn:
     """One column of batches of two."""
 
     def __init__(self, batches: Batches, column: int) -> None:
@@ -245,7 +255,7 @@ class _Side:
             yield (batch[self.column],)
 
 
-def _kept(found: Step) -> Kept:
-    assert found.kept is not None
-    N = len(found.squared_norms)
-    return Kept(found.kept.values.view(N, -1), found.kept.latents.view(N, -1))
+def _top_latents(result: Step) -> TopLatents:
+    assert result.active_pairs is not None
+    N = len(result.squared_norms)
+    return TopLatents(result.active_pairs.values.view(N, -1), result.active_pairs.latents.view(N, -1))

@@ -33,7 +33,7 @@ from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.protocol import Batches, DictionaryTrainer, Inputs, Side
+from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs
 from saeflow.training.trainer import Trainer
 
 log = logging.getLogger("saeflow")
@@ -54,10 +54,10 @@ class Member:
     failure: TrainingError | None = None
 
     @property
-    def at_work(self) -> bool:
+    def unfinished(self) -> bool:
         return self.failure is None and self.trainer.step < self.trainer.n_steps
 
-    def own(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def columns_of(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What it reads of a batch of the job's columns."""
         return tuple(batch[i][:, self.entries] for i in self.reads)
 
@@ -67,14 +67,14 @@ class Member:
 
 
 @dataclass
-class Selected:
+class MemberBatches:
     """What a member reads of batches."""
 
     batches: Batches
     member: Member
 
     def iterate(self, start: int, n_steps: int) -> Iterator[tuple[Tensor, ...]]:
-        return map(self.member.own, self.batches.iterate(start, n_steps))
+        return map(self.member.columns_of, self.batches.iterate(start, n_steps))
 
 
 def train(jobs: list[Job]) -> str:
@@ -87,14 +87,14 @@ def train(jobs: list[Job]) -> str:
     from saeflow.activations.store import open_column
 
     columns = {folder: open_column(folder) for job in jobs for folder in job.inputs("activations")}
-    options = [build(TrainingConfig, job.config["training"] | _how(job), "training.") for job in jobs]
+    options = [build(TrainingConfig, job.config["training"] | _run_options(job), "training.") for job in jobs]
     if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
         raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
-    sides = {folder: _side(column) for folder, column in columns.items()}
+    statistics = {folder: _hook_statistics(column) for folder, column in columns.items()}
     batches = BatchReader(list(columns.values()), options[0].batch_size, options[0].shuffle_seed)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        members = [_member(job, o, columns, sides, stack) for job, o in zip(jobs, options, strict=True)]
+        members = [_member(job, o, columns, statistics, stack) for job, o in zip(jobs, options, strict=True)]
         written: list[str] = []
         log.info("training %d dictionaries on batches of %d tokens", len(members), batches.batch_size)
         timer = Timer(min(o.checkpoint_seconds for o in options))
@@ -116,21 +116,21 @@ def train(jobs: list[Job]) -> str:
 def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer: Timer) -> Iterator[Member]:
     """Runs the members' steps; yields each when it is done."""
     for member in members:
-        if not member.at_work:
+        if not member.unfinished:
             yield member
-    start = min((m.trainer.step for m in members if m.at_work), default=0)
-    end = max((m.trainer.n_steps for m in members if m.at_work), default=0)
+    start = min((m.trainer.step for m in members if m.unfinished), default=0)
+    end = max((m.trainer.n_steps for m in members if m.unfinished), default=0)
     description = f"{len(members)} dictionaries"
     read = progress(batches.iterate(start, end - start), description, end - start)
-    for first, some in _several(read, start):
+    for first, some in _batch_groups(read, start):
         for member in members:
             for step, batch in enumerate(some, first):
-                if signals.received or not member.at_work or member.trainer.step != step:
+                if signals.received or not member.unfinished or member.trainer.step != step:
                     continue  # killed between two checkpoints, members may go on from different steps
                 try:
                     if member.trainer.resamples_next():
-                        member.trainer.resample(Selected(batches, member))
-                    member.trainer.take(member.own(batch))
+                        member.trainer.resample(MemberBatches(batches, member))
+                    member.trainer.train_step(member.columns_of(batch))
                 except TrainingError as error:
                     member.failure = error
                 if member.trainer.step == member.trainer.n_steps:
@@ -139,7 +139,7 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
                     with timer.saving():
                         for each in members:
                             each.save()
-        if not any(m.at_work for m in members):
+        if not any(m.unfinished for m in members):
             return
         if signals.received:
             for member in members:
@@ -148,7 +148,7 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
             raise Preempted(f"stopped by {signals.received} after step {step}; run again to go on from there")
 
 
-def _several(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:
+def _batch_groups(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:
     """A few batches at a time, with the number of the first: a member takes them in a row, its weights in the cache."""
     some: list[tuple[Tensor, ...]] = []
     for number, batch in enumerate(batches, start):
@@ -164,11 +164,11 @@ def _member(
     job: Job,
     options: TrainingConfig,
     columns: dict[Path, Column],
-    sides: dict[Path, Side],
+    statistics: dict[Path, HookStatistics],
     stack: contextlib.ExitStack,
 ) -> Member:
     """The member that a job stands for, at the step that its newest checkpoint has."""
-    mine = job.inputs("activations")
+    folders = job.inputs("activations")
     results = Path(job.plan.results)
     loggers = open_loggers(options.loggers, job.instance.key, job.config, results)
     for logger in loggers:
@@ -179,9 +179,9 @@ def _member(
             logger.log(row)
 
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
-    specs = specs_of_job(job, [columns[folder] for folder in mine])
+    specs = specs_of_job(job, [columns[folder] for folder in folders])
     head = job.config.get("head")
-    given = [sides[folder] if head is None else sides[folder].of_heads()[head] for folder in mine]
+    given = [statistics[folder] if head is None else statistics[folder].by_head()[head] for folder in folders]
     trainer: DictionaryTrainer = config.trainer_class().of_job(
         Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
     )
@@ -190,7 +190,7 @@ def _member(
     if state is not None:
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
-    reads = [list(columns).index(folder) for folder in mine]
+    reads = [list(columns).index(folder) for folder in folders]
     d_head = specs[0].d_in
     entries = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
     return Member(job, trainer, checkpoints, reads, entries)
@@ -220,20 +220,20 @@ def _block(job: Job) -> Block | ModuleBlock:
     return read_block(model, job.config["hook_name"], job.config["hook_name_out"])
 
 
-def _how(job: Job) -> dict[str, Any]:
+def _run_options(job: Job) -> dict[str, Any]:
     """The options that say how to run: not part of what identifies the dictionary."""
-    how: dict[str, Any] = json.loads(job.instance.sources["training"])
-    return how
+    options: dict[str, Any] = json.loads(job.instance.sources["training"])
+    return options
 
 
-def _side(column: Column) -> Side:
+def _hook_statistics(column: Column) -> HookStatistics:
     statistics = column.statistics
     mean = torch.as_tensor(statistics.mean)
     heads = None
     if len(column.size) == 2:
         squares = torch.as_tensor(statistics.covariance).diagonal() + mean.square()
         heads = squares.view(column.size).sum(dim=1).sqrt()
-    return Side(mean, float(statistics.mean_norm), heads)
+    return HookStatistics(mean, float(statistics.mean_norm), heads)
 
 
 def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
@@ -242,11 +242,13 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
     assert isinstance(config, TrainedConfig)
     wanted = [h for h in (job.config["hook_name"], job.config["hook_name_out"]) if h]
-    given = [c.hook_name for c in columns]
-    if wanted != given or len(wanted) != 1 + config.two_hooks:
-        raise ConfigError(f"a dictionary of kind {config.kind} at {wanted} was given the activations of {given}")
+    column_hooks = [c.hook_name for c in columns]
+    if wanted != column_hooks or len(wanted) != 1 + config.two_hooks:
+        raise ConfigError(f"a dictionary of kind {config.kind} at {wanted} was given the activations of {column_hooks}")
     if len({c.n_tokens for c in columns}) > 1:
-        raise ConfigError(f"the columns of {given} hold {[c.n_tokens for c in columns]} tokens; they must be the same")
+        raise ConfigError(
+            f"the columns of {column_hooks} hold {[c.n_tokens for c in columns]} tokens; they must be the same"
+        )
     store = job.instance.needs["activations"][0]
     activations = _origin_of(job)
     tokens = job.plan.instance("tokens", activations.needs["tokens"][0])
@@ -282,15 +284,15 @@ def fit(
     spec: Spec,
     training: TrainingConfig,
     batches: Batches,
-    side_in: Side,
-    side_out: Side,
+    statistics_in: HookStatistics,
+    statistics_out: HookStatistics,
     device: str = "cpu",
     on_row: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> tuple[Dictionary, list[dict[str, float]]]:
     """Trains a dictionary on batches; returns it, for raw activations, and its rows of metrics (see `Trainer`)."""
-    trainer = make_trainer(spec, training, side_in, side_out, device, on_row)
+    trainer = make_trainer(spec, training, statistics_in, statistics_out, device, on_row)
     for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):
         if trainer.resamples_next():
             trainer.resample(batches)
-        trainer.take(batch)
+        trainer.train_step(batch)
     return trainer.finished(), trainer.metrics.rows

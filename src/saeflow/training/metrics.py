@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import TrainingConfig
-from saeflow.kernels.step import Found
+from saeflow.kernels.step import StepMetrics
 
 
 class TrainingError(RuntimeError):
@@ -27,11 +27,11 @@ class TrainingMetrics:
         self.losses: list[Tensor] = []
         self.rows: list[dict[str, float]] = []
 
-    def add(self, found: Found) -> None:
-        self.idle_steps.add_(1).masked_fill_(found.activity > 0, 0)
-        self.losses.append(found.loss)
+    def add(self, result: StepMetrics) -> None:
+        self.idle_steps.add_(1).masked_fill_(result.activity > 0, 0)
+        self.losses.append(result.loss)
 
-    def row(self, step: int, found: Found, y: Tensor, lr: float, l1: float) -> dict[str, float]:
+    def row(self, step: int, result: StepMetrics, y: Tensor, lr: float, l1: float) -> dict[str, float]:
         """The metrics of step number `step`, counted from 0; rows count the steps done. `y` (N, p)."""
         losses = torch.stack(self.losses).tolist()
         for done, loss in enumerate(losses, start=step + 2 - len(losses)):
@@ -42,17 +42,17 @@ class TrainingMetrics:
                     "expected_average_only_in"
                 )
         self.losses.clear()
-        assert found.active is not None
+        assert result.n_active is not None
         variance = (y - y.mean(dim=0)).square().sum(dim=1).mean()
-        unexplained = (found.squared_norms.mean() / variance).item()
+        unexplained = (result.squared_norms.mean() / variance).item()
         self.rows.append(
             {
                 "step": step + 1,
                 "tokens": (step + 1) * self.training.batch_size,
                 "loss": losses[-1],
-                "squared_error": found.squared_error.item(),
-                "sparsity": found.sparsity.item(),
-                "l0": found.active.item() / y.shape[0],
+                "squared_error": result.squared_error.item(),
+                "sparsity": result.sparsity.item(),
+                "l0": result.n_active.item() / y.shape[0],
                 "explained_variance": 1 - unexplained,
                 "fvu": unexplained,
                 "dead": int(torch.count_nonzero(self.idle_steps >= self.dead_after)),

@@ -32,7 +32,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Side:
+class HookStatistics:
     """What training needs to know of the activations at one hook."""
 
     mean: Tensor
@@ -53,11 +53,13 @@ class Side:
             return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float()
         return math.sqrt(d) / self.mean_norm if normalize_activations == "expected_average_only_in" else 1.0
 
-    def of_heads(self) -> list["Side"]:
+    def by_head(self) -> list["HookStatistics"]:
         """Each head of a hook with heads, whose mean norm stands for here by its root mean square norm."""
         assert self.head_norms is not None
         means = self.mean.view(len(self.head_norms), -1)
-        return [Side(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)]
+        return [
+            HookStatistics(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)
+        ]
 
 
 class Inputs(NamedTuple):
@@ -67,7 +69,7 @@ class Inputs(NamedTuple):
     specs: list[Spec]
     """Of all that it trains as one."""
     training: TrainingConfig
-    sides: list[Side]
+    statistics: list[HookStatistics]
     """Of each hook that it reads."""
     device: str
     on_row: Callable[[dict[str, float]], None]
@@ -82,14 +84,14 @@ class DictionaryTrainer(Protocol):
     """What the loop asks of a kind's trainer, which trains one dictionary or several as one."""
 
     @classmethod
-    def of_job(cls, given: Inputs) -> "DictionaryTrainer": ...
+    def of_job(cls, inputs: Inputs) -> "DictionaryTrainer": ...
     @property
     def parts(self) -> "dict[str, Trainer]": ...  # what is saved, by the name of its folder in the artifact
     @property
     def step(self) -> int: ...
     @property
     def n_steps(self) -> int: ...
-    def take(self, batch: tuple[Tensor, ...]) -> None: ...
+    def train_step(self, batch: tuple[Tensor, ...]) -> None: ...
     def resamples_next(self) -> bool: ...
     def resample(self, batches: Batches) -> None: ...
     def state(self) -> dict[str, Tensor]: ...

@@ -11,17 +11,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from saeflow.kernels.step import Situation, Weights
+from saeflow.kernels.step import AuxiliaryLossInput, Weights
 
 REFRESH_STEPS = 16  # how often the list of dead latents is made anew; making it waits for a GPU
 
 
-def auxk(situation: Situation, dead: Tensor, coefficient: float, by_norm: bool) -> Tensor:
+def auxk(inputs: AuxiliaryLossInput, dead: Tensor, coefficient: float, by_norm: bool) -> Tensor:
     """The error of the living, reconstructed by the d / 2 most active of the dead latents `dead` (m,), as a loss ().
 
     Gao et al. 2024, Appendix A.2, as in SAELens: no ReLU, scaled down in proportion where fewer than d / 2 are dead.
     """
-    weights, centred, error, w = situation
+    weights, centred, error, w = inputs
     encoder, b_enc, W_dec = (t.index_select(0, dead) for t in weights[:3])
     half = max(centred.shape[1] // 2, 1)
     pre = torch.addmm(b_enc, centred, encoder.T)
@@ -33,21 +33,21 @@ def auxk(situation: Situation, dead: Tensor, coefficient: float, by_norm: bool) 
     return coefficient * min(len(dead) / half, 1.0) * (w @ squares)
 
 
-def ghost(situation: Situation, dead: Tensor) -> Tensor:
+def ghost(inputs: AuxiliaryLossInput, dead: Tensor) -> Tensor:
     """Ghost gradients: exp of the dead latents' pre-activations, scaled, reconstructs the error; as a loss ().
 
     Jermyn and Templeton (2024), in the form of the transcoder paper's code (`reference/transcoders_attention_tracr.md`
     §1.4), with the residual taken from the target, where that code took it from the input. Its value always equals the
     squared error; what counts is the direction of its gradient.
     """
-    weights, centred, error, w = situation
+    weights, centred, error, w = inputs
     encoder, b_enc, W_dec = (t.index_select(0, dead) for t in weights[:3])
     residual = -error
     norms = residual.norm(dim=1, keepdim=True)
-    made = torch.addmm(b_enc, centred, encoder.T).exp() @ W_dec
-    scale = (norms / (1e-6 + 2 * made.norm(dim=1, keepdim=True))).detach()
-    off = (made * scale - residual).square() / norms.clamp(min=1e-6)
-    return (w[:, None] * error.square() * off / (off.detach() + 1e-6)).sum()
+    reconstruction = torch.addmm(b_enc, centred, encoder.T).exp() @ W_dec
+    scale = (norms / (1e-6 + 2 * reconstruction.norm(dim=1, keepdim=True))).detach()
+    squares = (reconstruction * scale - residual).square() / norms.clamp(min=1e-6)
+    return (w[:, None] * error.square() * squares / (squares.detach() + 1e-6)).sum()
 
 
 @torch.no_grad()

@@ -21,16 +21,16 @@ from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import load_dictionary, save_saelens
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
-from saeflow.kernels.step import Found, clip_norm_
+from saeflow.kernels.step import StepMetrics, clip_norm_
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import Side
+from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer, learning_rate
 
 
 class SAELensTrainer(Trainer):
     """Trains one of SAELens's classes. `training.revive=auxk` lets it know which latents are dead; it has no other."""
 
-    def _build(self, side_out: Side) -> None:
+    def _build(self, statistics_out: HookStatistics) -> None:
         spec, training = self.spec, self.training
         if training.revive not in ("none", "auxk"):
             raise ConfigError(f"training.revive={training.revive}: SAELens's classes know only none and auxk")
@@ -39,7 +39,7 @@ class SAELensTrainer(Trainer):
         self.sae.train()
         self.optimiser = Adam(list(self._parameters().values()), training.adam_beta1, training.adam_beta2)
 
-    def take(self, batch: tuple[Tensor, ...]) -> None:
+    def train_step(self, batch: tuple[Tensor, ...]) -> None:
         x, _ = self._scaled(batch)
         training, step = self.training, self.step
         lr = learning_rate(training, step, self.n_steps)
@@ -66,7 +66,9 @@ class SAELensTrainer(Trainer):
             f = f.to_dense() if f.is_sparse else f
             squares = (output.sae_out.detach() - x).square().sum(dim=1)
             activity, active = f.abs().sum(dim=0), torch.count_nonzero(f)
-            step_found = Found(output.loss.detach(), squares.mean(), activity.sum() / len(x), squares, activity, active)
+            step_found = StepMetrics(
+                output.loss.detach(), squares.mean(), activity.sum() / len(x), squares, activity, active
+            )
         self.metrics.add(step_found)
         if self._logged():
             self.on_row(self.metrics.row(step, step_found, x, lr, next(iter(coefficients.values()), 0.0)))

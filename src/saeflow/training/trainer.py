@@ -18,11 +18,11 @@ from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.sae import build as build_dictionary
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
-from saeflow.kernels.recorded import RecordedStep
+from saeflow.kernels.cuda_graphs import GraphedStep
 from saeflow.kernels.select import Active
 from saeflow.kernels.step import (
+    AuxiliaryLossInput,
     Objective,
-    Situation,
     Step,
     Weights,
     clip_norm_,
@@ -32,12 +32,12 @@ from saeflow.kernels.step import (
     take_step,
 )
 from saeflow.training.metrics import TrainingError, TrainingMetrics
-from saeflow.training.protocol import Batches, Inputs, Side, Tables
+from saeflow.training.protocol import Batches, HookStatistics, Inputs, Tables
 from saeflow.training.revival import REFRESH_STEPS, auxk, ghost, resample
 
 SPARSE_BELOW = {True: 0.33, False: 0.22}
-"""Density at which a ReLU step changes its road, by whether the encoder stays in a processor's cache: both take as long
-at 0.34 with 1,024 latents of width 128, and at 0.24 with 8,192 of 512."""
+"""Density at which a ReLU step changes between sparse and dense, by whether the encoder stays in a processor's cache:
+both take as long at 0.34 with 1,024 latents of width 128, and at 0.24 with 8,192 of 512."""
 DENSE_ABOVE = 1.2  # times that density it changes back
 CACHED = 1 << 18  # numbers
 DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
@@ -49,47 +49,52 @@ class Trainer:
     """Trains one dictionary on batches that it is given in order."""
 
     @classmethod
-    def of_job(cls, given: Inputs) -> "Trainer":
-        return cls(given.specs[0], given.training, given.sides[0], given.sides[-1], given.device, given.on_row)
+    def of_job(cls, inputs: Inputs) -> "Trainer":
+        return cls(
+            inputs.specs[0], inputs.training, inputs.statistics[0], inputs.statistics[-1], inputs.device, inputs.on_row
+        )
 
     def __init__(
         self,
         spec: Spec,
         training: TrainingConfig,
-        side_in: Side,
-        side_out: Side,
+        statistics_in: HookStatistics,
+        statistics_out: HookStatistics,
         device: str = "cpu",
         on_row: Callable[[dict[str, float]], None] = lambda row: None,
     ) -> None:
-        """`side_out` is the target's side; for an SAE the same as `side_in`. `on_row` gets each new row of metrics."""
-        for side, hook in ((side_in, spec.hook_name), (side_out, spec.hook_name_out)):
-            if not (math.isfinite(side.mean_norm) and side.mean_norm > 0 and side.mean.isfinite().all()):
+        """`statistics_out` is the target's side; for an SAE the same as `statistics_in`. `on_row` gets each new row of
+        metrics."""
+        for statistics, hook in ((statistics_in, spec.hook_name), (statistics_out, spec.hook_name_out)):
+            if not (
+                math.isfinite(statistics.mean_norm) and statistics.mean_norm > 0 and statistics.mean.isfinite().all()
+            ):
                 raise TrainingError(
-                    f"the activations of {hook} have mean norm {side.mean_norm}: they hold infinities or only zeros; a "
-                    "wider activations.dtype (float32) may help"
+                    f"the activations of {hook} have mean norm {statistics.mean_norm}: they hold infinities or only "
+                    "zeros; a wider activations.dtype (float32) may help"
                 )
         self.spec, self.training, self.device, self.on_row = spec, training, device, on_row
         self.scale_in, self.scale_out = (
             s if isinstance(s, float) else s.to(device)
-            for s in (side.scale(spec.normalize_activations) for side in (side_in, side_out))
+            for s in (statistics.scale(spec.normalize_activations) for statistics in (statistics_in, statistics_out))
         )
-        self._build(side_out)
+        self._build(statistics_out)
         self.metrics = TrainingMetrics(spec.d_sae, training, device)
         self.step = 0
         """Steps done."""
-        self.alike = 0
-        """Those on a GPU that could have been recorded."""
-        self.recorded: RecordedStep | None = None
+        self.n_steady_steps = 0
+        """Those on a GPU that could have been a graph."""
+        self.graphed_step: GraphedStep | None = None
         self.n_steps = training.n_tokens // training.batch_size
         self.sparse = spec.activation != "relu"
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.threshold = torch.zeros((), dtype=torch.float64, device=device)
         """Running mean of BatchTopK's smallest kept value."""
 
-    def _build(self, side_out: Side) -> None:
+    def _build(self, statistics_out: HookStatistics) -> None:
         """Makes what is trained, and its optimiser."""
         spec, training, device = self.spec, self.training, self.device
-        mean = (side_out.mean.to(device) * self.scale_out).cpu()
+        mean = (statistics_out.mean.to(device) * self.scale_out).cpu()
         drawn = initial_weights(spec, mean, spec.random_seed, training.initial)
         self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
         self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
@@ -104,7 +109,7 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------------------------------------ one step
-    def take(self, batch: tuple[Tensor, ...]) -> None:
+    def train_step(self, batch: tuple[Tensor, ...]) -> None:
         """One step on batch number `self.step`: (x,) for an SAE, (x, y) for a transcoder.
 
         Raises `TrainingError`, at the next row of metrics, when the loss stops being finite.
@@ -113,25 +118,25 @@ class Trainer:
         if self.device.startswith("cuda"):
             self._take_on_gpu(x, y)
         else:
-            self.apply(self.find(x, y), y)
+            self.apply_gradients(self.loss_and_gradients(x, y), y)
 
-    def find(self, x: Tensor, y: Tensor) -> Step:
+    def loss_and_gradients(self, x: Tensor, y: Tensor) -> Step:
         """Loss and gradients of this step, at a batch in training's units."""
-        self._look_ahead(x, y)
-        extra = self._extra() if self.step else None
+        self._choose_first_step(x, y)
+        auxiliary_loss = self._auxiliary_loss() if self.step else None
         _, l1 = self._rates()
-        return take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra)
+        return take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts_active(), auxiliary_loss)
 
-    def apply(self, found: Step, y: Tensor) -> None:
+    def apply_gradients(self, result: Step, y: Tensor) -> None:
         """Changes the weights by what was found, which nothing may use after that."""
         lr, l1 = self._rates()
-        self._change(found, lr)
-        self._record(found, y, lr, l1)
+        self._update_weights(result, lr)
+        self._record(result, y, lr, l1)
 
-    def _change(self, found: Step, lr: float | Tensor) -> None:
-        gradients = found.gradients.parameters()
+    def _update_weights(self, result: Step, lr: float | Tensor) -> None:
+        gradients = result.gradients.parameters()
         if self.spec.sparsity == "unit_norm":
-            remove_parallel_(found.gradients.W_dec, self.weights.W_dec)
+            remove_parallel_(result.gradients.W_dec, self.weights.W_dec)
         if self.training.clip_grad_norm is not None:
             clip_norm_(gradients, self.training.clip_grad_norm)
         self.optimiser.step(gradients, lr)
@@ -139,21 +144,22 @@ class Trainer:
             normalise_rows_(self.weights.W_dec)
 
     def _take_on_gpu(self, x: Tensor, y: Tensor) -> None:
-        """`find` and `apply`, recorded where only batch and rates change from step to step."""
-        self._look_ahead(x, y)
-        extra = self._extra() if self.step else None
+        """`loss_and_gradients` and `apply_gradients`, as a CUDA graph where only batch and rates change from step to
+        step."""
+        self._choose_first_step(x, y)
+        auxiliary_loss = self._auxiliary_loss() if self.step else None
         rates = self._rates()
         lr, l1 = (torch.full((), rate, device=self.device) for rate in rates)
-        steady = extra is None and self.sparse
-        self.alike += steady
-        if steady and self.alike > WARM_UP:
-            if self.recorded is None:
-                self.recorded = RecordedStep(self.objective, self.weights)
-            found = self.recorded(self._update, x, y, lr, l1)
-            found = replace(found, loss=found.loss.clone())  # the metrics read it after later steps
+        steady = auxiliary_loss is None and self.sparse
+        self.n_steady_steps += steady
+        if steady and self.n_steady_steps > WARM_UP:
+            if self.graphed_step is None:
+                self.graphed_step = GraphedStep(self.objective, self.weights)
+            result = self.graphed_step(self._update, x, y, lr, l1)
+            result = replace(result, loss=result.loss.clone())  # the metrics read it after later steps
         else:
-            found = self._update(x, y, lr, l1, extra)
-        self._record(found, y, *rates)
+            result = self._update(x, y, lr, l1, auxiliary_loss)
+        self._record(result, y, *rates)
 
     def _update(
         self,
@@ -161,12 +167,14 @@ class Trainer:
         y: Tensor,
         lr: Tensor,
         l1: Tensor,
-        extra: Callable[[Situation], Tensor] | None = None,
+        auxiliary_loss: Callable[[AuxiliaryLossInput], Tensor] | None = None,
         active: Active | None = None,
     ) -> Step:
-        found = take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts(), extra, active)
-        self._change(found, lr)
-        return found
+        result = take_step(
+            self.objective, self.weights, x, y, l1, self.sparse, self._counts_active(), auxiliary_loss, active
+        )
+        self._update_weights(result, lr)
+        return result
 
     @property
     def parts(self) -> dict[str, "Trainer"]:
@@ -188,26 +196,26 @@ class Trainer:
         rate = learning_rate(self.training, self.step, self.n_steps)
         return rate, l1_coefficient(self.spec, self.training, self.step)
 
-    def _measures(self) -> bool:
+    def _measures_density(self) -> bool:
         return self.spec.activation == "relu" and self.step % DENSITY_STEPS == 0
 
-    def _counts(self) -> bool:
-        return self._logged() or self._measures()
+    def _counts_active(self) -> bool:
+        return self._logged() or self._measures_density()
 
-    def _look_ahead(self, x: Tensor, y: Tensor) -> None:
-        """Chooses the road of the first step by some of its tokens."""
-        if self._measures() and self.step == 0:
-            self._choose_road(take_step(self.objective, self.weights, x[:64], y[:64]))
+    def _choose_first_step(self, x: Tensor, y: Tensor) -> None:
+        """Chooses a sparse or a dense first step by some of its tokens."""
+        if self._measures_density() and self.step == 0:
+            self._choose_sparse_or_dense(take_step(self.objective, self.weights, x[:64], y[:64]))
 
-    def _record(self, found: Step, y: Tensor, lr: float, l1: float) -> None:
-        """What follows a step: firing statistics, the road of the next, a row of metrics."""
-        self.metrics.add(found)
-        if found.smallest is not None:
-            self._follow_threshold(found.smallest)
-        if self._measures():
-            self._choose_road(found)
+    def _record(self, result: Step, y: Tensor, lr: float, l1: float) -> None:
+        """What follows a step: firing statistics, the choice of a sparse or dense next step, a row of metrics."""
+        self.metrics.add(result)
+        if result.smallest is not None:
+            self._update_threshold(result.smallest)
+        if self._measures_density():
+            self._choose_sparse_or_dense(result)
         if self._logged():
-            self.on_row(self.metrics.row(self.step, found, y, lr, l1))
+            self.on_row(self.metrics.row(self.step, result, y, lr, l1))
         self.step += 1
 
     def _logged(self) -> bool:
@@ -219,16 +227,16 @@ class Trainer:
 
     def resample(self, batches: Batches) -> None:
         """Sets dead latents anew, judged on batches that come after all those of training."""
-        if len(dead := self.dead_now()):
-            judged = batches.iterate(self.n_steps, self.training.resample_batches)
-            self.reset(dead, [self.judge(batch) for batch in judged])
+        if len(dead := self.dead_latents()):
+            sampled = batches.iterate(self.n_steps, self.training.resample_batches)
+            self.reset_latents(dead, [self.token_errors(batch) for batch in sampled])
 
-    def judge(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def token_errors(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Of one batch, in training's units: x (N, d), y (N, p) and the squared error of each token (N,)."""
         x, y = self._scaled(batch)
         return x, y, squared_norms(self.objective, self.weights, x, y, self.sparse)
 
-    def reset(self, dead: Tensor, samples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def reset_latents(self, dead: Tensor, samples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Sets the latents `dead` (m,) anew, by batches that were judged."""
         generator = torch.Generator().manual_seed(self.spec.random_seed * 1_000_003 + self.step)
         rows = [m for moments in (self.optimiser.first, self.optimiser.second) for m in moments[:3]]
@@ -246,10 +254,10 @@ class Trainer:
         )
         self.metrics.idle_steps[dead] = 0
 
-    def _choose_road(self, found: Step) -> None:
+    def _choose_sparse_or_dense(self, result: Step) -> None:
         """Sparse or dense, by how many of the activations of a step were above 0; with hysteresis."""
-        assert found.active is not None
-        density = found.active.item() / (len(found.squared_norms) * self.spec.d_sae)
+        assert result.n_active is not None
+        density = result.n_active.item() / (len(result.squared_norms) * self.spec.d_sae)
         bound = SPARSE_BELOW[self.weights.encoder.numel() <= CACHED]
         self.sparse = density < (DENSE_ABOVE * bound if self.sparse else bound)
 
@@ -257,25 +265,25 @@ class Trainer:
         x = batch[0].to(self.device, non_blocking=True) * self.scale_in
         return x, x if self.spec.kind == "sae" else batch[1].to(self.device, non_blocking=True) * self.scale_out
 
-    def _extra(self) -> Callable[[Situation], Tensor] | None:
+    def _auxiliary_loss(self) -> Callable[[AuxiliaryLossInput], Tensor] | None:
         """The term for dead latents, where there are any."""
         revive = self.training.revive
         if revive not in ("auxk", "ghost"):
             return None
         if self.step % REFRESH_STEPS == 0:
-            self.dead = self.dead_now()
+            self.dead = self.dead_latents()
         if not len(self.dead):
             return None
         dead = self.dead
         if revive == "ghost":
-            return lambda situation: ghost(situation, dead)
-        return lambda situation: auxk(situation, dead, self.training.auxk_coefficient, self.objective.by_norm)
+            return lambda inputs: ghost(inputs, dead)
+        return lambda inputs: auxk(inputs, dead, self.training.auxk_coefficient, self.objective.by_norm)
 
-    def dead_now(self) -> Tensor:
+    def dead_latents(self) -> Tensor:
         """Latents that have not fired for long, (m,)."""
         return (self.metrics.idle_steps >= self.metrics.dead_after).nonzero()[:, 0]
 
-    def _follow_threshold(self, smallest: Tensor) -> None:
+    def _update_threshold(self, smallest: Tensor) -> None:
         smallest = smallest.double()
         followed = torch.where(self.threshold > 0, torch.lerp(self.threshold, smallest, THRESHOLD_RATE), smallest)
         self.threshold = torch.where(smallest.isfinite(), followed, self.threshold)
@@ -293,10 +301,10 @@ class Trainer:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Goes on from `state` of a trainer of the same dictionary. Raises `TrainingError` for another's."""
         note = json.loads(state["note"].numpy().tobytes())
-        mine = self._updated_in_place()
-        if any(name not in state or state[name].shape != tensor.shape for name, tensor in mine.items()):
+        tensors = self._updated_in_place()
+        if any(name not in state or state[name].shape != tensor.shape for name, tensor in tensors.items()):
             raise TrainingError("this is the state of another dictionary: names or sizes differ")
-        for name, tensor in mine.items():
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
         self.dead, self.threshold = state["dead"].to(self.device), state["threshold"].to(self.device)
         self.metrics.losses = list(state["losses"].to(self.device))

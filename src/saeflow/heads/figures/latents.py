@@ -52,16 +52,16 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         for axis in line[max(1, len(shown)) :]:
             axis.set_axis_off()
         for axis, key in zip(line, shown, strict=False):
-            held = study.dataset("measures", key)
-            n_heads = held.sizes["head"]
+            dataset = study.dataset("measures", key)
+            n_heads = dataset.sizes["head"]
             width = 0.84 / n_heads
             for head, colour in enumerate(colours(n_heads)):
                 at = np.arange(len(MEASURES)) + (head - (n_heads - 1) / 2) * width
-                axis.bar(at, 100 * held["mean_share"].sel(head=head), 0.92 * width, color=colour)
+                axis.bar(at, 100 * dataset["mean_share"].sel(head=head), 0.92 * width, color=colour)
             axis.axhline(0, color="0.35", linewidth=0.8)
             axis.axhline(100 / n_heads, color="0.35", linewidth=0.8, linestyle=":")
             axis.set_xticks(range(len(MEASURES)), [NAMES[m] for m in MEASURES], rotation=40, ha="right")
-            axis.set_title(f"{study.name}: {study.says(key)}")
+            axis.set_title(f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("mean share of a head (%)")
     figure.tight_layout()
     equal = Line2D([], [], color="0.35", linestyle=":", label="equal shares")
@@ -80,13 +80,13 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             for axis in grid[row]:
                 empty_panel(axis, "no dictionary of all heads")
             continue
-        held = study.dataset("measures", key)
-        chance = held.attrs["chance_of_top"]
+        dataset = study.dataset("measures", key)
+        chance = dataset.attrs["chance_of_top"]
         for axis, name, title, low in (
             (grid[row][0], "rank_correlation", "rank correlation over heads", -1.0),
             (grid[row][1], "top_agreement", f"same top head (by chance {chance:.2f})", 0.0),
         ):
-            values = held[name].values
+            values = dataset[name].values
             image = axis.imshow(values, cmap="RdBu_r" if low else "Blues", vmin=low, vmax=1)
             for i, j in np.ndindex(values.shape):
                 dark = abs(values[i, j]) > 0.6
@@ -98,7 +98,7 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set_title(title)
             figure.colorbar(image, ax=axis, shrink=0.75)
         grid[row][1].set_yticks([])
-        grid[row][0].set_ylabel(f"{study.name}: {study.says(key)}", fontsize=7)
+        grid[row][0].set_ylabel(f"{study.name}: {study.label(key)}", fontsize=7)
     figure.tight_layout()
     between = ["rank_correlation", "top_agreement"]
     return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[between]))
@@ -170,7 +170,7 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             best = held.drop_duplicates("latent")[f"{name}_best"].median()
             axis.axhline(best, color=COLOURS[1], linestyle="--", label="best of all atoms, median")
             axis.set(
-                xlabel="order of the atom in the decomposition", ylabel=label, title=f"{study.name}: {study.says(key)}"
+                xlabel="order of the atom in the decomposition", ylabel=label, title=f"{study.name}: {study.label(key)}"
             )
             axis.set_ylim(min(0.0, float(by_rank.min().min())), None)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -219,7 +219,7 @@ def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             right.bar(np.arange(len(names)), 100 * values, 0.8, bottom=100 * bottom, color=colour, label=f"head {head}")
             bottom += values
         right.set_xticks(range(len(names)), names, rotation=40, ha="right")
-        right.set(xlabel="source token", ylabel="share of |attribution| (%)", title=study.says(key))
+        right.set(xlabel="source token", ylabel="share of |attribution| (%)", title=study.label(key))
         right.legend(ncols=2)
     figure.tight_layout()
     return figure, concat(tables)

@@ -41,17 +41,17 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure, grid = panels(len(studies), min(4, max(1, most)), sharex="row")
     for line, study in zip(grid, studies, strict=True):
         keys = study.of_kind("heads")
-        held = {key: study.dataset("norms", key) for key in keys}
-        top = max((float(np.quantile(one["decoder_norm"], 0.995)) for one in held.values()), default=1.0)
+        dataset = {key: study.dataset("norms", key) for key in keys}
+        top = max((float(np.quantile(one["decoder_norm"], 0.995)) for one in dataset.values()), default=1.0)
         edges = np.linspace(0, 1.05 * max(top, 1), 41)
         for axis in line[len(keys) :]:
             axis.set_axis_off()
-        for axis, (key, one) in zip(line, held.items(), strict=False):
+        for axis, (key, one) in zip(line, dataset.items(), strict=False):
             for head, colour in enumerate(colours(one.sizes["head"])):
                 values = one["decoder_norm"].sel(head=head).values
                 axis.stairs(np.histogram(np.minimum(values, edges[-1]), edges)[0], edges, color=colour)
             axis.axvline(1, color="0.35", linestyle="--", linewidth=1)
-            axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.says(key)}")
+            axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
     folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
@@ -69,17 +69,17 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             for axis in grid[row]:
                 empty_panel(axis, "no dictionaries of heads")
             continue
-        held = study.dataset("spectra", key)
+        dataset = study.dataset("spectra", key)
         lowest = 1.0
         for axis, (matrix, title) in zip(grid[row], titles.items(), strict=True):
-            ranks = held["rank"].sel(matrix=matrix).values
-            for head, colour in enumerate(colours(held.sizes["head"])):
-                values = held["singular_value"].sel(matrix=matrix, head=head).values
+            ranks = dataset["rank"].sel(matrix=matrix).values
+            for head, colour in enumerate(colours(dataset.sizes["head"])):
+                values = dataset["singular_value"].sel(matrix=matrix, head=head).values
                 values = values[: int(ranks[head])] / values[0]
                 axis.plot(np.arange(1, len(values) + 1), values, color=colour)
                 lowest = min(lowest, values[-1])
-            said = f"rank {ranks.min()}" + (f" to {ranks.max()}" if ranks.min() < ranks.max() else "")
-            axis.set(xlabel="index", title=f"{title}: {said} of {held.attrs['d_head']}", yscale="log")
+            rank_text = f"rank {ranks.min()}" + (f" to {ranks.max()}" if ranks.min() < ranks.max() else "")
+            axis.set(xlabel="index", title=f"{title}: {rank_text} of {dataset.attrs['d_head']}", yscale="log")
         grid[row][0].set_ylabel(f"{study.name}\nsingular value / largest")
         if lowest > 0.1:
             grid[row][0].set_ylim(0.08, 1.2)
@@ -94,18 +94,18 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure, grid = panels(1, max(1, len(studies)), width=3.2)
     tables = []
     for axis, study in zip(grid[0], studies, strict=True):
-        held = study.dataset("angles")
-        index = held["index"].values + 1
-        n = held.sizes["pair"]
+        dataset = study.dataset("angles")
+        index = dataset["index"].values + 1
+        n = dataset.sizes["pair"]
         for pair in range(n):
-            axis.plot(index, np.degrees(held["angle_random"][pair]), color=NULL, linewidth=0.8)
-        for pair, (name, colour) in enumerate(zip(pair_names(held), colours(n), strict=True)):
+            axis.plot(index, np.degrees(dataset["angle_random"][pair]), color=NULL, linewidth=0.8)
+        for pair, (name, colour) in enumerate(zip(pair_names(dataset), colours(n), strict=True)):
             label = f"heads {name}" if n <= 6 else None
-            axis.plot(index, np.degrees(held["angle"][pair]), color=colour, label=label)
+            axis.plot(index, np.degrees(dataset["angle"][pair]), color=colour, label=label)
         axis.plot([], [], color=NULL, label="random subspaces")
         axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
         axis.legend(loc="lower left")
-        tables.append(identified(long(held), study))
+        tables.append(identified(long(dataset), study))
     figure.tight_layout()
     return figure, concat(tables)
 
@@ -117,18 +117,18 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure, grid = _beside_pairs(studies, sharey="row")
     tables = []
     for (left, right), study in zip(grid, studies, strict=True):
-        held = study.dataset("cosines")
-        position = held["position"].values[held.attrs["first_position"] :]
-        one = held.isel(pair=0).sel(position=position)
+        dataset = study.dataset("cosines")
+        position = dataset["position"].values[dataset.attrs["first_position"] :]
+        one = dataset.isel(pair=0).sel(position=position)
         bands = one["cosine_by_position"]
         left.fill_between(position, bands.sel(quantile=0.05), bands.sel(quantile=0.95), color=COLOURS[0], alpha=0.2)
         left.plot(position, bands.sel(quantile=0.5), color=COLOURS[0], label="median over texts, 5 to 95 %")
         left.plot(position, one["cosine_in_row"][0], "-", color="0.25", linewidth=0.5, label="one text")
         left.set(xlabel="position", ylabel=f"{study.name}\ncosine of two heads' outputs")
-        left.set_title(f"heads {pair_names(held)[0]}")
+        left.set_title(f"heads {pair_names(dataset)[0]}")
         left.legend(loc="lower right")
         for offset, name, colour in ((-0.17, "cosine", COLOURS[0]), (0.17, "cosine_rotated", NULL)):
-            quantiles = held[name].sel(quantile=list(BOX)).transpose("pair", "quantile").values
+            quantiles = dataset[name].sel(quantile=list(BOX)).transpose("pair", "quantile").values
             boxes = [dict(zip(BOX.values(), values, strict=True)) for values in quantiles]
             drawn = right.bxp(
                 [box | {"fliers": []} for box in boxes],
@@ -143,8 +143,8 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 manage_ticks=False,
             )
             drawn["boxes"][0].set_label({"cosine": "heads", "cosine_rotated": "randomly rotated heads"}[name])
-        small = 5 if held.sizes["pair"] > 15 else None
-        right.set_xticks(range(held.sizes["pair"]), pair_names(held), fontsize=small, rotation=90 if small else 0)
+        small = 5 if dataset.sizes["pair"] > 15 else None
+        right.set_xticks(range(dataset.sizes["pair"]), pair_names(dataset), fontsize=small, rotation=90 if small else 0)
         for axis in (left, right):
             axis.axhline(0, color="0.35", linewidth=0.8)
         right.set(xlabel="pair of heads", title="all texts: median, quartiles, 5 to 95 %")
@@ -152,7 +152,7 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         low, high = left.get_ylim()
         left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
         columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
-        tables.append(identified(long(held[columns]), study))
+        tables.append(identified(long(dataset[columns]), study))
     figure.tight_layout()
     return figure, concat(tables)
 
@@ -175,16 +175,20 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         table = study.table("cross_terms")
         tables.append(identified(table, study))
         for axis, source in zip(grid[row], (MODEL, key), strict=True):
-            mine = table[table["source"] == source]
-            if mine.empty:
+            of_source = table[table["source"] == source]
+            if of_source.empty:
                 empty_panel(axis, "no dictionaries of heads")
                 continue
-            zeroed = float(mine.loc[mine["way"] == NO_HEADS, "ce_increase"].iloc[0])
+            zeroed = float(of_source.loc[of_source["way"] == NO_HEADS, "ce_increase"].iloc[0])
             for control, marker, colour, label, offset in (
                 (False, "o", COLOURS[1], "cross terms removed", 0.12),
                 (True, "s", NULL, "random change of that size", -0.12),
             ):
-                rows = mine[(mine["control"] == control) & mine["way"].isin(WAYS)].set_index("way").loc[list(WAYS)]
+                rows = (
+                    of_source[(of_source["control"] == control) & of_source["way"].isin(WAYS)]
+                    .set_index("way")
+                    .loc[list(WAYS)]
+                )
                 y = np.arange(len(rows))[::-1] + offset
                 ends = [(rows[f"ce_increase_{e}"] - rows["ce_increase"]).abs().fillna(0) for e in ("low", "high")]
                 axis.errorbar(rows["ce_increase"], y, xerr=ends, fmt=marker, color=colour, label=label, capsize=2)
@@ -194,7 +198,7 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set_xticks([-1e-3, 0, 1e-3, 1e-2, 1e-1, 1], ["-0.001", "0", "0.001", "0.01", "0.1", "1"])
             axis.set_xlim(-2e-3, 2 * max(zeroed, 0.1))
             axis.set(xlabel="increase in CE loss (nats per token)")
-            of = "the model's heads" if source == MODEL else study.says(str(source))
+            of = "the model's heads" if source == MODEL else study.label(str(source))
             axis.set_title(f"{study.name}: {of}")
         grid[row][0].set_yticks(range(len(WAYS)), list(WAYS.values())[::-1])
         grid[row][0].set_ylim(-0.5, len(WAYS) - 0.5)
@@ -215,8 +219,8 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             empty_panel(left, "no dictionaries of heads")
             right.set_axis_off()
             continue
-        held = study.dataset("interference", key)
-        centre = held["bin"].values
+        dataset = study.dataset("interference", key)
+        centre = dataset["bin"].values
         edges = np.append(centre - (centre[1] - centre[0]) / 2, centre[-1] + (centre[1] - centre[0]) / 2)
         coarse = edges[::4]
         for name, label, colour, style in (
@@ -224,20 +228,20 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             ("plain", "all pairs of latents", COLOURS[0], "--"),
             ("weighted", "weighted by co-activation", COLOURS[1], "-"),
         ):
-            counts = held[name].sum("pair").values.reshape(-1, 4).sum(1)
+            counts = dataset[name].sum("pair").values.reshape(-1, 4).sum(1)
             density = counts / max(counts.sum(), 1e-30) / (coarse[1] - coarse[0])
             left.stairs(density, coarse, color=colour, linestyle=style, label=label, linewidth=1.2)
         left.set(xlabel="cosine of two heads' lifted atoms", ylabel=f"{study.name}\ndensity", yscale="log")
-        left.set(ylim=(1e-4, 300), xlim=(-1, 1), title=study.says(key))
+        left.set(ylim=(1e-4, 300), xlim=(-1, 1), title=study.label(key))
         left.legend(loc="upper left")
-        at = np.arange(held.sizes["pair"])
+        at = np.arange(dataset.sizes["pair"])
         for place, suffix, colour, label in ((-0.2, "", COLOURS[1], "heads"), (0.2, "_rotated", NULL, "rotated heads")):
-            weight = held["weight" + suffix].values
-            right.bar(at + place, held["total" + suffix] / weight, 0.36, color=colour, label=label)
-            means = held["from_means" + suffix].values / weight
+            weight = dataset["weight" + suffix].values
+            right.bar(at + place, dataset["total" + suffix] / weight, 0.36, color=colour, label=label)
+            means = dataset["from_means" + suffix].values / weight
             right.plot(at + place, means, "_", color="black", markersize=8, label=None if suffix else "if independent")
         small = 5 if len(at) > 15 else None
-        right.set_xticks(at, pair_names(held), fontsize=small, rotation=90 if small else 0)
+        right.set_xticks(at, pair_names(dataset), fontsize=small, rotation=90 if small else 0)
         right.axhline(0, color="0.35", linewidth=0.8)
         right.set(xlabel="pair of heads", ylabel="mean cosine,\nweighted by co-activation")
     figure.tight_layout()

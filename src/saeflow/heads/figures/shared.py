@@ -55,4 +55,4 @@ def concat(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 def with_chosen(studies: list[HeadStudy], kind: str) -> Iterator[tuple[int, HeadStudy, str | None]]:
     for row, study in enumerate(studies):
-        yield row, study, study.chosen(kind)
+        yield row, study, study.shown_dictionary(kind)
