@@ -5,15 +5,28 @@ import sys
 from pathlib import Path
 
 
+def graph() -> str:
+    """All stages, and an arrow for each that another needs; figures take what is drawn."""
+    from saeflow.planning.stages import stages
+
+    lines = ["digraph stages {", 'rankdir=LR; node [shape=box, style=rounded, fontname="sans-serif", fontsize=11]']
+    for stage in stages().values():
+        lines.append(f'"{stage.name}"')
+        lines += [f'"{needed}" -> "{stage.name}"' for needed in stage.needs]
+        lines += [f'"{stage.name}" -> "figures" [style=dashed]'] if stage.drawn != "never" else []
+    return "\n".join([*lines, "}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as experiment=demo dictionary.k=[8,16]")
     parser.add_argument("--conf", default=Path(__file__).resolve().parent.parent / "conf", help="folder of the groups")
-    parser.add_argument(
-        "--freeze", metavar="FILE", help="also write the plan here, for running a stage's script by hand"
-    )
+    parser.add_argument("--freeze", metavar="FILE", help="also write the plan here, for running jobs by hand")
     parser.add_argument("--keys", action="store_true", help="also list every artifact, with its state")
+    parser.add_argument("--graph", action="store_true", help="only print which stages read which, for Graphviz's dot")
     args = parser.parse_args()
+    if args.graph:
+        return print(graph())
 
     from saeflow.config import ConfigError
     from saeflow.planning.expansion import compose

@@ -58,8 +58,9 @@ class Stage:
     not say them."""
     target: bool = False
     """Whether it is made even where nothing needs it."""
-    drawn: Literal["never", "where_there", "always"] = "never"
-    """Whether figures are made from its artifacts; `always`: those that are asked for fail where it has none."""
+    drawn: Literal["never", "where_asked", "where_there", "always"] = "never"
+    """Whether figures are made from its artifacts, so that an experiment makes these: where it asks for a figure of the
+    stage, or for any; `always`: figures of it that are asked for fail where it has none."""
     table: bool = False
     """Whether each artifact has a `table.txt` for the terminal: `snakemake <stage>_tables`."""
     says_all: bool = False

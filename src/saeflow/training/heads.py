@@ -22,6 +22,8 @@ SHARED_METRICS = ("step", "tokens", "lr", "l1_scheduled")  # the same for every 
 class HeadsTrainer(SeveralTrainers):
     """Trains the SAEs of H heads on batches of all of them; does what a `Trainer` does."""
 
+    noun = "heads"
+
     @classmethod
     def of_job(cls, inputs: Inputs) -> "HeadsTrainer":
         return cls(inputs.specs, inputs.training, inputs.statistics[0], inputs.device, inputs.on_row)

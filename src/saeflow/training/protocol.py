@@ -104,6 +104,7 @@ class SeveralTrainers:
     """Trains several dictionaries as one, step by step: what the trainers of such kinds share."""
 
     training: TrainingConfig
+    noun = "dictionaries"
 
     @property
     def parts(self) -> "dict[str, Trainer]":
@@ -139,7 +140,7 @@ class SeveralTrainers:
         if names != set(self.parts):
             raise TrainingError(
                 f"this is the state of another dictionary: of {', '.join(sorted(names)) or 'one'}, not of "
-                f"{', '.join(self.parts)}"
+                f"{len(self.parts)} {self.noun}"
             )
         for name, part in self.parts.items():
             part.restore({key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")})
