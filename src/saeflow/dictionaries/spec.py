@@ -81,6 +81,21 @@ class Spec:
         return amount_of(self.k, self.l1_coefficient, self.options)
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether its target is what it reads; else it predicts another hook."""
+        return self.kind != "transcoder"
+
+    @property
+    def any_number_active(self) -> bool:
+        """Whether nothing but the loss bounds how many latents are active, so that steps of its training may be dense."""
+        return self.activation == "relu"
+
+    @property
+    def keeps_decoder_norms(self) -> bool:
+        """Whether its decoder rows have norms of their own once trained, as SAELens's with L1 do."""
+        return self.activation == "relu" and self.sparsity == "decoder_norm"
+
+    @property
     def random_seed(self) -> int:
         """Of all that training draws: heads of one seed do not start alike."""
         head = self.hook_head_index

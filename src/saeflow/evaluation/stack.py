@@ -114,7 +114,7 @@ def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) 
 
     def replace(value: Tensor, hook: Any, dictionary: Dictionary) -> Tensor:
         spec = dictionary.spec
-        x = flattened(read.pop(spec.hook_name) if spec.kind == "transcoder" else value, spec.hook_head_index)
+        x = flattened(read.pop(spec.hook_name) if not spec.reconstructs else value, spec.hook_head_index)
         f = dictionary.encode(x)
         l0[spec.hook_name_out] = (f != 0).sum(1).view(B, P)
         return _put(value, dictionary.decode(f, x), spec.hook_head_index)
@@ -122,7 +122,7 @@ def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) 
     def ablate(value: Tensor, hook: Any, dictionary: Dictionary, by: Tensor) -> Tensor:
         return _put(value, by.expand(B * P, -1), dictionary.spec.hook_head_index)
 
-    reading = [(m.dictionary.spec.hook_name, keep) for m in members if m.dictionary.spec.kind == "transcoder"]
+    reading = [(m.dictionary.spec.hook_name, keep) for m in members if not m.dictionary.spec.reconstructs]
     writing: list[list[Any]] = [reading, [], []]
     for dictionary, mean in members:
         hook = dictionary.spec.hook_name_out

@@ -54,7 +54,7 @@ class BatchedTrainer:
         scaled = [member._scaled(batch) for member, batch in zip(self.members, batches, strict=True)]
         x = torch.stack([one for one, _ in scaled])
         self.train_step_scaled(
-            x, x if self.members[0].spec.kind == "sae" else torch.stack([target for _, target in scaled])
+            x, x if self.members[0].spec.reconstructs else torch.stack([target for _, target in scaled])
         )
 
     def train_step_scaled(self, x: Tensor, y: Tensor) -> None:

@@ -86,7 +86,7 @@ class Trainer:
         """Those on a GPU that could have been a graph."""
         self.graphed_step: GraphedStep | None = None
         self.n_steps = training.n_tokens // training.batch_size
-        self.sparse = spec.activation != "relu"
+        self.sparse = not spec.any_number_active
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.threshold = torch.zeros((), dtype=torch.float64, device=device)
         """Running mean of BatchTopK's smallest kept value."""
@@ -197,7 +197,7 @@ class Trainer:
         return rate, l1_coefficient(self.spec, self.training, self.step)
 
     def _measures_density(self) -> bool:
-        return self.spec.activation == "relu" and self.step % DENSITY_STEPS == 0
+        return self.spec.any_number_active and self.step % DENSITY_STEPS == 0
 
     def _counts_active(self) -> bool:
         return self._logged() or self._measures_density()
@@ -263,7 +263,7 @@ class Trainer:
 
     def _scaled(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x = batch[0].to(self.device, non_blocking=True) * self.scale_in
-        return x, x if self.spec.kind == "sae" else batch[1].to(self.device, non_blocking=True) * self.scale_out
+        return x, x if self.spec.reconstructs else batch[1].to(self.device, non_blocking=True) * self.scale_out
 
     def _auxiliary_loss(self) -> Callable[[AuxiliaryLossInput], Tensor] | None:
         """The term for dead latents, where there are any."""
@@ -337,8 +337,7 @@ class Trainer:
             threshold = self.threshold.float() / norms
         dictionary = build_dictionary(self.spec, encoder.T.contiguous(), b_enc, W_dec, b_dec, W_skip, threshold)
         dictionary = dictionary.with_scaling_folded(self.scale_in, self.scale_out)
-        keeps_norms = self.spec.activation == "relu" and self.spec.sparsity == "decoder_norm"
-        return dictionary if keeps_norms else dictionary.with_unit_decoder()
+        return dictionary if self.spec.keeps_decoder_norms else dictionary.with_unit_decoder()
 
 
 def learning_rate(training: TrainingConfig, step: int, n_steps: int) -> float:
