@@ -8,7 +8,7 @@ else names it.
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -173,7 +173,11 @@ class DictionaryConfig:
         return 1.0
 
     def operations(
-        self, sizes: Sequence[tuple[int, ...]], head: int | None, training: dict[str, Any], d_mlp: int | None
+        self,
+        sizes: Sequence[tuple[int, ...]],
+        head: int | None,
+        training: dict[str, Any],
+        d_mlp: Callable[[], int | None],
     ) -> float:
         """Floating-point operations of a training. `sizes`: (d,) or (heads, d_head) of each hook."""
         return 0.0

@@ -87,7 +87,7 @@ class Spec:
 
     @property
     def any_number_active(self) -> bool:
-        """Whether nothing but the loss bounds how many latents are active, so that steps of its training may be dense."""
+        """Whether only the loss bounds how many latents are active, so that a step of training may be dense."""
         return self.activation == "relu"
 
     @property

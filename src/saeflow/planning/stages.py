@@ -80,7 +80,12 @@ class Source:
 @cache
 def stages() -> dict[str, Stage]:
     """All stages by name, in the order of the data flow."""
-    left = {stage.name: stage for module in _declarations("stage") for stage in module.STAGES}
+    return in_order([stage for module in _declarations("stage") for stage in module.STAGES])
+
+
+def in_order(found: list[Stage]) -> dict[str, Stage]:
+    """Stages after those that they need. Raises `ValueError` where they need each other."""
+    left = {stage.name: stage for stage in found}
     ordered: dict[str, Stage] = {}
     while left:
         free = [s for s in left.values() if not left.keys() & {*s.needs, *s.after}]

@@ -67,10 +67,13 @@ def order(instance: Instance) -> tuple[list[str], float]:
 def operations(plan: Plan, instance: Instance) -> float:
     """Floating-point operations, additions and multiplications."""
     sizes = [tuple(plan.instance("activations", key).config["size"]) for key in instance.needs["activations"]]
-    try:
-        d_mlp: int | None = read_geometry(Path(instance.sources["model"])).d_mlp
-    except (ModelError, OSError):  # of a model that the workflow makes, where it has not made it yet
-        d_mlp = None
+
+    def d_mlp() -> int | None:
+        try:
+            return read_geometry(Path(instance.sources["model"])).d_mlp
+        except (ModelError, OSError):  # of a model that the workflow makes, where it has not made it yet
+            return None
+
     return config_of(instance).operations(sizes, instance.config.get("head"), instance.config["training"], d_mlp)
 
 

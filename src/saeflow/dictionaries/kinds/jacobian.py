@@ -2,7 +2,7 @@
 (Farnik et al. 2025, arXiv 2502.18147)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -71,14 +71,18 @@ class JacobianPairConfig(TrainedConfig, kind="jacobian"):
         return 8.0
 
     def operations(
-        self, sizes: Sequence[tuple[int, ...]], head: int | None, training: dict[str, Any], d_mlp: int | None
+        self,
+        sizes: Sequence[tuple[int, ...]],
+        head: int | None,
+        training: dict[str, Any],
+        d_mlp: Callable[[], int | None],
     ) -> float:
         """Beside both encoders' products also D W_in and E W_out^T, their gradients, and three passes over k x k inner
         products of d_mlp numbers (`saeflow.kernels.jacobian`)."""
         d_in, d_out = (prod(size) for size in (sizes[0], sizes[-1]))
         each = sum(self.step_operations(d, d_out) for d in (d_in, d_out))
         if self.jacobian_coefficient:
-            k, m = self.k or 0, d_mlp or 4 * d_in
+            k, m = self.k or 0, d_mlp() or 4 * d_in
             products = sum(4.0 * d * self.width(d) * m for d in (d_in, d_out)) / training["batch_size"]
             each += products + training["jacobian_fraction"] * (6.0 * k * k + 2.0 * d_in) * m
         return each * float(training["n_tokens"])

@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from saeflow.config.checks import ConfigError, require
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.spec import Spec, amount_of
+
+if TYPE_CHECKING:
+    from saeflow.config.point import PointConfig
 
 _TOPK_OPTIONS = ("aux_loss_coefficient", "rescale_acts_by_decoder_norm", "use_sparse_activations")
 _BATCHTOPK_OPTIONS = (*_TOPK_OPTIONS, "topk_threshold_lr")
@@ -84,6 +87,11 @@ class SAELensConfig(TrainedConfig, kind="saelens"):
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"kind": "sae"}
+
+    def check(self, point: "PointConfig") -> None:
+        head = point.site.head
+        require(head is None, "site.head", head, "null with activation=saelens: SAELens's classes are of whole hooks")
+        super().check(point)
 
     def spec(self, *args: Any, **named: Any) -> Spec:
         return dataclasses.replace(super().spec(*args, **named), kind="sae", apply_b_dec_to_input=True)

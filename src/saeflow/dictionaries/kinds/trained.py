@@ -1,7 +1,7 @@
 """What kinds share that are trained here: width, sparsity and how the loss is normalised."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -113,7 +113,11 @@ class TrainedConfig(DictionaryConfig):
         return [self.spec(prod(sizes[0]), prod(sizes[-1]), hooks[0], hooks[-1], seed, origin)]
 
     def operations(
-        self, sizes: Sequence[tuple[int, ...]], head: int | None, training: dict[str, Any], d_mlp: int | None
+        self,
+        sizes: Sequence[tuple[int, ...]],
+        head: int | None,
+        training: dict[str, Any],
+        d_mlp: Callable[[], int | None],
     ) -> float:
         """Counted are the matrix products of a step and its work on active pairs: of an SAE, or the SAE of every head,
         the encoder's product. ReLU is counted as dense, which it is at first."""
