@@ -8,7 +8,7 @@ else names it.
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -30,6 +30,16 @@ class Training(NamedTuple):
     """What of its configuration enters its key."""
     hook_name: str
     hook_name_out: str | None
+
+
+class Columns(NamedTuple):
+    """The columns of activations that a training reads."""
+
+    hooks: list[str]
+    sizes: list[tuple[int, ...]]
+    """(d,) or (heads, d_head) of each."""
+    head: int | None
+    """Of hooks with heads, the one that is meant."""
 
 
 class Part(NamedTuple):
@@ -172,14 +182,8 @@ class DictionaryConfig:
         """How long a training takes, about, beside those of other dictionaries at its hooks."""
         return 1.0
 
-    def operations(
-        self,
-        sizes: Sequence[tuple[int, ...]],
-        head: int | None,
-        training: dict[str, Any],
-        d_mlp: Callable[[], int | None],
-    ) -> float:
-        """Floating-point operations of a training. `sizes`: (d,) or (heads, d_head) of each hook."""
+    def operations(self, columns: Columns, training: dict[str, Any], d_mlp: Callable[[], int | None]) -> float:
+        """Floating-point operations of a training; `d_mlp` finds the width of the model's MLPs."""
         return 0.0
 
 

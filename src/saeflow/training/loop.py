@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saeflow.activations.store import Column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
+from saeflow.config.dictionary import Columns
 from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.kinds.saelens import SAELensConfig
 from saeflow.dictionaries.kinds.trained import TrainedConfig
@@ -265,7 +266,7 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     head, sizes = job.config.get("head"), [column.size for column in columns]
     if (config.by_head or head is not None) and len(sizes[0]) != 2:
         raise ConfigError(f"a dictionary of heads needs a hook with heads, and {wanted[0]} has none")
-    return config.specs(sizes, wanted, job.config["seed"], origin, head)
+    return config.specs(Columns(wanted, sizes, head), job.config["seed"], origin)
 
 
 def _origin_of(job: Job) -> Instance:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import DictionaryConfig, build
-from saeflow.config.dictionary import kinds
+from saeflow.config.dictionary import Columns, kinds
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.digests import canonical
@@ -64,9 +64,13 @@ def order(instance: Instance) -> tuple[list[str], float]:
     return instance.needs["activations"], -config_of(instance).cost
 
 
+def _columns(plan: Plan, instance: Instance) -> Columns:
+    read = [plan.instance("activations", key).config for key in instance.needs["activations"]]
+    return Columns([c["hook_name"] for c in read], [tuple(c["size"]) for c in read], instance.config.get("head"))
+
+
 def operations(plan: Plan, instance: Instance) -> float:
     """Floating-point operations, additions and multiplications."""
-    sizes = [tuple(plan.instance("activations", key).config["size"]) for key in instance.needs["activations"]]
 
     def d_mlp() -> int | None:
         try:
@@ -74,14 +78,14 @@ def operations(plan: Plan, instance: Instance) -> float:
         except (ModelError, OSError):  # of a model that the workflow makes, where it has not made it yet
             return None
 
-    return config_of(instance).operations(sizes, instance.config.get("head"), instance.config["training"], d_mlp)
+    return config_of(instance).operations(_columns(plan, instance), instance.config["training"], d_mlp)
 
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Weights, gradients and Adam's two moments of every dictionary beside 3 GB; twice the time of its operations."""
     n_operations, memory = 0.0, 3000
     for instance in instances:
-        sizes = [math.prod(plan.instance("activations", key).config["size"]) for key in instance.needs["activations"]]
+        sizes = [math.prod(size) for size in _columns(plan, instance).sizes]
         dictionary = instance.config["dictionary"]
         d_sae = dictionary["d_sae"] or sizes[0] * dictionary["expansion"]
         memory += max(250, round(4 * 4e-6 * d_sae * sum(sizes) * 2))

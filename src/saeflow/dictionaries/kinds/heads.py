@@ -1,11 +1,10 @@
 """An SAE of each head of a hook, all trained as one; k, L1 coefficient and size are those of each."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from saeflow.config.checks import require
-from saeflow.config.dictionary import Part
+from saeflow.config.dictionary import Columns, Part
 from saeflow.config.site import SiteConfig
 from saeflow.dictionaries.kinds.sae import SAEConfig, alone
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
@@ -42,9 +41,7 @@ class HeadSAEsConfig(SAEConfig, kind="heads"):
     def spec(self, *args: Any, **named: Any) -> Spec:
         raise DictionaryError("dictionaries of heads are one SAE a head")
 
-    def specs(
-        self, sizes: Sequence[tuple[int, ...]], hooks: Sequence[str], seed: int, origin: Origin, head: int | None
-    ) -> list[Spec]:
-        ((n_heads, d_head),) = sizes
+    def specs(self, columns: Columns, seed: int, origin: Origin) -> list[Spec]:
+        (hook,), ((n_heads, d_head),), _ = columns
         one = alone(self)
-        return [one.spec(d_head, d_head, hooks[0], hooks[0], seed, origin, h) for h in range(n_heads)]
+        return [one.spec(d_head, d_head, hook, hook, seed, origin, head) for head in range(n_heads)]

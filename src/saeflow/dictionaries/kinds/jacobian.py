@@ -2,13 +2,13 @@
 (Farnik et al. 2025, arXiv 2502.18147)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
 
 from saeflow.config.checks import require
-from saeflow.config.dictionary import Part
+from saeflow.config.dictionary import Columns, Part
 from saeflow.config.site import SiteConfig
 from saeflow.dictionaries.kinds.sae import alone
 from saeflow.dictionaries.kinds.trained import TrainedConfig
@@ -59,27 +59,19 @@ class JacobianPairConfig(TrainedConfig, kind="jacobian"):
         """What of its training is stored with each of its SAEs."""
         return {name: getattr(self, name) for name in ("jacobian_coefficient", "jacobian_penalty", "jacobian_at")}
 
-    def specs(
-        self, sizes: Sequence[tuple[int, ...]], hooks: Sequence[str], seed: int, origin: Origin, head: int | None
-    ) -> list[Spec]:
+    def specs(self, columns: Columns, seed: int, origin: Origin) -> list[Spec]:
         sae = alone(self)
-        found = (sae.spec(prod(d), prod(d), hook, hook, seed, origin) for d, hook in zip(sizes, hooks, strict=True))
+        found = (sae.spec(prod(d), prod(d), hook, hook, seed, origin) for hook, d in zip(*columns[:2], strict=True))
         return [dataclasses.replace(spec, options=self.options) for spec in found]
 
     @property
     def cost(self) -> float:
         return 8.0
 
-    def operations(
-        self,
-        sizes: Sequence[tuple[int, ...]],
-        head: int | None,
-        training: dict[str, Any],
-        d_mlp: Callable[[], int | None],
-    ) -> float:
+    def operations(self, columns: Columns, training: dict[str, Any], d_mlp: Callable[[], int | None]) -> float:
         """Beside both encoders' products also D W_in and E W_out^T, their gradients, and three passes over k x k inner
         products of d_mlp numbers (`saeflow.kernels.jacobian`)."""
-        d_in, d_out = (prod(size) for size in (sizes[0], sizes[-1]))
+        d_in, d_out = map(prod, columns.sizes)
         each = sum(self.step_operations(d, d_out) for d in (d_in, d_out))
         if self.jacobian_coefficient:
             k, m = self.k or 0, d_mlp() or 4 * d_in

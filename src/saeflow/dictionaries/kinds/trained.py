@@ -1,13 +1,13 @@
 """What kinds share that are trained here: width, sparsity and how the loss is normalised."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
 
 from saeflow.config.checks import ConfigError, require
-from saeflow.config.dictionary import DictionaryConfig
+from saeflow.config.dictionary import Columns, DictionaryConfig
 from saeflow.dictionaries.spec import Origin, Spec, amount_of
 
 WHEN_ABSENT: dict[str, Any] = {
@@ -104,25 +104,18 @@ class TrainedConfig(DictionaryConfig):
         places = {"hook_name": hook_name, "hook_name_out": hook_name_out, "hook_head_index": head}
         return Spec(**named | sizes | places, seed=seed, origin=origin)
 
-    def specs(
-        self, sizes: Sequence[tuple[int, ...]], hooks: Sequence[str], seed: int, origin: Origin, head: int | None
-    ) -> list[Spec]:
-        """Of all that one training makes. `sizes`: (d,) or (heads, d_head) of each hook that it reads."""
-        if head is not None:
-            return [self.spec(sizes[0][1], sizes[0][1], hooks[0], hooks[0], seed, origin, head)]
-        return [self.spec(prod(sizes[0]), prod(sizes[-1]), hooks[0], hooks[-1], seed, origin)]
+    def specs(self, columns: Columns, seed: int, origin: Origin) -> list[Spec]:
+        """Of all that one training makes."""
+        hooks, sizes, head = columns
+        d_in, d_out = (prod(size) if head is None else size[-1] for size in (sizes[0], sizes[-1]))
+        return [self.spec(d_in, d_out, hooks[0], hooks[-1], seed, origin, head)]
 
-    def operations(
-        self,
-        sizes: Sequence[tuple[int, ...]],
-        head: int | None,
-        training: dict[str, Any],
-        d_mlp: Callable[[], int | None],
-    ) -> float:
+    def operations(self, columns: Columns, training: dict[str, Any], d_mlp: Callable[[], int | None]) -> float:
         """Counted are the matrix products of a step and its work on active pairs: of an SAE, or the SAE of every head,
         the encoder's product. ReLU is counted as dense, which it is at first."""
-        by_head = self.by_head or head is not None
-        d_in, d_out = (size[-1] if by_head else prod(size) for size in (sizes[0], sizes[-1]))
+        _, sizes, head = columns
+        one_head = self.by_head or head is not None
+        d_in, d_out = (size[-1] if one_head else prod(size) for size in (sizes[0], sizes[-1]))
         return (sizes[0][0] if self.by_head else 1) * self.step_operations(d_in, d_out) * float(training["n_tokens"])
 
     def step_operations(self, d_in: int, d_out: int) -> float:
