@@ -36,10 +36,10 @@ def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"unknown key {where}{key}{hint}; legal here: {', '.join(fields)}")
     values = {}
-    for name, held in fields.items():
+    for name, field in fields.items():
         if name in tree:
             values[name] = _coerce(hints[name], tree[name], f"{where}{name}")
-        elif held.default is dataclasses.MISSING and held.default_factory is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key {where}{name}")
     return cls(**values)
 

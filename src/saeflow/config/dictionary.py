@@ -105,9 +105,9 @@ class DictionaryConfig:
         if found.activations and "activation" in tree:
             wanted = f"{' or '.join(found.activations)} with kind={tree['kind']}"
             require(tree["activation"] in found.activations, f"{where}activation", tree["activation"], wanted)
-        mine = {f.name for f in dataclasses.fields(found)}
+        own_names = {f.name for f in dataclasses.fields(found)}
         others = {
-            f.name: f.default for kind in kinds().values() for f in dataclasses.fields(kind) if f.name not in mine
+            f.name: f.default for kind in kinds().values() for f in dataclasses.fields(kind) if f.name not in own_names
         }
         for name in sorted(others.keys() & tree.keys()):
             legal = found.takes_any or tree[name] in (None, {}, others[name])

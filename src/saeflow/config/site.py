@@ -29,5 +29,5 @@ class ActivationsConfig:
     def __post_init__(self) -> None:
         for name in ("batch_rows", "chunk_tokens"):
             require(getattr(self, name) > 0, f"activations.{name}", getattr(self, name), "1 or more")
-        whole = self.shard_tokens > 0 and self.shard_tokens % self.chunk_tokens == 0
-        require(whole, "activations.shard_tokens", self.shard_tokens, "a multiple of activations.chunk_tokens")
+        divides = self.shard_tokens > 0 and self.shard_tokens % self.chunk_tokens == 0
+        require(divides, "activations.shard_tokens", self.shard_tokens, "a multiple of activations.chunk_tokens")

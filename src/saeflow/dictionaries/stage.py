@@ -21,7 +21,7 @@ def expand(expansion: Expansion) -> None:
 def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     """It enters by content, or by the names of its release."""
     site, sources = planned.point.site, dict[str, str]()
-    held: dict[str, Any] = {"release": config.release, "sae_id": config.sae_id, "format": None, "content": None}
+    identity: dict[str, Any] = {"release": config.release, "sae_id": config.sae_id, "format": None, "content": None}
     label = config.label or f"{config.release} {config.sae_id}"
     if config.path is not None:
         path = Path(config.path)
@@ -29,12 +29,12 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
             raise ConfigError(f"dictionary.path={path}: no such file or folder")
         form = config.format or foreign_format(path)
         content = planned.digests.files(path.parent if path.is_file() else path, foreign_files(path, form))
-        held |= {"format": form, "content": content}
+        identity |= {"format": form, "content": content}
         label = config.label or path.stem
         sources = {"foreign": str(path)}
     name = re.sub(r"[^\w.]+", "_", label)
     places = {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
-    extra = held | places | {"label": label}
+    extra = identity | places | {"label": label}
     key = planned.add("foreign", f"{name}-{short_hook(site.hook_name)}", {}, extra, sources=sources)
     planned.dictionaries.append(PlannedDictionary("foreign", key, site.hook_name_out or site.hook_name, head=site.head))
 

@@ -20,13 +20,13 @@ def assign_batches(plan: Plan, previous: Plan | None) -> None:
         table = plan.stages[name]
         kept: list[list[str]] = []
         plan.past[name] = []
-        held: set[str] = set()
+        batched: set[str] = set()
         for batch in previous.batches.get(name, []) + previous.past.get(name, []) if previous else []:
-            if held.isdisjoint(batch) and all(plan.done(name, k) for k in batch):
+            if batched.isdisjoint(batch) and all(plan.done(name, k) for k in batch):
                 wanted = all(k in table for k in batch)
                 (kept if wanted else plan.past[name]).append(batch)
-                held.update(batch if wanted else ())
-        plan.batches[name] = kept + _new_batches(plan, stage, [k for k in table if k not in held])
+                batched.update(batch if wanted else ())
+        plan.batches[name] = kept + _new_batches(plan, stage, [k for k in table if k not in batched])
 
 
 def _new_batches(plan: Plan, stage: Stage, keys: list[str]) -> list[list[str]]:
@@ -64,6 +64,6 @@ def resources(plan: Plan, name: str, keys: Sequence[str]) -> dict[str, Any]:
     device = plan.device_of(name)
     table = plan.stages[name]
     found: dict[str, Any] = dict(stages()[name].resources(plan, [table[key] for key in keys]))
-    given = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}
-    said = {unit: value for unit, value in given.items() if value is not None}
-    return found | said | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}
+    configured = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}
+    found |= {unit: value for unit, value in configured.items() if value is not None}
+    return found | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}

@@ -119,11 +119,11 @@ def _configs_on_disk(plan: Plan, stage: str) -> list[dict[str, Any]]:
 
 def _what_is_new(instance: Instance, known: list[dict[str, Any]]) -> list[str]:
     """Differences to the nearest artifact of the same stage; none where only what it needs has changed."""
-    mine = _flat({"version": instance.version, **instance.config})
+    read = _flat({"version": instance.version, **instance.config})
     if not known:
         return []
-    nearest = min(([k for k in mine if mine[k] != other.get(k, ...)] for other in known), key=len)
-    return [f"{key}={_value(mine[key])} is new" for key in nearest]
+    nearest = min(([k for k in read if read[k] != other.get(k, ...)] for other in known), key=len)
+    return [f"{key}={_value(read[key])} is new" for key in nearest]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

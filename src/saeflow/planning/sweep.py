@@ -115,15 +115,15 @@ class Sweep:
             values = {k: v for k, v in axes.items() if k not in self.groups}
             for choice in itertools.product(*groups.values()):
                 tree = self._compose([f"{g}={c}" for g, c in zip(groups, choice, strict=True)])
-                mine = dict(values)
+                axes_here = dict(values)
                 for path, wanted in self.values.items():
-                    if path in mine or _holds(tree, path):
-                        mine[path] = wanted
+                    if path in axes_here or _holds(tree, path):
+                        axes_here[path] = wanted
                         used.add(path)
                 for path in values:
                     if not _holds(tree, path):
                         raise ConfigError(f"sweep of {path}: no such key{_near(path, _leaves(tree, self.fields))}")
-                yield from _product(tree, mine, self.fields)
+                yield from _product(tree, axes_here, self.fields)
         for path in self.values.keys() - used:
             legal = sorted({leaf for tree in self._trees.values() for leaf in _leaves(tree, self.fields)})
             raise ConfigError(f"unknown key {path!r}{_near(path, legal)}; no config of this experiment has it")
@@ -153,8 +153,10 @@ def _product(tree: Any, values: dict[str, list[Any]], fields: list[str]) -> Iter
                 for part in parents:
                     node = node[part]
                 node[leaf] = value
-            for group, held in point.items():
-                for key in (k for k, v in held.items() if v == "???") if isinstance(held, dict) else ():
+            for group, tree_of_group in point.items():
+                for key in (
+                    (k for k, v in tree_of_group.items() if v == "???") if isinstance(tree_of_group, dict) else ()
+                ):
                     raise ConfigError(f"{group}.{key} has to be given: add {group}.{key}=… to the overrides")
             yield point
 

@@ -97,9 +97,9 @@ class TrainedConfig(DictionaryConfig):
         head: int | None = None,
     ) -> Spec:
         """Of one dictionary; `head`: of a hook with heads, the one that it reads and writes."""
-        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shared = {f.name for f in dataclasses.fields(Spec)} & mine.keys()
-        named = {name: mine[name] for name in shared}
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shared = {f.name for f in dataclasses.fields(Spec)} & options.keys()
+        named = {name: options[name] for name in shared}
         sizes = {"d_in": d_in, "d_out": d_out, "d_sae": self.width(d_in)}
         places = {"hook_name": hook_name, "hook_name_out": hook_name_out, "hook_head_index": head}
         return Spec(**named | sizes | places, seed=seed, origin=origin)
