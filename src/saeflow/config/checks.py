@@ -19,6 +19,12 @@ def require(legal: bool, key: str, value: Any, wanted: str) -> None:
         raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
 
 
+def at_least(least: int, config: Any, group: str, names: str) -> None:
+    """Raises `ConfigError` for an option of a group, of those named, that is less than `least`."""
+    for name in names.split():
+        require(getattr(config, name) >= least, f"{group}.{name}", getattr(config, name), f"{least} or more")
+
+
 def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
     """Builds the dataclass `cls` from a plain tree, checking every key and type.
 

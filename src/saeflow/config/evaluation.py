@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saeflow.config.checks import require
+from saeflow.config.checks import at_least, require
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class EvaluationConfig:
     bootstrap_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_rows", "resamples"):
-            require(getattr(self, name) > 0, f"evaluation.{name}", getattr(self, name), "1 or more")
+        at_least(1, self, "evaluation", "batch_rows resamples")
         require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
 
 
@@ -35,5 +34,4 @@ class BlindConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "n_examples", "window", "min_active", "batch_rows"):
-            require(getattr(self, name) > 0, f"blind.{name}", getattr(self, name), "1 or more")
+        at_least(1, self, "blind", "n_features n_examples window min_active batch_rows")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saeflow.config.checks import require
+from saeflow.config.checks import at_least
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class HeadsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "batch_rows", "loss_tokens", "resamples", "top_pairs", "min_active", "n_latents"):
-            require(getattr(self, name) > 0, f"heads.{name}", getattr(self, name), "1 or more")
-        for name in ("max_atoms", "contexts", "window"):
-            require(getattr(self, name) > 0, f"heads.{name}", getattr(self, name), "1 or more")
-        for name in ("dashboards", "seed"):
-            require(getattr(self, name) >= 0, f"heads.{name}", getattr(self, name), "0 or more")
+        names = "n_tokens batch_rows loss_tokens resamples top_pairs min_active n_latents max_atoms contexts window"
+        at_least(1, self, "heads", names)
+        names = "dashboards seed"
+        at_least(0, self, "heads", names)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saeflow.config.checks import require
+from saeflow.config.checks import at_least, require
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class JacobianConfig:
     transcoders: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "bins", "resamples", "stored_tokens", "top_pairs", "top_inputs", "min_count"):
-            require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
-        for name in ("contexts", "window", "linearity_samples"):
-            require(getattr(self, name) > 0, f"jacobian.{name}", getattr(self, name), "1 or more")
+        names = "n_tokens bins resamples stored_tokens top_pairs top_inputs min_count contexts window "
+        at_least(1, self, "jacobian", names + "linearity_samples")
         require(self.max_value > 0, "jacobian.max_value", self.max_value, "more than 0")
         for name in ("thresholds", "relative_thresholds"):
             legal = all(value > 0 for value in getattr(self, name))

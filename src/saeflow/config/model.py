@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saeflow.config.checks import ConfigError, require
+from saeflow.config.checks import ConfigError, at_least, require
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class TracrConfig:
     lr: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_rows"):
-            require(getattr(self, name) > 0, f"model.tracr.{name}", getattr(self, name), "1 or more")
+        at_least(1, self, "model.tracr", "n_steps batch_rows")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saeflow.config.checks import require
+from saeflow.config.checks import at_least, require
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class ActivationsConfig:
     shard_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        for name in ("batch_rows", "chunk_tokens"):
-            require(getattr(self, name) > 0, f"activations.{name}", getattr(self, name), "1 or more")
+        at_least(1, self, "activations", "batch_rows chunk_tokens")
         divides = self.shard_tokens > 0 and self.shard_tokens % self.chunk_tokens == 0
         require(divides, "activations.shard_tokens", self.shard_tokens, "a multiple of activations.chunk_tokens")

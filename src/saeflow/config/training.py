@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saeflow.config.checks import require
+from saeflow.config.checks import at_least, require
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ class TrainingConfig:
     keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "dead_after_tokens", "resample_batches", "log_every", "together"):
-            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "1 or more")
-        require(self.keep_checkpoints > 0, "training.keep_checkpoints", self.keep_checkpoints, "1 or more")
+        names = "batch_size dead_after_tokens resample_batches log_every together keep_checkpoints"
+        at_least(1, self, "training", names)
         require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
         require(self.lr > 0, "training.lr", self.lr, "more than 0")
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
