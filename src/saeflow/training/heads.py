@@ -45,7 +45,7 @@ class HeadsTrainer(SeveralTrainers):
         if silent:
             raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
         self.heads = [Trainer(s, training, of_head, of_head, device) for s, of_head in zip(specs, by_head, strict=True)]
-        self.batched = BatchedTrainer(self.heads)
+        self.batched, self.described = BatchedTrainer(self.heads), f"{len(self.heads)} heads"
         scales = (torch.as_tensor(head.scale_in, dtype=torch.float32, device=device) for head in self.heads)
         self.scale = torch.stack([scale.expand(specs[0].d_in) for scale in scales])[:, None]
         """(H, 1, d_head)"""
@@ -74,17 +74,10 @@ class HeadsTrainer(SeveralTrainers):
         self.batched.train_step_scaled(torch.mul(z, self.scale, out=x), x)
         if logged:
             rows = {name: head.metrics.rows[-1] for name, head in self.parts.items()}
-            row = {name: value for name, value in self.heads[0].metrics.rows[-1].items() if name in SHARED_METRICS}
-            each = {
-                f"{part}.{n}": v
-                for part, row_of_head in rows.items()
-                for n, v in row_of_head.items()
-                if n not in SHARED_METRICS
-            }
-            self.on_row(row | {"l0": sum(row_of_head["l0"] for row_of_head in rows.values())} | each)
-
-    def _split(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        return [(z,) for z in batch[0].tensor_split(len(self.heads), dim=1)]
+            row = {name: rows["head_0"][name] for name in SHARED_METRICS} | {"l0": sum(r["l0"] for r in rows.values())}
+            for part, of_head in rows.items():
+                row |= {f"{part}.{name}": value for name, value in of_head.items() if name not in SHARED_METRICS}
+            self.on_row(row)
 
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each head, from one read of the batches."""
@@ -93,9 +86,9 @@ class HeadsTrainer(SeveralTrainers):
             return
         samples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.heads]
         for batch in batches.iterate(self.n_steps, self.training.resample_batches):
-            for h, head_batch in enumerate(self._split(batch)):
+            for h, z in enumerate(batch[0].tensor_split(len(self.heads), dim=1)):
                 if len(dead[h]):
-                    samples[h].append(self.heads[h].token_errors(head_batch))
+                    samples[h].append(self.heads[h].token_errors((z,)))
         for head, latents, errors in zip(self.heads, dead, samples, strict=True):
             if len(latents):
                 head.reset_latents(latents, errors)

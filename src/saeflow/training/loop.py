@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeflow.activations.store import Column
+from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.kinds.saelens import SAELensConfig
@@ -29,11 +29,12 @@ from saeflow.jobs.job import Job
 from saeflow.jobs.log import progress
 from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
+from saeflow.models.source import PROCESSING
 from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs
+from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs, PartOfBatches
 from saeflow.training.trainer import Trainer
 
 log = logging.getLogger("saeflow")
@@ -66,17 +67,6 @@ class Member:
             self.checkpoints.save(self.trainer.step, self.trainer.state())
 
 
-@dataclass
-class MemberBatches:
-    """What a member reads of batches."""
-
-    batches: Batches
-    member: Member
-
-    def iterate(self, start: int, n_steps: int) -> Iterator[tuple[Tensor, ...]]:
-        return map(self.member.columns_of, self.batches.iterate(start, n_steps))
-
-
 def train(jobs: list[Job]) -> str:
     """Trains the dictionaries of jobs that read the same tokens in the same batches, and writes their folders.
 
@@ -84,10 +74,13 @@ def train(jobs: list[Job]) -> str:
     `Preempted`, with the state saved, when the job is asked to stop.
     """
     from saeflow.activations.reader import BatchReader
-    from saeflow.activations.store import open_column
 
     columns = {folder: open_column(folder) for job in jobs for folder in job.inputs("activations")}
-    options = [build(TrainingConfig, job.config["training"] | _run_options(job), "training.") for job in jobs]
+    how_to_run = (json.loads(job.instance.sources["training"]) for job in jobs)  # identifies no dictionary
+    options = [
+        build(TrainingConfig, job.config["training"] | how, "training.")
+        for job, how in zip(jobs, how_to_run, strict=True)
+    ]
     if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
         raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
     statistics = {folder: _hook_statistics(column) for folder, column in columns.items()}
@@ -129,7 +122,7 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
                     continue  # killed between two checkpoints, members may go on from different steps
                 try:
                     if member.trainer.resamples_next():
-                        member.trainer.resample(MemberBatches(batches, member))
+                        member.trainer.resample(PartOfBatches(batches, member.columns_of))
                     member.trainer.train_step(member.columns_of(batch))
                 except TrainingError as error:
                     member.failure = error
@@ -191,8 +184,7 @@ def _member(
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
     reads = [list(columns).index(folder) for folder in folders]
-    d_head = specs[0].d_in
-    entries = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
+    entries = slice(None) if head is None else slice(head * specs[0].d_in, (head + 1) * specs[0].d_in)
     return Member(job, trainer, checkpoints, reads, entries)
 
 
@@ -215,15 +207,8 @@ def _block(job: Job) -> Block | ModuleBlock:
     from saeflow.models.loading import load_model  # ten seconds, and only pairs need it
 
     folder = job.source("model")
-    config = _origin_of(job).config["model"]
-    model = load_model(folder, model_config(folder, config), job.device)
+    model = load_model(folder, model_config(folder, _origin_of(job).config["model"]), job.device)
     return read_block(model, job.config["hook_name"], job.config["hook_name_out"])
-
-
-def _run_options(job: Job) -> dict[str, Any]:
-    """The options that say how to run: not part of what identifies the dictionary."""
-    options: dict[str, Any] = json.loads(job.instance.sources["training"])
-    return options
 
 
 def _hook_statistics(column: Column) -> HookStatistics:
@@ -256,9 +241,7 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     origin = Origin(
         model_name=store.split("/")[0].rsplit("-", 2)[0],  # a store is called <model>-<dtype>-<hash>
         model_weights=model["weights"],
-        fold_ln=model["fold_ln"],
-        center_writing_weights=model["center_writing_weights"],
-        center_unembed=model["center_unembed"],
+        **{name: model[name] for name in PROCESSING},
         context_size=activations.config["tokens"]["context_size"],
         prepend_bos=tokens.config["tokens"]["prepend_bos"],
     )

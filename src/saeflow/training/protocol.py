@@ -31,6 +31,16 @@ class Batches(Protocol):
         ...
 
 
+class PartOfBatches(NamedTuple):
+    """What one of several dictionaries that share batches reads of them."""
+
+    batches: Batches
+    part: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
+        return map(self.part, self.batches.iterate(start, n_steps))
+
+
 @dataclass(frozen=True)
 class HookStatistics:
     """What training needs to know of the activations at one hook."""
@@ -104,6 +114,8 @@ class SeveralTrainers:
     """Trains several dictionaries as one, step by step: what the trainers of such kinds share."""
 
     training: TrainingConfig
+    described: str
+    """Which several."""
 
     @property
     def parts(self) -> "dict[str, Trainer]":
@@ -139,7 +151,7 @@ class SeveralTrainers:
         if names != set(self.parts):
             raise TrainingError(
                 f"this is the state of another dictionary: of {', '.join(sorted(names)) or 'one'}, not of "
-                f"{', '.join(self.parts)}"
+                f"{self.described}"
             )
         for name, part in self.parts.items():
             part.restore({key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")})

@@ -193,8 +193,8 @@ class Trainer:
 
     def _rates(self) -> tuple[float, float]:
         """Learning rate and L1 coefficient of this step."""
-        rate = learning_rate(self.training, self.step, self.n_steps)
-        return rate, l1_coefficient(self.spec, self.training, self.step)
+        training, step = self.training, self.step
+        return learning_rate(training, step, self.n_steps), l1_coefficient(self.spec, training, step)
 
     def _measures_density(self) -> bool:
         return self.spec.activation == "relu" and self.step % DENSITY_STEPS == 0
@@ -241,17 +241,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.spec.random_seed * 1_000_003 + self.step)
         rows = [m for moments in (self.optimiser.first, self.optimiser.second) for m in moments[:3]]
         x, y, losses = (torch.cat(part) for part in zip(*samples, strict=True))
-        resample(
-            self.weights,
-            rows,
-            dead,
-            x,
-            y,
-            losses,
-            generator=generator,
-            centred=self.objective.centred,
-            unit_norm=self.spec.sparsity == "unit_norm",
-        )
+        centred, unit_norm = self.objective.centred, self.spec.sparsity == "unit_norm"
+        resample(self.weights, rows, dead, x, y, losses, generator, centred, unit_norm)
         self.metrics.idle_steps[dead] = 0
 
     def _choose_sparse_or_dense(self, result: Step) -> None:
