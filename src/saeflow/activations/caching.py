@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.moments import Statistics
-from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
+from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, write_column
 from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
@@ -36,17 +36,6 @@ from saeflow.models.loading import load_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
-
-__all__ = [
-    "ActivationError",
-    "Column",
-    "ColumnRequest",
-    "DiskFullError",
-    "cache",
-    "cache_jobs",
-    "forward",
-    "open_column",
-]
 
 
 class DiskFullError(OSError):

@@ -200,11 +200,11 @@ class ColumnWriter:
         """Hands a chunk over; the caller must not write to it again."""
         assert self._shard is not None
         values = chunk.cpu().view(torch.uint8).numpy().reshape(-1)
-        self._submit(_add, self._shard, values)
+        self._submit(_or_discard, self._shard, self._shard.add, values)
 
     def _close(self) -> None:
         if self._shard:
-            self._submit(_close, self._shard)
+            self._submit(_or_discard, self._shard, self._shard.close)
             self.stored = max(self.stored, self.position)
             self._shard = None
 
@@ -214,17 +214,9 @@ class ColumnWriter:
             self._pending.popleft().result()
 
 
-def _add(shard: ShardWriter, values: Any) -> None:
+def _or_discard(shard: ShardWriter, task: Callable[..., None], *arguments: Any) -> None:
     try:
-        shard.add(values)
-    except BaseException:
-        shard.discard()
-        raise
-
-
-def _close(shard: ShardWriter) -> None:
-    try:
-        shard.close()
+        task(*arguments)
     except BaseException:
         shard.discard()
         raise

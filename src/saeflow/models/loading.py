@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import pkgutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from saeflow.config import ModelConfig
 from saeflow.models.folder import (
@@ -63,7 +66,6 @@ def _convert(
     folder: Path, geometry: Geometry, original: Any, model: ModelConfig, randomised: bool
 ) -> "HookedTransformer":
     """TransformerLens's model of the weights, processed; `randomised`: of others in their place."""
-    import torch
     from transformer_lens import loading_from_pretrained
 
     config = _hooked_config(folder, geometry, model.fold_ln)
@@ -95,7 +97,6 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
 
 def _load_original(folder: Path) -> Any:
     """The transformers model of a folder, in float32 on the CPU."""
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -124,9 +125,6 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
     transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
     conversion drops is set afterwards.
     """
-    import tempfile
-
-    import torch
     from transformer_lens import loading_from_pretrained
 
     plain = read_keys(config_file(folder))
@@ -145,8 +143,6 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
 
 def _check_conversion(folder: Path, original: Any, hooked: "HookedTransformer") -> None:
     """Compares log-probabilities on one row: TransformerLens ignores settings such as rope scaling without a word."""
-    import torch
-
     n_tokens = min(hooked.cfg.n_ctx, 64)
     ids = torch.arange(n_tokens)[None] * 7919 % hooked.cfg.d_vocab  # any row will do
     with torch.no_grad():

@@ -8,6 +8,8 @@ Passes end at the unembedding's input ("final"), so that logits can be made a fe
 (`saeflow.kernels.next_token`). Shapes: B rows, P positions, D model width.
 """
 
+import functools
+import operator
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,16 +47,14 @@ class _Resume(NamedTuple):
 @torch.no_grad()
 def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> CleanPass:
     """Runs the model on `tokens` (B, P); keeps the values at `hooks`, and what resuming at `splices` takes."""
-    kept = {*hooks, *splices}
-    for splice in splices:
-        kept |= set(_resume(model, splice).base)
+    kept = {*hooks, *splices}.union(*(_resume(model, splice).base for splice in splices))
     values: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value
 
     with model.hooks(fwd_hooks=[(name, keep) for name in sorted(kept)]):
-        final = _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
+        final = _final(model, tokens)
     return CleanPass(tokens, final, values)
 
 
@@ -74,14 +74,9 @@ def run_spliced(
         all_heads[:, :, head] = value.view(*all_heads.shape[:2], -1)
         value = all_heads
     parts = [clean.values[name] for name in resume.base] + ([value] if resume.adds else [])
-    hooks = [] if resume.adds else [(hook_name, lambda _, hook: value)]
-    with model.hooks(fwd_hooks=hooks):
-        if not parts:
-            return _normalize(model, model(clean.tokens, stop_at_layer=model.cfg.n_layers))
-        residual = parts[0]
-        for part in parts[1:]:
-            residual = residual + part
-        return _normalize(model, model(residual, start_at_layer=resume.layer, stop_at_layer=model.cfg.n_layers))
+    hooks: list[tuple[str, Any]] = [] if resume.adds else [(hook_name, lambda _, hook: value)]
+    residual = functools.reduce(operator.add, parts) if parts else None
+    return run_hooked(model, clean.tokens, hooks, residual, resume.layer)
 
 
 @torch.no_grad()
@@ -93,9 +88,7 @@ def run_hooked(
     Without a residual the pass starts at `tokens` (B, P). Functions at one hook are called in the order of the list.
     """
     with model.hooks(fwd_hooks=hooks):
-        if residual is None:
-            return _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
-        return _normalize(model, model(residual, start_at_layer=layer, stop_at_layer=model.cfg.n_layers))
+        return _final(model, tokens) if residual is None else _final(model, residual, layer)
 
 
 def flattened(value: Tensor, head: int | None = None) -> Tensor:
@@ -122,7 +115,9 @@ def _resume(model: "HookedTransformer", hook_name: str) -> _Resume:
     return _Resume(layer, (block + "hook_resid_pre",), adds=False)
 
 
-def _normalize(model: "HookedTransformer", residual: Tensor) -> Tensor:
+def _final(model: "HookedTransformer", given: Tensor, layer: int | None = None) -> Tensor:
+    """What the unembedding reads after tokens, or after the residual stream before block `layer`."""
+    residual = model(given, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
     return residual if model.cfg.normalization_type is None else model.ln_final(residual)
 
 
