@@ -96,8 +96,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a permutation of 0 .. n - 1, chosen by (seed, epoch), sends some indices; both are int64 of shape (N,)."""
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
-    keys = np.frombuffer(digest, dtype="<u8")
+    keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
     found = _feistel(index.astype(np.uint64), a, b, keys)
     while (outside := found >= n).any():
         found[outside] = _feistel(found[outside], a, b, keys)

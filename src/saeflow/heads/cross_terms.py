@@ -68,8 +68,7 @@ class CrossTerms:
         `MODEL`; `clean` must have been made to splice at the layer's output."""
         tokens, hook = clean.tokens, f"blocks.{self.attention.layer}.hook_attn_out"
         B, P = tokens.shape
-        ones = at_positions(torch.ones(B * (P - 1), device=tokens.device), B)
-        values, names = {"n": ones}, []
+        values, names = {"n": at_positions(torch.ones(B * (P - 1), device=tokens.device), B)}, []
         for source, (z, rest) in sources.items():
             variants = self._variants(z, rest)
             unchanged = variants["none", False]
@@ -79,9 +78,8 @@ class CrossTerms:
                 else run_spliced(model, clean, hook, output.view(B, P, -1))
                 for (way, _), output in variants.items()
             ]
-            _, losses = model_losses(
-                model, tokens, drop_last_position(clean.final), [drop_last_position(f) for f in finals]
-            )
+            before, *after = (drop_last_position(final) for final in (clean.final, *finals))
+            _, losses = model_losses(model, tokens, before, after)
             for ((way, control), output), loss in zip(variants.items(), losses, strict=True):
                 names.append((source, way, control))
                 change = squared_norm(output - unchanged).view(B, P)

@@ -37,8 +37,7 @@ from threadpoolctl import threadpool_limits
 from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
-from saeflow.heads.study import HeadMeasurements
-from saeflow.heads.weights import Attention, decoder_by_head
+from saeflow.heads.weights import decoder_by_head
 from saeflow.jobs.log import progress
 
 METHODS = ("pseudo_inverse", "omp", "nn_omp", "nn_lasso")
@@ -147,9 +146,8 @@ def _nn_lasso(v: np.ndarray, D: np.ndarray, max_atoms: int) -> SparseCodes:
     size = np.linalg.norm(v)
     with warnings.catch_warnings():  # where two atoms join at once it says so
         warnings.simplefilter("ignore")
-        _, _, coefficients = lars_path(
-            D.T, v / size, method="lasso", positive=True, max_iter=2 * max_atoms, alpha_min=1e-6
-        )
+        limits = {"max_iter": 2 * max_atoms, "alpha_min": 1e-6}
+        _, _, coefficients = lars_path(D.T, v / size, method="lasso", positive=True, **limits)
     codes: SparseCodes = {}
     for c in coefficients.T:
         support = np.flatnonzero(c > 0)
@@ -244,17 +242,10 @@ def choose_latents(active: np.ndarray, config: HeadsConfig) -> np.ndarray:
 
 
 def decompose_latents(
-    concat: Dictionary,
-    head_dictionary: BlockDiagonal,
-    measurements: HeadMeasurements,
-    keys: tuple[str, str],
-    chosen: np.ndarray,
-    attention: Attention,
-    config: HeadsConfig,
+    concat: Dictionary, head_dictionary: BlockDiagonal, chosen: np.ndarray, firing: Agreement, config: HeadsConfig
 ) -> Decomposed:
-    """The `chosen` latents of `concat` in the atoms of `head_dictionary`; `keys` of the two dictionaries in the
-    study."""
-    n_heads, d_head, _ = attention.W_O.shape
+    """The `chosen` latents of `concat` in the atoms of `head_dictionary`, whose activations agree as `firing` says."""
+    n_heads, d_head = len(head_dictionary.heads), head_dictionary.heads[0].d_in
     decoder = decoder_by_head(concat, n_heads).double().numpy()
     own = {h: unit(one.W_dec.double().numpy()) for h, one in enumerate(head_dictionary.heads)}
     dictionaries = {
@@ -274,7 +265,6 @@ def decompose_latents(
     table["top_head"] = [int(squares[i].argmax()) == h for i, h in at]
     of = {"top_head": table["top_head"], "all_heads": table["head"] == ALL}
     lines = pd.concat([curves(table[rows], config.max_atoms).assign(of=name) for name, rows in of.items()])
-    firing = agreement(measurements.latents[keys[0]][:, chosen], measurements.latents[keys[1]])
     rows: list[dict[str, Any]] = []
     for m, i in enumerate(chosen.tolist()):
         codes = decompose(decoder[i].ravel(), own[ALL], FOR_ATOMS, config.max_atoms)

@@ -103,11 +103,9 @@ def principal_angles(W_O: Tensor) -> xr.Dataset:
 
     n_heads, d, D = W_O.shape
     spaces = W_O.double().cpu().numpy()
-    generator = np.random.default_rng(0)
-    random = generator.standard_normal((n_heads, d, D))
-    found, null = (
-        np.stack([subspace_angles(of[g].T, of[h].T) for g, h in pairs_of(n_heads)]) for of in (spaces, random)
-    )
+    random = np.random.default_rng(0).standard_normal((n_heads, d, D))
+    pairs = pairs_of(n_heads)
+    found, null = (np.stack([subspace_angles(of[g].T, of[h].T) for g, h in pairs]) for of in (spaces, random))
     return xr.Dataset(
         {
             "angle": (("pair", "index"), found, {"units": "rad"}),
@@ -139,8 +137,7 @@ class HeadCosines:
         """`z` (B, P, H, d) of whole rows."""
         B, P = z.shape[:2]
         for W_O, chunks in ((self.W_O, self._found), (self.rotated, self._null)):
-            cosines = pair_cosines(head_outputs(z.flatten(0, 1), W_O))
-            chunks.append(cosines.view(B, P, -1).float().cpu().numpy())
+            chunks.append(pair_cosines(head_outputs(z.flatten(0, 1), W_O)).view(B, P, -1).float().cpu().numpy())
 
     def dataset(self, first: int) -> xr.Dataset:
         """Quantiles by pair, over all positions from `first` on, and by pair and position over rows; and first rows."""

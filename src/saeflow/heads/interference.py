@@ -140,8 +140,7 @@ def interference_dataset(
         for suffix, of, more in (("", found, ""), ("_rotated", null, ", each head rotated by a random rotation")):
             values = np.array([getattr(one, name) for one in of])
             data[name + suffix] = (dims, values, {"units": units, "description": description + more})
-    centres = (EDGES[:-1] + EDGES[1:]) / 2
-    coordinates = {"bin": centres, **pair_coordinates(len(atoms))}
+    coordinates = {"bin": (EDGES[:-1] + EDGES[1:]) / 2, **pair_coordinates(len(atoms))}
     dataset = xr.Dataset(data, coordinates, {"d_model": atoms[0].shape[1], "n_tokens": latents[0].shape[0]})
     tables = [one.top.assign(head=g, other_head=h) for one, (g, h) in zip(found, pairs_of(len(atoms)), strict=True)]
     return dataset, pd.concat(tables, ignore_index=True)
@@ -155,11 +154,7 @@ def row_space(W: np.ndarray) -> np.ndarray:
 
 
 def lifted_table(
-    chosen: Sequence[np.ndarray],
-    atoms: Sequence[np.ndarray],
-    W_O: np.ndarray,
-    rotations: np.ndarray,
-    n_atoms: Sequence[int],
+    chosen: list[np.ndarray], atoms: list[np.ndarray], W_O: np.ndarray, rotations: np.ndarray, n_atoms: Sequence[int]
 ) -> pd.DataFrame:
     """The `chosen` latents of every head in the lifted atoms (n, D) of every other head, `W_O` (H, d, D).
 

@@ -21,7 +21,7 @@ from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import check_fit, model_config
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import HeadDictionary, dashboards
-from saeflow.heads.decomposition import choose_latents, decompose_latents
+from saeflow.heads.decomposition import agreement, choose_latents, decompose_latents
 from saeflow.heads.folder import HeadStudy, write_dataset
 from saeflow.heads.geometry import MATRICES, decoder_norms, principal_angles, rank, spectra
 from saeflow.heads.interference import interference_dataset, lifted_table
@@ -57,10 +57,7 @@ def heads_job(job: Job) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "layer": attention.layer,
         "hook_name": hook,
-        "n_heads": geometry.n_heads,
-        "n_key_value_heads": geometry.n_key_value_heads,
-        "d_head": geometry.d_head,
-        "d_model": geometry.d_model,
+        **{name: getattr(geometry, name) for name in ("n_heads", "n_key_value_heads", "d_head", "d_model")},
         "n_tokens": int(tokens.size),
         "n_documents": len(np.unique(document)),
         "median_cosine": float(cosines["cosine"].median()),
@@ -91,9 +88,8 @@ def heads_job(job: Job) -> dict[str, Any]:
             if key in heads:
                 entry |= _write_heads(of_one, heads[key], measurements.latents[key], attention, config)
                 continue
-            shares = measurements.active[key].dataset(
-                decoder_by_head(one, len(attention.W_O)).double().numpy(), attention.W_O.double().numpy()
-            )
+            decoder = decoder_by_head(one, len(attention.W_O)).double().numpy()
+            shares = measurements.active[key].dataset(decoder, attention.W_O.double().numpy())
             entry |= _write_concat(of_one, one, shares, config)
             chosen = choose_latents(measurements.active[key].count, config)
             if not len(chosen):
@@ -101,16 +97,15 @@ def heads_job(job: Job) -> dict[str, Any]:
                 continue
             head_dictionary = None
             if (matched := _nearest({name: l0[name] for name in heads}, l0[key])) is not None:
-                keys = key, matched
-                decomposed = decompose_latents(one, heads[matched], measurements, keys, chosen, attention, config)
+                firing = agreement(measurements.latents[key][:, chosen], measurements.latents[matched])
+                decomposed = decompose_latents(one, heads[matched], chosen, firing, config)
                 entry |= {"decomposed_in": matched} | decomposed.summary
                 decomposed.table.to_parquet(of_one / "decomposition.parquet")
                 decomposed.curves.to_parquet(of_one / "curves.parquet")
                 decomposed.agreement.to_parquet(of_one / "agreement.parquet")
                 head_dictionary = HeadDictionary(matched, heads[matched], decomposed.agreement)
-            page, sources = dashboards(
-                model, attention, measurements, key, one, chosen, shares, head_dictionary, config, text
-            )
+            shown = key, one, chosen, shares, head_dictionary
+            page, sources = dashboards(model, attention, measurements, *shown, config, text)
             (of_one / "dashboards.html").write_text(page, encoding="utf-8")
             sources.to_parquet(of_one / "attribution.parquet")
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -22,7 +22,7 @@ from saeflow.heads.geometry import HeadCosines
 from saeflow.heads.shares import ActiveSums
 from saeflow.heads.weights import Attention, encoder_by_head
 from saeflow.models.attention import fused_attention
-from saeflow.models.splicing import flattened, run_clean
+from saeflow.models.splicing import CleanPass, flattened, run_clean
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -89,9 +89,8 @@ def measure(
                     active[key].add(f, kept.cpu().numpy())
             n = min(len(tokens), n_loss_rows - start)
             if n > 0:
-                clean_rows = clean._replace(
-                    tokens=tokens[:n], final=clean.final[:n], values={k: v[:n] for k, v in clean.values.items()}
-                )
+                values = {name: value[:n] for name, value in clean.values.items()}
+                clean_rows = CleanPass(tokens[:n], clean.final[:n], values)
                 x = flattened(z[:n])
                 sources = {MODEL: (x.view(len(x), n_heads, d_head), attention.b_O)}
                 for key, rest in constant.items():

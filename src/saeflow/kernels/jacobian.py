@@ -105,8 +105,7 @@ def jacobian_blocks(products: Products, linearisation: Linearisation, A: Tensor,
     if loops.supports(products.WE):
         J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
         arrays = _arrays(products.WD, products.WE, linearisation.slopes, _drifts(linearisation), projections, A, B, J)
-        work = partial(jacobian_loops.blocks, *arrays)
-        loops.in_threads(work, len(A), A.numel() * products.WE.shape[1])
+        loops.in_threads(partial(jacobian_loops.blocks, *arrays), len(A), A.numel() * products.WE.shape[1])
     else:
         J = products.WE[B] @ _hidden_tangents(products, linearisation, projections, A).transpose(1, 2)
     return J.baddbmm_(products.E[B], products.D[A].transpose(1, 2)) if products.block.skip else J
@@ -149,9 +148,14 @@ class Side(NamedTuple):
 
 @torch.no_grad()
 def add_penalty(
-    block: BlockWeights, linearisation: Linearisation, input: Side, output: Side, penalty: Penalty,
-    linearisation_too: bool = False, workspace: Workspace | None = None,
-) -> tuple[Tensor, Linearisation | None]:  # fmt: skip
+    block: BlockWeights,
+    linearisation: Linearisation,
+    input: Side,
+    output: Side,
+    penalty: Penalty,
+    linearisation_too: bool = False,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Linearisation | None]:
     """The sum () of what the tokens' Jacobians cost; adds its gradients to those of both sides.
 
     Where a latent is silent J is 0. With `linearisation_too` also the gradients towards `linearisation`, for a Jacobian
@@ -173,10 +177,9 @@ def add_penalty(
         costs.append(cost)
     g_linearisation = None
     if loops.supports(input.rows) and not linearisation_too:  # the loops have no gradient of `linearisation`
-        _in_loops(products, linearisation, A, B, G, input.gradient, output.gradient)
+        _in_loops(products, linearisation, input, output, G)
     else:
-        gradients = input.gradient, output.gradient
-        g_linearisation = _on_device(products, linearisation, A, B, G, *gradients, linearisation_too)
+        g_linearisation = _on_device(products, linearisation, input, output, G, linearisation_too)
     for all_of, needed, active in zip(sides, (needed_in, needed_out), (input, output), strict=True):
         if needed is not None:
             all_of.gradient.index_put_((needed,), active.gradient, accumulate=True)  # each row once
@@ -197,10 +200,9 @@ def _only_active(side: Side) -> tuple[Tensor | None, Side]:
     return needed, Side(rows[needed], TopLatents(values, places), torch.zeros_like(rows[needed]))
 
 
-def _in_loops(
-    products: Products, linearisation: Linearisation, A: Tensor, B: Tensor, G: Tensor, g_D: Tensor, g_E: Tensor
-) -> None:
+def _in_loops(products: Products, linearisation: Linearisation, input: Side, output: Side, G: Tensor) -> None:
     """Overwrites `products`: the sums of some columns take the place of columns that are done."""
+    A, B, g_D, g_E = input.kept.latents, output.kept.latents, input.gradient, output.gradient
     projections, drifts = _input_projections(products, linearisation, A), _drifts(linearisation)
     block, m = products.block, products.WE.shape[1]
     if linearisation.direction is not None:
@@ -245,10 +247,10 @@ def _in_loops(
 
 
 def _on_device(
-    products: Products, linearisation: Linearisation, A: Tensor, B: Tensor, G: Tensor, g_D: Tensor, g_E: Tensor,
-    linearisation_too: bool,
-) -> Linearisation | None:  # fmt: skip
+    products: Products, linearisation: Linearisation, input: Side, output: Side, G: Tensor, linearisation_too: bool
+) -> Linearisation | None:
     """The same by torch's operations, some tokens at a time."""
+    A, B, g_D, g_E = input.kept.latents, output.kept.latents, input.gradient, output.gradient
     g_WD, g_WE = torch.zeros_like(products.WD), torch.zeros_like(products.WE)
     parts = []
     for some in _chunks(A, B, products.WE):

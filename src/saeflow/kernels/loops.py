@@ -63,11 +63,7 @@ def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts:
     bounds = np.linspace(0, n_rows, threads + 1).astype(np.int64)
     if starts is not None:
         bounds[1:-1] = np.searchsorted(starts, np.linspace(0, starts[-1], threads + 1)[1:-1])
-    slices = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-    others = [_pool(threads - 1).submit(work, *some) for some in slices[1:]]
-    work(*slices[0])
-    for other in others:
-        other.result()
+    _all_of([partial(work, *run) for run in pairwise(bounds.tolist())], threads)
 
 
 def all_in_threads(works: Sequence[Callable[[int, int], None]], n_columns: int) -> None:
@@ -78,7 +74,10 @@ def all_in_threads(works: Sequence[Callable[[int, int], None]], n_columns: int) 
     threads = torch.get_num_threads()
     runs = max(1, min(threads // len(works), n_columns // 64))
     cuts = np.linspace(0, n_columns, runs + 1).astype(np.int64).tolist()
-    calls = [partial(work, *run) for work in works for run in pairwise(cuts)]
+    _all_of([partial(work, *run) for work in works for run in pairwise(cuts)], threads)
+
+
+def _all_of(calls: list[Callable[[], None]], threads: int) -> None:
     others = [_pool(threads - 1).submit(call) for call in calls[1:]] if threads > 1 else []
     for call in calls[: len(calls) - len(others)]:
         call()

@@ -247,11 +247,9 @@ def _starts(tokens: Tensor, n_tokens: int) -> Tensor:
     return torch.searchsorted(tokens, torch.arange(n_tokens + 1, device=tokens.device))
 
 
-def _low_threshold(
-    x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, n_tokens: int = 64
-) -> float:
-    """A value that about 1.5 k latents a token exceed, among some tokens of the batch."""
-    some = x[:: max(len(x) // n_tokens, 1)]
+def _low_threshold(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | None) -> float:
+    """A value that about 1.5 k latents a token exceed, among 64 tokens of the batch or more."""
+    some = x[:: max(len(x) // 64, 1)]
     product = torch.addmm(b_enc, some, encoder.T)
     if scale is not None:
         product *= scale

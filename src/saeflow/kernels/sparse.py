@@ -59,8 +59,7 @@ class Pattern:
     def dense(self, values: Tensor) -> Tensor:
         """Values (P,) as a matrix (N, n): for tests, and for what is not worth a kernel."""
         tokens = torch.repeat_interleave(self.starts.diff(), output_size=len(values))
-        zeros = values.new_zeros(len(self.starts) - 1, self.n_latents)
-        return zeros.index_put((tokens, self.latents), values)
+        return values.new_zeros(len(self.starts) - 1, self.n_latents).index_put((tokens, self.latents), values)
 
 
 def encode(
@@ -74,7 +73,7 @@ def encode(
         centred = x if centre is None else x - centre
         active = select(centred, encoder, b_enc)
     pattern = Pattern(active.latents, active.starts, len(b_enc))
-    values: Tensor = _Encode.apply(x, encoder, b_enc, centre, centred, active.values, pattern)
+    values: Tensor = _Encode.apply(x, encoder, b_enc, centre, (centred, active.values, pattern))
     return values, pattern
 
 
@@ -97,18 +96,10 @@ def dense_decode(values: Tensor, pattern: Pattern, W_dec: Tensor) -> Tensor:
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        encoder: Tensor,
-        b_enc: Tensor,
-        centre: Tensor | None,
-        centred: Tensor,
-        values: Tensor,
-        pattern: Pattern,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, encoder: Tensor, b_enc: Tensor, centre: Tensor | None, found: Any) -> Tensor:
+        """`found`: the encoder's input, values, and pattern."""
+        centred, values, ctx.pattern = found
         ctx.save_for_backward(centred, encoder, values)
-        ctx.pattern = pattern
         return values.view_as(values)
 
     @staticmethod
@@ -126,7 +117,7 @@ class _Encode(torch.autograd.Function):
             g_x = sum_rows(encoder, pattern.latents, pattern.starts, g)
         if ctx.needs_input_grad[3]:  # every pre-activation sees -centre W_enc: no product over tokens
             g_centre = -(g_b_enc[None] @ encoder)[0]
-        return g_x, g_encoder, g_b_enc, g_centre, None, None, None
+        return g_x, g_encoder, g_b_enc, g_centre, None
 
 
 class _Decode(torch.autograd.Function):

@@ -51,28 +51,23 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
             "root mean square, which sees the mean; set model.center_writing_weights=false"
         )
     original = _load_original(folder)
-
     try:
-        hooked = _convert(folder, geometry, original, model, randomised=False)
+        hooked = _convert(folder, geometry, original, dataclasses.replace(model, randomise="none"))
         _check_conversion(folder, original, hooked)
         if model.randomise != "none":
-            hooked = _convert(folder, geometry, original, model, randomised=True)
+            hooked = _convert(folder, geometry, original, model)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
     return hooked.to(device, print_details=False)
 
 
-def _convert(
-    folder: Path, geometry: Geometry, original: Any, model: ModelConfig, randomised: bool
-) -> "HookedTransformer":
-    """TransformerLens's model of the weights, processed; `randomised`: of others in their place."""
-    from transformer_lens import loading_from_pretrained
+def _convert(folder: Path, geometry: Geometry, original: Any, model: ModelConfig) -> "HookedTransformer":
+    """TransformerLens's model of the weights, randomised and processed."""
+    from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
     config = _hooked_config(folder, geometry, model.fold_ln)
-    state = loading_from_pretrained.get_pretrained_state_dict(
-        str(folder), config, hf_model=original, dtype=torch.float32
-    )
-    return processed(config, state, model if randomised else dataclasses.replace(model, randomise="none"))
+    state = get_pretrained_state_dict(str(folder), config, hf_model=original, dtype=torch.float32)
+    return processed(config, state, model)
 
 
 def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "HookedTransformer":

@@ -34,20 +34,10 @@ class CleanPass(NamedTuple):
     """By hook: (B, P, d) or (B, P, head, d_head)."""
 
 
-class _Resume(NamedTuple):
-    """How a splice resumes: the residual stream before block `layer` is the sum of `base`, then the value if `adds`;
-    otherwise the value is put in by a hook during the pass. With no `base` and no `adds` the pass starts at the tokens.
-    """
-
-    layer: int
-    base: tuple[str, ...]
-    adds: bool
-
-
 @torch.no_grad()
 def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> CleanPass:
     """Runs the model on `tokens` (B, P); keeps the values at `hooks`, and what resuming at `splices` takes."""
-    kept = {*hooks, *splices}.union(*(_resume(model, splice).base for splice in splices))
+    kept = {*hooks, *splices}.union(*(_resume(model, splice)[1] for splice in splices))
     values: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
@@ -66,17 +56,17 @@ def run_spliced(
 
     With `head` the value of that head alone is replaced, by `value` (N, d_head).
     """
-    resume = _resume(model, hook_name)
+    layer, base, adds = _resume(model, hook_name)
     if head is None:
         value = value.reshape(clean.values[hook_name].shape)
     else:
         all_heads = clean.values[hook_name].clone()
         all_heads[:, :, head] = value.view(*all_heads.shape[:2], -1)
         value = all_heads
-    parts = [clean.values[name] for name in resume.base] + ([value] if resume.adds else [])
-    hooks: list[tuple[str, Any]] = [] if resume.adds else [(hook_name, lambda _, hook: value)]
+    parts = [clean.values[name] for name in base] + ([value] if adds else [])
+    hooks: list[tuple[str, Any]] = [] if adds else [(hook_name, lambda _, hook: value)]
     residual = functools.reduce(operator.add, parts) if parts else None
-    return run_hooked(model, clean.tokens, hooks, residual, resume.layer)
+    return run_hooked(model, clean.tokens, hooks, residual, layer)
 
 
 @torch.no_grad()
@@ -96,23 +86,28 @@ def flattened(value: Tensor, head: int | None = None) -> Tensor:
     return (value if head is None else value[:, :, head]).flatten(2).flatten(0, 1)
 
 
-def _resume(model: "HookedTransformer", hook_name: str) -> _Resume:
-    """Hooks whose value is a term of the residual stream are added to the other terms, and their block is not run."""
+def _resume(model: "HookedTransformer", hook_name: str) -> tuple[int, tuple[str, ...], bool]:
+    """How a splice resumes, (layer, base, adds): the residual stream before block `layer` is the sum of `base`, then
+    the value if `adds`; otherwise the value is put in by a hook during the pass. With no `base` and no `adds` the pass
+    starts at the tokens.
+
+    Hooks whose value is a term of the residual stream are added to the other terms, and their block is not run.
+    """
     if hook_name.startswith("ln_final"):
         last = model.cfg.n_layers - 1
-        return _Resume(last + 1, (f"blocks.{last}.hook_resid_post",), adds=False)
+        return last + 1, (f"blocks.{last}.hook_resid_post",), False
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if not found:  # the embedding
-        return _Resume(0, (), adds=False)
+        return 0, (), False
     layer, block = int(found[1]), f"blocks.{found[1]}."
     if found[2] == "hook_resid_pre":
-        return _Resume(layer, (), adds=True)
+        return layer, (), True
     if found[2] == "hook_resid_post":
-        return _Resume(layer + 1, (), adds=True)
+        return layer + 1, (), True
     if found[2] == "hook_mlp_out":
         terms = ("hook_resid_pre", "hook_attn_out") if model.cfg.parallel_attn_mlp else ("hook_resid_mid",)
-        return _Resume(layer + 1, tuple(block + term for term in terms), adds=True)
-    return _Resume(layer, (block + "hook_resid_pre",), adds=False)
+        return layer + 1, tuple(block + term for term in terms), True
+    return layer, (block + "hook_resid_pre",), False
 
 
 def _final(model: "HookedTransformer", given: Tensor, layer: int | None = None) -> Tensor:

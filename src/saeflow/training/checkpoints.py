@@ -29,8 +29,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Writes the state after `step` steps, then removes all but the newest `keep`."""
-        path = self.folder / f"step-{step:09d}.safetensors"
-        save_tensors(path, {name: t.contiguous() for name, t in state.items()})
+        save_tensors(self.folder / f"step-{step:09d}.safetensors", {name: t.contiguous() for name, t in state.items()})
         for old in self._paths()[: -self.keep]:
             old.unlink()
 

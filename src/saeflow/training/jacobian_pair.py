@@ -76,9 +76,8 @@ class JacobianTrainer(SeveralTrainers):
         self.training, self.block, self.device, self.on_row = training, block, device, on_row
         self.coefficient, self.at = dictionary.jacobian_coefficient or 0.0, dictionary.jacobian_at
         self.penalty = PENALTIES[dictionary.jacobian_penalty]
-        self.input, self.output = (
-            Trainer(s, training, one, one, device) for s, one in zip(specs, statistics, strict=True)
-        )
+        sides = zip(specs, statistics, strict=True)
+        self.input, self.output = (Trainer(spec, training, of, of, device) for spec, of in sides)
         scales = self.input.scale_in, self.output.scale_in
         assert isinstance(scales[0], float) and isinstance(scales[1], float)  # an MLP's sites have no heads
         self.scale_in, self.units = scales[0], scales[1] / scales[0]
@@ -150,9 +149,8 @@ class JacobianTrainer(SeveralTrainers):
             linearisation = self.block.linearise(at)
         of_output = of_output._replace(kept=self._top_latents_of_output(self.block(at.detach())))
         detached = Linearisation(*(None if t is None else t.detach() for t in linearisation))  # type: ignore[arg-type]
-        cost, towards = add_penalty(
-            self.block.weights(), detached, of_input, of_output, penalty, True, workspace=self.workspace
-        )
+        block = self.block.weights()
+        cost, towards = add_penalty(block, detached, of_input, of_output, penalty, True, self.workspace)
         assert towards is not None
         pairs = [(t, g) for t, g in zip(linearisation, towards, strict=True) if t is not None]
         more = torch.autograd.grad([t for t, _ in pairs], leaves.parameters(), [g for _, g in pairs])
@@ -199,10 +197,8 @@ class JacobianTrainer(SeveralTrainers):
             "jacobian_scheduled": coefficient,
             "jacobian_loss": loss,
         }
-        few = slice(0, LOGGED_TOKENS)
-        kept_in, kept_out = (
-            TopLatents(k.values[few], k.latents[few]) for k in (_top_latents(found_in), _top_latents(found_out))
-        )
+        few, both = slice(0, LOGGED_TOKENS), (_top_latents(found_in), _top_latents(found_out))
+        kept_in, kept_out = (TopLatents(kept.values[few], kept.latents[few]) for kept in both)
         at = self._reconstruction(self.input.weights, x[few], kept_in)
         points = {"": (raw[few], kept_out), "_at_reconstruction": (at, self._top_latents_of_output(self.block(at)))}
         for name, (point, kept) in points.items():

@@ -66,10 +66,8 @@ class HookStatistics:
     def by_head(self) -> list["HookStatistics"]:
         """Each head of a hook with heads, whose mean norm stands for here by its root mean square norm."""
         assert self.head_norms is not None
-        means = self.mean.view(len(self.head_norms), -1)
-        return [
-            HookStatistics(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)
-        ]
+        each = zip(self.mean.view(len(self.head_norms), -1), self.head_norms, strict=True)
+        return [HookStatistics(mean, float(norm), norm[None]) for mean, norm in each]
 
 
 class Inputs(NamedTuple):

@@ -1,6 +1,5 @@
 """Figures of latents: their heads' shares, their decomposition in single heads' atoms, their attribution."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -64,8 +63,7 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set_title(f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("mean share of a head (%)")
     figure.tight_layout()
-    equal = Line2D([], [], color="0.35", linestyle=":", label="equal shares")
-    head_legend(figure, studies, equal)
+    head_legend(figure, studies, Line2D([], [], color="0.35", linestyle=":", label="equal shares"))
     of_head = ["mean_share", "top_share"]
     return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[of_head]))
 
@@ -149,9 +147,8 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.plot(others.index, others, color=NULL, marker="s", label="average atom of its head")
             best = held.drop_duplicates("latent")[f"{name}_best"].median()
             axis.axhline(best, color=COLOURS[1], linestyle="--", label="best of all atoms, median")
-            axis.set(
-                xlabel="order of the atom in the decomposition", ylabel=label, title=f"{study.name}: {study.label(key)}"
-            )
+            axis.set(xlabel="order of the atom in the decomposition", ylabel=label)
+            axis.set_title(f"{study.name}: {study.label(key)}")
             axis.set_ylim(min(0.0, float(by_rank.min().min())), None)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
@@ -163,9 +160,7 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Direct feature attribution of the latents shown in the dashboards, at their strongest tokens: what each head
     gives to each latent, and from how far back."""
-    figure, grid = plt.subplots(
-        len(studies), 2, figsize=(7.4, 3.0 * len(studies)), squeeze=False, width_ratios=[1, 1.25]
-    )
+    figure, grid = panels(len(studies), 2, width=3.7, height=3.0, width_ratios=[1, 1.25])
     tables = []
     rows = shown_rows(studies, grid, "concat", without="nothing attributed", file="attribution.parquet", once=True)
     for (left, right), study, key in rows:

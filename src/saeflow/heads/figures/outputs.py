@@ -53,8 +53,7 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
-    folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
-    head_legend(figure, studies, folded)
+    head_legend(figure, studies, Line2D([], [], color="0.35", linestyle="--", label="all, once folded"))
     return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("norms", key)))
 
 
