@@ -47,9 +47,10 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402 (after the number of threads is set)
 
-from saeflow.activations.caching import ColumnRequest, cache  # noqa: E402
+from saeflow.activations.caching import cache  # noqa: E402
 from saeflow.activations.reader import open_rows  # noqa: E402
 from saeflow.activations.store import ActivationStore, Column, TokenRows  # noqa: E402
+from saeflow.activations.writer import ColumnRequest  # noqa: E402
 from saeflow.config import ActivationsConfig, ModelConfig  # noqa: E402
 from saeflow.models.attention import fused_attention  # noqa: E402
 from saeflow.models.folder import hook_layer, read_geometry  # noqa: E402

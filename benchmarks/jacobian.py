@@ -46,7 +46,7 @@ from saeflow.config import TrainingConfig  # noqa: E402
 from saeflow.dictionaries import Origin  # noqa: E402
 from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig  # noqa: E402
 from saeflow.dictionaries.kinds.sae import alone  # noqa: E402
-from saeflow.kernels.jacobian import Linearisation, Products, jacobian_blocks  # noqa: E402
+from saeflow.kernels.jacobian import BlockWeights, Linearisation, Products, jacobian_blocks  # noqa: E402
 from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
 from saeflow.models.blocks import MLP, Block  # noqa: E402
 from saeflow.training.jacobian_pair import JacobianTrainer  # noqa: E402
@@ -107,7 +107,8 @@ def block() -> dict[str, float]:
         return torch.einsum("tjm,tm,mti->tij", WD[A], slope, w2e[:, B])
 
     nothing = WD.new_zeros(n, 1)
-    products, linearisation = Products(nothing, nothing, WD[None], WE, False), Linearisation(slope[None])
+    products = Products(nothing, nothing, WD[None], WE, BlockWeights(nothing, nothing))
+    linearisation = Linearisation(slope[None])
     wanted = einsum(WD.double(), slope.double(), w2e.double())
     error = ((jacobian_blocks(products, linearisation, A, B) - wanted).abs().max() / wanted.abs().max()).item()
     if error > 1e-5:
@@ -129,7 +130,7 @@ def over_forward() -> float:
     tokens = torch.randint(0, 50257, (1, N), generator=GENERATOR).to(DEVICE)
     mlp = Block(MLP("gelu_new", draw(d, m, scale=0.03), draw(m), draw(m, d, scale=0.03), draw(d)))
     nothing = draw(n, 1)
-    products = Products(nothing, nothing, draw(1, n, m), draw(n, m), False)
+    products = Products(nothing, nothing, draw(1, n, m), draw(n, m), BlockWeights(nothing, nothing))
     A, B = (torch.randint(0, n, (N, K), generator=GENERATOR).to(DEVICE) for _ in range(2))
     x = draw(N, d)
     with torch.no_grad():

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import zarr
 
-from saeflow.activations.caching import ColumnRequest, cache
+from saeflow.activations.caching import cache
 from saeflow.activations.reader import open_rows
 from saeflow.activations.shards import ShardWriter
 from saeflow.activations.store import ActivationStore, Column, TokenRows, save_tensors
+from saeflow.activations.writer import ColumnRequest
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.models.loading import load_model
 

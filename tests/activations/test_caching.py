@@ -17,19 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import contents, write_rows, write_store
 
-from saeflow.activations.caching import (
-    ActivationError,
-    ColumnRequest,
-    DiskFullError,
-    cache,
-    cache_jobs,
-    longest_rows,
-    open_column,
-)
+from saeflow.activations.caching import DiskFullError, cache, cache_jobs, longest_rows
 from saeflow.activations.moments import Moments
 from saeflow.activations.reader import BatchReader, open_rows
 from saeflow.activations.shards import ShardWriter, predicted_bytes
-from saeflow.activations.store import ActivationStore, StoreError, TokenRows
+from saeflow.activations.store import ActivationStore, StoreError, TokenRows, open_column
+from saeflow.activations.writer import ActivationError, ColumnRequest
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.models.loading import load_model

@@ -228,7 +228,7 @@ def test_the_thread_ends_with_the_consumer(columns, monkeypatch):
     monkeypatch.setattr(reader_module, "IN_MEMORY_BYTES", 0)
 
     def reading() -> bool:
-        return any(thread.name == "batch-reader" for thread in threading.enumerate())
+        return any(thread.name.startswith("batch-reader") for thread in threading.enumerate())
 
     batches = BatchReader(columns, 16, seed=0).iterate(0, 10_000)
     next(batches)

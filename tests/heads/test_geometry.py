@@ -11,9 +11,17 @@ from torch import Tensor
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec
 from saeflow.dictionaries.sae import build
-from saeflow.heads.cosines import HeadCosines, pair_cosines
-from saeflow.heads.geometry import decoder_norms, pairs_of, participation, principal_angles, rank, spectra
-from saeflow.heads.removal import changes, orthogonal, others, removals, row_spaces
+from saeflow.heads.cross_terms import changes, orthogonal, others, removals, row_spaces
+from saeflow.heads.geometry import (
+    HeadCosines,
+    decoder_norms,
+    pair_cosines,
+    pairs_of,
+    participation,
+    principal_angles,
+    rank,
+    spectra,
+)
 from saeflow.heads.weights import (
     decoder_by_head,
     encoder_by_head,

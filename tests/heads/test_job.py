@@ -19,11 +19,11 @@ from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries import load_dictionary, save_dictionary
 from saeflow.figures.job import draw_figure
 from saeflow.heads.attribution import bias
+from saeflow.heads.cross_terms import removals
 from saeflow.heads.dashboards import in_row, top_contexts
 from saeflow.heads.decomposition import METHODS
 from saeflow.heads.folder import read_head_studies
 from saeflow.heads.job import heads_job
-from saeflow.heads.removal import removals
 from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.jobs.job import Job

@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from scipy.linalg import block_diag
 from scipy.optimize import nnls
 from scipy.stats import pearsonr, spearmanr
 
 from saeflow.heads import interference as module
-from saeflow.heads.decomposed import agreement
 from saeflow.heads.decomposition import (
     ALL,
     METHODS,
-    block_diagonal,
+    agreement,
     curves,
     decompose,
     decomposition_table,
@@ -23,8 +23,7 @@ from saeflow.heads.decomposition import (
     random_atoms,
     unit,
 )
-from saeflow.heads.interference import EDGES, interference, interference_dataset
-from saeflow.heads.lifting import lifted_table
+from saeflow.heads.interference import EDGES, interference, interference_dataset, lifted_table
 from saeflow.heads.shares import AGREEING, MEASURES, ActiveSums, compare_measures, ranks, shares
 
 N, D = 300, 24
@@ -280,7 +279,7 @@ def test_tables_hold_every_curve_and_curves_carry_on() -> None:
     generator = np.random.default_rng(0)
     own, random = ({h: random_atoms((30, 6), seed=10 * s + h) for h in range(2)} for s in range(2))
     for held in (own, random):
-        held[ALL] = block_diagonal([held[0], held[1]])
+        held[ALL] = block_diag(held[0], held[1])
     assert own[ALL].shape == (60, 12) and not own[ALL][:30, 6:].any()
     directions = {(i, h): generator.standard_normal(6) for i in (3, 5, 8) for h in range(2)}
     directions[3, 1] = own[1][4] * 2.5

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeflow.kernels import jacobian as kernel
 from saeflow.kernels import loops
-from saeflow.kernels.jacobian import Linearisation, TopLatents
+from saeflow.kernels.jacobian import Linearisation, Side, TopLatents
 from saeflow.kernels.penalties import PENALTIES
 from saeflow.models.blocks import CHUNK_TOKENS, MLP, Block
 
@@ -62,10 +62,10 @@ class Problem:
 
         g_D, g_E = torch.zeros_like(self.D), torch.zeros_like(self.E)
         linearisation = Linearisation(*(None if t is None else t.detach() for t in self.block.linearise(self.x)))  # type: ignore[arg-type]
+        sides = Side(self.D.detach(), self.input, g_D), Side(self.E.detach(), self.output, g_E)
         value, g_linearisation = kernel.add_penalty(
-            self.block.weights(), linearisation, self.D.detach(), self.E.detach(), self.input, self.output,
-            scored, g_D, g_E, linearisation_too,
-        )  # fmt: skip
+            self.block.weights(), linearisation, *sides, scored, linearisation_too
+        )
         return value, torch.cat(seen), g_D, g_E, g_linearisation
 
 
@@ -191,7 +191,8 @@ def test_any_block_gives_the_same(kind: tuple[bool, str, bool]) -> None:
     h_D, h_E = torch.zeros_like(p.D), torch.zeros_like(p.E)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "JVP_TOKENS", 3)
-        other = kernel.add_penalty_by_jvp(p.block, p.x, p.D, p.E, p.input, p.output, PENALTIES["l1"], h_D, h_E)
+        sides = Side(p.D, p.input, h_D), Side(p.E, p.output, h_E)
+        other = kernel.add_penalty_by_jvp(p.block, p.x, *sides, PENALTIES["l1"])
     same = kernel.jacobian_by_jvp(p.block, p.x, p.D[p.input.latents], p.E[p.output.latents])
     kernel.mask_inactive(same.detach_(), p.input.values, p.output.values)
     for found, wanted in ((other, value), (same, J), (h_D, g_D), (h_E, g_E)):

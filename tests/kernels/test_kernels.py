@@ -17,7 +17,7 @@ from saeflow.kernels import loops, select, sparse
 from saeflow.kernels import rows as rows_module
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.select import Active, batch_top_k, positive, top_k
-from saeflow.kernels.sparse import Pattern, concatenate_heads, decode, dense_decode, dense_encode, encode, sum_by_latent
+from saeflow.kernels.sparse import Pattern, concatenate_heads, decode, dense_decode, dense_encode, encode
 from saeflow.kernels.step import (
     Objective,
     Weights,
@@ -385,14 +385,6 @@ def test_decode_equals_its_dense_twin_and_its_finite_differences(pattern):
     assert torch.autograd.gradcheck(lambda values, W_dec: decode(values, kept, W_dec), inputs)
 
 
-@patterns
-def test_sum_by_latent_is_a_sum_over_tokens(pattern):
-    draw, kept = drawing(0), Pattern(*fixed(pattern), 5)
-    (values,) = leaves(draw(len(kept.latents)))
-    exactly(sum_by_latent(values, kept), kept.dense(values).sum(dim=0))
-    assert torch.autograd.gradcheck(lambda values: sum_by_latent(values, kept), values)
-
-
 @settings(deadline=None, max_examples=40)
 @given(
     seed=seeds, n=st.sampled_from((1, 7, 300, 1 << 16, (1 << 16) + 1)), counts=st.lists(st.integers(0, 5), min_size=1)
@@ -409,28 +401,6 @@ def test_the_transposed_pattern_has_the_same_pairs_by_latent(seed, n, counts):
     assert found.order.tolist() == order
     assert torch.equal(found.tokens, tokens[order])
     assert torch.equal(found.starts.diff(), torch.bincount(latents, minlength=n)) and found.starts[0] == 0
-
-
-@pytest.mark.parametrize("chosen", [partial(top_k, k=2), partial(batch_top_k, k=2), positive])
-@pytest.mark.parametrize("centred", [False, True])
-def test_heads_equal_separate_calls(chosen, centred):
-    H, N, d, n, p = 3, 6, 4, 7, 5
-    draw = drawing(0)
-    x, encoder, b_enc, W_dec, centre = leaves(draw(H, N, d), draw(H, n, d), draw(H, n), draw(H, n, p), draw(H, d))
-    inputs, weight = [x, encoder, b_enc, W_dec, *([centre] if centred else [])], draw(H, N, p)
-
-    def output(x, encoder, b_enc, W_dec, centre=None):
-        values, pattern = encode(x, encoder, b_enc, chosen, centre)
-        return decode(values, pattern, W_dec), sum_by_latent(values, pattern)
-
-    together, activity = output(*inputs)
-    separate, activities = zip(*(output(*head) for head in zip(*inputs, strict=True)), strict=True)
-    exactly(together, torch.stack(separate))
-    exactly(activity, torch.cat(activities))
-    mine = torch.autograd.grad((together * weight).sum() + activity.square().sum(), inputs)
-    theirs = torch.autograd.grad((torch.stack(separate) * weight).sum() + torch.cat(activities).square().sum(), inputs)
-    for a, b in zip(mine, theirs, strict=True):
-        exactly(a, b)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -620,10 +590,10 @@ def test_bounds_from_the_bfloat16_product_hold(seed, d, tail, size, bias, route)
     b_enc = draw(7) * bias * size
     wanted = (x.double() @ encoder.double().T + b_enc).numpy()
     (part,) = select._products(x, encoder, b_enc, None, False)
-    _, norms, rests, _, *latents = part.sieve
+    _, norms, rests, _, *latents = (array[0] for array in part.sieve[:-1])
     for t, (x_norm, x_rest) in enumerate(zip(norms, rests, strict=True)):
         lower, upper = torch.empty(2, 7).numpy()
-        loops._bounds(part.product[t], x_norm, x_rest, *latents, d, lower, upper)
+        loops._bounds(part.product[0, t], x_norm, x_rest, *latents, d, lower, upper)
         assert (lower <= wanted[t]).all() and (wanted[t] <= upper).all()
         assert (upper - lower).max() <= 0.05 * (x[t].norm() * encoder.norm(dim=1) + b_enc.abs()).max()
 
@@ -639,7 +609,7 @@ def test_what_is_selected_does_not_depend_on_how_rows_were_sliced(d, k, route):
     values, columns = part.top_k(k)
     alone, their_columns = torch.empty_like(values), torch.empty_like(columns)
     for row in range(40):
-        arrays = alone.numpy(), their_columns.numpy()
+        arrays = alone.numpy()[None], their_columns.numpy()[None]
         loops.sieved_top_k(part.product, *part.sieve, k, *arrays, row, row + 1)
     assert torch.equal(values, alone) and torch.equal(columns, their_columns)
 

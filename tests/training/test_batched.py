@@ -9,7 +9,7 @@ from saeflow.config import ConfigError, TrainingConfig
 from saeflow.dictionaries import Origin
 from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
-from saeflow.training.batched import BatchedTrainer
+from saeflow.training.heads import BatchedTrainer
 from saeflow.training.protocol import HookStatistics
 from saeflow.training.trainer import Trainer
 

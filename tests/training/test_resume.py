@@ -18,6 +18,7 @@ from saeflow.training import checkpoints
 from saeflow.training import loop as training
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.metrics import TrainingError
+from saeflow.training.trainer import Trainer
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 RELU = {"kind": "sae", "activation": "relu", "l1_coefficient": 0.1, "expansion": 3}
@@ -78,7 +79,7 @@ def test_a_failing_member_does_not_stop_the_others(results, monkeypatch):
     assert not (results / "train" / "bad").exists()
     wanted = artifact(results, "topk-3")
     # Snakemake now removes the receipts; the rerun must not train again
-    monkeypatch.setattr(training.Trainer, "train_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
     training.train(jobs(results))
     assert artifact(results, "topk-3") == wanted
 
@@ -94,18 +95,18 @@ def test_jobs_that_cannot_share_batches_are_refused(results):
 def test_a_job_that_is_asked_to_stop_saves_its_state_and_goes_on(results, monkeypatch, name):
     training.train(jobs(results))
     undisturbed = {key: artifact(results, key) for key in SEVERAL}
-    take = training.Trainer.train_step
+    take = Trainer.train_step
 
     def asked(trainer, batch):
         if trainer.step == 11 and trainer.spec.k:  # one of the three
             os.kill(os.getpid(), getattr(signal, name))
         take(trainer, batch)
 
-    monkeypatch.setattr(training.Trainer, "train_step", asked)
+    monkeypatch.setattr(Trainer, "train_step", asked)
     with pytest.raises(Preempted, match=f"stopped by {name} after step 12; run again"):
         training.train(jobs(results))
     steps = []
-    monkeypatch.setattr(training.Trainer, "train_step", lambda t, batch: (steps.append(t.step), take(t, batch)))
+    monkeypatch.setattr(Trainer, "train_step", lambda t, batch: (steps.append(t.step), take(t, batch)))
     training.train(jobs(results))
     assert min(steps) == 12
     assert {key: artifact(results, key) for key in SEVERAL} == undisturbed

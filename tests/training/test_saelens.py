@@ -12,6 +12,7 @@ from saeflow.dictionaries.kinds.saelens import SAELENS
 from saeflow.jobs.job import Job
 from saeflow.training import loop as training
 from saeflow.training.protocol import HookStatistics
+from saeflow.training.saelens import SAELensTrainer
 
 D, BATCH, STEPS = 8, 128, 60
 HOOK = "blocks.0.hook_mlp_out"
@@ -52,7 +53,7 @@ def trainer_of(name, x, options=None, **more):
     spec = config.spec(D, D, HOOK, HOOK, 3, Origin())
     side = HookStatistics(x.mean(dim=0), float(x.norm(dim=1).mean()))
     asked = {"lr": 3e-3, "clip_grad_norm": 1.0, "log_every": 1} | (options or {})
-    return training.make_trainer(spec, TrainingConfig(STEPS * BATCH, BATCH, **asked), side, side)
+    return SAELensTrainer(spec, TrainingConfig(STEPS * BATCH, BATCH, **asked), side, side)
 
 
 def batches(x):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.moments import Statistics
-from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, open_column, write_column
+from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, write_column
 from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
@@ -36,17 +36,6 @@ from saeflow.models.loading import load_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
-
-__all__ = [
-    "ActivationError",
-    "Column",
-    "ColumnRequest",
-    "DiskFullError",
-    "cache",
-    "cache_jobs",
-    "forward",
-    "open_column",
-]
 
 
 class DiskFullError(OSError):
@@ -63,9 +52,8 @@ def cache_jobs(jobs: list[Job]) -> str:
     processing = {k: v for k, v in config["model"].items() if k != "weights"}
     source = jobs[0].source("model")
     model = ModelConfig(name=folders[0].name, path=str(source), **processing)
-    columns = [
-        ColumnRequest(j.config["hook_name"], tuple(j.config["size"]), j.config["n_rows"] * context_size) for j in jobs
-    ]
+    asked = (job.config for job in jobs)
+    columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
 
     store = ActivationStore(folders[0], ActivationsConfig(**config["activations"]))
     start = time.perf_counter()
@@ -118,7 +106,7 @@ def cache(
             for hook in n_tokens:
                 of_hook = [column for column in columns if column.hook_name == hook]
                 writers.append(ColumnWriter(store, of_hook, device, thread))
-            _fill(writers, rows, store.config.batch_rows, load, device)
+            _fill(writers, rows, load, device)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -147,16 +135,10 @@ def longest_rows(folders: Iterable[Path]) -> TokenRows:
 
 
 # -------------------------------------------------------------------- the forward pass
-def _fill(
-    writers: list[ColumnWriter],
-    rows: TokenRows,
-    batch_rows: int,
-    load: "Callable[[], HookedTransformer]",
-    device: str,
-) -> None:
+def _fill(writers: list[ColumnWriter], rows: TokenRows, load: "Callable[[], HookedTransformer]", device: str) -> None:
     """Runs every block of rows of which some writer needs a row, up to the last layer that is needed there."""
     if not all(writer.done for writer in writers):
-        model = load()
+        model, batch_rows = load(), writers[0].store.config.batch_rows
         block_tokens = batch_rows * rows.context_size
         n_blocks = math.ceil(max(writer.last for writer in writers) / block_tokens)
         with fused_attention(model):

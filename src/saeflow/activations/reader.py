@@ -12,11 +12,13 @@ when the chunk is first touched, before any of its values is used. A store that 
 """
 
 import hashlib
+import itertools
 import math
-import queue
 import resource
-import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -28,10 +30,8 @@ from saeflow.activations.shards import LayoutError, Shard, ShardError, shard_pat
 from saeflow.activations.store import Column, StoreError, array_layout
 
 ROUNDS = 8
-IN_MEMORY_TOKENS, IN_MEMORY_BYTES = (
-    1 << 16,
-    16 << 20,
-)  # up to so many tokens an epoch, and float32 bytes a column, are kept in memory
+IN_MEMORY_TOKENS = 1 << 16  # up to so many tokens an epoch,
+IN_MEMORY_BYTES = 16 << 20  # and float32 bytes a column, are kept in memory
 
 
 class BatchReader:
@@ -52,10 +52,8 @@ class BatchReader:
         start, stop = s * self.batch_size, (s + 1) * self.batch_size
         first, last = start // self.n_tokens, (stop - 1) // self.n_tokens
         bounds = [start, *(e * self.n_tokens for e in range(first + 1, last + 1)), stop]
-        parts = [
-            self._order(e, a - e * self.n_tokens, b - e * self.n_tokens)
-            for e, a, b in zip(range(first, last + 1), bounds, bounds[1:], strict=False)
-        ]
+        epochs = zip(range(first, last + 1), itertools.pairwise(bounds), strict=True)
+        parts = [self._order(e, a - e * self.n_tokens, b - e * self.n_tokens) for e, (a, b) in epochs]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _order(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -81,36 +79,16 @@ class BatchReader:
         if all(isinstance(column, InMemoryRows) for column in self.columns):
             yield from map(self.batch, range(start_step, start_step + n_steps))
             return
-        ready: queue.Queue[tuple[Tensor, ...] | BaseException] = queue.Queue(prefetch)
-        stop = threading.Event()
-
-        def put(item: tuple[Tensor, ...] | BaseException) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read() -> None:
-            try:
-                for s in range(start_step, start_step + n_steps):
-                    if stop.is_set():
-                        return
-                    put(self.batch(s))
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=read, name="batch-reader", daemon=True)
-        thread.start()
+        steps = iter(range(start_step, start_step + n_steps))
+        thread = ThreadPoolExecutor(1, thread_name_prefix="batch-reader")
         try:
-            for _ in range(n_steps):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            ahead = deque(thread.submit(self.batch, s) for s in itertools.islice(steps, prefetch + 1))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(thread.submit(self.batch, s) for s in itertools.islice(steps, 1))
+                yield batch
         finally:
-            stop.set()
-            thread.join()
+            thread.shutdown(cancel_futures=True)
 
 
 # -------------------------------------------------------------------- the order of an epoch
@@ -118,8 +96,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where a permutation of 0 .. n - 1, chosen by (seed, epoch), sends some indices; both are int64 of shape (N,)."""
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
-    keys = np.frombuffer(digest, dtype="<u8")
+    keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
     found = _feistel(index.astype(np.uint64), a, b, keys)
     while (outside := found >= n).any():
         found[outside] = _feistel(found[outside], a, b, keys)
@@ -152,16 +129,12 @@ class MappedRows:
         layout = array_layout(column)
         if layout is None:
             raise LayoutError(f"{column.array} is not laid out as saeflow writes it")
-        self.layout = layout
-        starts = range(0, column.n_tokens, self.layout.shard_tokens)
+        self.layout, n_dims = layout, len(column.size) + 1
+        starts = range(0, column.n_tokens, layout.shard_tokens)
         _allow_open_files(len(starts))
         self.shards = [
-            Shard(
-                shard_path(column.array, number, len(column.size) + 1),
-                self.layout,
-                min(column.n_tokens - start, self.layout.shard_tokens),
-            )
-            for number, start in enumerate(starts)
+            Shard(shard_path(column.array, i, n_dims), layout, min(column.n_tokens - start, layout.shard_tokens))
+            for i, start in enumerate(starts)
         ]
 
     def take(self, rows: np.ndarray) -> Tensor:
@@ -211,17 +184,19 @@ class ZarrRows:
 class InMemoryRows:
     """Rows of a small column: all of them are read with the first, and kept in memory."""
 
-    def __init__(self, rows: "MappedRows | ZarrRows") -> None:
-        self.rows, self.values = rows, torch.empty(0)
+    def __init__(self, rows: MappedRows | ZarrRows) -> None:
+        self.rows = rows
+
+    @cached_property
+    def values(self) -> Tensor:
+        return self.rows.take(np.arange(self.rows.column.n_tokens))
 
     def take(self, rows: np.ndarray) -> Tensor:
         """Rows by token number in any order, (N,) int64 -> (N, d) float32."""
-        if not len(self.values):
-            self.values = self.rows.take(np.arange(self.rows.column.n_tokens))
         return self.values[torch.from_numpy(rows)]
 
 
-def _in_memory(rows: "MappedRows | ZarrRows") -> "MappedRows | ZarrRows | InMemoryRows":
+def _in_memory(rows: MappedRows | ZarrRows) -> MappedRows | ZarrRows | InMemoryRows:
     """The same rows in memory, where they are few."""
     column = rows.column
     if column.n_tokens > IN_MEMORY_TOKENS or 4 * column.n_tokens * math.prod(column.size) > IN_MEMORY_BYTES:

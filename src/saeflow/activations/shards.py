@@ -7,6 +7,7 @@ two; but zarr assembles a shard in memory, copies it four times and reads random
 memory map, so the hot path goes around it. What is written here opens in zarr and xarray as any store does.
 """
 
+import math
 import os
 import struct
 from contextlib import suppress
@@ -68,11 +69,6 @@ class Layout:
         """Size of a shard file that holds `n_rows` rows; its last chunk is padded to a whole one."""
         return self.chunks_of(n_rows) * self.chunk_bytes + self.index_bytes
 
-    def column_bytes(self, n_tokens: int) -> int:
-        """Size of all shard files of a column."""
-        full_shards, rest = divmod(n_tokens, self.shard_tokens)
-        return full_shards * self.shard_bytes(self.shard_tokens) + (self.shard_bytes(rest) if rest else 0)
-
     def holds(self, path: Path, n_rows: int) -> bool:
         """Whether a shard file is there and long enough for `n_rows` rows."""
         try:
@@ -89,10 +85,9 @@ def predicted_bytes(
     Beside them a store holds two to three bytes a token of coordinates, and each column its statistics,
     8 (d^2 + d + 1) bytes, twice.
     """
-    d = 1
-    for length in size:
-        d *= length
-    return Layout(d * ITEMSIZE[dtype], chunk_tokens, shard_tokens).column_bytes(n_tokens)
+    layout = Layout(math.prod(size) * ITEMSIZE[dtype], chunk_tokens, shard_tokens)
+    full_shards, rest = divmod(n_tokens, shard_tokens)
+    return full_shards * layout.shard_bytes(shard_tokens) + (layout.shard_bytes(rest) if rest else 0)
 
 
 def shard_path(array: Path, shard: int, n_dims: int) -> Path:
@@ -156,7 +151,7 @@ class Shard:
             raise ShardError(path, f"{file_bytes} bytes are too few for its index")
         self._map = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         index = self._map[-layout.index_bytes :]
-        if google_crc32c.value(index[: -CRC.size]) != CRC.unpack(index[-CRC.size :].data)[0]:
+        if not _matches(index):
             raise ShardError(path, "the crc32c of its index does not match: the file is damaged or was cut short")
         entries = index[: -CRC.size].view("<u8").reshape(layout.chunks, 2)
         present = int((entries[:, 0] != NO_CHUNK).sum())
@@ -190,8 +185,7 @@ class Shard:
     def check(self, c: int) -> None:
         """Compares a chunk with its crc32c; raises `ShardError` where they differ."""
         start = c * self.layout.chunk_bytes
-        chunk = self._map[start : start + self.layout.chunk_bytes]
-        if google_crc32c.value(chunk[: -CRC.size]) != CRC.unpack(chunk[-CRC.size :].data)[0]:
+        if not _matches(self._map[start : start + self.layout.chunk_bytes]):
             first = c * self.layout.chunk_tokens
             raise ShardError(
                 self.path,
@@ -199,3 +193,8 @@ class Shard:
                 "not match: a byte has changed since it was written",
             )
         self._checked[c] = True
+
+
+def _matches(checked: np.ndarray) -> bool:
+    """Whether bytes (uint8) end with their own crc32c."""
+    return bool(google_crc32c.value(checked[: -CRC.size]) == CRC.unpack(checked[-CRC.size :].data)[0])

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
+from saeflow.activations.moments import Moments, Statistics
 from saeflow.activations.shards import ITEMSIZE, Layout, shard_path
 from saeflow.config import ActivationsConfig
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     import zarr
-
-    from saeflow.activations.moments import Moments, Statistics
 
 log = logging.getLogger("saeflow")
 COORDINATES = ("token_id", "document", "position")
@@ -189,31 +190,21 @@ class ActivationStore:
         group.attrs.update({**attributes, "coordinates": " ".join(COORDINATES), "n_tokens": length})
 
     # ---------------------------------------------------------------- progress
-    def load_progress(self, hook_name: str, device: str) -> "tuple[int, Moments] | None":
+    def load_progress(self, hook_name: str, device: str) -> tuple[int, Moments] | None:
         """Tokens of a hook that are on disk, and the moments of those in its first whole shards."""
-        from safetensors.torch import load_file
-
-        from saeflow.activations.moments import Moments
-
         file = self.folder / "progress" / f"{hook_name}.safetensors"
         if not file.is_file():
             return None
         state = load_file(file)
         return int(state.pop("stored")), Moments.from_tensors(state, device)
 
-    def save_progress(self, hook_name: str, stored: int, moments: "Moments") -> None:
-        import torch
-
-        save_tensors(
-            self.folder / "progress" / f"{hook_name}.safetensors",
-            {k: v.cpu() for k, v in moments.tensors().items()} | {"stored": torch.tensor(stored)},
-        )
+    def save_progress(self, hook_name: str, stored: int, moments: Moments) -> None:
+        tensors = {k: v.cpu() for k, v in moments.tensors().items()} | {"stored": torch.tensor(stored)}
+        save_tensors(self.folder / "progress" / f"{hook_name}.safetensors", tensors)
 
 
 def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Writes a safetensors file that appears whole."""
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
@@ -246,11 +237,7 @@ class Column:
         return self.store / "activations.zarr" / self.hook_name
 
     @cached_property
-    def statistics(self) -> "Statistics":
-        from safetensors.torch import load_file
-
-        from saeflow.activations.moments import Statistics
-
+    def statistics(self) -> Statistics:
         return Statistics(**load_file(self.folder / "statistics.safetensors"))
 
 
@@ -268,9 +255,8 @@ def array_layout(column: Column) -> Layout | None:
     """Layout of a column's shards, from its array's metadata; None where it is not the one of `shards`."""
     file = column.array / "zarr.json"
     if not file.is_file():
-        raise StoreError(
-            f"{column.folder} is a column of {column.array}, which is not there; remove the column's folder"
-        )
+        where = f"{column.folder} is a column of {column.array}"
+        raise StoreError(f"{where}, which is not there; remove the column's folder")
     metadata = json.loads(file.read_text())
     checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     size = list(column.size)
@@ -292,7 +278,7 @@ def array_layout(column: Column) -> Layout | None:
     return Layout(column.d * ITEMSIZE[column.dtype], chunk_tokens, shard_tokens) if known else None
 
 
-def write_column(column: Column, statistics: "Statistics") -> None:
+def write_column(column: Column, statistics: Statistics) -> None:
     """Fills a column folder."""
     receipt = {k: getattr(column, k) for k in ("hook_name", "n_tokens", "size", "dtype")}
     (column.folder / "column.json").write_text(json.dumps(receipt, indent=1) + "\n")

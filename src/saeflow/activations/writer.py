@@ -88,8 +88,7 @@ class ColumnWriter:
     def _begin(self) -> None:
         """Goes to the end of the whole shards on record; to 0 if one of them is gone or the column ends before it."""
         empty = Moments(math.prod(self.size), self.device)
-        progress = self.store.load_progress(self.hook_name, self.device)
-        self.stored, recorded = progress or (0, empty)
+        self.stored, recorded = self.store.load_progress(self.hook_name, self.device) or (0, empty)
         gone = [s for s in range(recorded.count // self.layout.shard_tokens) if not self._available(s)]
         if gone:
             log.warning("%s is gone or short: computing it again", self._path(gone[0]))
@@ -199,12 +198,11 @@ class ColumnWriter:
     def _write(self, chunk: Tensor) -> None:
         """Hands a chunk over; the caller must not write to it again."""
         assert self._shard is not None
-        values = chunk.cpu().view(torch.uint8).numpy().reshape(-1)
-        self._submit(_add, self._shard, values)
+        self._submit(_or_discard, self._shard, self._shard.add, chunk.cpu().view(torch.uint8).numpy().reshape(-1))
 
     def _close(self) -> None:
         if self._shard:
-            self._submit(_close, self._shard)
+            self._submit(_or_discard, self._shard, self._shard.close)
             self.stored = max(self.stored, self.position)
             self._shard = None
 
@@ -214,17 +212,9 @@ class ColumnWriter:
             self._pending.popleft().result()
 
 
-def _add(shard: ShardWriter, values: Any) -> None:
+def _or_discard(shard: ShardWriter, task: Callable[..., None], *arguments: Any) -> None:
     try:
-        shard.add(values)
-    except BaseException:
-        shard.discard()
-        raise
-
-
-def _close(shard: ShardWriter) -> None:
-    try:
-        shard.close()
+        task(*arguments)
     except BaseException:
         shard.discard()
         raise

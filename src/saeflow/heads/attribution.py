@@ -11,7 +11,7 @@ al. 2406.17759, DFA). Further back, `de_embedding` asks which tokens' embeddings
 `saeflow.circuits` does), but have its gain and centring.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ def de_embedding(model: "HookedTransformer", attention: Attention, w: Tensor) ->
 
 def logit_effects(model: "HookedTransformer", directions: Tensor) -> Tensor:
     """What directions (m, D) of the stream add to the logits directly, (m, V), but for the last norm's scale."""
-    norm: Any = getattr(model, "ln_final", None)
-    gain = getattr(norm, "w", None)
+    gain = getattr(getattr(model, "ln_final", None), "w", None)
     if str(model.cfg.normalization_type).startswith("LN"):
         directions = directions - directions.mean(dim=1, keepdim=True)
     if gain is not None:

@@ -1,10 +1,28 @@
-"""The loss of the model when the cross terms between heads are removed, added up a batch at a time.
+"""What cross terms between heads do to the model's predictions: the loss when they are taken out.
 
-`source` is whose cross terms: those of the model's own heads, or those of what a dictionary of heads reconstructs; that
-then stands in the layer's place before and after. Predictions made from BOS are left out. Intervals are over documents.
+With o_h = z_h W_O[h] the squared norm of what a layer writes is  sum_h |o_h|^2 + sum over g != h of <o_g, o_h>.  The
+second sum is the interference. For outputs that dictionaries reconstruct, o_h = sum_i f_i d_i W_O[h], it is the sum of
+f_i f_j <d_i W_O, d_j W_O> over pairs of latents of different heads, so that removing it there is removing the
+interference of their lifted atoms. Three ways to remove it, each at every token:
+
+* `orthogonal`: the mutually orthogonal outputs of unchanged norms that are nearest to o in the sum of squared distances
+  (an orthogonal Procrustes problem: with N = diag(|o_h|) they are N U, U the polar factor of N O). All cross terms are
+  0 exactly, and the squared norm of the layer's output is the sum of the heads'.
+* `others`: o_h less its projection on the sum of the other heads' outputs. What a head adds along what the others
+  together add is gone; the results are not orthogonal to each other.
+* `row_spaces`: o_h less its projection on the span of the other heads' W_O row spaces. This is a fixed linear map: what
+  is left of a head is what no other head could have written. Where H d = D little is left, whatever the model.
+
+Each is compared with a change of the layer's output by a vector of the same norm at each token, in a random direction
+(seeded): a loss beyond that one's is due to the direction.
+
+The loss is added up a batch at a time. `source` is whose cross terms: those of the model's own heads, or those of what
+a dictionary of heads reconstructs; that then stands in the layer's place before and after. Predictions made from BOS
+are left out. Intervals are over documents.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,13 +33,13 @@ from saeflow.evaluation.baseline import at_positions, drop_last_position, model_
 from saeflow.evaluation.bootstrap import central_interval, resampled_sums
 from saeflow.evaluation.metrics import squared_norm
 from saeflow.evaluation.sums import SumAccumulator
-from saeflow.heads.removal import changes, removals
 from saeflow.heads.weights import Attention, head_outputs
 from saeflow.models.splicing import CleanPass, run_spliced
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+WAYS = ("orthogonal", "others", "row_spaces")
 MODEL = "model"
 NO_HEADS = "heads_zeroed"
 TOKENS = 2048  # whose head outputs are held at once
@@ -48,29 +66,25 @@ class CrossTerms:
     ) -> None:
         """`sources`: by name z (B P, H, d) of the heads, and what the layer writes besides, (D,). The model's own is
         `MODEL`; `clean` must have been made to splice at the layer's output."""
-        tokens = clean.tokens
+        tokens, hook = clean.tokens, f"blocks.{self.attention.layer}.hook_attn_out"
         B, P = tokens.shape
-        ones = at_positions(torch.ones(B * (P - 1), device=tokens.device), B)
-        values = {"n": ones}
-        names = []
+        values, names = {"n": at_positions(torch.ones(B * (P - 1), device=tokens.device), B)}, []
         for source, (z, rest) in sources.items():
             variants = self._variants(z, rest)
             unchanged = variants["none", False]
             finals = [
-                clean.final if (source, way) == (MODEL, "none") else self._spliced(model, clean, output)
+                clean.final
+                if (source, way) == (MODEL, "none")
+                else run_spliced(model, clean, hook, output.view(B, P, -1))
                 for (way, _), output in variants.items()
             ]
-            _, losses = model_losses(
-                model, tokens, drop_last_position(clean.final), [drop_last_position(f) for f in finals]
-            )
+            before, *after = (drop_last_position(final) for final in (clean.final, *finals))
+            _, losses = model_losses(model, tokens, before, after)
             for ((way, control), output), loss in zip(variants.items(), losses, strict=True):
                 names.append((source, way, control))
-                measures = (
-                    at_positions(loss.ce, B),
-                    at_positions(loss.kl, B),
-                    squared_norm(output - unchanged).view(B, P),
-                )
-                values |= {f"{_VALUES[i]}.{len(names)}": value for i, value in enumerate(measures)}
+                change = squared_norm(output - unchanged).view(B, P)
+                measures = zip(_VALUES, (at_positions(loss.ce, B), at_positions(loss.kl, B), change), strict=True)
+                values |= {f"{name}.{len(names)}": value for name, value in measures}
             values[f"squared.{source}"] = squared_norm(unchanged - self.attention.b_O).view(B, P)
         self._names = names
         self._accumulator.add(document, values)
@@ -85,10 +99,6 @@ class CrossTerms:
             for way, control, output in changes(outputs, rest, self._ways, self._generator):
                 parts.setdefault((way, control), []).append(output)
         return {name: torch.cat(chunks) for name, chunks in parts.items()}
-
-    def _spliced(self, model: "HookedTransformer", clean: CleanPass, output: Tensor) -> Tensor:
-        value = output.view(*clean.tokens.shape, -1)
-        return run_spliced(model, clean, f"blocks.{self.attention.layer}.hook_attn_out", value)
 
     def table(self, n_resamples: int) -> pd.DataFrame:
         """One row a source, way and control, with 95 % intervals over documents.
@@ -115,15 +125,82 @@ class CrossTerms:
             entry = {"source": source, "way": way, "control": control, "n_predictions": int(total[at["n"]])}
             entry |= {"n_documents": len(rows), "ce_before": float(mean(total, "ce", before))}
             entry |= {"ce_after": float(mean(total, "ce", i))}
-            for name, value, less in (("ce_increase", "ce", before), ("kl", "kl", None)):
+            compared = [("ce_increase", "ce", before), ("kl", "kl", None)]
+            if (source, way, True) in number:
+                compared.append(("ce_beyond_control", "ce", number[source, way, True]))
+            for name, value, less in compared:
                 entry[name] = float(mean(total, value, i, less))
                 ends = central_interval(mean(drawn, value, i, less)) if drawn is not None else (np.nan, np.nan)
                 entry[f"{name}_low"], entry[f"{name}_high"] = map(float, ends)
-            if (source, way, True) in number:
-                other = number[source, way, True]
-                entry["ce_beyond_control"] = float(mean(total, "ce", i, other))
-                ends = central_interval(mean(drawn, "ce", i, other)) if drawn is not None else (np.nan, np.nan)
-                entry["ce_beyond_control_low"], entry["ce_beyond_control_high"] = map(float, ends)
             relative = total[at[f"squared_change.{i}"]] / total[at[f"squared.{source}"]]
             table.append(entry | {"relative_change": float(np.sqrt(relative))})
         return pd.DataFrame(table)
+
+
+# -------------------------------------------------------------------- ways of removal
+def orthogonal(outputs: Tensor) -> Tensor:
+    """(N, H, D) -> (N, H, D): the nearest outputs with the same norms and no cross terms, computed in float64.
+
+    Where outputs are linearly dependent, to rounding, the nearest is not unique: that part of them is left, and
+    so is a head whose norm is less than 1 / 3000 of the largest.
+    """
+    exact = outputs.double()
+    norms = exact.norm(dim=2, keepdim=True)
+    scaled = norms * exact
+    size, basis = torch.linalg.eigh(scaled @ scaled.transpose(1, 2))  # (N, H), (N, H, H)
+    known = size > 1e-14 * size[:, -1:].clamp(min=1e-300)
+    inverse_root = torch.where(known, size.clamp(min=1e-300).rsqrt(), torch.zeros_like(size))
+    polar = basis * inverse_root[:, None, :] @ basis.transpose(1, 2) @ scaled
+    left = basis * ~known[:, None, :] @ basis.transpose(1, 2) @ exact
+    return (norms * polar + left).to(outputs.dtype)
+
+
+def others(outputs: Tensor) -> Tensor:
+    """(N, H, D) -> (N, H, D): each head without its projection on the sum of the others."""
+    rest = outputs.sum(1, keepdim=True) - outputs
+    along = torch.linalg.vecdot(outputs, rest) / torch.linalg.vecdot(rest, rest).clamp(min=1e-30)
+    return outputs - along[..., None] * rest
+
+
+def row_spaces(W_O: Tensor) -> Tensor:
+    """(H, d, D) -> (H, D, D): for each head the projection on the complement of the other heads' row spaces."""
+    H, _, D = W_O.shape
+    found = []
+    for head in range(H):
+        rest = W_O[torch.arange(H) != head].flatten(0, 1).double()
+        _, size, basis = torch.linalg.svd(rest, full_matrices=False)
+        basis = basis[size > size[0] * max(rest.shape) * torch.finfo(torch.float32).eps]
+        found.append(torch.eye(D, dtype=torch.float64, device=W_O.device) - basis.T @ basis)
+    return torch.stack(found).to(W_O)
+
+
+def removals(W_O: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The three ways, by name: (N, H, D) -> (N, H, D)."""
+    projections = row_spaces(W_O)
+    return {
+        "orthogonal": orthogonal,
+        "others": others,
+        "row_spaces": lambda outputs: torch.einsum("nhd,hde->nhe", outputs, projections),
+    }
+
+
+class Change(NamedTuple):
+    """The layer's output with the cross terms removed, and the control of the same size."""
+
+    way: str
+    control: bool
+    output: Tensor
+    """(N, D)"""
+
+
+def changes(
+    outputs: Tensor, rest: Tensor, ways: dict[str, Callable[[Tensor], Tensor]], generator: torch.Generator
+) -> Iterable[Change]:
+    """`outputs` (N, H, D), `rest` (D,) or (N, D): what is added to it. Controls draw from `generator` (CPU)."""
+    unchanged = outputs.sum(1) + rest
+    for way, remove in ways.items():
+        changed = remove(outputs).sum(1) + rest
+        yield Change(way, False, changed)
+        direction = torch.randn(unchanged.shape, generator=generator, dtype=torch.float32).to(unchanged)
+        direction /= direction.norm(dim=1, keepdim=True)
+        yield Change(way, True, unchanged + (changed - unchanged).norm(dim=1, keepdim=True) * direction)

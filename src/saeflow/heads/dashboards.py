@@ -26,6 +26,7 @@ from saeflow.heads.shares import MEASURES
 from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import Attention, decoder_by_head, encoder_by_head
 from saeflow.jacobians.pages import visible
+from saeflow.models.splicing import read_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -75,24 +76,6 @@ def in_row(measurements: HeadMeasurements, column: sp.csc_array, row: int) -> np
     return dense
 
 
-class Values(NamedTuple):
-    """Of one row of text, at the layer."""
-
-    pattern: Tensor
-    """(H, P, P)"""
-    v: Tensor
-    """(P, G, d)"""
-
-
-@torch.no_grad()
-def read_values(model: "HookedTransformer", layer: int, row: np.ndarray) -> Values:
-    """Attention pattern and values of a row of token ids (P,)."""
-    names = [f"blocks.{layer}.attn.{name}" for name in ("hook_pattern", "hook_v")]
-    tokens = torch.from_numpy(row.astype(np.int64))[None].to(model.cfg.device)
-    _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=layer + 1, return_cache_object=False)
-    return Values(*(cache[name][0].cpu() for name in names))
-
-
 class HeadDictionary(NamedTuple):
     """The dictionaries of single heads whose atoms are shown beside latents."""
 
@@ -119,7 +102,15 @@ def dashboards(
     read = de_embedding(model, attention.to(model.cfg.device), w).cpu()  # (H, m, V)
     directions = torch.einsum("mhd,hde->me", decoder[latents], attention.W_O).to(model.cfg.device)
     promoted = logit_effects(model, directions).cpu()
-    values = functools.cache(lambda row: read_values(model, attention.layer, measurements.rows[row]))
+    hooks = [f"blocks.{attention.layer}.attn.{name}" for name in ("hook_pattern", "hook_v")]
+
+    @functools.cache
+    def pattern_and_values(row: int) -> tuple[Tensor, Tensor]:
+        """(H, P, P) and (P, G, d), of one row of text."""
+        tokens = torch.from_numpy(measurements.rows[row].astype(np.int64))[None].to(model.cfg.device)
+        pattern, values = read_hooks(model, tokens, hooks)
+        return pattern[0].cpu(), values[0].cpu()
+
     renderer = _Renderer(measurements, config, functools.cache(text))
     parts = []
     rows = [_sources_table(-1, 0, Context(0, 0, 0.0), np.zeros((n_heads, 1)))[:0]]  # columns, whatever is shown
@@ -127,24 +118,24 @@ def dashboards(
         column = measurements.latents[key][:, [i]]
         left = [f"<h3>latent {i}, active on {column.nnz:,} tokens</h3>"]
         left.append(_share_table(shares.sel(latent=i), read[:, m], renderer.text))
-        left.append(_promoted(promoted[m], renderer.text))
+        up, down = _tokens(promoted[m], renderer.text), _tokens(-promoted[m], renderer.text)
+        left.append(f'<p class="note">promotes {up}<br>demotes {down}</p>')
         for number, context in enumerate(top_contexts(measurements, column, config.contexts)):
-            attribution = by_source(*values(context.row), encoder[:, :, i])[:, context.position].numpy()  # (H, P)
-            left.append(
-                renderer.line(context, in_row(measurements, column, context.row), f"activation {context.value:.3g}")
-            )
+            attribution = by_source(*pattern_and_values(context.row), encoder[:, :, i])[
+                :, context.position
+            ].numpy()  # (H, P)
+            left.append(renderer.active(context, column))
             left.append(renderer.line(context, attribution.sum(0), f"attribution, sum {attribution.sum():.3g}"))
             left.append(renderer.sources(context, attribution))
             rows.append(_sources_table(i, number, context, attribution))
         right = _atoms(renderer, head_dictionary, i) if head_dictionary is not None else []
         both = "".join(f"<div>{chr(10).join(side)}</div>" for side in (left, right))
         parts.append(f'<section id="latent-{i}"><div class="beside">{both}</div></section>')
-    title = f"Latents of {key}" + (
-        f" in atoms of single heads, {head_dictionary.key}" if head_dictionary is not None else ""
-    )
+    of_heads = "" if head_dictionary is None else f" in atoms of single heads, {head_dictionary.key}"
+    title = html.escape(f"Latents of {key}{of_heads}")
     begin = (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(ABOUT)}</p>"
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>{title}</h1>\n<p>{html.escape(ABOUT)}</p>"
     )
     return "\n".join([begin, *parts]) + "\n</html>\n", pd.concat(rows, ignore_index=True)
 
@@ -162,8 +153,7 @@ def _atoms(renderer: "_Renderer", head_dictionary: HeadDictionary, latent: int) 
             f"{column.nnz:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
         )
         for context in top_contexts(renderer.measurements, column, renderer.config.contexts):
-            active = in_row(renderer.measurements, column, context.row)
-            parts.append(renderer.line(context, active, f"activation {context.value:.3g}"))
+            parts.append(renderer.active(context, column))
     return parts
 
 
@@ -195,6 +185,10 @@ class _Renderer(NamedTuple):
             parts.append(f'<span{at}{style} title="{position}: {value:.3g}">{token}</span>')
         return f'<div class="text">{"".join(parts)}</div><p class="note">{html.escape(label)}</p>'
 
+    def active(self, context: Context, column: sp.csc_array) -> str:
+        """`line` of the activations of a latent (N, 1)."""
+        return self.line(context, in_row(self.measurements, column, context.row), f"activation {context.value:.3g}")
+
     def sources(self, context: Context, attribution: np.ndarray) -> str:
         """The largest terms of `attribution` (H, P), and what each head adds."""
         ids = self.measurements.rows[context.row]
@@ -219,17 +213,12 @@ def _sources_table(latent: int, number: int, context: Context, attribution: np.n
 def _share_table(shares: xr.Dataset, read: Tensor, text: Callable[[int], str]) -> str:
     """Shares of one latent by head, and the tokens whose embeddings each head reads most, `read` (H, V)."""
     names = [name.replace("_", " ") for name in MEASURES]
-    head = "<th>head</th>" + "".join(f"<th>{name}</th>" for name in names) + "<th>reads</th>"
+    head = "".join(f"<th>{name}</th>" for name in ("head", *names, "reads"))
     lines = []
     for h, of_head in enumerate(read):
         cells = "".join(f"<td>{100 * float(s):.0f} %</td>" for s in shares["share"].sel(head=h).values)
         lines.append(f'<tr><td>{h}</td>{cells}<td class="tokens">{_tokens(of_head, text)}</td></tr>')
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-
-
-def _promoted(logits: Tensor, text: Callable[[int], str]) -> str:
-    up, down = _tokens(logits, text), _tokens(-logits, text)
-    return f'<p class="note">promotes {up}<br>demotes {down}</p>'
 
 
 def _tokens(values: Tensor, text: Callable[[int], str]) -> str:

@@ -41,10 +41,8 @@ class HeadStudy(NamedTuple):
 
     def of_kind(self, kind: str) -> list[str]:
         """Keys of the dictionaries of a kind, the sparsest last."""
-        dictionaries = self.summary["dictionaries"]
-        return sorted(
-            (key for key in dictionaries if dictionaries[key]["kind"] == kind), key=lambda key: -dictionaries[key]["l0"]
-        )
+        of_kind = {key: one for key, one in self.summary["dictionaries"].items() if one["kind"] == kind}
+        return sorted(of_kind, key=lambda key: -of_kind[key]["l0"])
 
     def shown_dictionary(self, kind: str) -> str | None:
         """The dictionary of a kind that figures of one dictionary show; none that never fires."""

@@ -8,16 +8,23 @@ Atom i of head g is a_i = d_i W_O[g] in R^D, d_i a decoder row. For two heads g 
   <E o_g, E o_h>, which latents would have that fire independently of each other, and the rest, from their covariance.
 
 Latents that never fired are left out of both. No n x n matrix is held but for `CHUNK` rows at a time.
+
+Latents of one head in the atoms of another are the notebook's "how hard is it to write it as a combination?" After W_O
+the coordinates 64:128 of the residual stream are no more head 1's than any others, so a lifted atom a = d_i W_O[g] is
+compared with what head h can write at all, the row space of W_O[h]: `in_row_space` is the norm of its part there over
+its own. What lies outside no combination of head h's lifted atoms can give, so the residual of its decomposition in
+them (coefficients >= 0) is never below sqrt(1 - in_row_space^2). The null are head h's atoms rotated at random, with
+their row space.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import xarray as xr
 
+from saeflow.heads.decomposition import decompose, unit
 from saeflow.heads.geometry import pair_coordinates, pairs_of
 from saeflow.jobs.log import progress
 
@@ -26,25 +33,46 @@ EDGES = np.linspace(-1, 1, 201)
 TOP = ("latent", "other_latent", "interference", "cosine", "mean_product", "tokens_together")
 
 
-class PairInterference(NamedTuple):
-    """Of two heads' atoms."""
+ABOUT = {
+    "plain": "pairs of live latents by the cosine of their lifted atoms",
+    "weighted": "the same, each weighted by E[f_i f_j] |a_i| |a_j|",
+    "mean_square": "mean square of the cosines; 1 / d_model for random directions",
+    "total": "sum over latents of E[f_i f_j] <a_i, a_j>, which is E[<o_g, o_h>]",
+    "absolute": "sum over latents of |E[f_i f_j] <a_i, a_j>|",
+    "from_means": "sum over latents of E[f_i] E[f_j] <a_i, a_j>",
+    "weight": "sum over latents of E[f_i f_j] |a_i| |a_j|",  # what `total` would be if all atoms were parallel
+}
 
-    plain: np.ndarray
-    """Histogram of the cosines of live pairs, on `EDGES`."""
-    weighted: np.ndarray
-    """The same, each pair weighted by E[f_i f_j] |a_i| |a_j|."""
-    mean_square: float
-    """Mean square of the cosines."""
-    total: float
-    """Sum of w_ij."""
-    absolute: float
-    """Sum of |w_ij|."""
-    from_means: float
-    """Sum of E[f_i] E[f_j] <a_i, a_j>."""
-    weight: float
-    """Sum of E[f_i f_j] |a_i| |a_j|: what `total` would be if all atoms were parallel."""
-    top: pd.DataFrame
-    """The pairs of largest |w_ij|."""
+
+class PairInterference:
+    """What `ABOUT` says, of the atoms of two heads; added up some atoms of the first at a time."""
+
+    def __init__(self, from_means: float) -> None:
+        self.from_means = from_means
+        self.plain, self.weighted = np.zeros(len(EDGES) - 1, dtype=np.int64), np.zeros(len(EDGES) - 1)
+        self.n_pairs, self.squares = 0, 0.0
+        self.total = self.absolute = self.weight = 0.0
+        self.top = pd.DataFrame({name: np.zeros(0) for name in TOP})
+        """The pairs of latents of largest |w_ij|."""
+
+    @property
+    def mean_square(self) -> float:
+        return self.squares / max(1, self.n_pairs)
+
+    def add(self, a: np.ndarray, b: np.ndarray, together: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Atoms a (some, D) and b (m, D), `together` (some, m): E[f_i f_j]. Returns w_ij and the cosines."""
+        products = a @ b.T
+        scale = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)
+        cosines = np.clip(np.divide(products, scale, out=np.zeros_like(products), where=scale > 0), -1, 1)
+        w, most = together * products, together * scale
+        self.plain += np.histogram(cosines, EDGES)[0]
+        self.weighted += np.histogram(cosines, EDGES, weights=most)[0]
+        self.n_pairs += cosines.size
+        self.squares += np.square(cosines).sum()
+        self.total += w.sum()
+        self.absolute += np.abs(w).sum()
+        self.weight += most.sum()
+        return w, cosines
 
 
 def interference(
@@ -57,50 +85,20 @@ def interference(
     """
     live, live_other = (np.flatnonzero(np.diff(one.indptr)) for one in (f, f_other))
     f, f_other = f[:, live], f_other[:, live_other].tocsr()
-    tallies = [_Tally(a[live], b[live_other]) for a, b in versions]
+    versions = [(a[live], b[live_other]) for a, b in versions]
+    means, means_other = (np.asarray(one.mean(axis=0)).ravel() for one in (f, f_other))
+    found = [PairInterference(float((means @ a) @ (means_other @ b))) for a, b in versions]
     tops: list[pd.DataFrame] = []
     for start in range(0, len(live), CHUNK):
         some = slice(start, start + CHUNK)
         together = (f[:, some].T @ f_other).toarray() / f.shape[0]  # E[f_i f_j]
-        found = [tally.add(some, together) for tally in tallies]
+        first, *_ = [one.add(a[some], b, together) for one, (a, b) in zip(found, versions, strict=True)]
         if top:
             both = (f[:, some] > 0).astype(np.int64).T @ (f_other > 0).astype(np.int64)
-            tops.append(_largest(*found[0], together, both.toarray(), live[some], live_other, top))
-    means, means_other = (np.asarray(one.mean(axis=0)).ravel() for one in (f, f_other))
-    none = pd.DataFrame({name: np.zeros(0) for name in TOP})
-    pairs = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True) if tops else none
-    return [tally.result(means, means_other, none if i else pairs) for i, tally in enumerate(tallies)]
-
-
-class _Tally:
-    """Sums over pairs of atoms `a` (n, D) and `b` (m, D), some of the first at a time."""
-
-    def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
-        self.a, self.b = a, b
-        self.norms, self.norms_b = (np.linalg.norm(one, axis=1) for one in (a, b))
-        self.plain, self.weighted = np.zeros(len(EDGES) - 1, dtype=np.int64), np.zeros(len(EDGES) - 1)
-        self.squares = self.total = self.absolute = self.weight = 0.0
-
-    def add(self, some: slice, together: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`together` (some, m): E[f_i f_j]. Returns w_ij and the cosines."""
-        products = self.a[some] @ self.b.T
-        scale = self.norms[some, None] * self.norms_b
-        cosines = np.clip(np.divide(products, scale, out=np.zeros_like(products), where=scale > 0), -1, 1)
-        w, most = together * products, together * scale
-        self.plain += np.histogram(cosines, EDGES)[0]
-        self.weighted += np.histogram(cosines, EDGES, weights=most)[0]
-        self.squares += np.square(cosines).sum()
-        self.total += w.sum()
-        self.absolute += np.abs(w).sum()
-        self.weight += most.sum()
-        return w, cosines
-
-    def result(self, means: np.ndarray, means_b: np.ndarray, top: pd.DataFrame) -> PairInterference:
-        """`means`: E[f] of both."""
-        from_means = float((means @ self.a) @ (means_b @ self.b))
-        mean_square = self.squares / max(1, len(self.a) * len(self.b))
-        sums = (self.total, self.absolute, from_means, self.weight)
-        return PairInterference(self.plain, self.weighted, mean_square, *sums, top)
+            tops.append(_largest(*first, together, both.toarray(), live[some], live_other, top))
+    if tops:
+        found[0].top = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True)
+    return found
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,30 +126,60 @@ def interference_dataset(
     `latents` (N, n) and `atoms` (n, D) by head. Also the `top` pairs of latents of every pair of heads.
     """
     rotated = [one @ R for one, R in zip(atoms, rotations, strict=True)]
-    found: list[PairInterference] = []
-    null: list[PairInterference] = []
-    for g, h in progress(pairs_of(len(atoms)), "interference"):
-        versions = [(atoms[g], atoms[h]), (rotated[g], rotated[h])]
-        for results, one in zip((found, null), interference(latents[g], latents[h], versions, top), strict=True):
-            results.append(one)
+    found, null = zip(
+        *(
+            interference(latents[g], latents[h], [(atoms[g], atoms[h]), (rotated[g], rotated[h])], top)
+            for g, h in progress(pairs_of(len(atoms)), "interference")
+        ),
+        strict=True,
+    )
     data: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
-    about = {
-        "plain": "pairs of live latents by the cosine of their lifted atoms",
-        "weighted": "the same, each weighted by E[f_i f_j] |a_i| |a_j|",
-        "mean_square": "mean square of the cosines; 1 / d_model for random directions",
-        "total": "sum over latents of E[f_i f_j] <a_i, a_j>, which is E[<o_g, o_h>]",
-        "absolute": "sum over latents of |E[f_i f_j] <a_i, a_j>|",
-        "from_means": "sum over latents of E[f_i] E[f_j] <a_i, a_j>",
-        "weight": "sum over latents of E[f_i f_j] |a_i| |a_j|",
-    }
-    for name, description in about.items():
+    for name, description in ABOUT.items():
         dims = ("pair", "bin") if name in ("plain", "weighted") else ("pair",)
         units = "pairs" if name == "plain" else "1" if name == "mean_square" else "squared norm in the residual stream"
         for suffix, of, more in (("", found, ""), ("_rotated", null, ", each head rotated by a random rotation")):
             values = np.array([getattr(one, name) for one in of])
             data[name + suffix] = (dims, values, {"units": units, "description": description + more})
-    centres = (EDGES[:-1] + EDGES[1:]) / 2
-    coordinates = {"bin": centres, **pair_coordinates(len(atoms))}
+    coordinates = {"bin": (EDGES[:-1] + EDGES[1:]) / 2, **pair_coordinates(len(atoms))}
     dataset = xr.Dataset(data, coordinates, {"d_model": atoms[0].shape[1], "n_tokens": latents[0].shape[0]})
     tables = [one.top.assign(head=g, other_head=h) for one, (g, h) in zip(found, pairs_of(len(atoms)), strict=True)]
     return dataset, pd.concat(tables, ignore_index=True)
+
+
+# -------------------------------------------------------------------- atoms of another head
+def row_space(W: np.ndarray) -> np.ndarray:
+    """Orthonormal rows (r, D) that span the rows of W (d, D)."""
+    _, size, basis = np.linalg.svd(W, full_matrices=False)
+    return basis[size > size[0] * max(W.shape) * np.finfo(np.float32).eps]
+
+
+def lifted_table(
+    chosen: list[np.ndarray], atoms: list[np.ndarray], W_O: np.ndarray, rotations: np.ndarray, n_atoms: Sequence[int]
+) -> pd.DataFrame:
+    """The `chosen` latents of every head in the lifted atoms (n, D) of every other head, `W_O` (H, d, D).
+
+    Columns: head, latent, other_head, `rotated` (whether head h's atoms were, by `rotations` (H, D, D)), in_row_space,
+    n_atoms, residual. A number of atoms that a decomposition does not have counts with the next smaller.
+    """
+    n_heads = len(atoms)
+    units = [unit(one) for one in atoms]
+    others = {
+        (h, rotated): (units[h] @ R, row_space(W_O[h]) @ R)
+        for h in range(n_heads)
+        for rotated, R in ((False, np.eye(W_O.shape[2])), (True, rotations[h]))
+    }
+    rows = []
+    for g in progress(range(n_heads), "lifted latents"):
+        for i in chosen[g].tolist():
+            v = units[g][i]
+            for (h, rotated), (D, basis) in others.items():
+                if h == g or not v.any():
+                    continue
+                codes = decompose(v, D, "nn_omp", max(n_atoms))
+                inside = float(np.linalg.norm(basis @ v))
+                for m in n_atoms:
+                    residual = min((one.residual for k, one in codes.items() if k <= m), default=1.0)
+                    row = {"head": g, "latent": i, "other_head": h, "rotated": rotated, "in_row_space": inside}
+                    rows.append(row | {"n_atoms": m, "residual": residual})
+    names = ["head", "latent", "other_head", "rotated", "in_row_space", "n_atoms", "residual"]
+    return pd.DataFrame(rows, columns=names)

@@ -21,14 +21,13 @@ from saeflow.dictionaries import Dictionary, load_dictionary
 from saeflow.dictionaries.fitting import check_fit, model_config
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import HeadDictionary, dashboards
-from saeflow.heads.decomposed import Decomposed, choose_latents, decompose_latents
-from saeflow.heads.folder import HeadStudy, read_dataset, write_dataset
-from saeflow.heads.geometry import decoder_norms, principal_angles, rank, spectra
-from saeflow.heads.interference import interference_dataset
-from saeflow.heads.lifting import lifted_table
+from saeflow.heads.decomposition import agreement, choose_latents, decompose_latents
+from saeflow.heads.folder import HeadStudy, write_dataset
+from saeflow.heads.geometry import MATRICES, decoder_norms, principal_angles, rank, spectra
+from saeflow.heads.interference import interference_dataset, lifted_table
 from saeflow.heads.report import report
 from saeflow.heads.shares import compare_measures
-from saeflow.heads.study import HeadMeasurements, by_head, measure
+from saeflow.heads.study import by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
@@ -54,18 +53,15 @@ def heads_job(job: Job) -> dict[str, Any]:
     attention = read_attention(model, int(hook.split(".")[1]))
     log.info("%d dictionaries, %d tokens", len(dictionaries), tokens.size)
     measurements = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
-    cosines = measurements.cosines["cosine"].sel(quantile=0.5), measurements.cosines["cosine_rotated"].sel(quantile=0.5)
+    cosines = measurements.cosines.sel(quantile=0.5)
     summary: dict[str, Any] = {
         "layer": attention.layer,
         "hook_name": hook,
-        "n_heads": geometry.n_heads,
-        "n_key_value_heads": geometry.n_key_value_heads,
-        "d_head": geometry.d_head,
-        "d_model": geometry.d_model,
+        **{name: getattr(geometry, name) for name in ("n_heads", "n_key_value_heads", "d_head", "d_model")},
         "n_tokens": int(tokens.size),
         "n_documents": len(np.unique(document)),
-        "median_cosine": float(cosines[0].median()),
-        "median_cosine_rotated": float(cosines[1].median()),
+        "median_cosine": float(cosines["cosine"].median()),
+        "median_cosine_rotated": float(cosines["cosine_rotated"].median()),
         "left_out": left_out,
         "dictionaries": {},
     }
@@ -76,47 +72,42 @@ def heads_job(job: Job) -> dict[str, Any]:
 
     attention = attention.to("cpu")
     dictionaries = {key: one.to("cpu") for key, one in dictionaries.items()}
+    heads = {key: one for key, one in dictionaries.items() if isinstance(one, BlockDiagonal)}
+    l0 = {key: latents.nnz / latents.shape[0] for key, latents in measurements.latents.items()}
     with job.writing() as out:
         write_dataset(out / "cosines.zarr", measurements.cosines)
         write_dataset(out / "angles.zarr", principal_angles(attention.W_O))
         measurements.cross_terms.to_parquet(out / "cross_terms.parquet")
         for key, one in dictionaries.items():
-            dictionary_folder = out / "dictionaries" / key
-            dictionary_folder.mkdir(parents=True)
-            kind = "heads" if isinstance(one, BlockDiagonal) else "concat"
-            name, amount = one.spec.amount
+            of_one = out / "dictionaries" / key
+            of_one.mkdir(parents=True)
+            kind, (name, amount) = "heads" if key in heads else "concat", one.spec.amount
             entry = {"kind": kind, "amount_name": name, "amount": amount, "d_sae": one.d_sae, "seed": one.spec.seed}
-            entry |= {"l0": measurements.latents[key].nnz / measurements.latents[key].shape[0]}
-            if isinstance(one, BlockDiagonal):
-                entry |= _write_heads(dictionary_folder, one, measurements.latents[key], attention, config)
-            else:
-                entry |= _write_concat(dictionary_folder, one, measurements, key, attention, config)
+            entry |= {"l0": l0[key]}
             summary["dictionaries"][key] = entry
-        for key, entry in summary["dictionaries"].items():
-            if entry["kind"] != "concat":
+            if key in heads:
+                entry |= _write_heads(of_one, heads[key], measurements.latents[key], attention, config)
                 continue
-            dictionary_folder, one = out / "dictionaries" / key, dictionaries[key]
+            decoder = decoder_by_head(one, len(attention.W_O)).double().numpy()
+            shares = measurements.active[key].dataset(decoder, attention.W_O.double().numpy())
+            entry |= _write_concat(of_one, one, shares, config)
             chosen = choose_latents(measurements.active[key].count, config)
             if not len(chosen):
                 log.warning("%s has no latent that is active on %d tokens or more", key, config.min_active)
                 continue
             head_dictionary = None
-            matched = _nearest(summary["dictionaries"], entry["l0"])
-            if matched is not None:
-                matched_dictionary = dictionaries[matched]
-                assert isinstance(matched_dictionary, BlockDiagonal)
-                decomposed = decompose_latents(
-                    one, matched_dictionary, measurements, (key, matched), chosen, attention, config
-                )
+            if (matched := _nearest({name: l0[name] for name in heads}, l0[key])) is not None:
+                firing = agreement(measurements.latents[key][:, chosen], measurements.latents[matched])
+                decomposed = decompose_latents(one, heads[matched], chosen, firing, config)
                 entry |= {"decomposed_in": matched} | decomposed.summary
-                _write_decomposition(dictionary_folder, decomposed)
-                head_dictionary = HeadDictionary(matched, matched_dictionary, decomposed.agreement)
-            shares = read_dataset(dictionary_folder / "shares.zarr")
-            page, sources = dashboards(
-                model, attention, measurements, key, one, chosen, shares, head_dictionary, config, text
-            )
-            (dictionary_folder / "dashboards.html").write_text(page, encoding="utf-8")
-            sources.to_parquet(dictionary_folder / "attribution.parquet")
+                decomposed.table.to_parquet(of_one / "decomposition.parquet")
+                decomposed.curves.to_parquet(of_one / "curves.parquet")
+                decomposed.agreement.to_parquet(of_one / "agreement.parquet")
+                head_dictionary = HeadDictionary(matched, heads[matched], decomposed.agreement)
+            shown = key, one, chosen, shares, head_dictionary
+            page, sources = dashboards(model, attention, measurements, *shown, config, text)
+            (of_one / "dashboards.html").write_text(page, encoding="utf-8")
+            sources.to_parquet(of_one / "attribution.parquet")
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
         (out / "table.txt").write_text(report(HeadStudy(out, summary)))
     return summary
@@ -138,10 +129,10 @@ def _open(job: Job, model_folder: Path, geometry: Any) -> tuple[dict[str, Dictio
     return found, left_out
 
 
-def _nearest(dictionaries: dict[str, Any], l0: float) -> str | None:
-    """The `heads` of the L0 nearest to `l0`."""
-    heads = {key: one["l0"] for key, one in dictionaries.items() if one["kind"] == "heads" and one["l0"] > 0}
-    return min(heads, key=lambda key: abs(np.log(heads[key] / max(l0, 1e-9)))) if heads else None
+def _nearest(heads: dict[str, float], l0: float) -> str | None:
+    """The dictionary of the L0 nearest to `l0`, of those by key that fire."""
+    live = [key for key, of_heads in heads.items() if of_heads > 0]
+    return min(live, key=lambda key: abs(np.log(heads[key] / max(l0, 1e-9))), default=None)
 
 
 def _write_heads(
@@ -155,10 +146,10 @@ def _write_heads(
     n_heads, _, D = attention.W_O.shape
     rotations = random_rotations(n_heads, D, config.seed).numpy()
     atoms = [a.numpy() for a in lifted(one.heads, attention.W_O)]
-    dataset, pairs = interference_dataset(by_head(latents, n_heads), atoms, rotations, config.top_pairs)
+    each = by_head(latents, n_heads)
+    dataset, pairs = interference_dataset(each, atoms, rotations, config.top_pairs)
     write_dataset(out / "interference.zarr", dataset)
     pairs.to_parquet(out / "interference.parquet")
-    each = by_head(latents, n_heads)
     per_head = dataclasses.replace(config, n_latents=max(1, config.n_latents // n_heads))
     chosen = [choose_latents(np.diff(f.indptr), per_head) for f in each]
     with threadpool_limits(1):  # on matrices this small a second thread costs more than it brings
@@ -166,24 +157,16 @@ def _write_heads(
     others.to_parquet(out / "lifted.parquet")
     return {
         "mean_decoder_norm": float(norms["decoder_norm"].mean()),
-        "rank_D": values["rank"].sel(matrix="D").values.tolist(),
-        "rank_W_O": values["rank"].sel(matrix="W_O").values.tolist(),
-        "rank_D_W_O": values["rank"].sel(matrix="D_W_O").values.tolist(),
+        **{f"rank_{matrix}": values["rank"].sel(matrix=matrix).values.tolist() for matrix in MATRICES},
         "interference_over_weight": _number(dataset["total"].sum() / dataset["weight"].sum()),
         "interference_over_weight_rotated": _number(dataset["total_rotated"].sum() / dataset["weight_rotated"].sum()),
     }
 
 
-def _write_concat(
-    out: Path, one: Dictionary, measurements: HeadMeasurements, key: str, attention: Attention, config: HeadsConfig
-) -> dict[str, Any]:
+def _write_concat(out: Path, one: Dictionary, shares: xr.Dataset, config: HeadsConfig) -> dict[str, Any]:
     """Head shares of one dictionary of all heads."""
-    n_heads = len(attention.W_O)
-    dataset = measurements.active[key].dataset(
-        decoder_by_head(one, n_heads).double().numpy(), attention.W_O.double().numpy()
-    )
-    compared = compare_measures(dataset, config.min_active)
-    write_dataset(out / "shares.zarr", dataset)
+    compared = compare_measures(shares, config.min_active)
+    write_dataset(out / "shares.zarr", shares)
     write_dataset(out / "measures.zarr", compared)
     singular_values = torch.linalg.svdvals(one.W_dec.double()).numpy()
     between = {"measure_a": "decoder", "measure_b": "dfa"}
@@ -197,9 +180,3 @@ def _write_concat(
 
 def _number(value: xr.DataArray) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _write_decomposition(out: Path, decomposed: Decomposed) -> None:
-    decomposed.table.to_parquet(out / "decomposition.parquet")
-    decomposed.curves.to_parquet(out / "curves.parquet")
-    decomposed.agreement.to_parquet(out / "agreement.parquet")

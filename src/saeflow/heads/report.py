@@ -3,11 +3,9 @@
 import math
 
 import pandas as pd
-import xarray as xr
 
-from saeflow.heads.cross_terms import MODEL, NO_HEADS
+from saeflow.heads.cross_terms import MODEL, NO_HEADS, WAYS
 from saeflow.heads.folder import HeadStudy
-from saeflow.heads.removal import WAYS
 from saeflow.heads.shares import AGREEING
 
 ATOMS = (1, 2, 4, 8, 16)
@@ -28,8 +26,8 @@ def report(study: HeadStudy) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _text(table: pd.DataFrame, digits: int = 3, index: bool = False) -> str:
-    return table.to_string(index=index, float_format=lambda value: f"{value:.{digits}f}")
+def _text(table: pd.DataFrame, digits: int = 3) -> str:
+    return table.to_string(index=False, float_format=lambda value: f"{value:.{digits}f}")
 
 
 def _cosines(study: HeadStudy) -> str:
@@ -38,9 +36,8 @@ def _cosines(study: HeadStudy) -> str:
     for name, label in (("cosine", ""), ("cosine_rotated", " rotated")):
         for quantile in (0.05, 0.5, 0.95):
             table[f"{100 * quantile:.0f} %{label}"] = dataset[name].sel(quantile=quantile).values
-    return "cosine of two heads' outputs, quantiles over tokens; rotated: each head by a random rotation\n" + _text(
-        table
-    )
+    about = "cosine of two heads' outputs, quantiles over tokens; rotated: each head by a random rotation\n"
+    return about + _text(table)
 
 
 def _angles(study: HeadStudy) -> str:
@@ -111,7 +108,7 @@ def _of_heads(study: HeadStudy, key: str) -> str:
 
 def _of_concat(study: HeadStudy, key: str) -> str:
     dataset = study.dataset("measures", key)
-    shares = _frame(dataset["mean_share"]).rename_axis("head").reset_index()
+    by_head = pd.DataFrame(dataset["mean_share"].values, columns=dataset["measure"].values)
     between = pd.DataFrame(
         {
             "decoder and": list(AGREEING[1:]),
@@ -123,7 +120,7 @@ def _of_concat(study: HeadStudy, key: str) -> str:
         f"{study.label(key)} ({key}), {dataset.attrs['n_latents']} latents, rank "
         f"{study.summary['dictionaries'][key]['rank_W_dec']}",
         "mean share of each head",
-        _text(shares, 3),
+        _text(by_head.rename_axis("head").reset_index(), 3),
         f"do measures agree? (same top head by chance: {dataset.attrs['chance_of_top']:.2f})",
         _text(between, 2),
     ]
@@ -146,9 +143,3 @@ def _of_concat(study: HeadStudy, key: str) -> str:
             _text(first.rename_axis(columns=None), 3),
         ]
     return "\n".join(parts)
-
-
-def _frame(values: xr.DataArray) -> pd.DataFrame:
-    table = values.to_pandas()
-    assert isinstance(table, pd.DataFrame)
-    return table.rename_axis(columns=None)

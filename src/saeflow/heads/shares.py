@@ -89,26 +89,17 @@ def compare_measures(dataset: xr.Dataset, min_active: int = 1) -> xr.Dataset:
     values = dataset["value"].values[live]
     share = dataset["share"].values[live]
     n_heads = values.shape[1]
-    ordered = {name: ranks(values[:, :, MEASURES.index(name)]) for name in AGREEING}
-    size = len(AGREEING)
-    correlation, top = np.full((2, size, size), np.nan)
-    for a, b in itertools.product(range(size), repeat=2):
-        one, other = ordered[AGREEING[a]], ordered[AGREEING[b]]
-        if len(one) and n_heads > 1:
+    correlation, top = np.full((2, len(AGREEING), len(AGREEING)), np.nan)
+    mean_share, first = np.full((2, *share.shape[1:]), np.nan)
+    if len(values):
+        ordered = [ranks(values[:, :, MEASURES.index(name)]) for name in AGREEING]
+        for (a, one), (b, other) in itertools.product(enumerate(ordered), repeat=2) if n_heads > 1 else ():
             squares = np.square(one - other).sum(1)
             correlation[a, b] = (1 - 6 * squares / (n_heads * (n_heads**2 - 1))).mean()
             top[a, b] = (one.argmax(1) == other.argmax(1)).mean()
-    most = np.stack([values[:, :, m].argmax(1) for m in range(len(MEASURES))], axis=1)
-    first = np.stack(
-        [(most == head).mean(0) if len(most) else np.full(len(MEASURES), np.nan) for head in range(n_heads)]
-    )
-    mean_share = share.mean(0) if len(share) else np.full(share.shape[1:], np.nan)
-    coordinates = {
-        "measure_a": list(AGREEING),
-        "measure_b": list(AGREEING),
-        "head": dataset["head"].values,
-        "measure": list(MEASURES),
-    }
+        mean_share = share.mean(0)
+        first = np.stack([(values.argmax(1) == head).mean(0) for head in range(n_heads)])
+    between = {name: list(AGREEING) for name in ("measure_a", "measure_b")}
     return xr.Dataset(
         {
             "rank_correlation": (("measure_a", "measure_b"), correlation, {"description": "Spearman, over heads"}),
@@ -116,6 +107,6 @@ def compare_measures(dataset: xr.Dataset, min_active: int = 1) -> xr.Dataset:
             "mean_share": (("head", "measure"), mean_share, {"units": "1"}),
             "top_share": (("head", "measure"), first, {"description": "share of latents of which it is the top head"}),
         },
-        coordinates,
+        {**between, "head": dataset["head"].values, "measure": list(MEASURES)},
         {"n_latents": int(live.sum()), "min_active": min_active, "chance_of_top": 1 / n_heads},
     )

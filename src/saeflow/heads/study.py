@@ -17,12 +17,12 @@ from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.evaluation.sums import token_batches
-from saeflow.heads.cosines import HeadCosines
 from saeflow.heads.cross_terms import MODEL, CrossTerms
+from saeflow.heads.geometry import HeadCosines
 from saeflow.heads.shares import ActiveSums
 from saeflow.heads.weights import Attention, encoder_by_head
 from saeflow.models.attention import fused_attention
-from saeflow.models.splicing import flattened, run_clean
+from saeflow.models.splicing import CleanPass, flattened, run_clean
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -67,16 +67,13 @@ def measure(
     cosines = HeadCosines(attention.W_O, config.seed)
     cross_terms = CrossTerms(attention, prepend_bos, config.seed)
     latents: dict[str, list[sp.csr_array]] = {key: [] for key in dictionaries}
-    active = {
-        key: ActiveSums(encoder_by_head(one, n_heads).cpu().numpy())
-        for key, one in dictionaries.items()
-        if not isinstance(one, BlockDiagonal)
-    }
-    constant = {
-        key: torch.einsum("hd,hde->e", one.b_dec.view(n_heads, d_head), attention.W_O) + attention.b_O
-        for key, one in dictionaries.items()
-        if isinstance(one, BlockDiagonal)
-    }
+    active: dict[str, ActiveSums] = {}
+    constant: dict[str, Tensor] = {}
+    for key, one in dictionaries.items():
+        if isinstance(one, BlockDiagonal):
+            constant[key] = torch.einsum("hd,hde->e", one.b_dec.view(n_heads, d_head), attention.W_O) + attention.b_O
+        else:
+            active[key] = ActiveSums(encoder_by_head(one, n_heads).cpu().numpy())
     n_loss_rows = -(-config.loss_tokens // rows.shape[1])
     start = 0
     for tokens, _ in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "heads"):
@@ -92,9 +89,8 @@ def measure(
                     active[key].add(f, kept.cpu().numpy())
             n = min(len(tokens), n_loss_rows - start)
             if n > 0:
-                clean_rows = clean._replace(
-                    tokens=tokens[:n], final=clean.final[:n], values={k: v[:n] for k, v in clean.values.items()}
-                )
+                values = {name: value[:n] for name, value in clean.values.items()}
+                clean_rows = CleanPass(tokens[:n], clean.final[:n], values)
                 x = flattened(z[:n])
                 sources = {MODEL: (x.view(len(x), n_heads, d_head), attention.b_O)}
                 for key, rest in constant.items():
@@ -110,10 +106,8 @@ def measure(
 @torch.no_grad()
 def _sparse(dictionary: Dictionary, x: Tensor) -> sp.csr_array:
     """Activations of x (N, d), those that are not 0."""
-    parts = []
-    for some in x.split(max(1, ENCODED // dictionary.d_sae)):
-        parts.append(sp.csr_array(dictionary.encode(some).cpu().numpy()))
-    return sp.vstack(parts, format="csr")
+    parts = (dictionary.encode(some) for some in x.split(max(1, ENCODED // dictionary.d_sae)))
+    return sp.vstack([sp.csr_array(part.cpu().numpy()) for part in parts], format="csr")
 
 
 def by_head(latents: sp.csc_array, n_heads: int) -> list[sp.csc_array]:

@@ -35,8 +35,7 @@ class Attention(NamedTuple):
     """Whether the norm takes out the mean (LayerNorm)."""
 
     def to(self, device: str | torch.device) -> "Attention":
-        weights = {name: getattr(self, name).to(device) for name in ("W_V", "b_V", "W_O", "b_O")}
-        return self._replace(**weights)
+        return self._replace(**{name: getattr(self, name).to(device) for name in ("W_V", "b_V", "W_O", "b_O")})
 
 
 def read_attention(model: "HookedTransformer", layer: int) -> Attention:
@@ -85,6 +84,5 @@ def lifted(heads: Sequence[Dictionary], W_O: Tensor) -> list[Tensor]:
 def random_rotations(n: int, size: int, seed: int) -> Tensor:
     """(n, size, size) independent rotations and reflections, uniform (Haar), float64."""
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(n, size, size, generator=generator, dtype=torch.float64)
-    Q, R = torch.linalg.qr(gaussian)
+    Q, R = torch.linalg.qr(torch.randn(n, size, size, generator=generator, dtype=torch.float64))
     return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]  # without the signs QR is not uniform

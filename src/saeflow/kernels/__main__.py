@@ -2,7 +2,7 @@
 
 import torch
 
-from saeflow.kernels.jacobian import BlockWeights, Linearisation, TopLatents, add_penalty
+from saeflow.kernels.jacobian import BlockWeights, Linearisation, Side, TopLatents, add_penalty
 from saeflow.kernels.penalties import l1
 from saeflow.kernels.step import Objective, Weights, take_step, take_steps
 
@@ -18,7 +18,8 @@ def main() -> None:
     block = BlockWeights(torch.rand(1, 8, 12), torch.rand(12, 8))
     linearisation = Linearisation(torch.rand(1, 16, 12))
     kept = TopLatents(x[:, :4], torch.arange(4).expand(16, 4).contiguous())
-    add_penalty(block, linearisation, weights.W_dec, weights.encoder, kept, kept, l1, *torch.zeros(2, 64, 8))
+    input, output = (Side(rows, kept, torch.zeros(64, 8)) for rows in (weights.W_dec, weights.encoder))
+    add_penalty(block, linearisation, input, output, l1)
 
 
 main()

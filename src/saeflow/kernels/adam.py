@@ -5,6 +5,7 @@ torch's compiler, which takes a training job longer than its first hundred steps
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +31,6 @@ class Adam:
             if parameter.stride() != gradient.stride():
                 raise ValueError(f"gradient strides {gradient.stride()} are not the parameter's {parameter.stride()}")
         torch._foreach_add_(self.steps, 1)
-        torch._fused_adam_(
-            self.parameters,
-            list(gradients),
-            self.first,
-            self.second,
-            [],
-            self.steps,
-            lr=lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=0.0,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        lists: list[list[Tensor]] = [self.parameters, list(gradients), self.first, self.second, [], self.steps]
+        rates: dict[str, Any] = {"lr": lr, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
+        torch._fused_adam_(*lists, **rates, weight_decay=0.0, amsgrad=False, maximize=False)

@@ -81,7 +81,7 @@ class Products(NamedTuple):
     """(branches, n, m): how each input latent moves the hidden units."""
     WE: Tensor
     """(n, m): how the hidden units move each output latent."""
-    skip: bool
+    block: BlockWeights
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def make_products(D: Tensor, E: Tensor, block: BlockWeights, workspace: Workspac
     WD, WE = workspace.empty("WD", D, branches, len(D), m), workspace.empty("WE", E, len(E), m)
     for out, W in zip(WD, block.W_in, strict=True):
         torch.mm(D, W, out=out)
-    return Products(D, E, WD, torch.mm(E, block.W_out.T, out=WE), block.skip)
+    return Products(D, E, WD, torch.mm(E, block.W_out.T, out=WE), block)
 
 
 @torch.no_grad()
@@ -105,11 +105,10 @@ def jacobian_blocks(products: Products, linearisation: Linearisation, A: Tensor,
     if loops.supports(products.WE):
         J = products.WE.new_empty(len(A), B.shape[1], A.shape[1])
         arrays = _arrays(products.WD, products.WE, linearisation.slopes, _drifts(linearisation), projections, A, B, J)
-        work = partial(jacobian_loops.blocks, *arrays)
-        loops.in_threads(work, len(A), A.numel() * products.WE.shape[1])
+        loops.in_threads(partial(jacobian_loops.blocks, *arrays), len(A), A.numel() * products.WE.shape[1])
     else:
         J = products.WE[B] @ _hidden_tangents(products, linearisation, projections, A).transpose(1, 2)
-    return J.baddbmm_(products.E[B], products.D[A].transpose(1, 2)) if products.skip else J
+    return J.baddbmm_(products.E[B], products.D[A].transpose(1, 2)) if products.block.skip else J
 
 
 def jacobian_chunks(
@@ -137,93 +136,75 @@ class TopLatents(NamedTuple):
     """(N, k)"""
 
 
+class Side(NamedTuple):
+    """One SAE of the pair, as its penalty sees it."""
+
+    rows: Tensor
+    """(n, d): the decoder of the input SAE, or the encoder of the output SAE."""
+    kept: TopLatents
+    gradient: Tensor
+    """(n, d): of the rows; what is found is added to it."""
+
+
 @torch.no_grad()
 def add_penalty(
     block: BlockWeights,
     linearisation: Linearisation,
-    D: Tensor,
-    E: Tensor,
-    input: TopLatents,
-    output: TopLatents,
+    input: Side,
+    output: Side,
     penalty: Penalty,
-    g_D: Tensor,
-    g_E: Tensor,
     linearisation_too: bool = False,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, Linearisation | None]:
-    """The sum () of what the tokens' Jacobians cost; adds its gradients to `g_D`, `g_E` (n, d).
+    """The sum () of what the tokens' Jacobians cost; adds its gradients to those of both sides.
 
     Where a latent is silent J is 0. With `linearisation_too` also the gradients towards `linearisation`, for a Jacobian
     that is taken where parameters decide. Which latents are active, and the block's own weights, are constants.
     `workspace`: for the products, which the next step may then have.
     """
-    rows_in, A, D_rows = _only_active(D, input.latents)
-    rows_out, B, E_rows = _only_active(E, output.latents)
-    if loops.supports(D) and (len(D_rows) + len(E_rows)) * block.W_out.shape[0] >= TOO_LARGE_FOR_PIECES:
+    sides = input, output
+    (needed_in, input), (needed_out, output) = _only_active(input), _only_active(output)
+    n_rows = len(input.rows) + len(output.rows)
+    if loops.supports(input.rows) and n_rows * block.W_out.shape[0] >= TOO_LARGE_FOR_PIECES:
         give_back_freed_memory()
-    products = make_products(D_rows, E_rows, block, workspace)
+    products = make_products(input.rows, output.rows, block, workspace)
+    A, B = input.kept.latents, output.kept.latents
     G, costs = products.WE.new_empty(len(A), B.shape[1], A.shape[1]), []
     for some, J in jacobian_chunks(products, linearisation, A, B):
-        values = input.values[some], output.values[some]
+        values = input.kept.values[some], output.kept.values[some]
         cost, slope = penalty(mask_inactive(J, *values))
         G[some] = mask_inactive(slope, *values)
         costs.append(cost)
-    gradient_in = _Gradient(g_D, rows_in, D_rows)
-    gradient_out = _Gradient(g_E, rows_out, E_rows)
     g_linearisation = None
-    if loops.supports(D) and not linearisation_too:  # the loops have no gradient of `linearisation`
-        _in_loops(block, products, linearisation, A, B, G, gradient_in.rows, gradient_out.rows)
+    if loops.supports(input.rows) and not linearisation_too:  # the loops have no gradient of `linearisation`
+        _in_loops(products, linearisation, input, output, G)
     else:
-        g_linearisation = _on_device(
-            block, products, linearisation, A, B, G, gradient_in.rows, gradient_out.rows, linearisation_too
-        )
-    gradient_in.add()
-    gradient_out.add()
+        g_linearisation = _on_device(products, linearisation, input, output, G, linearisation_too)
+    for all_of, needed, active in zip(sides, (needed_in, needed_out), (input, output), strict=True):
+        if needed is not None:
+            all_of.gradient.index_put_((needed,), active.gradient, accumulate=True)  # each row once
     return torch.cat(costs).sum(), g_linearisation
 
 
-def _only_active(rows: Tensor, latents: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Which rows (n, d) the latents (N, k) need, the latents' places among them, and those rows; None: all.
+def _only_active(side: Side) -> tuple[Tensor | None, Side]:
+    """Which rows the latents need, and the side with those rows alone and a gradient of its own; None: all.
 
     Only where few tokens make it likely that many are left out: to know waits for a GPU.
     """
+    rows, (values, latents), _ = side
     if latents.numel() > 2 * len(rows):
-        return None, latents, rows
+        return None, side
     needed, places = torch.unique(latents, return_inverse=True)
     if len(needed) > WORTH_LEAVING_OUT * len(rows):
-        return None, latents, rows
-    return needed, places, rows[needed]
+        return None, side
+    return needed, Side(rows[needed], TopLatents(values, places), torch.zeros_like(rows[needed]))
 
 
-class _Gradient:
-    """The gradient of rows, or of those of them that are active."""
-
-    def __init__(self, all_rows: Tensor, needed: Tensor | None, rows: Tensor) -> None:
-        self.all_rows, self.needed = all_rows, needed
-        self.rows = all_rows if needed is None else torch.zeros_like(rows)
-
-    def add(self) -> None:
-        """Adds what was found to the whole, where that is not the same."""
-        if self.needed is not None:
-            self.all_rows.index_put_((self.needed,), self.rows, accumulate=True)  # each row once
-
-
-def _in_loops(
-    block: BlockWeights,
-    products: Products,
-    linearisation: Linearisation,
-    A: Tensor,
-    B: Tensor,
-    G: Tensor,
-    g_D: Tensor,
-    g_E: Tensor,
-) -> None:
+def _in_loops(products: Products, linearisation: Linearisation, input: Side, output: Side, G: Tensor) -> None:
     """Overwrites `products`: the sums of some columns take the place of columns that are done."""
-    projections, drifts, m = (
-        _input_projections(products, linearisation, A),
-        _drifts(linearisation),
-        products.WE.shape[1],
-    )
+    A, B, g_D, g_E = input.kept.latents, output.kept.latents, input.gradient, output.gradient
+    projections, drifts = _input_projections(products, linearisation, A), _drifts(linearisation)
+    block, m = products.block, products.WE.shape[1]
     if linearisation.direction is not None:
         starts = torch.arange(0, A.numel() + 1, A.shape[1])
         tokens, order, starts = Pattern(A.flatten(), starts, len(products.D)).by_latent
@@ -260,23 +241,16 @@ def _in_loops(
         size = min(done, m - done)
         add(done, size, products.WD, [products.WE])
         done += size
-    if products.skip:
+    if products.block.skip:
         D, E, ones = products.D, products.E, torch.ones_like(products.D[:1]).expand(len(A), -1).contiguous()
         loops.all_in_threads([toward_D(E, ones, 0, g_D), toward_E(D[None], ones[None], flat[0], 0, g_E)], D.shape[1])
 
 
 def _on_device(
-    block: BlockWeights,
-    products: Products,
-    linearisation: Linearisation,
-    A: Tensor,
-    B: Tensor,
-    G: Tensor,
-    g_D: Tensor,
-    g_E: Tensor,
-    linearisation_too: bool,
+    products: Products, linearisation: Linearisation, input: Side, output: Side, G: Tensor, linearisation_too: bool
 ) -> Linearisation | None:
     """The same by torch's operations, some tokens at a time."""
+    A, B, g_D, g_E = input.kept.latents, output.kept.latents, input.gradient, output.gradient
     g_WD, g_WE = torch.zeros_like(products.WD), torch.zeros_like(products.WE)
     parts = []
     for some in _chunks(A, B, products.WE):
@@ -291,14 +265,14 @@ def _on_device(
             g_projections = _projection_gradients(products, here, b, g)
             _scatter(g_D, a, g_projections[..., None] * here.direction[:, None])
             g_direction = (g_projections[..., None] * products.D[a]).sum(dim=1)
-        if products.skip:
+        if products.block.skip:
             _scatter(g_D, a, g.transpose(1, 2) @ products.E[b])
             _scatter(g_E, b, g @ products.D[a])
         if linearisation_too:
             parts.append((*_linearisation_gradients(products, here, projections, a, g_tangents), g_direction))
-    for g_branch, W in zip(g_WD, block.W_in, strict=True):
+    for g_branch, W in zip(g_WD, products.block.W_in, strict=True):
         g_D.addmm_(g_branch, W.T)
-    g_E.addmm_(g_WE, block.W_out)
+    g_E.addmm_(g_WE, products.block.W_out)
     if not linearisation_too:
         return None
     slopes, drifts, direction = zip(*parts, strict=True)
@@ -402,28 +376,17 @@ def jacobian_by_jvp(f: Map, x: Tensor, D_rows: Tensor, E_rows: Tensor) -> Tensor
     return E_rows @ torch.stack(tangents, dim=2)
 
 
-def add_penalty_by_jvp(
-    f: Map,
-    x: Tensor,
-    D: Tensor,
-    E: Tensor,
-    input: TopLatents,
-    output: TopLatents,
-    penalty: Penalty,
-    g_D: Tensor,
-    g_E: Tensor,
-) -> Tensor:
+def add_penalty_by_jvp(f: Map, x: Tensor, input: Side, output: Side, penalty: Penalty) -> Tensor:
     """`add_penalty` of any block, at x (N, d)."""
     total = x.new_zeros(())
     for start in range(0, len(x), JVP_TOKENS):
         some = slice(start, start + JVP_TOKENS)
-        A, B = input.latents[some], output.latents[some]
         with torch.enable_grad():
-            D_rows, E_rows = D.detach()[A].requires_grad_(), E.detach()[B].requires_grad_()
-            J = mask_inactive(jacobian_by_jvp(f, x[some], D_rows, E_rows), input.values[some], output.values[some])
+            rows = [side.rows.detach()[side.kept.latents[some]].requires_grad_() for side in (input, output)]
+            J = mask_inactive(jacobian_by_jvp(f, x[some], *rows), input.kept.values[some], output.kept.values[some])
         costs, G = penalty(J.detach())
-        for g, latents, rows in zip((g_D, g_E), (A, B), torch.autograd.grad(J, (D_rows, E_rows), G), strict=True):
-            _scatter(g, latents, rows)
+        for side, g in zip((input, output), torch.autograd.grad(J, rows, G), strict=True):
+            _scatter(side.gradient, side.kept.latents[some], g)
         total += costs.sum()
     return total
 
@@ -437,4 +400,4 @@ def jacobian_blocks_slow(products: Products, linearisation: Linearisation, A: Te
         if linearisation.drifts is not None and linearisation.direction is not None:
             tangents = tangents - torch.einsum("tjd,td,tm->tjm", D, linearisation.direction, linearisation.drifts[b])
         J = J + torch.einsum("tim,tm,tjm->tij", products.WE[B], linearisation.slopes[b], tangents)
-    return J + torch.einsum("tid,tjd->tij", products.E[B], D) if products.skip else J
+    return J + torch.einsum("tid,tjd->tij", products.E[B], D) if products.block.skip else J

@@ -63,11 +63,7 @@ def in_threads(work: Callable[[int, int], None], n_rows: int, size: int, starts:
     bounds = np.linspace(0, n_rows, threads + 1).astype(np.int64)
     if starts is not None:
         bounds[1:-1] = np.searchsorted(starts, np.linspace(0, starts[-1], threads + 1)[1:-1])
-    slices = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-    others = [_pool(threads - 1).submit(work, *some) for some in slices[1:]]
-    work(*slices[0])
-    for other in others:
-        other.result()
+    _all_of([partial(work, *run) for run in pairwise(bounds.tolist())], threads)
 
 
 def all_in_threads(works: Sequence[Callable[[int, int], None]], n_columns: int) -> None:
@@ -78,7 +74,10 @@ def all_in_threads(works: Sequence[Callable[[int, int], None]], n_columns: int) 
     threads = torch.get_num_threads()
     runs = max(1, min(threads // len(works), n_columns // 64))
     cuts = np.linspace(0, n_columns, runs + 1).astype(np.int64).tolist()
-    calls = [partial(work, *run) for work in works for run in pairwise(cuts)]
+    _all_of([partial(work, *run) for work in works for run in pairwise(cuts)], threads)
+
+
+def _all_of(calls: list[Callable[[], None]], threads: int) -> None:
     others = [_pool(threads - 1).submit(call) for call in calls[1:]] if threads > 1 else []
     for call in calls[: len(calls) - len(others)]:
         call()
@@ -111,26 +110,30 @@ def top_k(rows, k, values, columns, first, last):
 
 
 @compiled
-def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k, values, columns, first, last):
-    """As `top_k`, of x encoder^T + b_enc, in float32, without that product: `products` (C, n) is it in bfloat16.
+def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, base, k, values, columns, first, last):
+    """As `top_k`, of x encoder^T + b_enc, in float32, without that product: `products` (H, C, n) is it in bfloat16.
 
-    See `_bounds` for what rules a latent out; the others' inner products are taken, and the k largest of them kept.
+    See `_bounds` for what rules a latent out; the others' inner products are taken, and the k largest of them kept. All
+    arrays have heads in front; row t of head h is row h C + t, and columns of head h are numbered from `base` + h n.
     """
-    n = products.shape[1]
+    C, n = products.shape[1:]
     found_columns, found_values = np.empty(n + LISTED, np.int64), np.empty(n, np.float32)
     lower, upper = np.empty(n, np.float32), np.empty(n, np.float32)
     mask = np.zeros(_in_words(n), np.bool_)
     share = np.float32(0)
     for r in range(first, last):
-        _bounds(products[r], x_norms[r], x_rests[r], norms, rests, b_enc, x.shape[1], lower, upper)
-        bound = _bound_for(lower, k, share * x_norms[r])
-        share = bound / x_norms[r] if x_norms[r] > 0 else np.float32(0)
+        h, t = r // C, r % C
+        norm = x_norms[h, t]
+        _bounds(products[h, t], norm, x_rests[h, t], norms[h], rests[h], b_enc[h], x.shape[2], lower, upper)
+        bound = _bound_for(lower, k, share * norm)
+        share = bound / norm if norm > 0 else np.float32(0)
         _mark_above(upper, bound, mask)
         count = _list_marked(mask, found_columns)
-        _dots(x[r], encoder, found_columns, 0, count, found_values)
+        _dots(x[h, t], encoder[h], found_columns, 0, count, found_values)
         for j in range(count):
-            found_values[j] += b_enc[found_columns[j]]
-        _keep_largest(found_columns, found_values, count, k, bound, mask, values[r], columns[r])
+            found_values[j] += b_enc[h, found_columns[j]]
+        _keep_largest(found_columns, found_values, count, k, bound, mask, values[h, t], columns[h, t])
+        columns[h, t] += base + h * n
 
 
 @compiled
@@ -153,58 +156,28 @@ def above(rows, threshold, values, columns, counts, first, last):
 
 @compiled
 def sieved_above(
-    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, values, columns, counts, first, last
+    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, base, threshold, values, columns, counts, first, last
 ):
-    """As `above`, of x encoder^T + b_enc, in float32, of which `products` (C, n) is the bfloat16 product."""
-    mask = np.zeros(_in_words(products.shape[1]), np.bool_)
+    """As `above`, of x encoder^T + b_enc, in float32, and with heads, as `sieved_top_k`; counts (H C,)."""
+    C, n = products.shape[1:]
+    mask = np.zeros(_in_words(n), np.bool_)
     total = 0
     for r in range(first, last):
-        a, b = _rates(x_norms[r], x_rests[r], x.shape[1])
-        for i in range(products.shape[1]):
-            product = _from_bfloat16(products[r, i])
-            error = _error(product, a, b, norms[i], rests[i], b_enc[i])
-            mask[i] = not product + b_enc[i] + error <= threshold
+        h, t = r // C, r % C
+        a, b = _rates(x_norms[h, t], x_rests[h, t], x.shape[2])
+        for i in range(n):
+            product = _from_bfloat16(products[h, t, i])
+            error = _error(product, a, b, norms[h, i], rests[h, i], b_enc[h, i])
+            mask[i] = not product + b_enc[h, i] + error <= threshold
         count = _list_marked(mask, columns[total:])
-        _dots(x[r], encoder, columns, total, total + count, values)
+        _dots(x[h, t], encoder[h], columns, total, total + count, values)
         kept = total
         for j in range(total, total + count):
-            value = values[j] + b_enc[columns[j]]
-            values[kept], columns[kept] = value, columns[j]
+            value = values[j] + b_enc[h, columns[j]]
+            values[kept], columns[kept] = value, columns[j] + base + h * n
             kept += not value <= threshold
         counts[r] = kept - total
         total = kept
-    return total
-
-
-@compiled
-def sieved_top_k_of_heads(
-    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, k, base, values, columns, first, last
-):
-    """`sieved_top_k` of H heads, which all arrays have in front; row t of head h is row h C + t. Columns of head h are
-    numbered from `base` + h n."""
-    C, n = products.shape[1:]
-    for h in range(first // C, (last + C - 1) // C):
-        a, b = max(first - h * C, 0), min(last - h * C, C)
-        rows = products[h], x[h], x_norms[h], x_rests[h]
-        sieved_top_k(*rows, encoder[h], norms[h], rests[h], b_enc[h], k, values[h], columns[h], a, b)
-        columns[h, a:b] += base + h * n
-
-
-@compiled
-def sieved_above_of_heads(
-    products, x, x_norms, x_rests, encoder, norms, rests, b_enc, threshold, base, values, columns, counts, first, last
-):
-    """`sieved_above` of H heads, as `sieved_top_k_of_heads`; counts (H, C)."""
-    C, n = products.shape[1:]
-    total = 0
-    for h in range(first // C, (last + C - 1) // C):
-        a, b = max(first - h * C, 0), min(last - h * C, C)
-        rows = products[h], x[h], x_norms[h], x_rests[h]
-        found = sieved_above(
-            *rows, encoder[h], norms[h], rests[h], b_enc[h], threshold, values[total:], columns[total:], counts[h], a, b
-        )
-        columns[total : total + found] += base + h * n
-        total += found
     return total
 
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_POSITIONS = (
-    128  # times V=4,096 in float32: 2 MiB. Larger chunks fall out of cache, smaller ones starve the product
-)
+CHUNK_POSITIONS = 128  # times V=4,096 in float32: 2 MiB. Larger chunks fall out of cache, smaller starve the product
 
 
 class Losses(NamedTuple):

@@ -107,24 +107,24 @@ def active_of_heads(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int | None, sc
     weighed, bias = (encoder, b_enc) if scale is None else (encoder * scale[..., None], b_enc * scale)
     x16, x_norms = _rounded(x.flatten(0, 1))
     encoder16, norms = _rounded(weighed.flatten(0, 1))
-    tokens = x.numpy(), *(t.reshape(H, N) for t in x_norms)
-    latents = weighed.numpy(), *(t.reshape(H, n) for t in norms), bias.numpy()
+    sieve = (
+        x.numpy(),
+        *(t.reshape(H, N) for t in x_norms),
+        weighed.numpy(),
+        *(t.reshape(H, n) for t in norms),
+        bias.numpy(),
+    )
     several = WORKSPACE // (N * n)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, H, several):
         some = slice(start, start + several)
-        product = torch.bmm(x16.view(x.shape)[some], encoder16.view(encoder.shape)[some].mT).view(torch.uint16).numpy()
-        sieve = product, *(t[some] for t in tokens), *(t[some] for t in latents)
-        C = len(product) * N
+        product = torch.bmm(x16.view(x.shape)[some], encoder16.view(encoder.shape)[some].mT)
+        part = _InLoops(product, (*(t[some] for t in sieve), start * n))
         if k is None:
-            loop = partial(loops.sieved_above_of_heads, *sieve, np.float32(0), start * n)
-            parts.append(_above(loop, np.empty((len(product), N), np.int64), n, np.float32))
+            parts.append(part.above(0.0))
         else:
-            values, columns = np.empty((len(product), N, k), np.float32), np.empty((len(product), N, k), np.int64)
-            loop = partial(loops.sieved_top_k_of_heads, *sieve, k, start * n, values, columns)
-            loops.in_threads(loop, C, product.size)
-            flat = [torch.from_numpy(t).view(-1) for t in (values, columns)]
-            parts.append((flat[0], flat[1], torch.full((C,), k)))
+            values, columns = part.top_k(k)
+            parts.append((values.view(-1), columns.view(-1), torch.full((len(values),), k)))
     found = _joined(parts)
     return found if scale is None else found._replace(values=found.values / scale.view(-1)[found.latents])
 
@@ -149,42 +149,38 @@ class _OnDevice:
 
 
 class _InLoops:
-    """By loops over the product (C, n), or over its bfloat16 twin where `sieve` says what else that needs."""
+    """By loops over the product (C, n), or over its bfloat16 twin (H, C, n) where `sieve` says what else that needs."""
 
-    def __init__(self, product: Tensor, sieve: tuple[np.ndarray, ...] | None = None) -> None:
+    def __init__(self, product: Tensor, sieve: tuple[Any, ...] | None = None) -> None:
         self.sieve = sieve
         self.product = (product if sieve is None else product.view(torch.uint16)).numpy()
         self.dtype = self.product.dtype if sieve is None else np.dtype(np.float32)
+        self.n = self.product.shape[-1]
+        self.n_rows = self.product.size // self.n
 
     def _loop(self, plain: Any, sieved: Any) -> Any:
         return partial(plain, self.product) if self.sieve is None else partial(sieved, self.product, *self.sieve)
 
     def top_k(self, k: int) -> tuple[Tensor, Tensor]:
-        C = len(self.product)
-        values, columns = np.empty((C, k), self.dtype), np.empty((C, k), np.int64)
+        shape = *self.product.shape[:-1], k
+        values, columns = np.empty(shape, self.dtype), np.empty(shape, np.int64)
         loop = self._loop(loops.top_k, loops.sieved_top_k)
-        loops.in_threads(partial(loop, k, values, columns), C, self.product.size)
-        return torch.from_numpy(values), torch.from_numpy(columns)
+        loops.in_threads(partial(loop, k, values, columns), self.n_rows, self.product.size)
+        return torch.from_numpy(values).view(-1, k), torch.from_numpy(columns).view(-1, k)
 
     def above(self, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-        C, n = self.product.shape
-        loop = partial(self._loop(loops.above, loops.sieved_above), self.dtype.type(threshold))
-        return _above(loop, np.empty(C, np.int64), n, self.dtype)
+        loop, counts = self._loop(loops.above, loops.sieved_above), np.empty(self.n_rows, np.int64)
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
+        def of(first: int, last: int) -> None:
+            size = (last - first) * self.n + loops.LISTED
+            values, columns = np.empty(size, self.dtype), np.empty(size, np.int64)
+            total = loop(self.dtype.type(threshold), values, columns, counts, first, last)
+            found[first] = values[:total], columns[:total]
 
-def _above(loop: Any, counts: np.ndarray, n: int, dtype: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a loop that lists what is above a threshold in rows of n numbers, and fills `counts`, a number a row."""
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def of(first: int, last: int) -> None:
-        size = (last - first) * n + loops.LISTED
-        values, columns = np.empty(size, dtype), np.empty(size, np.int64)
-        total = loop(values, columns, counts, first, last)
-        found[first] = values[:total], columns[:total]
-
-    loops.in_threads(of, counts.size, counts.size * n)
-    values, columns = (_cat([torch.from_numpy(found[first][i]) for first in sorted(found)]) for i in (0, 1))
-    return values, columns, torch.from_numpy(counts).view(-1)
+        loops.in_threads(of, self.n_rows, self.product.size)
+        values, columns = (_cat([torch.from_numpy(found[first][i]) for first in sorted(found)]) for i in (0, 1))
+        return values, columns, torch.from_numpy(counts)
 
 
 def _products(
@@ -209,8 +205,8 @@ def _products(
         out = workspace[: len(x[rows])]
         if sieved:
             torch.mm(x16[rows], encoder16.T, out=out)
-            tokens = x[rows].numpy(), *(norms[rows] for norms in x_norms)
-            yield _InLoops(out, (*tokens, encoder.numpy(), *encoder_norms, b_enc.numpy()))
+            sieve = x[rows].numpy(), *(t[rows] for t in x_norms), encoder.numpy(), *encoder_norms, b_enc.numpy()
+            yield _InLoops(out[None], (*(t[None] for t in sieve), 0))
         else:
             yield _InLoops(torch.addmm(b_enc, x[rows], encoder.T, out=out))
 
@@ -251,11 +247,9 @@ def _starts(tokens: Tensor, n_tokens: int) -> Tensor:
     return torch.searchsorted(tokens, torch.arange(n_tokens + 1, device=tokens.device))
 
 
-def _low_threshold(
-    x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, n_tokens: int = 64
-) -> float:
-    """A value that about 1.5 k latents a token exceed, among some tokens of the batch."""
-    some = x[:: max(len(x) // n_tokens, 1)]
+def _low_threshold(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int, scale: Tensor | None) -> float:
+    """A value that about 1.5 k latents a token exceed, among 64 tokens of the batch or more."""
+    some = x[:: max(len(x) // 64, 1)]
     product = torch.addmm(b_enc, some, encoder.T)
     if scale is not None:
         product *= scale

@@ -5,9 +5,7 @@ backwards, costs as many row operations as there are pairs; nothing has N n entr
 active has none. No gradient towards the input is taken unless something asks for it. `dense_encode` and `dense_decode`
 are the slow twins.
 
-Shapes: N tokens, d = `d_in`, p = `d_out`, n = `d_sae`, P pairs. Heads: x (H, N, d), encoder (H, n, d) and so on are H
-dictionaries side by side; token t of head h is row h N + t of the pattern, latent i of head h is its column h n + i,
-and all H share every call but the products.
+Shapes: N tokens, d = `d_in`, p = `d_out`, n = `d_sae`, P pairs.
 """
 
 from collections.abc import Callable
@@ -61,8 +59,7 @@ class Pattern:
     def dense(self, values: Tensor) -> Tensor:
         """Values (P,) as a matrix (N, n): for tests, and for what is not worth a kernel."""
         tokens = torch.repeat_interleave(self.starts.diff(), output_size=len(values))
-        zeros = values.new_zeros(len(self.starts) - 1, self.n_latents)
-        return zeros.index_put((tokens, self.latents), values)
+        return values.new_zeros(len(self.starts) - 1, self.n_latents).index_put((tokens, self.latents), values)
 
 
 def encode(
@@ -70,31 +67,19 @@ def encode(
 ) -> tuple[Tensor, Pattern]:
     """Activations of the pairs that `select` keeps, relu((x - centre) encoder^T + b_enc): values (P,), and the pattern.
 
-    x (N, d), encoder (n, d): W_enc transposed, b_enc (n,), `centre` (d,) or None; or all of them with heads in front.
+    x (N, d), encoder (n, d): W_enc transposed, b_enc (n,), `centre` (d,) or None.
     """
     with torch.no_grad():
-        centred = x if centre is None else x - (centre if x.dim() == 2 else centre[:, None])
-        if x.dim() == 2:
-            active = select(centred, encoder, b_enc)
-        else:
-            active = concatenate_heads(
-                [select(*head) for head in zip(centred, encoder, b_enc, strict=True)], len(b_enc[0])
-            )
-    pattern = Pattern(active.latents, active.starts, b_enc.numel())
-    values: Tensor = _Encode.apply(x, encoder, b_enc, centre, centred, active.values, pattern)
+        centred = x if centre is None else x - centre
+        active = select(centred, encoder, b_enc)
+    pattern = Pattern(active.latents, active.starts, len(b_enc))
+    values: Tensor = _Encode.apply(x, encoder, b_enc, centre, (centred, active.values, pattern))
     return values, pattern
 
 
 def decode(values: Tensor, pattern: Pattern, W_dec: Tensor) -> Tensor:
-    """Values (P,), W_dec (n, p) -> f W_dec, (N, p); with heads W_dec (H, n, p) -> (H, N, p)."""
-    rows = W_dec.reshape(-1, W_dec.shape[-1])
-    found: Tensor = _Decode.apply(values, rows, pattern)
-    return found if W_dec.dim() == 2 else found.view(len(W_dec), -1, W_dec.shape[-1])
-
-
-def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
-    """Values (P,) -> their sum over the tokens (n,)."""
-    found: Tensor = _SumByLatent.apply(values, pattern)
+    """Values (P,), W_dec (n, p) -> f W_dec, (N, p)."""
+    found: Tensor = _Decode.apply(values, W_dec, pattern)
     return found
 
 
@@ -111,18 +96,10 @@ def dense_decode(values: Tensor, pattern: Pattern, W_dec: Tensor) -> Tensor:
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        encoder: Tensor,
-        b_enc: Tensor,
-        centre: Tensor | None,
-        centred: Tensor,
-        values: Tensor,
-        pattern: Pattern,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, encoder: Tensor, b_enc: Tensor, centre: Tensor | None, found: Any) -> Tensor:
+        """`found`: the encoder's input, values, and pattern."""
+        centred, values, ctx.pattern = found
         ctx.save_for_backward(centred, encoder, values)
-        ctx.pattern, ctx.shape = pattern, x.shape
         return values.view_as(values)
 
     @staticmethod
@@ -133,16 +110,14 @@ class _Encode(torch.autograd.Function):
         g = g * (values > 0)  # of the pre-activations
         by_latent = pattern.by_latent
         sorted_g = g[by_latent.order]
-        g_b_enc = sum_bags(sorted_g, by_latent.starts).view(encoder.shape[:-1])
-        rows = centred.reshape(-1, centred.shape[-1])
-        g_encoder = sum_rows(rows, by_latent.tokens, by_latent.starts, sorted_g).view_as(encoder)
+        g_b_enc = sum_bags(sorted_g, by_latent.starts)
+        g_encoder = sum_rows(centred, by_latent.tokens, by_latent.starts, sorted_g)
         g_x = g_centre = None
         if ctx.needs_input_grad[0]:
-            flat = encoder.reshape(-1, encoder.shape[-1])
-            g_x = sum_rows(flat, pattern.latents, pattern.starts, g).view(ctx.shape)
+            g_x = sum_rows(encoder, pattern.latents, pattern.starts, g)
         if ctx.needs_input_grad[3]:  # every pre-activation sees -centre W_enc: no product over tokens
-            g_centre = -(g_b_enc[..., None, :] @ encoder).squeeze(-2)
-        return g_x, g_encoder, g_b_enc, g_centre, None, None, None
+            g_centre = -(g_b_enc[None] @ encoder)[0]
+        return g_x, g_encoder, g_b_enc, g_centre, None
 
 
 class _Decode(torch.autograd.Function):
@@ -165,19 +140,6 @@ class _Decode(torch.autograd.Function):
             by_latent = pattern.by_latent
             g_W_dec = sum_rows(g, by_latent.tokens, by_latent.starts, values[by_latent.order])
         return g_values, g_W_dec, None
-
-
-class _SumByLatent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, pattern: Pattern) -> Tensor:
-        ctx.pattern = pattern
-        by_latent = pattern.by_latent
-        return sum_bags(values[by_latent.order], by_latent.starts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return g[ctx.pattern.latents], None
 
 
 def concatenate_heads(heads: list[Active], n_latents: int) -> Active:

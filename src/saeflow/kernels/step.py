@@ -75,6 +75,9 @@ class AuxiliaryLossInput(NamedTuple):
     """(N,): weights of the tokens' squared errors."""
 
 
+AuxiliaryLoss = Callable[[AuxiliaryLossInput], Tensor]
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """What any trainer's step tells its metrics. Tensors stay on the device; nothing here has waited for it."""
@@ -113,7 +116,7 @@ def take_step(
     l1: float | Tensor = 0.0,
     sparse: bool = True,
     count: bool = True,
-    auxiliary_loss: Callable[[AuxiliaryLossInput], Tensor] | None = None,
+    auxiliary_loss: AuxiliaryLoss | None = None,
     active: Active | None = None,
 ) -> Step:
     """Loss and gradients at inputs x (N, d) and targets y (N, p).
@@ -143,7 +146,15 @@ def take_step(
     sparsity = activity @ norms / N
     loss = squared_error + l1 * sparsity if relu else squared_error
     if auxiliary_loss is not None:
-        loss = loss + _add_auxiliary_loss(auxiliary_loss, weights, x, error, w, objective.centred, gradients)
+        with torch.enable_grad():
+            leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights))  # type: ignore[arg-type]
+            centred = x - leaves.b_dec if objective.centred else x
+            term = auxiliary_loss(AuxiliaryLossInput(leaves, centred, error, w))
+            more = torch.autograd.grad(term, leaves.parameters(), allow_unused=True)
+        for gradient, addition in zip(gradients.parameters(), more, strict=True):
+            if addition is not None:
+                gradient += addition
+        loss = loss + term.detach()
     n_active = smallest = kept = None
     if isinstance(f, _Sparse):
         n_active = (f.values > 0).sum()
@@ -222,10 +233,8 @@ def take_steps(
 def squared_norms(objective: Objective, weights: Weights, x: Tensor, y: Tensor, sparse: bool = True) -> Tensor:
     """||y_hat_t - y_t||^2 of each token (N,), as in `take_step`, without gradients."""
     norms = _norms(objective, weights)
-    f = _activations(objective, weights, x, norms, sparse)
-    return f.reconstruct_(
-        _error_without_latents(weights, x, y), weights.W_dec, y.new_zeros(len(y)), torch.zeros_like(norms)
-    )
+    f, error = _activations(objective, weights, x, norms, sparse), _error_without_latents(weights, x, y)
+    return f.reconstruct_(error, weights.W_dec, y.new_zeros(len(y)), torch.zeros_like(norms))
 
 
 def _norms(objective: Objective, weights: Weights) -> Tensor:
@@ -237,26 +246,6 @@ def _error_without_latents(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
     """The error (N, p) of an output without latents."""
     error = weights.b_dec - y
     return error if weights.W_skip is None else error.addmm_(x, weights.W_skip.T)
-
-
-def _add_auxiliary_loss(
-    auxiliary_loss: Callable[[AuxiliaryLossInput], Tensor],
-    weights: Weights,
-    x: Tensor,
-    error: Tensor,
-    w: Tensor,
-    centred: bool,
-    gradients: Weights,
-) -> Tensor:
-    """The value of the term; its gradients are added to those given."""
-    with torch.enable_grad():
-        leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights))  # type: ignore[arg-type]
-        term = auxiliary_loss(AuxiliaryLossInput(leaves, x - leaves.b_dec if centred else x, error, w))
-        found = torch.autograd.grad(term, leaves.parameters(), allow_unused=True)
-    for gradient, more in zip(gradients.parameters(), found, strict=True):
-        if more is not None:
-            gradient += more
-    return term.detach()
 
 
 def loss_slow(objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: float = 0.0) -> Tensor:
@@ -346,9 +335,16 @@ class _Sparse:
 
     def gradients(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
         """After `reconstruct_` -> gradients of encoder, b_enc and W_dec; sums of activations (n,)."""
-        values, g_values = self.values, self.g_values
+        values, g_values, n = self.values, self.g_values, len(W_dec)
         if loops.supports(error):
-            return self._gradients_in_loops(error, w, W_dec)
+            P, by_token = len(values), (values, g_values, self.pattern.latents, self.pattern.starts)
+            by_latent = np.empty(P, np.int32), *np.empty((2, P), values.numpy().dtype), np.empty(n + 1, np.int64)
+            encoder, decoder, sums = error.new_empty(n, self.x.shape[1]), torch.empty_like(W_dec), error.new_empty(2, n)
+            loops.transpose_values(*(t.numpy() for t in by_token), *by_latent)
+            g = error * (2 * w)[:, None]
+            work = partial(loops.gradients, *by_latent, *(t.numpy() for t in (g, self.x, encoder, decoder, sums)))
+            loops.in_threads(work, n, P * error.shape[1], by_latent[-1])
+            return encoder, sums[1], decoder, sums[0]
         tokens, order, starts = self.pattern.by_latent
         if (gpu := loops.on_gpu(error)) is not None:
             return gpu.gradients(values, g_values, error, 2 * w, self.x, *self.pattern.by_latent)
@@ -356,18 +352,6 @@ class _Sparse:
         encoder = sum_rows(self.x, tokens, starts, g_values)
         decoder = sum_rows(error * (2 * w)[:, None], tokens, starts, values)
         return encoder, sum_bags(g_values, starts), decoder, sum_bags(values, starts)
-
-    def _gradients_in_loops(self, error: Tensor, w: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
-        values, n = self.values, len(W_dec)
-        tokens, starts = np.empty(len(values), np.int32), np.empty(n + 1, np.int64)
-        encoder, W_dec, sums = error.new_empty(n, self.x.shape[1]), torch.empty_like(W_dec), error.new_empty(2, n)
-        by_token = values, self.g_values, self.pattern.latents, self.pattern.starts
-        by_latent = tokens, *np.empty((2, len(values)), values.numpy().dtype), starts
-        loops.transpose_values(*(t.numpy() for t in by_token), *by_latent)
-        g = error * (2 * w)[:, None]
-        work = partial(loops.gradients, *by_latent, *(t.numpy() for t in (g, self.x, encoder, W_dec, sums)))
-        loops.in_threads(work, n, len(values) * error.shape[1], starts)
-        return encoder, sums[1], W_dec, sums[0]
 
 
 class _Dense:

@@ -25,6 +25,7 @@ MODEL_FILES = (
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+SUPPORTED = (*RMS_NORM, "GPTNeoXForCausalLM", "GPT2LMHeadModel", GROUND_TRUTH, HOOKED)
 
 
 class ModelError(ConfigError):
@@ -190,15 +191,7 @@ def read_geometry(folder: Path) -> Geometry:
 
     named = config.get("architectures")
     architecture = named[0] if named else _own_format(folder, config)
-    if architecture == "GPTNeoXForCausalLM":
-        parallel, gated = config.get("use_parallel_residual", True), False
-    elif architecture == "GPT2LMHeadModel":
-        parallel, gated = False, False
-    elif architecture in RMS_NORM:
-        parallel, gated = False, True
-    elif architecture in (GROUND_TRUTH, HOOKED):
-        parallel, gated = False, False
-    else:
+    if architecture not in SUPPORTED:
         raise ModelError(
             f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2, "
             "and TransformerLens's own format"
@@ -212,8 +205,8 @@ def read_geometry(folder: Path) -> Geometry:
         n_key_value_heads=get("num_key_value_heads", default=n_heads),
         d_head=get("head_dim", "d_head", default=d_model // n_heads),
         d_mlp=get("intermediate_size", "n_inner", "d_mlp", default=4 * d_model),
-        parallel=parallel,
-        gated=gated,
+        parallel=config.get("use_parallel_residual", True) if architecture == "GPTNeoXForCausalLM" else False,
+        gated=architecture in RMS_NORM,
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
     )
 
@@ -223,12 +216,8 @@ def _own_format(folder: Path, config: dict[str, Any]) -> str:
     if not {"d_model", "n_heads", "d_head", "d_vocab", "act_fn"} <= config.keys():
         return "unknown"
     norm = config.get("normalization", config.get("normalization_type"))
-    wrong = {"attn_only": config.get("attn_only"), "shortformer_pos": config.get("shortformer_pos")}
-    wrong |= {
-        "architecture": config.get("architecture"),
-        "normalization": norm if norm not in ("LN", "LNPre") else None,
-    }
-    for key, value in wrong.items():
+    wrong = {key: config.get(key) for key in ("attn_only", "shortformer_pos", "architecture")}
+    for key, value in (wrong | {"normalization": None if norm in ("LN", "LNPre") else norm}).items():
         if value:
             raise ModelError(
                 f"{folder}: config.json is of TransformerLens's own format with {key}={value}, which is not supported; "

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import pkgutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from saeflow.config import ModelConfig
 from saeflow.models.folder import (
@@ -48,29 +51,23 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
             "root mean square, which sees the mean; set model.center_writing_weights=false"
         )
     original = _load_original(folder)
-
     try:
-        hooked = _convert(folder, geometry, original, model, randomised=False)
+        hooked = _convert(folder, geometry, original, dataclasses.replace(model, randomise="none"))
         _check_conversion(folder, original, hooked)
         if model.randomise != "none":
-            hooked = _convert(folder, geometry, original, model, randomised=True)
+            hooked = _convert(folder, geometry, original, model)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
     return hooked.to(device, print_details=False)
 
 
-def _convert(
-    folder: Path, geometry: Geometry, original: Any, model: ModelConfig, randomised: bool
-) -> "HookedTransformer":
-    """TransformerLens's model of the weights, processed; `randomised`: of others in their place."""
-    import torch
-    from transformer_lens import loading_from_pretrained
+def _convert(folder: Path, geometry: Geometry, original: Any, model: ModelConfig) -> "HookedTransformer":
+    """TransformerLens's model of the weights, randomised and processed."""
+    from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
     config = _hooked_config(folder, geometry, model.fold_ln)
-    state = loading_from_pretrained.get_pretrained_state_dict(
-        str(folder), config, hf_model=original, dtype=torch.float32
-    )
-    return processed(config, state, model if randomised else dataclasses.replace(model, randomise="none"))
+    state = get_pretrained_state_dict(str(folder), config, hf_model=original, dtype=torch.float32)
+    return processed(config, state, model)
 
 
 def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "HookedTransformer":
@@ -95,7 +92,6 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
 
 def _load_original(folder: Path) -> Any:
     """The transformers model of a folder, in float32 on the CPU."""
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -124,9 +120,6 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
     transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
     conversion drops is set afterwards.
     """
-    import tempfile
-
-    import torch
     from transformer_lens import loading_from_pretrained
 
     plain = read_keys(config_file(folder))
@@ -145,8 +138,6 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
 
 def _check_conversion(folder: Path, original: Any, hooked: "HookedTransformer") -> None:
     """Compares log-probabilities on one row: TransformerLens ignores settings such as rope scaling without a word."""
-    import torch
-
     n_tokens = min(hooked.cfg.n_ctx, 64)
     ids = torch.arange(n_tokens)[None] * 7919 % hooked.cfg.d_vocab  # any row will do
     with torch.no_grad():

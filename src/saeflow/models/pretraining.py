@@ -66,9 +66,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def split_documents(documents: list[Document], fraction: float) -> tuple[list[str], list[str]]:
     """Texts of the training and of the held-out documents."""
-    held_out = [is_held_out(d.text, fraction) for d in documents]
-    train = [d.text for d, out in zip(documents, held_out, strict=True) if not out]
-    return train, [d.text for d, out in zip(documents, held_out, strict=True) if out]
+    sides: tuple[list[str], list[str]] = ([], [])
+    for document in documents:
+        sides[is_held_out(document.text, fraction)].append(document.text)
+    return sides
 
 
 def tokenise(tokenizer: Tokenizer, texts: list[str], context_size: int) -> Split:
@@ -162,14 +163,8 @@ def train_model(
         if (step + 1) % config.eval_every == 0 or last:
             since = (step % config.eval_every) + 1
             rows = held_out.rows if last else held_out.rows[:: config.curve_rows_step]
-            report(
-                {
-                    "step": step + 1,
-                    "tokens": (step + 1) * ids.numel(),
-                    "train_loss": running / since,
-                    "held_out_loss": held_out_loss(model, rows),
-                }
-            )
+            point = {"step": step + 1, "tokens": (step + 1) * ids.numel(), "train_loss": running / since}
+            report(point | {"held_out_loss": held_out_loss(model, rows)})
             running = 0.0
     return model
 

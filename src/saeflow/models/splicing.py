@@ -8,6 +8,8 @@ Passes end at the unembedding's input ("final"), so that logits can be made a fe
 (`saeflow.kernels.next_token`). Shapes: B rows, P positions, D model width.
 """
 
+import functools
+import operator
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,29 +34,17 @@ class CleanPass(NamedTuple):
     """By hook: (B, P, d) or (B, P, head, d_head)."""
 
 
-class _Resume(NamedTuple):
-    """How a splice resumes: the residual stream before block `layer` is the sum of `base`, then the value if `adds`;
-    otherwise the value is put in by a hook during the pass. With no `base` and no `adds` the pass starts at the tokens.
-    """
-
-    layer: int
-    base: tuple[str, ...]
-    adds: bool
-
-
 @torch.no_grad()
 def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> CleanPass:
     """Runs the model on `tokens` (B, P); keeps the values at `hooks`, and what resuming at `splices` takes."""
-    kept = {*hooks, *splices}
-    for splice in splices:
-        kept |= set(_resume(model, splice).base)
+    kept = {*hooks, *splices}.union(*(_resume(model, splice)[1] for splice in splices))
     values: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value
 
     with model.hooks(fwd_hooks=[(name, keep) for name in sorted(kept)]):
-        final = _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
+        final = _final(model, tokens)
     return CleanPass(tokens, final, values)
 
 
@@ -66,22 +56,17 @@ def run_spliced(
 
     With `head` the value of that head alone is replaced, by `value` (N, d_head).
     """
-    resume = _resume(model, hook_name)
+    layer, base, adds = _resume(model, hook_name)
     if head is None:
         value = value.reshape(clean.values[hook_name].shape)
     else:
         all_heads = clean.values[hook_name].clone()
         all_heads[:, :, head] = value.view(*all_heads.shape[:2], -1)
         value = all_heads
-    parts = [clean.values[name] for name in resume.base] + ([value] if resume.adds else [])
-    hooks = [] if resume.adds else [(hook_name, lambda _, hook: value)]
-    with model.hooks(fwd_hooks=hooks):
-        if not parts:
-            return _normalize(model, model(clean.tokens, stop_at_layer=model.cfg.n_layers))
-        residual = parts[0]
-        for part in parts[1:]:
-            residual = residual + part
-        return _normalize(model, model(residual, start_at_layer=resume.layer, stop_at_layer=model.cfg.n_layers))
+    parts = [clean.values[name] for name in base] + ([value] if adds else [])
+    hooks: list[tuple[str, Any]] = [] if adds else [(hook_name, lambda _, hook: value)]
+    residual = functools.reduce(operator.add, parts) if parts else None
+    return run_hooked(model, clean.tokens, hooks, residual, layer)
 
 
 @torch.no_grad()
@@ -93,9 +78,7 @@ def run_hooked(
     Without a residual the pass starts at `tokens` (B, P). Functions at one hook are called in the order of the list.
     """
     with model.hooks(fwd_hooks=hooks):
-        if residual is None:
-            return _normalize(model, model(tokens, stop_at_layer=model.cfg.n_layers))
-        return _normalize(model, model(residual, start_at_layer=layer, stop_at_layer=model.cfg.n_layers))
+        return _final(model, tokens) if residual is None else _final(model, residual, layer)
 
 
 def flattened(value: Tensor, head: int | None = None) -> Tensor:
@@ -103,26 +86,33 @@ def flattened(value: Tensor, head: int | None = None) -> Tensor:
     return (value if head is None else value[:, :, head]).flatten(2).flatten(0, 1)
 
 
-def _resume(model: "HookedTransformer", hook_name: str) -> _Resume:
-    """Hooks whose value is a term of the residual stream are added to the other terms, and their block is not run."""
+def _resume(model: "HookedTransformer", hook_name: str) -> tuple[int, tuple[str, ...], bool]:
+    """How a splice resumes, (layer, base, adds): the residual stream before block `layer` is the sum of `base`, then
+    the value if `adds`; otherwise the value is put in by a hook during the pass. With no `base` and no `adds` the pass
+    starts at the tokens.
+
+    Hooks whose value is a term of the residual stream are added to the other terms, and their block is not run.
+    """
     if hook_name.startswith("ln_final"):
         last = model.cfg.n_layers - 1
-        return _Resume(last + 1, (f"blocks.{last}.hook_resid_post",), adds=False)
+        return last + 1, (f"blocks.{last}.hook_resid_post",), False
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if not found:  # the embedding
-        return _Resume(0, (), adds=False)
+        return 0, (), False
     layer, block = int(found[1]), f"blocks.{found[1]}."
     if found[2] == "hook_resid_pre":
-        return _Resume(layer, (), adds=True)
+        return layer, (), True
     if found[2] == "hook_resid_post":
-        return _Resume(layer + 1, (), adds=True)
+        return layer + 1, (), True
     if found[2] == "hook_mlp_out":
         terms = ("hook_resid_pre", "hook_attn_out") if model.cfg.parallel_attn_mlp else ("hook_resid_mid",)
-        return _Resume(layer + 1, tuple(block + term for term in terms), adds=True)
-    return _Resume(layer, (block + "hook_resid_pre",), adds=False)
+        return layer + 1, tuple(block + term for term in terms), True
+    return layer, (block + "hook_resid_pre",), False
 
 
-def _normalize(model: "HookedTransformer", residual: Tensor) -> Tensor:
+def _final(model: "HookedTransformer", given: Tensor, layer: int | None = None) -> Tensor:
+    """What the unembedding reads after tokens, or after the residual stream before block `layer`."""
+    residual = model(given, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
     return residual if model.cfg.normalization_type is None else model.ln_final(residual)
 
 

@@ -90,8 +90,7 @@ def stream_dataset(
     from datasets import load_dataset  # two seconds, and only here
 
     try:
-        rows = load_dataset(name, subset, split=split, revision=revision, streaming=True)
-        for row in rows:
+        for row in load_dataset(name, subset, split=split, revision=revision, streaming=True):
             if text_field not in row:
                 raise CorpusError(f"dataset {name}: no field {text_field!r}; it has {', '.join(sorted(row))}")
             text = _text(row[text_field], f"dataset {name}", text_field)

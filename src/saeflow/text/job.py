@@ -27,11 +27,8 @@ def tokens_job(job: Job) -> str:
             folder,
             documents,
             tokenizer,
-            split=config["split"],
-            n_rows=config["n_rows"],
-            context_size=packing["context_size"],
-            prepend_bos=packing["prepend_bos"],
-            held_out_fraction=packing["held_out_fraction"],
+            **{name: config[name] for name in ("split", "n_rows")},
+            **{name: packing[name] for name in ("context_size", "prepend_bos", "held_out_fraction")},
             tokenizer_digest=config["tokenizer"],
         )
     rows, size = config["n_rows"], packing["context_size"]

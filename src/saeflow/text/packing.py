@@ -72,8 +72,7 @@ def encode_all(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> I
     """
 
     def encode() -> Iterator[list[int]]:
-        for encoding in tokenizer.encode_batch_fast(waiting, add_special_tokens=False):
-            yield encoding.ids
+        return (encoding.ids for encoding in tokenizer.encode_batch_fast(waiting, add_special_tokens=False))
 
     waiting: list[str] = []
     size = 0

@@ -6,7 +6,8 @@ stops with the last row, and the first n rows are the same however many are aske
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -134,17 +135,17 @@ def write_tokens(
     kept = (d for d in documents if is_held_out(d.text, held_out_fraction) == (split == "held_out"))
     stream = _Stream(shuffle_documents(kept), tokenizer, Packer(context_size, tokenizer.eos_token_id, bos))
     arrays = _create(folder / "tokens.zarr", n_rows, context_size, attributes)
-    with _DocumentTable(folder / "documents.parquet") as table, progress(None, "rows", n_rows) as bar:
-        written = 0
+    with _document_table(folder / "documents.parquet") as write, progress(None, "rows", n_rows) as bar:
+        written = n_documents = 0
         for shard in _shards(stream, n_rows, _shard_rows(arrays["tokens"])):
             for name, values in shard._asdict().items():
                 arrays[name][written : written + len(values)] = values
             written += len(shard.tokens)
-            table.write(stream.pop_documents(int(shard.document.max())))
+            n_documents += write(stream.pop_documents(int(shard.document.max())))
             bar.update(len(shard.tokens))
     if written < n_rows:
         raise _too_short(stream, split, written, n_rows, context_size)
-    return table.n_documents
+    return n_documents
 
 
 def write_unpacked_rows(folder: str | Path, tokens: np.ndarray, source: str, attributes: dict[str, Any]) -> None:
@@ -158,9 +159,9 @@ def write_unpacked_rows(folder: str | Path, tokens: np.ndarray, source: str, att
     arrays = _create(folder / "tokens.zarr", n_rows, context_size, metadata)
     for name, values in zip(Rows._fields, (tokens, document, offset), strict=True):
         arrays[name][:] = values.astype(np.int32)
-    with _DocumentTable(folder / "documents.parquet") as table:
+    with _document_table(folder / "documents.parquet") as write:
         hashes = (document_hash(" ".join(map(str, row))) for row in tokens.tolist())
-        table.write([(i, source, hash, context_size) for i, hash in enumerate(hashes)])
+        write([(i, source, hash, context_size) for i, hash in enumerate(hashes)])
 
 
 class _Stream:
@@ -234,31 +235,22 @@ def _create(path: Path, n_rows: int, context_size: int, attributes: dict[str, An
     return arrays
 
 
-class _DocumentTable:
-    """`documents.parquet`, written a row group at a time."""
+@contextmanager
+def _document_table(path: Path) -> Iterator[Callable[[list[tuple[int, str, str, int]]], int]]:
+    """Opens `documents.parquet`: a function that writes records as a row group and returns how many those are."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    types = {"document": pa.int32(), "source": pa.string(), "hash": pa.string(), "n_tokens": pa.int32()}
+    schema = pa.schema(types.items())
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
 
-        types = {"document": pa.int32(), "source": pa.string(), "hash": pa.string(), "n_tokens": pa.int32()}
-        self._schema = pa.schema(types.items())
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
-        self.n_documents = 0
+        def write(records: list[tuple[int, str, str, int]]) -> int:
+            if records:  # none where a shard lies within one document
+                writer.write_table(pa.table([list(c) for c in zip(*records, strict=True)], schema=schema))
+            return len(records)
 
-    def write(self, records: list[tuple[int, str, str, int]]) -> None:
-        import pyarrow as pa
-
-        if records:  # none where a shard lies within one document
-            columns = [list(column) for column in zip(*records, strict=True)]
-            self._writer.write_table(pa.table(columns, schema=self._schema))
-            self.n_documents += len(records)
-
-    def __enter__(self) -> "_DocumentTable":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
+        yield write
 
 
 def _too_short(stream: _Stream, split: str, n_rows: int, wanted: int, context_size: int) -> CorpusError:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from saeflow.activations.store import save_tensors
 
 log = logging.getLogger("saeflow")
 SHARE = 0.01  # of the time that writing may take
@@ -27,11 +29,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Writes the state after `step` steps, then removes all but the newest `keep`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:09d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file({name: t.contiguous() for name, t in state.items()}, partial)
-        partial.replace(path)
+        save_tensors(self.folder / f"step-{step:09d}.safetensors", {name: t.contiguous() for name, t in state.items()})
         for old in self._paths()[: -self.keep]:
             old.unlink()
 

@@ -23,8 +23,7 @@ def read_curves(job: Job) -> pd.DataFrame:
     The latter stands in the summaries of what judged the dictionaries, evaluations or comparisons with a known
     algorithm, so that no dictionary has to be opened.
     """
-    folders = job.inputs("evaluate") + job.inputs("recover")
-    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate") + job.inputs("recover")]
     specs = pd.DataFrame([{name: s.get(name) for name in _SPEC} | {"part": s["part"] or ""} for s in summaries])
     curves = []
     for trained in job.inputs("train"):

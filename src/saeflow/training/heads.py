@@ -1,7 +1,9 @@
 """The dictionaries of all heads of a hook in training, from one read of it: an SAE a head, their steps taken as one.
 
 Each head has its own scaling, loss, firing statistics and resampling, and starts from weights of its own; it gets what
-it would get alone, but for rounding.
+it would get alone, but for rounding. `BatchedTrainer` does so for any small dictionaries of one shape: heads, seeds, or
+L1 coefficients at a small d. A step of a small dictionary is mostly calls; there H of them make the calls of one
+(`kernels.step.take_steps`).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,9 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from saeflow.config import TrainingConfig
+from saeflow.config import ConfigError, TrainingConfig
 from saeflow.dictionaries.spec import Spec
-from saeflow.training.batched import BatchedTrainer
+from saeflow.kernels.adam import Adam
+from saeflow.kernels.step import Weights, clip_norms_, normalise_rows_, remove_parallel_, take_steps
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers
 from saeflow.training.trainer import Trainer
@@ -21,8 +24,6 @@ SHARED_METRICS = ("step", "tokens", "lr", "l1_scheduled")  # the same for every 
 
 class HeadsTrainer(SeveralTrainers):
     """Trains the SAEs of H heads on batches of all of them; does what a `Trainer` does."""
-
-    noun = "heads"
 
     @classmethod
     def of_job(cls, inputs: Inputs) -> "HeadsTrainer":
@@ -47,7 +48,7 @@ class HeadsTrainer(SeveralTrainers):
         if silent:
             raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
         self.heads = [Trainer(s, training, of_head, of_head, device) for s, of_head in zip(specs, by_head, strict=True)]
-        self.batched = BatchedTrainer(self.heads)
+        self.batched, self.described = BatchedTrainer(self.heads), f"{len(self.heads)} heads"
         scales = (torch.as_tensor(head.scale_in, dtype=torch.float32, device=device) for head in self.heads)
         self.scale = torch.stack([scale.expand(specs[0].d_in) for scale in scales])[:, None]
         """(H, 1, d_head)"""
@@ -76,17 +77,10 @@ class HeadsTrainer(SeveralTrainers):
         self.batched.train_step_scaled(torch.mul(z, self.scale, out=x), x)
         if logged:
             rows = {name: head.metrics.rows[-1] for name, head in self.parts.items()}
-            row = {name: value for name, value in self.heads[0].metrics.rows[-1].items() if name in SHARED_METRICS}
-            each = {
-                f"{part}.{n}": v
-                for part, row_of_head in rows.items()
-                for n, v in row_of_head.items()
-                if n not in SHARED_METRICS
-            }
-            self.on_row(row | {"l0": sum(row_of_head["l0"] for row_of_head in rows.values())} | each)
-
-    def _split(self, batch: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        return [(z,) for z in batch[0].tensor_split(len(self.heads), dim=1)]
+            row = {name: rows["head_0"][name] for name in SHARED_METRICS} | {"l0": sum(r["l0"] for r in rows.values())}
+            for part, of_head in rows.items():
+                row |= {f"{part}.{name}": value for name, value in of_head.items() if name not in SHARED_METRICS}
+            self.on_row(row)
 
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each head, from one read of the batches."""
@@ -95,9 +89,75 @@ class HeadsTrainer(SeveralTrainers):
             return
         samples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.heads]
         for batch in batches.iterate(self.n_steps, self.training.resample_batches):
-            for h, head_batch in enumerate(self._split(batch)):
+            for h, z in enumerate(batch[0].tensor_split(len(self.heads), dim=1)):
                 if len(dead[h]):
-                    samples[h].append(self.heads[h].token_errors(head_batch))
+                    samples[h].append(self.heads[h].token_errors((z,)))
         for head, latents, errors in zip(self.heads, dead, samples, strict=True):
             if len(latents):
                 head.reset_latents(latents, errors)
+
+
+class BatchedTrainer:
+    """Takes the steps of its members, which from now on must not take steps alone.
+
+    Each stays a `Trainer` with its own seed, scaling, L1 coefficient, metrics, state and finished dictionary; its
+    weights are a slice of the stacked ones.
+    """
+
+    def __init__(self, members: Sequence[Trainer]) -> None:
+        """Raises `ConfigError` for members that differ in more than seed, scaling and L1 coefficient."""
+        first = members[0]
+        for member in members:
+            same = (member.objective, member.training, member.step) == (first.objective, first.training, first.step)
+            shapes, firsts = ([t.shape for t in one.weights.parameters()] for one in (member, first))
+            if not same or shapes != firsts:
+                raise ConfigError("dictionaries that train as one must have one shape, objective, training and step")
+        if (revive := first.training.revive) in ("auxk", "ghost"):
+            raise ConfigError(f"training.revive={revive}: dictionaries that train as one have no such term")
+        self.members = list(members)
+        each = zip(*(member.weights for member in members), strict=True)
+        self.weights = Weights(*(None if t[0] is None else torch.stack(t) for t in each))  # type: ignore[arg-type]
+        self.optimiser = Adam(self.weights.parameters(), first.training.adam_beta1, first.training.adam_beta2)
+        for name in ("first", "second"):
+            for i, stacked in enumerate(getattr(self.optimiser, name)):
+                for h, member in enumerate(members):
+                    moments = getattr(member.optimiser, name)
+                    stacked[h].copy_(moments[i])
+                    moments[i] = stacked[h]
+        for stacked_step, step in zip(self.optimiser.steps, first.optimiser.steps, strict=True):
+            stacked_step.copy_(step)
+        for h, member in enumerate(members):
+            member.weights = Weights(*(None if t is None else t[h] for t in self.weights))  # type: ignore[arg-type]
+            member.optimiser.parameters, member.optimiser.steps = member.weights.parameters(), self.optimiser.steps
+
+    def train_step(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        """One step of all: a batch for each member, (x,) or (x, y), of equally many tokens."""
+        scaled = [member._scaled(batch) for member, batch in zip(self.members, batches, strict=True)]
+        x, y = (torch.stack(side) for side in zip(*scaled, strict=True))
+        self.train_step_scaled(x, x if self.members[0].spec.reconstructs else y)
+
+    def train_step_scaled(self, x: Tensor, y: Tensor) -> None:
+        """`train_step` of batches in training's units: x (H, N, d), and y (H, N, p), which is x for SAEs."""
+        members, first = self.members, self.members[0]
+        for h, member in enumerate(members):
+            member._choose_first_step(x[h], y[h])
+        lr, _ = first._rates()
+        l1 = [member._rates()[1] for member in members]
+        sparse, count = all(member.sparse for member in members), first._counts_active()
+        coefficients = torch.tensor(l1, dtype=x.dtype, device=x.device)
+        results, stacked = take_steps(first.objective, self.weights, x, y, coefficients, sparse, count)
+        gradients = stacked.parameters()
+        W_dec = self.weights.W_dec.flatten(0, 1)
+        if first.spec.sparsity == "unit_norm":
+            remove_parallel_(stacked.W_dec.flatten(0, 1), W_dec)
+        if first.training.clip_grad_norm is not None:
+            clip_norms_(gradients, first.training.clip_grad_norm)
+        self.optimiser.step(gradients, lr)
+        if first.spec.sparsity == "unit_norm":
+            normalise_rows_(W_dec)
+        for h, member in enumerate(members):
+            try:
+                member._record(results[h], y[h], lr, l1[h])
+            except TrainingError as error:
+                head = member.spec.hook_head_index
+                raise TrainingError(f"dictionary {h}: {error}" if head is None else f"head {head}: {error}") from error

@@ -17,7 +17,7 @@ With coefficient 0 both SAEs are, bit for bit, what they would be alone.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.jacobian import (
     Linearisation,
+    Side,
     TopLatents,
     add_penalty,
     add_penalty_by_jvp,
@@ -42,7 +43,7 @@ from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
 from saeflow.models.blocks import Block, ModuleBlock
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers, Tables
+from saeflow.training.protocol import Batches, HookStatistics, Inputs, PartOfBatches, SeveralTrainers, Tables
 from saeflow.training.trainer import Trainer
 
 LOGGED_TOKENS = 128  # on which a row of metrics compares both places where the Jacobian can be taken
@@ -52,37 +53,31 @@ LARGE = 0.01  # |J| above this is counted
 class JacobianTrainer(SeveralTrainers):
     """Trains the two SAEs on batches (x, f(x)); does what a `Trainer` does."""
 
+    described = "input, output"
+
     @classmethod
     def of_job(cls, inputs: Inputs) -> "JacobianTrainer":
         assert isinstance(inputs.config, JacobianPairConfig)
-        (first, last), (statistics_in, statistics_out) = inputs.specs, inputs.statistics
-        return cls(
-            (first, last),
-            inputs.config,
-            inputs.training,
-            (statistics_in, statistics_out),
-            inputs.block(),
-            inputs.device,
-            inputs.on_row,
-        )
+        given = inputs.specs, inputs.config, inputs.training, inputs.statistics
+        return cls(*given, inputs.block(), inputs.device, inputs.on_row)
 
     def __init__(
         self,
-        specs: tuple[Spec, Spec],
+        specs: Sequence[Spec],
         dictionary: JacobianPairConfig,
         training: TrainingConfig,
-        statistics: tuple[HookStatistics, HookStatistics],
+        statistics: Sequence[HookStatistics],
         block: Block | ModuleBlock,
         device: str = "cpu",
         on_row: Callable[[dict[str, float]], None] = lambda row: None,
     ) -> None:
-        """`block` is on the device. `on_row` gets the rows of the input SAE, with those of the pair added."""
+        """`specs` and `statistics` of both SAEs; `block` is on the device. `on_row` gets the rows of the input SAE,
+        with those of the pair added."""
         self.training, self.block, self.device, self.on_row = training, block, device, on_row
         self.coefficient, self.at = dictionary.jacobian_coefficient or 0.0, dictionary.jacobian_at
         self.penalty = PENALTIES[dictionary.jacobian_penalty]
-        self.input, self.output = (
-            Trainer(s, training, one, one, device) for s, one in zip(specs, statistics, strict=True)
-        )
+        sides = zip(specs, statistics, strict=True)
+        self.input, self.output = (Trainer(spec, training, of, of, device) for spec, of in sides)
         scales = self.input.scale_in, self.output.scale_in
         assert isinstance(scales[0], float) and isinstance(scales[1], float)  # an MLP's sites have no heads
         self.scale_in, self.units = scales[0], scales[1] / scales[0]
@@ -140,25 +135,22 @@ class JacobianTrainer(SeveralTrainers):
             return weight * costs, slope.mul_(weight * self.units)
 
         weights_in, weights_out = self.input.weights, self.output.weights
-        gradients = found_in.gradients.W_dec, found_out.gradients.encoder
+        of_input = Side(weights_in.W_dec, kept_in, found_in.gradients.W_dec)
+        of_output = Side(weights_out.encoder, kept_out, found_out.gradients.encoder)
         if self.at == "input":
-            args = weights_in.W_dec, weights_out.encoder, kept_in, kept_out, penalty, *gradients
             if isinstance(self.block, ModuleBlock):
-                return add_penalty_by_jvp(self.block, raw, *args)
-            return add_penalty(
-                self.block.weights(), self.block.linearise_in_chunks(raw), *args, workspace=self.workspace
-            )[0]
+                return add_penalty_by_jvp(self.block, raw, of_input, of_output, penalty)
+            block, linearisation = self.block.weights(), self.block.linearise_in_chunks(raw)
+            return add_penalty(block, linearisation, of_input, of_output, penalty, workspace=self.workspace)[0]
         assert isinstance(self.block, Block)
         with torch.enable_grad():
             leaves = Weights(*(None if t is None else t.detach().requires_grad_() for t in weights_in))  # type: ignore[arg-type]
             at = self._reconstruction(leaves, x, kept_in)
             linearisation = self.block.linearise(at)
-        kept_out = self._top_latents_of_output(self.block(at.detach()))
+        of_output = of_output._replace(kept=self._top_latents_of_output(self.block(at.detach())))
         detached = Linearisation(*(None if t is None else t.detach() for t in linearisation))  # type: ignore[arg-type]
-        cost, towards = add_penalty(
-            self.block.weights(), detached, weights_in.W_dec, weights_out.encoder, kept_in, kept_out, penalty,
-            *gradients, linearisation_too=True, workspace=self.workspace,
-        )  # fmt: skip
+        block = self.block.weights()
+        cost, towards = add_penalty(block, detached, of_input, of_output, penalty, True, self.workspace)
         assert towards is not None
         pairs = [(t, g) for t, g in zip(linearisation, towards, strict=True) if t is not None]
         more = torch.autograd.grad([t for t, _ in pairs], leaves.parameters(), [g for _, g in pairs])
@@ -205,10 +197,8 @@ class JacobianTrainer(SeveralTrainers):
             "jacobian_scheduled": coefficient,
             "jacobian_loss": loss,
         }
-        few = slice(0, LOGGED_TOKENS)
-        kept_in, kept_out = (
-            TopLatents(k.values[few], k.latents[few]) for k in (_top_latents(found_in), _top_latents(found_out))
-        )
+        few, both = slice(0, LOGGED_TOKENS), (_top_latents(found_in), _top_latents(found_out))
+        kept_in, kept_out = (TopLatents(kept.values[few], kept.latents[few]) for kept in both)
         at = self._reconstruction(self.input.weights, x[few], kept_in)
         points = {"": (raw[few], kept_out), "_at_reconstruction": (at, self._top_latents_of_output(self.block(at)))}
         for name, (point, kept) in points.items():
@@ -232,8 +222,8 @@ class JacobianTrainer(SeveralTrainers):
     # ------------------------------------------------------------------------------------------------ the rest
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each SAE."""
-        self.input.resample(_OneColumn(batches, 0))
-        self.output.resample(_OneColumn(batches, 1))
+        self.input.resample(PartOfBatches(batches, lambda batch: batch[:1]))
+        self.output.resample(PartOfBatches(batches, lambda batch: batch[1:]))
 
     def state(self) -> dict[str, Tensor]:
         text = torch.frombuffer(bytearray(json.dumps(self.rows).encode()), dtype=torch.uint8)
@@ -242,17 +232,6 @@ class JacobianTrainer(SeveralTrainers):
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.rows = json.loads(state["rows"].numpy().tobytes())
-
-
-class _OneColumn:
-    """One column of batches of two."""
-
-    def __init__(self, batches: Batches, column: int) -> None:
-        self.batches, self.column = batches, column
-
-    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self.batches.iterate(start, n_steps):
-            yield (batch[self.column],)
 
 
 def _top_latents(result: Step) -> TopLatents:

@@ -2,14 +2,13 @@
 
 The dictionaries of one job read columns of one store in the same order of batches, so each is read once; otherwise they
 know nothing of each other, and each is what it would be if it trained alone. Killed at any moment, a job goes on
-from its checkpoints, and ends with the same bytes. `fit` is the loop without jobs, for any source of batches.
+from its checkpoints, and ends with the same bytes.
 """
 
 import contextlib
 import json
 import logging
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeflow.activations.store import Column
+from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.config.dictionary import Columns
 from saeflow.dictionaries.fitting import model_config
-from saeflow.dictionaries.kinds.saelens import SAELensConfig
 from saeflow.dictionaries.kinds.trained import TrainedConfig
-from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import save_dictionary
 from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import progress
 from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
+from saeflow.models.source import PROCESSING
 from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
-from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs
-from saeflow.training.trainer import Trainer
+from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs, PartOfBatches
 
 log = logging.getLogger("saeflow")
 MOST_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20  # batches, and their bytes, that one member takes before the next
@@ -67,17 +64,6 @@ class Member:
             self.checkpoints.save(self.trainer.step, self.trainer.state())
 
 
-@dataclass
-class MemberBatches:
-    """What a member reads of batches."""
-
-    batches: Batches
-    member: Member
-
-    def iterate(self, start: int, n_steps: int) -> Iterator[tuple[Tensor, ...]]:
-        return map(self.member.columns_of, self.batches.iterate(start, n_steps))
-
-
 def train(jobs: list[Job]) -> str:
     """Trains the dictionaries of jobs that read the same tokens in the same batches, and writes their folders.
 
@@ -85,10 +71,10 @@ def train(jobs: list[Job]) -> str:
     `Preempted`, with the state saved, when the job is asked to stop.
     """
     from saeflow.activations.reader import BatchReader
-    from saeflow.activations.store import open_column
 
     columns = {folder: open_column(folder) for job in jobs for folder in job.inputs("activations")}
-    options = [build(TrainingConfig, job.config["training"] | _run_options(job), "training.") for job in jobs]
+    given = [job.config["training"] | json.loads(job.instance.sources["training"]) for job in jobs]  # what, and how
+    options = [build(TrainingConfig, one, "training.") for one in given]
     if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
         raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
     statistics = {folder: _hook_statistics(column) for folder, column in columns.items()}
@@ -98,8 +84,7 @@ def train(jobs: list[Job]) -> str:
         members = [_member(job, o, columns, statistics, stack) for job, o in zip(jobs, options, strict=True)]
         written: list[str] = []
         log.info("training %d dictionaries on batches of %d tokens", len(members), batches.batch_size)
-        timer = Timer(min(o.checkpoint_seconds for o in options))
-        for member in _steps(members, batches, signals, timer):
+        for member in _steps(members, batches, signals, Timer(min(o.checkpoint_seconds for o in options))):
             try:
                 written.append(_write(member))
             except TrainingError as error:
@@ -121,8 +106,7 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
             yield member
     start = min((m.trainer.step for m in members if m.unfinished), default=0)
     end = max((m.trainer.n_steps for m in members if m.unfinished), default=0)
-    description = f"{len(members)} dictionaries"
-    read = progress(batches.iterate(start, end - start), description, end - start)
+    read = progress(batches.iterate(start, end - start), f"{len(members)} dictionaries", end - start)
     for first, some in _batch_groups(read, start):
         for member in members:
             for step, batch in enumerate(some, first):
@@ -130,7 +114,7 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
                     continue  # killed between two checkpoints, members may go on from different steps
                 try:
                     if member.trainer.resamples_next():
-                        member.trainer.resample(MemberBatches(batches, member))
+                        member.trainer.resample(PartOfBatches(batches, member.columns_of))
                     member.trainer.train_step(member.columns_of(batch))
                 except TrainingError as error:
                     member.failure = error
@@ -183,17 +167,15 @@ def _member(
     specs = specs_of_job(job, [columns[folder] for folder in folders])
     head = job.config.get("head")
     given = [statistics[folder] if head is None else statistics[folder].by_head()[head] for folder in folders]
-    trainer: DictionaryTrainer = config.trainer_class().of_job(
-        Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
-    )
+    inputs = Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
+    trainer: DictionaryTrainer = config.trainer_class().of_job(inputs)
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
     state = checkpoints.newest()
     if state is not None:
         trainer.restore(state)
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
     reads = [list(columns).index(folder) for folder in folders]
-    d_head = specs[0].d_in
-    entries = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
+    entries = slice(None) if head is None else slice(head * specs[0].d_in, (head + 1) * specs[0].d_in)
     return Member(job, trainer, checkpoints, reads, entries)
 
 
@@ -216,15 +198,8 @@ def _block(job: Job) -> Block | ModuleBlock:
     from saeflow.models.loading import load_model  # ten seconds, and only pairs need it
 
     folder = job.source("model")
-    config = _origin_of(job).config["model"]
-    model = load_model(folder, model_config(folder, config), job.device)
+    model = load_model(folder, model_config(folder, _origin_of(job).config["model"]), job.device)
     return read_block(model, job.config["hook_name"], job.config["hook_name_out"])
-
-
-def _run_options(job: Job) -> dict[str, Any]:
-    """The options that say how to run: not part of what identifies the dictionary."""
-    options: dict[str, Any] = json.loads(job.instance.sources["training"])
-    return options
 
 
 def _hook_statistics(column: Column) -> HookStatistics:
@@ -247,9 +222,8 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     if wanted != column_hooks or len(wanted) != 1 + config.two_hooks:
         raise ConfigError(f"a dictionary of kind {config.kind} at {wanted} was given the activations of {column_hooks}")
     if len({c.n_tokens for c in columns}) > 1:
-        raise ConfigError(
-            f"the columns of {column_hooks} hold {[c.n_tokens for c in columns]} tokens; they must be the same"
-        )
+        sizes = [c.n_tokens for c in columns]
+        raise ConfigError(f"the columns of {column_hooks} hold {sizes} tokens; they must be the same")
     store = job.instance.needs["activations"][0]
     activations = _origin_of(job)
     tokens = job.plan.instance("tokens", activations.needs["tokens"][0])
@@ -257,9 +231,7 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     origin = Origin(
         model_name=store.split("/")[0].rsplit("-", 2)[0],  # a store is called <model>-<dtype>-<hash>
         model_weights=model["weights"],
-        fold_ln=model["fold_ln"],
-        center_writing_weights=model["center_writing_weights"],
-        center_unembed=model["center_unembed"],
+        **{name: model[name] for name in PROCESSING},
         context_size=activations.config["tokens"]["context_size"],
         prepend_bos=tokens.config["tokens"]["prepend_bos"],
     )
@@ -272,28 +244,3 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
 def _origin_of(job: Job) -> Instance:
     """The column of activations that the job reads first."""
     return job.plan.instance("activations", job.instance.needs["activations"][0])
-
-
-def make_trainer(spec: Spec, *args: Any) -> Trainer:
-    """The trainer of one dictionary; `args` as of `Trainer`."""
-    kind = TrainedConfig if spec.saelens is None else SAELensConfig
-    trainer: Trainer = pkgutil.resolve_name(kind.trainer)(spec, *args)
-    return trainer
-
-
-def fit(
-    spec: Spec,
-    training: TrainingConfig,
-    batches: Batches,
-    statistics_in: HookStatistics,
-    statistics_out: HookStatistics,
-    device: str = "cpu",
-    on_row: Callable[[dict[str, float]], None] = lambda row: None,
-) -> tuple[Dictionary, list[dict[str, float]]]:
-    """Trains a dictionary on batches; returns it, for raw activations, and its rows of metrics (see `Trainer`)."""
-    trainer = make_trainer(spec, training, statistics_in, statistics_out, device, on_row)
-    for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):
-        if trainer.resamples_next():
-            trainer.resample(batches)
-        trainer.train_step(batch)
-    return trainer.finished(), trainer.metrics.rows

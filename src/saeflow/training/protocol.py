@@ -31,6 +31,16 @@ class Batches(Protocol):
         ...
 
 
+class PartOfBatches(NamedTuple):
+    """What one of several dictionaries that share batches reads of them."""
+
+    batches: Batches
+    part: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+    def iterate(self, start: int, n_steps: int, /) -> Iterator[tuple[Tensor, ...]]:
+        return map(self.part, self.batches.iterate(start, n_steps))
+
+
 @dataclass(frozen=True)
 class HookStatistics:
     """What training needs to know of the activations at one hook."""
@@ -56,10 +66,8 @@ class HookStatistics:
     def by_head(self) -> list["HookStatistics"]:
         """Each head of a hook with heads, whose mean norm stands for here by its root mean square norm."""
         assert self.head_norms is not None
-        means = self.mean.view(len(self.head_norms), -1)
-        return [
-            HookStatistics(mean, float(norm), norm[None]) for mean, norm in zip(means, self.head_norms, strict=True)
-        ]
+        each = zip(self.mean.view(len(self.head_norms), -1), self.head_norms, strict=True)
+        return [HookStatistics(mean, float(norm), norm[None]) for mean, norm in each]
 
 
 class Inputs(NamedTuple):
@@ -104,7 +112,8 @@ class SeveralTrainers:
     """Trains several dictionaries as one, step by step: what the trainers of such kinds share."""
 
     training: TrainingConfig
-    noun = "dictionaries"
+    described: str
+    """Which several."""
 
     @property
     def parts(self) -> "dict[str, Trainer]":
@@ -140,7 +149,7 @@ class SeveralTrainers:
         if names != set(self.parts):
             raise TrainingError(
                 f"this is the state of another dictionary: of {', '.join(sorted(names)) or 'one'}, not of "
-                f"{len(self.parts)} {self.noun}"
+                f"{self.described}"
             )
         for name, part in self.parts.items():
             part.restore({key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")})

@@ -53,11 +53,8 @@ class SAELensTrainer(Trainer):
         with torch.autocast(torch.device(self.device).type, torch.bfloat16) if low else nullcontext():
             output = self.sae.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
         parameters = list(self._parameters().values())
-        found = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        gradients = [
-            g if g.stride() == p.stride() else g.contiguous() for p, g in zip(parameters, gradients, strict=True)
-        ]
+        found = torch.autograd.grad(output.loss, parameters, materialize_grads=True)
+        gradients = [g if g.stride() == p.stride() else g.contiguous() for p, g in zip(parameters, found, strict=True)]
         if training.clip_grad_norm is not None:
             clip_norm_(gradients, training.clip_grad_norm)
         self.optimiser.step(gradients, lr)
@@ -66,12 +63,11 @@ class SAELensTrainer(Trainer):
             f = f.to_dense() if f.is_sparse else f
             squares = (output.sae_out.detach() - x).square().sum(dim=1)
             activity, active = f.abs().sum(dim=0), torch.count_nonzero(f)
-            step_found = StepMetrics(
-                output.loss.detach(), squares.mean(), activity.sum() / len(x), squares, activity, active
-            )
-        self.metrics.add(step_found)
+            sparsity = activity.sum() / len(x)
+            result = StepMetrics(output.loss.detach(), squares.mean(), sparsity, squares, activity, active)
+        self.metrics.add(result)
         if self._logged():
-            self.on_row(self.metrics.row(step, step_found, x, lr, next(iter(coefficients.values()), 0.0)))
+            self.on_row(self.metrics.row(step, result, x, lr, next(iter(coefficients.values()), 0.0)))
         self.step += 1
 
     def _parameters(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from saeflow.kernels.adam import Adam
 from saeflow.kernels.cuda_graphs import GraphedStep
 from saeflow.kernels.select import Active
 from saeflow.kernels.step import (
-    AuxiliaryLossInput,
+    AuxiliaryLoss,
     Objective,
     Step,
     Weights,
@@ -50,9 +51,8 @@ class Trainer:
 
     @classmethod
     def of_job(cls, inputs: Inputs) -> "Trainer":
-        return cls(
-            inputs.specs[0], inputs.training, inputs.statistics[0], inputs.statistics[-1], inputs.device, inputs.on_row
-        )
+        statistics = inputs.statistics[0], inputs.statistics[-1]
+        return cls(inputs.specs[0], inputs.training, *statistics, inputs.device, inputs.on_row)
 
     def __init__(
         self,
@@ -66,9 +66,7 @@ class Trainer:
         """`statistics_out` is the target's side; for an SAE the same as `statistics_in`. `on_row` gets each new row of
         metrics."""
         for statistics, hook in ((statistics_in, spec.hook_name), (statistics_out, spec.hook_name_out)):
-            if not (
-                math.isfinite(statistics.mean_norm) and statistics.mean_norm > 0 and statistics.mean.isfinite().all()
-            ):
+            if not (0 < statistics.mean_norm < math.inf and statistics.mean.isfinite().all()):
                 raise TrainingError(
                     f"the activations of {hook} have mean norm {statistics.mean_norm}: they hold infinities or only "
                     "zeros; a wider activations.dtype (float32) may help"
@@ -99,14 +97,9 @@ class Trainer:
         self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
         self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
         assert spec.activation != "jumprelu" and spec.activation != "saelens"
-        self.objective = Objective(
-            spec.activation,
-            spec.k or 0,
-            spec.sparsity == "decoder_norm",
-            spec.apply_b_dec_to_input,
-            spec.squared_error or "sum",
-            training.precision == "bfloat16",
-        )
+        by_norm, bf16 = spec.sparsity == "decoder_norm", training.precision == "bfloat16"
+        centred, squared_error = spec.apply_b_dec_to_input, spec.squared_error or "sum"
+        self.objective = Objective(spec.activation, spec.k or 0, by_norm, centred, squared_error, bf16)
 
     # ------------------------------------------------------------------------------------------------ one step
     def train_step(self, batch: tuple[Tensor, ...]) -> None:
@@ -123,9 +116,8 @@ class Trainer:
     def loss_and_gradients(self, x: Tensor, y: Tensor) -> Step:
         """Loss and gradients of this step, at a batch in training's units."""
         self._choose_first_step(x, y)
-        auxiliary_loss = self._auxiliary_loss() if self.step else None
-        _, l1 = self._rates()
-        return take_step(self.objective, self.weights, x, y, l1, self.sparse, self._counts_active(), auxiliary_loss)
+        how = self.sparse, self._counts_active(), self._auxiliary_loss()
+        return take_step(self.objective, self.weights, x, y, self._rates()[1], *how)
 
     def apply_gradients(self, result: Step, y: Tensor) -> None:
         """Changes the weights by what was found, which nothing may use after that."""
@@ -147,8 +139,7 @@ class Trainer:
         """`loss_and_gradients` and `apply_gradients`, as a CUDA graph where only batch and rates change from step to
         step."""
         self._choose_first_step(x, y)
-        auxiliary_loss = self._auxiliary_loss() if self.step else None
-        rates = self._rates()
+        auxiliary_loss, rates = self._auxiliary_loss(), self._rates()
         lr, l1 = (torch.full((), rate, device=self.device) for rate in rates)
         steady = auxiliary_loss is None and self.sparse
         self.n_steady_steps += steady
@@ -167,12 +158,11 @@ class Trainer:
         y: Tensor,
         lr: Tensor,
         l1: Tensor,
-        auxiliary_loss: Callable[[AuxiliaryLossInput], Tensor] | None = None,
+        extra: AuxiliaryLoss | None = None,
         active: Active | None = None,
     ) -> Step:
-        result = take_step(
-            self.objective, self.weights, x, y, l1, self.sparse, self._counts_active(), auxiliary_loss, active
-        )
+        how = self.sparse, self._counts_active(), extra, active
+        result = take_step(self.objective, self.weights, x, y, l1, *how)
         self._update_weights(result, lr)
         return result
 
@@ -193,8 +183,8 @@ class Trainer:
 
     def _rates(self) -> tuple[float, float]:
         """Learning rate and L1 coefficient of this step."""
-        rate = learning_rate(self.training, self.step, self.n_steps)
-        return rate, l1_coefficient(self.spec, self.training, self.step)
+        training, step = self.training, self.step
+        return learning_rate(training, step, self.n_steps), l1_coefficient(self.spec, training, step)
 
     def _measures_density(self) -> bool:
         return self.spec.any_number_active and self.step % DENSITY_STEPS == 0
@@ -241,17 +231,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.spec.random_seed * 1_000_003 + self.step)
         rows = [m for moments in (self.optimiser.first, self.optimiser.second) for m in moments[:3]]
         x, y, losses = (torch.cat(part) for part in zip(*samples, strict=True))
-        resample(
-            self.weights,
-            rows,
-            dead,
-            x,
-            y,
-            losses,
-            generator=generator,
-            centred=self.objective.centred,
-            unit_norm=self.spec.sparsity == "unit_norm",
-        )
+        centred, unit_norm = self.objective.centred, self.spec.sparsity == "unit_norm"
+        resample(self.weights, rows, dead, x, y, losses, generator, centred, unit_norm)
         self.metrics.idle_steps[dead] = 0
 
     def _choose_sparse_or_dense(self, result: Step) -> None:
@@ -265,19 +246,18 @@ class Trainer:
         x = batch[0].to(self.device, non_blocking=True) * self.scale_in
         return x, x if self.spec.reconstructs else batch[1].to(self.device, non_blocking=True) * self.scale_out
 
-    def _auxiliary_loss(self) -> Callable[[AuxiliaryLossInput], Tensor] | None:
-        """The term for dead latents, where there are any."""
+    def _auxiliary_loss(self) -> AuxiliaryLoss | None:
+        """The term for dead latents, where there are any: none at the first step."""
         revive = self.training.revive
-        if revive not in ("auxk", "ghost"):
+        if revive not in ("auxk", "ghost") or not self.step:
             return None
         if self.step % REFRESH_STEPS == 0:
             self.dead = self.dead_latents()
         if not len(self.dead):
             return None
-        dead = self.dead
         if revive == "ghost":
-            return lambda inputs: ghost(inputs, dead)
-        return lambda inputs: auxk(inputs, dead, self.training.auxk_coefficient, self.objective.by_norm)
+            return partial(ghost, dead=self.dead)
+        return partial(auxk, dead=self.dead, coefficient=self.training.auxk_coefficient, by_norm=self.objective.by_norm)
 
     def dead_latents(self) -> Tensor:
         """Latents that have not fired for long, (m,)."""

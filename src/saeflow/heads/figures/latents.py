@@ -1,6 +1,5 @@
 """Figures of latents: their heads' shares, their decomposition in single heads' atoms, their attribution."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from saeflow.heads.figures.shared import (
     long,
     of_dictionaries,
     read_heads,
-    with_chosen,
+    shown_rows,
 )
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.shares import AGREEING, MEASURES
@@ -64,8 +63,7 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set_title(f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("mean share of a head (%)")
     figure.tight_layout()
-    equal = Line2D([], [], color="0.35", linestyle=":", label="equal shares")
-    head_legend(figure, studies, equal)
+    head_legend(figure, studies, Line2D([], [], color="0.35", linestyle=":", label="equal shares"))
     of_head = ["mean_share", "top_share"]
     return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[of_head]))
 
@@ -75,30 +73,25 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Do the measures order heads alike? Spearman's rank correlation, and how often the top head is the same."""
     figure, grid = panels(len(studies), 2, width=3.7, height=3.1)
     labels = [NAMES[m].replace("\n", " ") for m in AGREEING]
-    for row, study, key in with_chosen(studies, "concat"):
-        if key is None:
-            for axis in grid[row]:
-                empty_panel(axis, "no dictionary of all heads")
-            continue
+    for (left, right), study, key in shown_rows(studies, grid, "concat", without="no dictionary of all heads"):
         dataset = study.dataset("measures", key)
-        chance = dataset.attrs["chance_of_top"]
+        by_chance = f"same top head (by chance {dataset.attrs['chance_of_top']:.2f})"
         for axis, name, title, low in (
-            (grid[row][0], "rank_correlation", "rank correlation over heads", -1.0),
-            (grid[row][1], "top_agreement", f"same top head (by chance {chance:.2f})", 0.0),
+            (left, "rank_correlation", "rank correlation over heads", -1.0),
+            (right, "top_agreement", by_chance, 0.0),
         ):
             values = dataset[name].values
             image = axis.imshow(values, cmap="RdBu_r" if low else "Blues", vmin=low, vmax=1)
             for i, j in np.ndindex(values.shape):
-                dark = abs(values[i, j]) > 0.6
-                colour = "white" if dark else "black"
+                colour = "white" if abs(values[i, j]) > 0.6 else "black"
                 axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
             axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
             axis.set_yticks(range(len(labels)), labels)
             matrix_axis(axis)
             axis.set_title(title)
             figure.colorbar(image, ax=axis, shrink=0.75)
-        grid[row][1].set_yticks([])
-        grid[row][0].set_ylabel(f"{study.name}: {study.label(key)}", fontsize=7)
+        right.set_yticks([])
+        left.set_ylabel(f"{study.name}: {study.label(key)}", fontsize=7)
     figure.tight_layout()
     between = ["rank_correlation", "top_agreement"]
     return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[between]))
@@ -110,24 +103,17 @@ def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     top head, below all heads at once. Lines are medians over latents, bands quartiles."""
     parts = {"top_head": "top head's part", "all_heads": "all heads at once"}
     figure, grid = panels(2 * len(studies), len(METHODS), width=2.0, height=2.1, sharex=True, sharey=True)
-    tables = []
-    for row, study, key in with_chosen(studies, "concat"):
-        decomposed = [k for k in study.of_kind("concat") if "best_cosine" in study.summary["dictionaries"][k]]
-        tables += [identified(study.table("curves", k), study, k) for k in decomposed]
-        for offset, (of, name) in enumerate(parts.items()):
-            line = grid[2 * row + offset]
-            if key not in decomposed:
-                for axis in line:
-                    empty_panel(axis, "nothing decomposed")
-                continue
-            held = study.table("curves", key)
+    by_study, file = grid.reshape(len(studies), -1), "curves.parquet"
+    for both, study, key in shown_rows(studies, by_study, "concat", without="nothing decomposed", file=file):
+        held = study.table("curves", key)
+        for line, (of, name) in zip(both.reshape(2, -1), parts.items(), strict=True):
             for axis, method in zip(line, METHODS, strict=True):
                 for i, dictionary in enumerate(DICTIONARIES):
                     mine = held[(held["of"] == of) & (held["method"] == method) & (held["dictionary"] == dictionary)]
                     colour = NULL if dictionary == "random" else COLOURS[i]
                     axis.fill_between(mine["n_atoms"], mine["low"], mine["high"], color=colour, alpha=0.2, linewidth=0)
                     axis.plot(mine["n_atoms"], mine["median"], color=colour, marker=MARKERS[i], markersize=2.5)
-                if row == offset == 0:
+                if axis.get_subplotspec().is_first_row():
                     axis.set_title(METHOD_NAMES[method])
                 axis.set_ylim(0, 1)
             line[0].set_ylabel(f"{study.name}, {name}\nrelative residual")
@@ -139,7 +125,7 @@ def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         for i, (d, label) in enumerate(DICTIONARIES.items())
     ]
     legend_below(figure, handles)
-    return figure, concat(tables)
+    return figure, of_dictionaries(studies, "concat", lambda study, key: study.table("curves", key), file)
 
 
 @figure("heads_agreement", stage="heads", reads=read_heads)
@@ -147,21 +133,13 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Do a latent and the atoms that it decomposes into fire alike? By order of the atom, beside the average atom of
     its head and the best of all."""
     figure, grid = panels(len(studies), 2, width=3.2)
-    tables = []
-    for row, study, key in with_chosen(studies, "concat"):
-        decomposed = [k for k in study.of_kind("concat") if "best_cosine" in study.summary["dictionaries"][k]]
-        tables += [identified(study.table("agreement", k), study, k) for k in decomposed]
-        if key not in decomposed:
-            for axis in grid[row]:
-                empty_panel(axis, "nothing decomposed")
-            continue
+    file, labels = (
+        "agreement.parquet",
+        {"correlation": "correlation of activations", "jaccard": "Jaccard index of firing"},
+    )
+    for line, study, key in shown_rows(studies, grid, "concat", without="nothing decomposed", file=file):
         held = study.table("agreement", key)
-        for axis, name, label in zip(
-            grid[row],
-            ("correlation", "jaccard"),
-            ("correlation of activations", "Jaccard index of firing"),
-            strict=True,
-        ):
+        for axis, (name, label) in zip(line, labels.items(), strict=True):
             by_rank = held.groupby("rank")[name].quantile(np.array([0.25, 0.5, 0.75])).unstack()
             axis.fill_between(by_rank.index, by_rank[0.25], by_rank[0.75], color=COLOURS[0], alpha=0.2, linewidth=0)
             axis.plot(by_rank.index, by_rank[0.5], color=COLOURS[0], marker="o", label="the atom: median, quartiles")
@@ -169,35 +147,27 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.plot(others.index, others, color=NULL, marker="s", label="average atom of its head")
             best = held.drop_duplicates("latent")[f"{name}_best"].median()
             axis.axhline(best, color=COLOURS[1], linestyle="--", label="best of all atoms, median")
-            axis.set(
-                xlabel="order of the atom in the decomposition", ylabel=label, title=f"{study.name}: {study.label(key)}"
-            )
+            axis.set(xlabel="order of the atom in the decomposition", ylabel=label)
+            axis.set_title(f"{study.name}: {study.label(key)}")
             axis.set_ylim(min(0.0, float(by_rank.min().min())), None)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     legend_below(figure, labelled(figure.axes[:1]), columns=3)
-    return figure, concat(tables)
+    return figure, of_dictionaries(studies, "concat", lambda study, key: study.table("agreement", key), file)
 
 
 @figure("heads_attribution", stage="heads", reads=read_heads)
 def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Direct feature attribution of the latents shown in the dashboards, at their strongest tokens: what each head
     gives to each latent, and from how far back."""
-    figure, grid = plt.subplots(
-        len(studies), 2, figsize=(7.4, 3.0 * len(studies)), squeeze=False, width_ratios=[1, 1.25]
-    )
+    figure, grid = panels(len(studies), 2, width=3.7, height=3.0, width_ratios=[1, 1.25])
     tables = []
-    for row, study, key in with_chosen(studies, "concat"):
-        left, right = grid[row]
-        if key is None or not study.file("attribution.parquet", key).is_file():
-            empty_panel(left, "nothing attributed")
-            right.set_axis_off()
-            continue
+    rows = shown_rows(studies, grid, "concat", without="nothing attributed", file="attribution.parquet", once=True)
+    for (left, right), study, key in rows:
         held = study.table("attribution", key)
-        by_head = held.groupby(["latent", "context", "head"])["attribution"].sum()
-        by_head = (
-            (by_head / by_head.abs().groupby(["latent", "context"]).transform("sum")).groupby(["latent", "head"]).mean()
-        )
+        sums = held.groupby(["latent", "context", "head"])["attribution"].sum()
+        shares = sums / sums.abs().groupby(["latent", "context"]).transform("sum")
+        by_head = shares.groupby(["latent", "head"]).mean()
         wide = by_head.unstack()
         image = left.imshow(wide, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         left.set_yticks(range(len(wide)), wide.index)
@@ -210,12 +180,11 @@ def attribution(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             identified(by_head.rename("value").reset_index().assign(of="head"), study, key),
             identified(distance.assign(of="distance"), study, key),
         ]
+        by_distance = distance.pivot(index="distance", columns="head", values="value").fillna(0)
         names = list(dict.fromkeys(distance["distance"]))
         bottom = np.zeros(len(names))
         for head, colour in enumerate(colours(study.summary["n_heads"])):
-            values = (
-                distance[distance["head"] == head].set_index("distance")["value"].reindex(names).fillna(0).to_numpy()
-            )
+            values = by_distance.loc[names, head].to_numpy()
             right.bar(np.arange(len(names)), 100 * values, 0.8, bottom=100 * bottom, color=colour, label=f"head {head}")
             bottom += values
         right.set_xticks(range(len(names)), names, rotation=40, ha="right")

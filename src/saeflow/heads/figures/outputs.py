@@ -15,14 +15,13 @@ from saeflow.figures.style import COLOURS, colours
 from saeflow.heads.cross_terms import MODEL, NO_HEADS
 from saeflow.heads.figures.shared import (
     NULL,
-    concat,
     head_legend,
-    identified,
     long,
     of_dictionaries,
+    of_studies,
     pair_names,
     read_heads,
-    with_chosen,
+    shown_rows,
 )
 from saeflow.heads.folder import HeadStudy
 
@@ -54,8 +53,7 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
-    folded = Line2D([], [], color="0.35", linestyle="--", label="all, once folded")
-    head_legend(figure, studies, folded)
+    head_legend(figure, studies, Line2D([], [], color="0.35", linestyle="--", label="all, once folded"))
     return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("norms", key)))
 
 
@@ -64,14 +62,10 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Singular values of D_h, W_O[h] and D_h W_O[h] over the largest of each, by head."""
     titles = {"D": "dictionary D", "W_O": "output weights W_O", "D_W_O": "D W_O: atoms in the stream"}
     figure, grid = panels(len(studies), 3, sharey="row")
-    for row, study, key in with_chosen(studies, "heads"):
-        if key is None:
-            for axis in grid[row]:
-                empty_panel(axis, "no dictionaries of heads")
-            continue
+    for line, study, key in shown_rows(studies, grid, "heads", without="no dictionaries of heads"):
         dataset = study.dataset("spectra", key)
         lowest = 1.0
-        for axis, (matrix, title) in zip(grid[row], titles.items(), strict=True):
+        for axis, (matrix, title) in zip(line, titles.items(), strict=True):
             ranks = dataset["rank"].sel(matrix=matrix).values
             for head, colour in enumerate(colours(dataset.sizes["head"])):
                 values = dataset["singular_value"].sel(matrix=matrix, head=head).values
@@ -80,9 +74,9 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 lowest = min(lowest, values[-1])
             rank_text = f"rank {ranks.min()}" + (f" to {ranks.max()}" if ranks.min() < ranks.max() else "")
             axis.set(xlabel="index", title=f"{title}: {rank_text} of {dataset.attrs['d_head']}", yscale="log")
-        grid[row][0].set_ylabel(f"{study.name}\nsingular value / largest")
+        line[0].set_ylabel(f"{study.name}\nsingular value / largest")
         if lowest > 0.1:
-            grid[row][0].set_ylim(0.08, 1.2)
+            line[0].set_ylim(0.08, 1.2)
     figure.tight_layout()
     head_legend(figure, studies)
     return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("spectra", key)))
@@ -92,7 +86,6 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Principal angles between the row spaces of W_O of every two heads, and of random subspaces."""
     figure, grid = panels(1, max(1, len(studies)), width=3.2)
-    tables = []
     for axis, study in zip(grid[0], studies, strict=True):
         dataset = study.dataset("angles")
         index = dataset["index"].values + 1
@@ -105,9 +98,8 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         axis.plot([], [], color=NULL, label="random subspaces")
         axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
         axis.legend(loc="lower left")
-        tables.append(identified(long(dataset), study))
     figure.tight_layout()
-    return figure, concat(tables)
+    return figure, of_studies(studies, lambda study: long(study.dataset("angles")))
 
 
 @figure("heads_cosines", stage="heads", reads=read_heads)
@@ -115,7 +107,6 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """The notebook's line and box: cosine of two heads' outputs by position in one text and over all, and its spread
     over all texts for every pair, beside randomly rotated heads."""
     figure, grid = _beside_pairs(studies, sharey="row")
-    tables = []
     for (left, right), study in zip(grid, studies, strict=True):
         dataset = study.dataset("cosines")
         position = dataset["position"].values[dataset.attrs["first_position"] :]
@@ -151,10 +142,9 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         right.legend(loc="lower right")
         low, high = left.get_ylim()
         left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
-        columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
-        tables.append(identified(long(dataset[columns]), study))
     figure.tight_layout()
-    return figure, concat(tables)
+    columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
+    return figure, of_studies(studies, lambda study: long(study.dataset("cosines")[columns]))
 
 
 def _beside_pairs(studies: list[HeadStudy], **more: Any) -> tuple[Figure, np.ndarray]:
@@ -170,11 +160,9 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """CE increase when cross terms between heads are removed, beside a random change of the same size; one panel the
     model's own heads, one the reconstructions of a dictionary of heads."""
     figure, grid = panels(len(studies), 2, width=3.6, height=1.9, sharey=True)
-    tables = []
-    for row, study, key in with_chosen(studies, "heads"):
+    for line, study in zip(grid, studies, strict=True):
         table = study.table("cross_terms")
-        tables.append(identified(table, study))
-        for axis, source in zip(grid[row], (MODEL, key), strict=True):
+        for axis, source in zip(line, (MODEL, study.shown_dictionary("heads")), strict=True):
             of_source = table[table["source"] == source]
             if of_source.empty:
                 empty_panel(axis, "no dictionaries of heads")
@@ -184,11 +172,7 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 (False, "o", COLOURS[1], "cross terms removed", 0.12),
                 (True, "s", NULL, "random change of that size", -0.12),
             ):
-                rows = (
-                    of_source[(of_source["control"] == control) & of_source["way"].isin(WAYS)]
-                    .set_index("way")
-                    .loc[list(WAYS)]
-                )
+                rows = of_source[of_source["control"] == control].set_index("way").loc[list(WAYS)]
                 y = np.arange(len(rows))[::-1] + offset
                 ends = [(rows[f"ce_increase_{e}"] - rows["ce_increase"]).abs().fillna(0) for e in ("low", "high")]
                 axis.errorbar(rows["ce_increase"], y, xerr=ends, fmt=marker, color=colour, label=label, capsize=2)
@@ -200,12 +184,12 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.set(xlabel="increase in CE loss (nats per token)")
             of = "the model's heads" if source == MODEL else study.label(str(source))
             axis.set_title(f"{study.name}: {of}")
-        grid[row][0].set_yticks(range(len(WAYS)), list(WAYS.values())[::-1])
-        grid[row][0].set_ylim(-0.5, len(WAYS) - 0.5)
+        line[0].set_yticks(range(len(WAYS)), list(WAYS.values())[::-1])
+        line[0].set_ylim(-0.5, len(WAYS) - 0.5)
     figure.tight_layout()
     dotted = Line2D([], [], color="0.35", linestyle=":")
     legend_below(figure, labelled(figure.axes[:1]) | {"all heads set to 0": dotted}, columns=3)
-    return figure, concat(tables)
+    return figure, of_studies(studies, lambda study: study.table("cross_terms"))
 
 
 @figure("heads_interference", stage="heads", reads=read_heads)
@@ -213,12 +197,7 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Cosines between lifted atoms of different heads: of all pairs, weighted by how they fire together, and with heads
     rotated; and by pair of heads what interference adds up to."""
     figure, grid = _beside_pairs(studies)
-    for row, study, key in with_chosen(studies, "heads"):
-        left, right = grid[row]
-        if key is None:
-            empty_panel(left, "no dictionaries of heads")
-            right.set_axis_off()
-            continue
+    for (left, right), study, key in shown_rows(studies, grid, "heads", without="no dictionaries of heads", once=True):
         dataset = study.dataset("interference", key)
         centre = dataset["bin"].values
         edges = np.append(centre - (centre[1] - centre[0]) / 2, centre[-1] + (centre[1] - centre[0]) / 2)
@@ -247,7 +226,6 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout()
     handles: list[Any] = [Patch(color=c, label=label) for c, label in ((COLOURS[1], "heads"), (NULL, "rotated heads"))]
     legend_below(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
-    sums = of_dictionaries(
+    return figure, of_dictionaries(
         studies, "heads", lambda study, key: long(study.dataset("interference", key).drop_dims("bin"))
     )
-    return figure, sums

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.figures.axes import legend_below
+from saeflow.figures.axes import empty_panel, legend_below
 from saeflow.figures.style import colours
 from saeflow.heads.folder import HeadStudy, read_head_studies
 from saeflow.jobs.job import Job
@@ -19,13 +20,10 @@ def read_heads(job: Job) -> list[HeadStudy]:
     return read_head_studies(job.inputs("heads"))
 
 
-def head_handles(n: int) -> list[Line2D]:
-    return [Line2D([], [], color=colour, label=f"head {h}") for h, colour in enumerate(colours(n))]
-
-
 def head_legend(figure: Figure, studies: list[HeadStudy], *more: Line2D) -> None:
     """A colour for each head of the studies, and `more`."""
-    legend_below(figure, [*head_handles(max((study.summary["n_heads"] for study in studies), default=0)), *more])
+    by_head = enumerate(colours(max((study.summary["n_heads"] for study in studies), default=0)))
+    legend_below(figure, [*(Line2D([], [], color=colour, label=f"head {h}") for h, colour in by_head), *more])
 
 
 def pair_names(dataset: xr.Dataset) -> list[str]:
@@ -42,17 +40,36 @@ def long(dataset: xr.Dataset) -> pd.DataFrame:
     return dataset.to_dataframe().reset_index()
 
 
+def of_studies(studies: list[HeadStudy], rows: Callable[[HeadStudy], pd.DataFrame]) -> pd.DataFrame:
+    return concat([identified(rows(study), study) for study in studies])
+
+
 def of_dictionaries(
-    studies: list[HeadStudy], kind: str, rows: Callable[[HeadStudy, str], pd.DataFrame]
+    studies: list[HeadStudy], kind: str, rows: Callable[[HeadStudy, str], pd.DataFrame], file: str | None = None
 ) -> pd.DataFrame:
-    """The rows of all dictionaries of a kind, those that are not drawn too."""
-    return concat([identified(rows(study, key), study, key) for study in studies for key in study.of_kind(kind)])
+    """The rows of all dictionaries of a kind (that have a `file`), those that are not drawn too."""
+    keys = [(study, key) for study in studies for key in study.of_kind(kind)]
+    shown = [(study, key) for study, key in keys if file is None or study.file(file, key).is_file()]
+    return concat([identified(rows(study, key), study, key) for study, key in shown])
 
 
 def concat(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def with_chosen(studies: list[HeadStudy], kind: str) -> Iterator[tuple[int, HeadStudy, str | None]]:
-    for row, study in enumerate(studies):
-        yield row, study, study.shown_dictionary(kind)
+def shown_rows(
+    studies: list[HeadStudy], grid: np.ndarray, kind: str, *, without: str, file: str | None = None, once: bool = False
+) -> Iterator[tuple[np.ndarray, HeadStudy, str]]:
+    """Each study's row of panels, and the dictionary of a kind that they show.
+
+    Where there is none, or it has no `file`, all panels say what they are `without`, or `once` the first alone.
+    """
+    for line, study in zip(grid, studies, strict=True):
+        key = study.shown_dictionary(kind)
+        if key is not None and (file is None or study.file(file, key).is_file()):
+            yield line, study, key
+            continue
+        for axis in line[1:] if once else ():
+            axis.set_axis_off()
+        for axis in line[:1] if once else line:
+            empty_panel(axis, without)
