@@ -13,7 +13,6 @@ import torch
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Origin, Spec
 from saeflow.dictionaries.sae import Dictionary, build
-from saeflow.groundtruth.alignment import Truth
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
 from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
@@ -26,6 +25,7 @@ from saeflow.groundtruth.jacobians import (
     true_jacobians,
 )
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
+from saeflow.groundtruth.training import Truth
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.expansion import compose

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.groundtruth.alignment import Alignment, Truth, align, pairs, quality
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
 from saeflow.groundtruth.interpbench import InterpBenchError, plain_pickle, read_interpbench
-from saeflow.groundtruth.lowlevel import Recipe, loss_of, train_small
 from saeflow.groundtruth.network import Network, Node, initial_weights
+from saeflow.groundtruth.training import Alignment, Recipe, Truth, align, loss_of, pairs, quality, train_small
 
 
 # -------------------------------------------------------------------- alignment

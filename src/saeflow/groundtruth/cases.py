@@ -95,11 +95,6 @@ class Case:
         """What the program says on rows (N, P): codes (-1: none) or numbers; see `saeflow.groundtruth.program`."""
         return run(self.program, tokens)[self.program.output]
 
-    def defined(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """(N, P) bool: where the output counts: not at BOS, and not where it is none."""
-        some = np.ones(tokens.shape, dtype=bool) if self.program.output_variable.numerical else labels >= 0
-        return some & (tokens != self.program.token_id(BOS))
-
 
 def small_config(case: Case) -> dict[str, Any]:
     """Of the model to be trained: InterpBench's rule (heads of half the compiled size, gelu), but no head below 3."""
@@ -186,13 +181,7 @@ CASES = {
             (SelectorWidth("count", "tokens", "tokens", lambda k, q: k == "a"),),
             causal=False,
         ),
-        Case(
-            39,
-            "fraction of x up to here, 26 letters and 59 positions",
-            LETTERS,
-            _running_fraction_of_x(),
-            n_ctx=60,
-        ),
+        Case(39, "fraction of x up to here, 26 letters and 59 positions", LETTERS, _running_fraction_of_x(), n_ctx=60),
         Case(
             42,
             "the first element, everywhere",

@@ -48,21 +48,11 @@ LEAST_SCORE = 40.0  # of what is selected, after the division by sqrt(d_head): B
 class VariableLocation:
     """Where a variable is made and held."""
 
-    variable: str
     columns: tuple[int, ...]
     """Its directions of the residual stream, by value."""
     sublayer: int
     """-1: the embedding; 2 L: attention of layer L; 2 L + 1: its MLP."""
     head: int | None = None
-    hidden: tuple[int, ...] = ()
-    """Units of that MLP that make it."""
-
-    @property
-    def hook_name(self) -> str:
-        """The hook whose value is what the sublayer adds to the residual stream."""
-        if self.sublayer < 0:
-            return "hook_embed" if self.variable == "tokens" else "hook_pos_embed"
-        return f"blocks.{self.sublayer // 2}.{'hook_mlp_out' if self.sublayer % 2 else 'hook_attn_out'}"
 
 
 @dataclass(frozen=True)
@@ -159,28 +149,21 @@ class _Compiler:
 
     def compiled(self) -> Compiled:
         program, d = self.program, len(self.directions)
-        heads: list[list[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(self.n_layers)]
+        heads: list[list[Aggregate | SelectorWidth]] = [[] for _ in range(self.n_layers)]
         hidden: list[list[np.ndarray]] = [[] for _ in range(self.n_layers)]  # [W_in column | W_out row], (2, d) a unit
-        locations = {
-            "tokens": VariableLocation("tokens", tuple(self.columns("tokens")), -1),
-            "indices": VariableLocation("indices", tuple(self.columns("indices")), -1),
-        }
+        locations = {n: VariableLocation(tuple(self.columns(n)), -1) for n in ("tokens", "indices")}
         for block in program.blocks:
             sublayer = self.sublayer[block.output]
-            layer, head, units = sublayer // 2, None, range(0)
+            layer, head = sublayer // 2, None
             if isinstance(block, Aggregate | SelectorWidth):
                 head = len(heads[layer])
-                heads[layer].append((block, *self._head(block)))
+                heads[layer].append(block)
             if not isinstance(block, Aggregate):
-                new_units = self._units(block)
-                units = range(len(hidden[layer]), len(hidden[layer]) + len(new_units))
-                hidden[layer] += new_units
-            locations[block.output] = VariableLocation(
-                block.output, tuple(self.columns(block.output)), sublayer, head, tuple(units)
-            )
+                hidden[layer] += self._units(block)
+            locations[block.output] = VariableLocation(tuple(self.columns(block.output)), sublayer, head)
 
         n_heads = max(1, *(len(some) for some in heads))
-        d_head = max([1, *(self._wide(block, scores) for some in heads for block, scores, _, _ in some)])
+        d_head = max([1, *(self._wide(block) for some in heads for block in some)])
         d_mlp = max(1, *(len(some) for some in hidden))
         numerical = program.output_variable.numerical
         config = {
@@ -199,8 +182,8 @@ class _Compiler:
             weights["unembed.W_U"][column, i] = 1
         for layer in range(self.n_layers):
             block_weights = {k.split(".", 2)[2]: w for k, w in weights.items() if k.startswith(f"blocks.{layer}.")}
-            for h, (block, scores, queries, keys) in enumerate(heads[layer]):
-                self._write_head(block_weights, h, block, scores, queries, keys, d_head)
+            for h, head_block in enumerate(heads[layer]):
+                self._write_head(block_weights, h, head_block, d_head)
             for i, (into, out) in enumerate(hidden[layer]):
                 block_weights["mlp.W_in"][:, i], block_weights["mlp.W_out"][i] = into, out
         return Compiled(program, config, self.directions, weights, locations)
@@ -220,27 +203,20 @@ class _Compiler:
         scores[np.searchsorted(queries, one), np.searchsorted(keys, bos)] = 1.0 if always else 0.5
         return scores, queries, keys
 
-    def _wide(self, block: Block, scores: np.ndarray) -> int:
+    def _wide(self, block: Aggregate | SelectorWidth) -> int:
         """Coordinates of a head that a block needs: for its keys and queries, and for the values that it moves."""
-        return max(*scores.shape, len(self.columns(block.value)) if isinstance(block, Aggregate) else 1)
+        return max(*self._head(block)[0].shape, len(self.columns(block.value)) if isinstance(block, Aggregate) else 1)
 
     def _write_head(
-        self,
-        weights: dict[str, np.ndarray],
-        head: int,
-        block: Block,
-        scores: np.ndarray,
-        queries: np.ndarray,
-        keys: np.ndarray,
-        d_head: int,
+        self, weights: dict[str, np.ndarray], head: int, block: Aggregate | SelectorWidth, d_head: int
     ) -> None:
+        scores, queries, keys = self._head(block)
         coldness = max(COLDNESS, LEAST_SCORE * d_head**0.5)
         weights["attn.W_Q"][head, queries, : len(keys)] = coldness * scores
         weights["attn.W_K"][head, keys, np.arange(len(keys))] = 1
         if isinstance(block, SelectorWidth):
             moved = [(self.column[f"tokens:{BOS}"], self.column[_width_of(block)])]
         else:
-            assert isinstance(block, Aggregate)
             moved = list(zip(self.columns(block.value), self.columns(block.output), strict=True))
         for i, (value, output) in enumerate(moved):
             weights["attn.W_V"][head, value, i] = 1
@@ -304,10 +280,7 @@ def _width_of(block: Block) -> str:
 def empty_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Zeros for every parameter of a transformer without norms, by TransformerLens's names."""
     H, d, h, m = (config[name] for name in ("n_heads", "d_model", "d_head", "d_mlp"))
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed.W_E": (config["d_vocab"], d),
-        "pos_embed.W_pos": (config["n_ctx"], d),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (config["d_vocab"], d), "pos_embed.W_pos": (config["n_ctx"], d)}
     for layer in range(config["n_layers"]):
         each = {
             "attn.W_Q": (H, d, h), "attn.W_K": (H, d, h), "attn.W_V": (H, d, h), "attn.W_O": (H, h, d),

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.groundtruth.alignment import Truth, pairs
 from saeflow.groundtruth.compiler import written_before
 from saeflow.groundtruth.labels import correlation, match, without_leaks
-from saeflow.groundtruth.lowlevel import loss_of
 from saeflow.groundtruth.network import Network
 from saeflow.groundtruth.program import run
 from saeflow.groundtruth.recovery import true_values
+from saeflow.groundtruth.training import Truth, loss_of, pairs
 
 if TYPE_CHECKING:
     from saeflow.dictionaries import Dictionary

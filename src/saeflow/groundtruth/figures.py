@@ -54,11 +54,10 @@ def read_recoveries(job: Job) -> Recoveries:
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
     from saeflow.dictionaries import load_dictionary
-    from saeflow.groundtruth.redundancy import stability
+    from saeflow.groundtruth.recovery import stability
 
-    live = {f.name: pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover")}
-    recovers = dict(zip((f.name for f in job.inputs("recover")), table["train_key"], strict=True))
-    latents = {recovers[name]: rows for name, rows in live.items()}
+    live = (pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover"))
+    latents = dict(zip(table["train_key"], live, strict=True))
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
     table = table[table["part"].isna()]
     found = []

@@ -30,10 +30,9 @@ def make_model(job: Job) -> str:
     import pandas as pd
     import torch
 
-    from saeflow.groundtruth.alignment import Quality, Truth
     from saeflow.groundtruth.folder import write_model
-    from saeflow.groundtruth.lowlevel import Recipe, train_small
     from saeflow.groundtruth.network import Network
+    from saeflow.groundtruth.training import Quality, Recipe, Truth, train_small
 
     config = job.config["tracr"]
     case = get_case(config["case"])
@@ -72,15 +71,12 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
 
     from saeflow.dictionaries import load_dictionary
     from saeflow.dictionaries.fitting import check_fit
-    from saeflow.groundtruth.alignment import Truth
-    from saeflow.groundtruth.contexts import page, top_contexts
     from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
     from saeflow.groundtruth.folder import read_model
     from saeflow.groundtruth.jacobians import compare_jacobians, true_jacobians
-    from saeflow.groundtruth.labels import label, without_leaks
-    from saeflow.groundtruth.predicates import predicates, states
-    from saeflow.groundtruth.recovery import random_latents, recovery
-    from saeflow.groundtruth.redundancy import redundancy
+    from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, without_leaks
+    from saeflow.groundtruth.recovery import random_latents, recovery, redundancy
+    from saeflow.groundtruth.training import Truth
     from saeflow.models.folder import read_geometry
 
     model_folder = jobs[0].input("groundtruth")

@@ -1,4 +1,18 @@
-"""Automatic labels: for each live latent of a dictionary, the predicate that it matches best, and what it follows.
+"""Automatic labels: for each live latent of a dictionary, the predicate that it matches best, what it follows, and the
+contexts in which it is most active, as tables and as a page that needs nothing but itself.
+
+Predicates are true or false at every position; numbers are a value at every position. A predicate that says what an
+earlier one says (the same positions), or holds nowhere, is left out, so the plainest name of a set stays. In order:
+
+    always                     everywhere
+    BOS, PAD, not BOS          the special tokens
+    token=x                    the word here
+    position=2                 the place, BOS at 0
+    variable=value             a variable of the program; a numerical one by its distinct values, if they are few
+    some x, no x, all x        among the words up to here
+    count x=2                  among the words up to here
+    first x, first not x       here and not before; anything else here, but only x before
+    token=x@2, count x=1@2     both of token or count, and position
 
 A latent *fires* where its activation is above 0. Against a predicate it has a precision (share of where it fires that
 the predicate holds), a recall (share of where the predicate holds that it fires), their harmonic mean F1, and an AUROC:
@@ -7,17 +21,99 @@ counted half. The label is the predicate of the largest F1, then AUROC, then the
 largest F1 when the latent's activations are put at other positions at random: what a latent that knows nothing gets.
 """
 
+import html
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from saeflow.groundtruth.predicates import Predicates
+from saeflow.groundtruth.cases import Case
+from saeflow.groundtruth.program import BOS, PAD, run, values_of
 
+MOST_VALUES = 64  # of a numerical variable, for its values to be predicates
+MOST_COUNT = 16
 TIE, LEAK = 1e-9, 1e-6
 LEAST_POSITIONS = 20  # of a predicate, for its AUROC to mean anything
+TOP = 20  # contexts of a latent
 
 
+class Predicates(NamedTuple):
+    """Of N rows of P positions, flattened: M = N P."""
+
+    names: tuple[str, ...]
+    masks: np.ndarray
+    """(predicates, M) bool."""
+    true_values: tuple[bool, ...]
+    """Whether the predicate is the value of one variable of the program, `tokens` and `indices` included."""
+    numbers: dict[str, np.ndarray]
+    """By name, (M,) float64: numerical variables, and `position`."""
+
+
+def predicates(case: Case, tokens: np.ndarray) -> Predicates:
+    """Of rows `tokens` (N, P) of token ids."""
+    program, values = case.program, run(case.program, tokens)
+    found: list[tuple[str, np.ndarray, bool]] = []
+    position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    found.append(("always", np.ones(tokens.shape, dtype=bool), False))
+    found += [(special, tokens == program.token_id(special), False) for special in (BOS, PAD)]
+    found.append((f"not {BOS}", tokens != program.token_id(BOS), False))
+    words = values_of(program.variables["tokens"])
+    is_word = {word: values["tokens"] == code for code, word in enumerate(words)}
+    found += [(f"token={word}", mask, True) for word, mask in is_word.items()]
+    found += [(f"position={p}", position == p, True) for p in range(1, tokens.shape[1])]
+    numbers = {"position": position.astype(np.float64)}
+    for name, variable in program.variables.items():
+        if variable.values is not None:
+            if name not in ("tokens", "indices"):
+                found += [(f"{name}={v}", values[name] == code, True) for code, v in enumerate(variable.values)]
+            continue
+        numbers[name] = values[name]
+        distinct = np.unique(values[name].round(9))
+        if len(distinct) <= MOST_VALUES:
+            found += [(f"{name}={v:.3g}", np.isclose(values[name], v, rtol=0, atol=1e-8), True) for v in distinct]
+    counts = {word: mask.cumsum(1) for word, mask in is_word.items()}
+    after_bos = position > 0
+    for word, count in counts.items():
+        here = is_word[word]
+        found += [
+            (f"some {word}", count > 0, False),
+            (f"no {word}", (count == 0) & after_bos, False),
+            (f"all {word}", (count == position) & after_bos, False),
+            (f"first {word}", here & (count == 1), False),
+            (f"first not {word}", ~here & (count == position - 1) & after_bos, False),
+        ]
+    most = min(MOST_COUNT, tokens.shape[1] - 1)
+    found += [(f"count {w}={c}", (n == c) & after_bos, False) for w, n in counts.items() for c in range(1, most + 1)]
+    places = range(1, tokens.shape[1])
+    for word, mask in {**is_word, PAD: tokens == program.token_id(PAD)}.items():
+        found += [(f"token={word}@{p}", mask & (position == p), False) for p in places]
+    for word, count in counts.items():
+        found += [
+            (f"count {word}={c}@{p}", (count == c) & (position == p), False)
+            for p in places
+            for c in range(min(p, MOST_COUNT) + 1)
+        ]
+    kept: dict[bytes, tuple[str, np.ndarray, bool]] = {}
+    for name, mask, true_value in found:
+        if mask.any():
+            kept.setdefault(np.packbits(mask).tobytes(), (name, mask.ravel(), true_value))
+    names, masks, true_values = zip(*kept.values(), strict=True)
+    flat = {name: value.ravel() for name, value in numbers.items()}
+    return Predicates(names, np.stack(masks), true_values, flat)
+
+
+def states(case: Case, tokens: np.ndarray, hook_name: str) -> np.ndarray:
+    """(N P,) int64: which of the reachable states each position is in: a different number for each combination of the
+    variables that the compiled model has at a hook, and of BOS and PAD where it has the tokens."""
+    variables_at_hook = case.compiled.variables_at(hook_name)
+    values = run(case.program, tokens)
+    columns = [np.unique(values[name].round(9), return_inverse=True)[1].ravel() for name in variables_at_hook]
+    columns += [tokens.ravel()] if "tokens" in variables_at_hook else []
+    _, state = np.unique(np.stack(columns), axis=1, return_inverse=True)
+    return np.asarray(state).ravel()
+
+
+# -------------------------------------------------------------------- labels
 def without_leaks(activations: np.ndarray) -> np.ndarray:
     """(M, n), with 0 for what is below a millionth of the latent's largest activation: what a softmax leaves of what is
     not selected is no firing."""
@@ -99,3 +195,61 @@ def _ranks(values: np.ndarray) -> np.ndarray:
         last = counts.cumsum()
         ranks[:] = ((2 * last - counts + 1) / 2)[inverse]
     return out
+
+
+# -------------------------------------------------------------------- contexts
+def top_contexts(case: Case, tokens: np.ndarray, activations: np.ndarray, top: int = TOP) -> pd.DataFrame:
+    """Of rows `tokens` (N, P) and `activations` (N P, n): for each live latent up to `top` rows with `latent`, `rank`,
+    `row`, `position`, `token`, `context` and `activation`, the most active first, equal ones in the rows' order."""
+    words = [str(word) for word in case.program.vocabulary]
+    contexts = [" ".join(words[i] for i in row) for row in tokens]
+    found = []
+    for latent in np.flatnonzero((activations > 0).any(0)):
+        column = activations[:, latent]
+        best = np.argsort(-column, kind="stable")[:top]
+        best = best[column[best] > 0]
+        rows, positions = np.divmod(best, tokens.shape[1])
+        found.append(
+            pd.DataFrame(
+                {
+                    "latent": latent,
+                    "rank": np.arange(len(best)),
+                    "row": rows,
+                    "position": positions,
+                    "token": [words[tokens[r, p]] for r, p in zip(rows, positions, strict=True)],
+                    "context": [contexts[r] for r in rows],
+                    "activation": column[best],
+                }
+            )
+        )
+    columns = ["latent", "rank", "row", "position", "token", "context", "activation"]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+
+
+def page(title: str, labels: pd.DataFrame, contexts: pd.DataFrame) -> str:
+    """Static HTML: a table of all latents with their labels, then each one's contexts, its own token marked."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in labels.columns)
+    body = []
+    for row in labels.to_dict("records"):
+        cells = "".join(f"<td>{_cell(value)}</td>" for value in row.values())
+        body.append(f'<tr id="row{row["latent"]}">{cells}</tr>')
+    parts = [f"<table><tr>{head}</tr>{''.join(body)}</table>"]
+    for latent, rows in contexts.groupby("latent"):
+        label = labels.loc[labels["latent"] == latent, "label"]
+        parts.append(f"<h2 id=latent{latent}>latent {latent}: {html.escape(str(label.iloc[0]))}</h2><table>")
+        parts.append("<tr><th>activation</th><th>position</th><th>context</th></tr>")
+        for position, context, activation in zip(rows["position"], rows["context"], rows["activation"], strict=True):
+            words = [html.escape(word) for word in context.split(" ")]
+            words[position] = f"<b>{words[position]}</b>"
+            shown = " ".join(words)
+            parts.append(f"<tr><td>{activation:.3f}</td><td>{position}</td><td>{shown}</td></tr>")
+        parts.append("</table>")
+    style = "body{font:14px sans-serif;margin:2em}td,th{padding:1px 10px;text-align:left}b{background:#fe9}"
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+        f"<h1>{html.escape(title)}</h1>{''.join(parts)}\n"
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))

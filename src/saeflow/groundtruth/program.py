@@ -11,7 +11,7 @@ numerical ones (N, P) float64, 0 where there is nothing.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -39,80 +39,63 @@ class Variable:
 
 
 @dataclass(frozen=True)
-class TokenMap:
+class Block:
+    output: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The variables that it reads: its other fields that are names."""
+        values = [getattr(self, field.name) for field in fields(self)[1:]]
+        return tuple(value for value in values if isinstance(value, str))
+
+
+@dataclass(frozen=True)
+class TokenMap(Block):
     """function(input): categorical to categorical, or to a number of 0 or more."""
 
-    output: str
     input: str
     function: Callable[[Any], Any]
     numerical: bool = False
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.input,)
-
 
 @dataclass(frozen=True)
-class PairMap:
+class PairMap(Block):
     """function(first, second) of two categorical variables; RASP's SequenceMap."""
 
-    output: str
     first: str
     second: str
     function: Callable[[Any, Any], Any]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.first, self.second)
-
 
 @dataclass(frozen=True)
-class Aggregate:
+class Aggregate(Block):
     """The mean of `value` over the positions that are selected: those where predicate(key there, query here).
 
     Of a categorical variable at most one position may be selected.
     """
 
-    output: str
     query: str
     key: str
     value: str
     predicate: Callable[[Any, Any], bool]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value)
-
 
 @dataclass(frozen=True)
-class SelectorWidth:
+class SelectorWidth(Block):
     """How many positions are selected; categorical."""
 
-    output: str
     query: str
     key: str
     predicate: Callable[[Any, Any], bool]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.query, self.key)
-
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Block):
     """factors[0] * first + factors[1] * second, all numerical."""
 
-    output: str
     first: str
     second: str
     factors: tuple[float, float]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.first, self.second)
-
-
-Block = TokenMap | PairMap | Aggregate | SelectorWidth | Linear
 
 
 @dataclass(frozen=True)
@@ -178,6 +161,7 @@ def _value(block: Block, program: Program, values: dict[str, np.ndarray], is_bos
         return pair_table(block, variables)[values[block.first], values[block.second]]
     if isinstance(block, Linear):
         return block.factors[0] * values[block.first] + block.factors[1] * values[block.second]
+    assert isinstance(block, Aggregate | SelectorWidth)
     table = selector_table(block, variables)
     selected = table[values[block.query][:, :, None], values[block.key][:, None, :]]  # (N, query, key)
     if program.causal:
@@ -204,22 +188,15 @@ def map_table(block: TokenMap, variables: Mapping[str, Variable]) -> np.ndarray:
 
 def pair_table(block: PairMap, variables: Mapping[str, Variable]) -> np.ndarray:
     """(values + 1, values + 1): the result for every pair of codes; none of anything is none."""
-    first, second = values_of(variables[block.first]), values_of(variables[block.second])
-    table = np.full((len(first) + 1, len(second) + 1), NONE)
-    for i, one in enumerate(first):
-        for j, other in enumerate(second):
-            table[i, j] = _code(variables[block.output], block.function(one, other))
-    return table
+    first, second, to = (variables[name] for name in (block.first, block.second, block.output))
+    table = [[_code(to, block.function(one, other)) for other in values_of(second)] for one in values_of(first)]
+    return np.pad(table, (0, 1), constant_values=NONE)
 
 
 def selector_table(block: Aggregate | SelectorWidth, variables: Mapping[str, Variable]) -> np.ndarray:
     """(query values + 1, key values + 1) bool; False where either is none."""
     queries, keys = values_of(variables[block.query]), values_of(variables[block.key])
-    table = np.zeros((len(queries) + 1, len(keys) + 1), dtype=bool)
-    for i, q in enumerate(queries):
-        for j, k in enumerate(keys):
-            table[i, j] = bool(block.predicate(k, q))
-    return table
+    return np.pad([[bool(block.predicate(k, q)) for k in keys] for q in queries], (0, 1))
 
 
 def values_of(variable: Variable) -> tuple[Any, ...]:
@@ -251,6 +228,7 @@ def _inferred(block: Block, earlier: dict[str, Variable], n_ctx: int) -> Variabl
                 raise ProgramError(f"block {block.output!r} maps to {min(results)}; one ReLU unit holds 0 or more")
             return Variable(block.output, None)
     else:
+        assert isinstance(block, PairMap)
         results = [block.function(one, other) for one in values_of(inputs[0]) for other in values_of(inputs[1])]
     some = {r for r in results if r is not None}
     if not some:
