@@ -16,7 +16,6 @@ here it is as narrow as the widths need.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from saeflow.groundtruth.program import (
     ProgramError,
     SelectorWidth,
     TokenMap,
-    Variable,
     map_table,
     pair_table,
     selector_table,
@@ -125,27 +123,15 @@ class _Compiler:
             lowest = below + 1 if (below + 1) % 2 == wants_mlp else below + 2
             self.sublayer[block.output] = lowest + 1 if isinstance(block, SelectorWidth) else lowest
         self.n_layers = max(self.sublayer.values()) // 2 + 1
-        self.names = {name: self._direction_names(v) for name, v in self.variables.items()}
-        self.names |= {_width_of(b): [_width_of(b)] for b in program.blocks if isinstance(b, SelectorWidth)}
-        self.names["one"] = ["one"]
-        self.directions = tuple(direction for name in sorted(self.names) for direction in self.names[name])
-
-    def _direction_names(self, variable: Variable) -> list[str]:
-        if variable.values is None:
-            return [variable.name]
-        values = self.program.vocabulary if variable.name == "tokens" else variable.values
-        return [f"{variable.name}:{value}" for value in values]
-
-    @cached_property
-    def column(self) -> dict[str, int]:
-        return {direction: i for i, direction in enumerate(self.directions)}
+        names = {name: _direction_names(name, v.values) for name, v in self.variables.items()}
+        names |= {_width_of(b): [_width_of(b)] for b in program.blocks if isinstance(b, SelectorWidth)}
+        names |= {"tokens": _direction_names("tokens", program.vocabulary), "one": ["one"]}
+        self.directions = tuple(direction for name in sorted(names) for direction in names[name])
+        self.column = {direction: i for i, direction in enumerate(self.directions)}
 
     def columns(self, name: str) -> list[int]:
         """Directions of a variable by its codes: of `tokens` only the words have one."""
-        variable = self.variables.get(name)
-        if variable is None or variable.values is None:
-            return [self.column[direction] for direction in self.names[name]]
-        return [self.column[f"{name}:{value}"] for value in variable.values]
+        return [self.column[direction] for direction in _direction_names(name, self.variables[name].values)]
 
     def compiled(self) -> Compiled:
         program, d = self.program, len(self.directions)
@@ -165,11 +151,10 @@ class _Compiler:
         n_heads = max(1, *(len(some) for some in heads))
         d_head = max([1, *(self._wide(block) for some in heads for block in some)])
         d_mlp = max(1, *(len(some) for some in hidden))
-        numerical = program.output_variable.numerical
         config = {
             "n_layers": self.n_layers, "n_heads": n_heads, "d_model": d, "d_head": d_head, "d_mlp": d_mlp,
             "n_ctx": program.n_ctx, "d_vocab": len(program.vocabulary),
-            "d_vocab_out": 1 if numerical else len(program.output_variable.values or ()),
+            "d_vocab_out": 1 if program.output_variable.numerical else len(program.output_variable.values or ()),
             "act_fn": "relu", "normalization_type": None, "positional_embedding_type": "standard",
             "attention_dir": "causal" if program.causal else "bidirectional",
         }  # fmt: skip
@@ -193,12 +178,11 @@ class _Compiler:
         """(scores (q, k) in units of the coldness, query directions (q,), key directions (k,)), each in the residual
         stream's order."""
         one, bos = self.column["one"], self.column[f"tokens:{BOS}"]
-        table = selector_table(block, self.variables)
         queries = np.array(sorted({*self.columns(block.query), one, bos}))
         keys = np.array(sorted({*self.columns(block.key), bos}))
         scores = np.zeros((len(queries), len(keys)))
         locations = np.searchsorted(queries, self.columns(block.query)), np.searchsorted(keys, self.columns(block.key))
-        scores[np.ix_(*locations)] = table[:-1, :-1]
+        scores[np.ix_(*locations)] = selector_table(block, self.variables)[:-1, :-1]
         always = isinstance(block, SelectorWidth)
         scores[np.searchsorted(queries, one), np.searchsorted(keys, bos)] = 1.0 if always else 0.5
         return scores, queries, keys
@@ -271,6 +255,10 @@ class _Compiler:
             for offset, sign in ((1.0, 1.0), (0.0, -1.0)):
                 add([(x, steep), (one, offset - steep * t)], [(out[after], sign), (out[before], -sign)])
         add([(bos, 1.0)], [(x, -1.0), (out[0], -1.0)])
+
+
+def _direction_names(name: str, values: tuple[Any, ...] | None) -> list[str]:
+    return [name] if values is None else [f"{name}:{value}" for value in values]
 
 
 def _width_of(block: Block) -> str:

@@ -48,20 +48,17 @@ def faithfulness(network: Network, truth: Truth, dictionary: "Dictionary", seed:
         "mean": y.mean((0, 1)).expand_as(y),
         "resample": y[torch.from_numpy(other)],
     }
-    outputs = {"clean": clean.output}
-    outputs |= {name: network.spliced(clean, dictionary.spec.hook_name_out, v) for name, v in values.items()}
+    spliced = {name: network.spliced(clean, dictionary.spec.hook_name_out, v) for name, v in values.items()}
     row: dict[str, Any] = {}
     numerical = truth.case.program.output_variable.numerical
-    for name, output in outputs.items():
+    for name, output in ({"clean": clean.output} | spliced).items():
         row[f"error_{name}"] = loss_of(output, labels, numerical).item()
         row[f"accuracy_{name}"] = float(truth.correct(output, labels).mean())
     for name in ("zero", "mean", "resample"):
         for measure, sign in (("error", 1.0), ("accuracy", -1.0)):
             ablated, lost = (row[f"{measure}_{name}"] - row[f"{measure}_{which}"] for which in ("replaced", "clean"))
-            defined = sign * lost > SMALLEST_RISE
-            row[f"{measure}_recovered_{name}"] = ablated / lost if defined else None
-    centred = y - y.mean((0, 1))
-    row["fvu"] = ((y - values["replaced"]).square().sum() / centred.square().sum()).item()
+            row[f"{measure}_recovered_{name}"] = ablated / lost if sign * lost > SMALLEST_RISE else None
+    row["fvu"] = ((y - values["replaced"]).square().sum() / (y - y.mean((0, 1))).square().sum()).item()
     return row
 
 

@@ -1,6 +1,5 @@
 """The figures of an experiment on models whose algorithm is known, in the style of all others."""
 
-import json
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,24 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from saeflow.dictionaries.naming import amount_name, hook_title, series_name
+from saeflow.evaluation.figures import read_summaries
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, MARKERS
 from saeflow.groundtruth.network import HOOKS
 from saeflow.jobs.job import Job
 
-_IDENTITY = [
-    "place",
-    "hook_name_out",
-    "case",
-    "method",
-    "model_seed",
-    "series",
-    "amount_name",
-    "amount",
-    "d_sae",
-    "seed",
-]
-_IDENTITY += ["train_key", "part"]
+_IDENTITY = ["place", "hook_name_out", "case", "method", "model_seed", "series", "amount_name", "amount"]
+_IDENTITY += ["d_sae", "seed", "train_key", "part"]
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
@@ -47,7 +36,7 @@ class Recoveries(NamedTuple):
 
 
 def read_recoveries(job: Job) -> Recoveries:
-    table = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("recover")])
+    table = read_summaries(job.inputs("recover"))
     return Recoveries(table, stability_table(job, table))
 
 

@@ -40,17 +40,15 @@ def make_model(job: Job) -> str:
     if config["method"] == "compiled":
         network = Network(case.compiled.config, case.compiled.weights)
         truth = Truth(case, case.rows(1000, MODEL_ROWS_SEED))
-        output = network(torch.from_numpy(truth.rows)).output
-        correct = truth.correct(output, truth.values[case.program.output])
+        correct = truth.correct(network(torch.from_numpy(truth.rows)).output, truth.values[case.program.output])
         quality = Quality(float(correct.mean()), {}, {})
     else:
         rows = case.rows(config["n_rows"], MODEL_ROWS_SEED)
         names = ("method", "seed", "n_steps", "batch_rows", "lr")
         trained = train_small(case, rows, Recipe(**{name: config[name] for name in names}))
         network, quality, curve = trained.network, trained.quality, trained.curve
-    weights = network.weights()
     with job.writing() as folder:
-        write_model(folder, case, network.config, weights, config | quality._asdict())
+        write_model(folder, case, network.config, network.weights(), config | quality._asdict())
         if curve:
             pd.DataFrame(curve).to_parquet(folder / "curve.parquet")
     sentence = f"accuracy {quality.accuracy:.4f}"

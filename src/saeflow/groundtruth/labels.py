@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from saeflow.groundtruth.cases import Case
 from saeflow.groundtruth.program import BOS, PAD, run, values_of
@@ -52,13 +53,11 @@ class Predicates(NamedTuple):
 def predicates(case: Case, tokens: np.ndarray) -> Predicates:
     """Of rows `tokens` (N, P) of token ids."""
     program, values = case.program, run(case.program, tokens)
-    found: list[tuple[str, np.ndarray, bool]] = []
     position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    found.append(("always", np.ones(tokens.shape, dtype=bool), False))
+    found = [("always", np.ones(tokens.shape, dtype=bool), False)]
     found += [(special, tokens == program.token_id(special), False) for special in (BOS, PAD)]
     found.append((f"not {BOS}", tokens != program.token_id(BOS), False))
-    words = values_of(program.variables["tokens"])
-    is_word = {word: values["tokens"] == code for code, word in enumerate(words)}
+    is_word = {w: values["tokens"] == code for code, w in enumerate(values_of(program.variables["tokens"]))}
     found += [(f"token={word}", mask, True) for word, mask in is_word.items()]
     found += [(f"position={p}", position == p, True) for p in range(1, tokens.shape[1])]
     numbers = {"position": position.astype(np.float64)}
@@ -98,8 +97,7 @@ def predicates(case: Case, tokens: np.ndarray) -> Predicates:
         if mask.any():
             kept.setdefault(np.packbits(mask).tobytes(), (name, mask.ravel(), true_value))
     names, masks, true_values = zip(*kept.values(), strict=True)
-    flat = {name: value.ravel() for name, value in numbers.items()}
-    return Predicates(names, np.stack(masks), true_values, flat)
+    return Predicates(names, np.stack(masks), true_values, {name: value.ravel() for name, value in numbers.items()})
 
 
 def states(case: Case, tokens: np.ndarray, hook_name: str) -> np.ndarray:
@@ -142,7 +140,7 @@ def match(activations: np.ndarray, against: Predicates) -> Matches:
     n_fires, n_true = fires.sum(1)[:, None], masks.sum(0)[None]
     n_false = masks.shape[0] - n_true
     with np.errstate(invalid="ignore"):
-        auroc = (_ranks(live_activations) @ masks - n_true * (n_true + 1) / 2) / np.where(
+        auroc = (rankdata(live_activations, axis=1) @ masks - n_true * (n_true + 1) / 2) / np.where(
             n_false > 0, n_true * n_false, np.nan
         )
     return Matches(live, both / np.maximum(n_fires, 1), both / n_true, 2 * both / (n_fires + n_true), auroc)
@@ -158,8 +156,7 @@ def label(activations: np.ndarray, against: Predicates, seed: int = 0) -> pd.Dat
     rows = np.arange(len(found.live))
     often = against.masks.sum(1) >= LEAST_POSITIONS
     by_auroc = _best(np.where(often, np.nan_to_num(found.auroc, nan=0.0), -1.0), found.f1)
-    shuffled = np.random.default_rng(seed).permutation(len(activations))
-    chance = match(activations[shuffled], against).f1
+    chance = match(activations[np.random.default_rng(seed).permutation(len(activations))], against).f1
     table |= {
         "label": names[best],
         **{name: getattr(found, name)[rows, best] for name in ("precision", "recall", "f1", "auroc")},
@@ -187,16 +184,6 @@ def _best(first: np.ndarray, then: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(largest, then.round(9), -np.inf).argmax(1))
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along each row; equal values get their mean rank."""
-    out = np.empty(values.shape)
-    for row, ranks in zip(values, out, strict=True):
-        _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
-        last = counts.cumsum()
-        ranks[:] = ((2 * last - counts + 1) / 2)[inverse]
-    return out
-
-
 # -------------------------------------------------------------------- contexts
 def top_contexts(case: Case, tokens: np.ndarray, activations: np.ndarray, top: int = TOP) -> pd.DataFrame:
     """Of rows `tokens` (N, P) and `activations` (N P, n): for each live latent up to `top` rows with `latent`, `rank`,
@@ -205,25 +192,12 @@ def top_contexts(case: Case, tokens: np.ndarray, activations: np.ndarray, top: i
     contexts = [" ".join(words[i] for i in row) for row in tokens]
     found = []
     for latent in np.flatnonzero((activations > 0).any(0)):
-        column = activations[:, latent]
-        best = np.argsort(-column, kind="stable")[:top]
-        best = best[column[best] > 0]
-        rows, positions = np.divmod(best, tokens.shape[1])
-        found.append(
-            pd.DataFrame(
-                {
-                    "latent": latent,
-                    "rank": np.arange(len(best)),
-                    "row": rows,
-                    "position": positions,
-                    "token": [words[tokens[r, p]] for r, p in zip(rows, positions, strict=True)],
-                    "context": [contexts[r] for r in rows],
-                    "activation": column[best],
-                }
-            )
-        )
-    columns = ["latent", "rank", "row", "position", "token", "context", "activation"]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+        for rank, place in enumerate(np.argsort(-activations[:, latent], kind="stable")[:top]):
+            row, position = divmod(int(place), tokens.shape[1])
+            token, activation = words[tokens[row, position]], activations[place, latent]
+            if activation > 0:
+                found.append((latent, rank, row, position, token, contexts[row], activation))
+    return pd.DataFrame(found, columns=["latent", "rank", "row", "position", "token", "context", "activation"])
 
 
 def page(title: str, labels: pd.DataFrame, contexts: pd.DataFrame) -> str:
@@ -241,8 +215,7 @@ def page(title: str, labels: pd.DataFrame, contexts: pd.DataFrame) -> str:
         for position, context, activation in zip(rows["position"], rows["context"], rows["activation"], strict=True):
             words = [html.escape(word) for word in context.split(" ")]
             words[position] = f"<b>{words[position]}</b>"
-            shown = " ".join(words)
-            parts.append(f"<tr><td>{activation:.3f}</td><td>{position}</td><td>{shown}</td></tr>")
+            parts.append(f"<tr><td>{activation:.3f}</td><td>{position}</td><td>{' '.join(words)}</td></tr>")
         parts.append("</table>")
     style = "body{font:14px sans-serif;margin:2em}td,th{padding:1px 10px;text-align:left}b{background:#fe9}"
     return (

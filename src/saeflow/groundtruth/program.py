@@ -10,6 +10,7 @@ Arrays: N rows, P positions. Categorical variables are codes, (N, P) int64 into 
 numerical ones (N, P) float64, 0 where there is nothing.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -221,15 +222,12 @@ def _inferred(block: Block, earlier: dict[str, Variable], n_ctx: int) -> Variabl
         return Variable(block.output, tuple(range(n_ctx)))
     if isinstance(block, Aggregate):
         return Variable(block.output, inputs[2].values)
-    if isinstance(block, TokenMap):
-        results = [block.function(value) for value in values_of(inputs[0])]
-        if block.numerical:
-            if min(results) < 0:
-                raise ProgramError(f"block {block.output!r} maps to {min(results)}; one ReLU unit holds 0 or more")
-            return Variable(block.output, None)
-    else:
-        assert isinstance(block, PairMap)
-        results = [block.function(one, other) for one in values_of(inputs[0]) for other in values_of(inputs[1])]
+    assert isinstance(block, TokenMap | PairMap)
+    results = [block.function(*values) for values in itertools.product(*map(values_of, inputs))]
+    if isinstance(block, TokenMap) and block.numerical:
+        if min(results) < 0:
+            raise ProgramError(f"block {block.output!r} maps to {min(results)}; one ReLU unit holds 0 or more")
+        return Variable(block.output, None)
     some = {r for r in results if r is not None}
     if not some:
         raise ProgramError(f"block {block.output!r} makes none of everything")

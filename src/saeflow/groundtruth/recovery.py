@@ -12,6 +12,8 @@ Redundancy: how many different things the latents are, what they cover, and whet
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from saeflow.groundtruth.cases import Case
 from saeflow.groundtruth.labels import TIE, Predicates, correlation, match, predicates
@@ -67,49 +69,34 @@ def pure(case: Case, tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
     all variables of the program, wherever they are made, and BOS, PAD and what is always there."""
     everything = predicates(case, tokens)
     keep = [t or n in ("always", "BOS", "PAD") for n, t in zip(everything.names, everything.true_values, strict=True)]
-    single = Predicates((), everything.masks[keep], (), {})
-    fires_as_one = match(live, single).f1.max(1) >= PURE_F1
+    fires_as_one = match(live, Predicates((), everything.masks[keep], (), {})).f1.max(1) >= PURE_F1
     for number in everything.numbers.values():
         fires_as_one |= np.abs(correlation(live, number)) >= PURE_CORRELATION
     return fires_as_one
 
 
 # -------------------------------------------------------------------- redundancy
-def duplicates(
-    W_dec: np.ndarray, activations: np.ndarray, cosine: float = COSINE, correlated: float = CORRELATION
-) -> list[list[int]]:
-    """Groups of two or more live latents, each linked to another by a cosine of decoder rows above `cosine` and a
-    correlation of activations above `correlated`. W_dec (n, d), activations (M, n)."""
+def duplicates(W_dec: np.ndarray, activations: np.ndarray) -> list[list[int]]:
+    """Groups of two or more live latents, each linked to another by a cosine of decoder rows above 0.9 and a
+    correlation of activations above 0.95. W_dec (n, d), activations (M, n)."""
     live = np.flatnonzero((activations > 0).any(0))
     rows = _unit(W_dec[live])
     centred = activations[:, live] - activations[:, live].mean(0)
     varying = np.linalg.norm(centred, axis=0) > TIE
     columns = _unit(centred.T)
     constant = ~varying[:, None] & ~varying[None]  # latents that always fire alike correlate with each other
-    alike = (rows @ rows.T > cosine) & ((columns @ columns.T > correlated) | constant)
-    groups = list(range(len(live)))
-    for i, j in zip(*np.nonzero(np.triu(alike, 1)), strict=True):
-        a, b = groups[i], groups[j]
-        groups = [a if group == b else group for group in groups]
-    found: dict[int, list[int]] = {}
-    for latent, group in zip(live.tolist(), groups, strict=True):
-        found.setdefault(group, []).append(latent)
-    return [group for group in found.values() if len(group) > 1]
+    alike = (rows @ rows.T > COSINE) & ((columns @ columns.T > CORRELATION) | constant)
+    n, group = connected_components(alike, directed=False)
+    return [live[group == i].tolist() for i in range(n) if (group == i).sum() > 1]
 
 
 def coverage(activations: np.ndarray, states: np.ndarray) -> tuple[float, float]:
     """Share of states (`states` (M,), the state at each position) that some latent identifies (fires there and almost
     nowhere else: F1 of 0.9 or more), and share at which any latent fires at all."""
-    fires = activations > 0
-    every = np.unique(states)
-    identified = fired = 0
-    for state in every:
-        there = states == state
-        both = fires[there].sum(0)
-        f1 = 2 * both / np.maximum(fires.sum(0) + there.sum(), 1)
-        identified += bool((f1 >= IDENTIFIES).any())
-        fired += bool(both.any())
-    return identified / len(every), fired / len(every)
+    fires, there = pd.DataFrame(activations > 0), np.unique(states, return_counts=True)[1]
+    both = fires.groupby(states).sum().to_numpy()
+    f1 = 2 * both / np.maximum(fires.sum().to_numpy() + there[:, None], 1)
+    return float((f1 >= IDENTIFIES).any(1).mean()), float(both.any(1).mean())
 
 
 def stability(decoders: list[np.ndarray]) -> float:

@@ -85,8 +85,7 @@ class Truth:
         if self.case.program.output_variable.numerical:
             error = np.abs(output[:, 1:, 0].numpy().astype(np.float64) - labels[:, 1:])
             return (error < self.case.tolerance).ravel()
-        counts = labels[:, 1:] >= 0
-        return (output[:, 1:].argmax(-1).numpy() == labels[:, 1:])[counts]
+        return (output[:, 1:].argmax(-1).numpy() == labels[:, 1:])[labels[:, 1:] >= 0]
 
 
 def align(case: Case, config: dict[str, Any]) -> Alignment:

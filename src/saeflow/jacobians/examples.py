@@ -37,9 +37,8 @@ def top_inputs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
     """Of the outputs that `top_pairs_table` names by mean J, each once: the `config.top_inputs` inputs of highest mean
     J. `output_rank` is the order of the outputs."""
     ranked = _ranked(pairs, "mean", np.arange(len(pairs.count)), config)[: config.top_pairs]
-    outputs = list(dict.fromkeys(pairs.output[ranked].tolist()))
     tables = []
-    for order, output in enumerate(outputs, start=1):
+    for order, output in enumerate(dict.fromkeys(pairs.output[ranked].tolist()), start=1):
         start, end = np.searchsorted(pairs.output, [output, output + 1])
         places = _ranked(pairs, "mean", np.arange(start, end), config)[: config.top_inputs]
         columns = {"output_rank": [order] * len(places), "rank": np.arange(1, len(places) + 1)}
@@ -57,17 +56,12 @@ def _ranked(pairs: Pairs, statistic: str, places: np.ndarray, config: JacobianCo
 
 
 def _describe(pairs: Pairs, places: np.ndarray) -> dict[str, np.ndarray]:
-    count = pairs.count[places]
-    mean, mean_absolute = pairs.sum[places] / count, pairs.sum_absolute[places] / count
-    squares = pairs.sum_squares[places] / count
-    columns = {"output": pairs.output[places], "input": pairs.input[places], "count": count}
-    columns |= {"mean": mean, "std": np.sqrt(np.maximum(squares - mean**2, 0))}
-    return columns | {
-        "mean_absolute": mean_absolute,
-        "std_absolute": np.sqrt(np.maximum(squares - mean_absolute**2, 0)),
-        "active_output": pairs.active_output[pairs.output[places]],
-        "active_input": pairs.active_input[pairs.input[places]],
-    }
+    output, input, count = pairs.output[places], pairs.input[places], pairs.count[places]
+    mean, mean_absolute, squares = (sums[places] / count for sums in (pairs.sum, pairs.sum_absolute, pairs.sum_squares))
+    columns = {"output": output, "input": input, "count": count}
+    for name, value in (("", mean), ("_absolute", mean_absolute)):
+        columns |= {f"mean{name}": value, f"std{name}": np.sqrt(np.maximum(squares - value**2, 0))}
+    return columns | {"active_output": pairs.active_output[output], "active_input": pairs.active_input[input]}
 
 
 # -------------------------------------------------------------------- windows

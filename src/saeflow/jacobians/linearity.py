@@ -52,16 +52,15 @@ class Samples(NamedTuple):
 
 def choose_tokens(n_tokens: int, n_samples: int, seed: int = 0) -> np.ndarray:
     """(n_samples,), ascending; each once where there are enough."""
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(n_tokens, n_samples, replace=n_samples > n_tokens))
+    return np.sort(np.random.default_rng(seed).choice(n_tokens, n_samples, replace=n_samples > n_tokens))
 
 
 @torch.no_grad()
 def linearity_table(pair: Pair, samples: Samples, seed: int = 0) -> pa.Table:
     """One row a sample: which latents, J, the classes, what ablations do, and g itself (`curve`, at equal steps from 0
     to `sweep_end`). Tokens without a pair of active latents are left out."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.random((len(samples.token), 2))  # drawn at once: a sample's pair depends on its place alone
+    # drawn at once: a sample's pair depends on its place alone
+    chosen = np.random.default_rng(seed).random((len(samples.token), 2))
     rows: list[dict[str, Any]] = []
     for start in range(0, len(samples.token), SAMPLES_AT_ONCE):
         some = slice(start, start + SAMPLES_AT_ONCE)

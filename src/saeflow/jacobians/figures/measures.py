@@ -1,5 +1,6 @@
 """Figures of what J comes to over a study: its measures by coefficient and layer, their price, the paper's numbers."""
 
+import itertools
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,8 +12,11 @@ from matplotlib.lines import Line2D
 from saeflow.figures.axes import plain_table
 from saeflow.figures.registry import figure
 from saeflow.figures.style import MARKERS, sequence
-from saeflow.jacobians.figures.series import (
+from saeflow.jacobians.figures.studies import (
     DASHES,
+    FAITHFULNESS,
+    IDENTITY,
+    Studies,
     by_coefficient,
     by_panel,
     coefficient_colours,
@@ -20,8 +24,8 @@ from saeflow.jacobians.figures.series import (
     legend,
     legend_of_lines,
     over_seeds,
+    read_pairs,
 )
-from saeflow.jacobians.figures.studies import FAITHFULNESS, IDENTITY, Studies, read_pairs
 
 
 @figure("jacobian_sweep", stage="jacobian", reads=read_pairs)
@@ -30,10 +34,8 @@ def jacobian_sweep(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     table = studies.summaries
     panels = by_panel(table)
     colours = sequence(len(panels), 0.15, 0.75)
-    series = [
-        (panel, rows, colour, DASHES[n % len(DASHES)])
-        for n, ((panel, rows), colour) in enumerate(zip(panels, colours, strict=True))
-    ]
+    looks = zip(panels, colours, itertools.cycle(DASHES), strict=False)
+    series = [(panel, rows, colour, dashes) for (panel, rows), colour, dashes in looks]
     return _measures(table, "jacobian_coefficient", "Jacobian coefficient λ", series)
 
 
@@ -165,13 +167,9 @@ def jacobian_reproduction(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     ]
     figure, axis = plt.subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
     axis.set_axis_off()
-    names = [
-        "language model",
-        "study",
-        *(text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()),
-    ]
+    names = [text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()]
     widths = [0.21, 0.27, *[0.075] * len(_COMPARED)]
-    grid = plain_table(axis, cells, names, widths, 6.5, head=1.9, loc="center")
+    grid = plain_table(axis, cells, ["language model", "study", *names], widths, 6.5, head=1.9, loc="center")
     for (_, column), cell in grid.get_celld().items():
         if column < 2:
             cell.set_text_props(ha="left")
