@@ -15,15 +15,16 @@ from saeflow.dictionaries import Origin, Spec
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
-from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
-from saeflow.groundtruth.folder import load_hooked, read_model, write_model
-from saeflow.groundtruth.jacobians import (
+from saeflow.groundtruth.faithfulness import (
     compare_jacobians,
     dictionary_jacobians,
     effective_inputs,
+    faithfulness,
+    interchange_accuracy,
     mlp_jacobians,
     true_jacobians,
 )
+from saeflow.groundtruth.folder import load_hooked, read_model, write_model
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
 from saeflow.groundtruth.training import Truth
 from saeflow.jobs.job import Job

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from saeflow.activations.store import open_column
@@ -138,16 +139,12 @@ def baseline_jobs(jobs: list[Job]) -> list[Baseline]:
 
 
 def write_baseline(baseline: Baseline, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
     write_tables(folder, batches=baseline.sums.batches, documents=baseline.sums.documents)
     save_file(baseline.sums.vectors, folder / "vectors.safetensors")
     (folder / "baseline.json").write_text(json.dumps({"hook_name": baseline.hook_name, "head": baseline.head}) + "\n")
 
 
 def read_baseline(folder: Path) -> Baseline:
-    from safetensors.numpy import load_file
-
     site: dict[str, Any] = json.loads((folder / "baseline.json").read_text())
     batches, documents = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("batches", "documents"))
     sums = Sums(batches, documents, load_file(folder / "vectors.safetensors"))

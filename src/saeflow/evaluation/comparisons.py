@@ -42,7 +42,7 @@ def matched_l0(
     `positions="_without_bos"` both metrics are those without BOS.
     """
     x, y = f"l0{positions}", f"ce_replaced{positions}"
-    return _matched(one, other, resamples, confidence, x, y, np.log).rename(columns={x: "l0"})
+    return _matched([one, other], resamples, confidence, x, y, np.log).rename(columns={x: "l0"})
 
 
 def matched_ce(
@@ -55,22 +55,17 @@ def matched_ce(
     harder documents do not raise for all alike.
     """
     x, y = f"ce_increase{positions}", "log_l0"
-    one, other, resamples = (t.assign(log_l0=np.log(t[f"l0{positions}"])) for t in (one, other, resamples))
-    grid = _matched(one, other, resamples, confidence, x, y, lambda ce: ce)
+    *fronts, resamples = (t.assign(log_l0=np.log(t[f"l0{positions}"])) for t in (one, other, resamples))
+    grid = _matched(fronts, resamples, confidence, x, y, lambda ce: ce)
     grid[["ratio", "low", "high"]] = np.exp(grid[["difference", "low", "high"]].astype(float))
     return grid.rename(columns={x: "ce_increase"})[["ce_increase", "ratio", "low", "high", "at_point_of"]]
 
 
 def _matched(
-    one: pd.DataFrame,
-    other: pd.DataFrame,
-    resamples: pd.DataFrame,
-    confidence: float,
-    x: str,
-    y: str,
-    scale: Callable[[np.ndarray], np.ndarray],
+    fronts: list[pd.DataFrame], resamples: pd.DataFrame, confidence: float, x: str, y: str, scale: Callable[[Any], Any]
 ) -> pd.DataFrame:
     """`difference` of the fronts in y at equal x, where y is linear in `scale` of x between the points of a front."""
+    one, other = fronts
     columns = [x, "difference", "low", "high", "at_point_of"]
     low, high = max(one[x].min(), other[x].min()), min(one[x].max(), other[x].max())
     if not low < high:
@@ -80,8 +75,8 @@ def _matched(
     points = points[(points[x] >= low) & (points[x] <= high)][[x, "at_point_of"]]
     grid = pd.concat([points, pd.DataFrame({x: between})]).sort_values(x)
     at = scale(grid[x].to_numpy())
-    fronts = [_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in (one, other)]
-    grid["difference"] = fronts[1] - fronts[0]
+    a, b = (_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in fronts)
+    grid["difference"] = b - a
 
     def drawn(rows: pd.DataFrame) -> np.ndarray:
         """(draws, at)"""

@@ -170,8 +170,10 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     Raises `FitError` before any forward pass where a dictionary does not fit the model or its baseline.
     """
     first = jobs[0]
-    for job in jobs[1:]:
-        if (_shared(job), job.input("tokens")) != (_shared(first), first.input("tokens")):
+    # all but which part of a pair is meant
+    shared = [(job.input("tokens"), {k: v for k, v in job.config.items() if k != "part"}) for job in jobs]
+    for job, own in zip(jobs, shared, strict=True):
+        if own != shared[0]:
             raise ValueError(f"{job.path} and {first.path} have other models or tokens, so they need jobs of their own")
     baselines = {path: read_baseline(path) for path in {job.input("baseline") for job in jobs}}
     tasks = []
@@ -198,11 +200,6 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         with job.writing() as out:
             write_evaluation(evaluation, summaries[-1], out)
     return summaries
-
-
-def _shared(job: Job) -> dict[str, Any]:
-    """What jobs must have in common: all but which part of a pair is meant."""
-    return {name: value for name, value in job.config.items() if name != "part"}
 
 
 def write_evaluation(evaluation: Evaluation, summary: dict[str, Any], folder: Path) -> None:

@@ -22,14 +22,13 @@ Shapes: N tokens, d and p the widths that a dictionary reads and writes, n laten
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries import Dictionary
 
 CHUNK_ELEMENTS = 1 << 20  # of one (tokens, n) tensor of latents: 4 MiB in float32, so that passes over it stay in cache
 DENSE = 0.1
@@ -64,7 +63,7 @@ def target(y: Tensor) -> Target:
 
 
 @torch.no_grad()
-def reconstruct(dictionary: "Dictionary", x: Tensor, y: Target, is_bos: Tensor) -> Reconstruction:
+def reconstruct(dictionary: Dictionary, x: Tensor, y: Target, is_bos: Tensor) -> Reconstruction:
     """Encodes and decodes `x` (N, d), a few tokens at a time where there are many latents; `is_bos` (N,)."""
     output = torch.empty_like(y.value)
     l0 = torch.empty(len(x), dtype=torch.float64, device=x.device)

@@ -13,18 +13,7 @@ import numpy as np
 
 from saeflow.config import ConfigError
 from saeflow.groundtruth.compiler import Compiled, compile_program
-from saeflow.groundtruth.program import (
-    BOS,
-    PAD,
-    Aggregate,
-    Block,
-    Linear,
-    PairMap,
-    Program,
-    SelectorWidth,
-    TokenMap,
-    run,
-)
+from saeflow.groundtruth.program import BOS, PAD, Aggregate, Block, Linear, PairMap, Program, SelectorWidth, TokenMap
 
 ALL_ROWS_UP_TO = 4096
 LEAST_HEADS, LEAST_D_HEAD, LEAST_LAYERS = 4, 3, 2
@@ -93,7 +82,7 @@ class Case:
 
     def labels(self, tokens: np.ndarray) -> np.ndarray:
         """What the program says on rows (N, P): codes (-1: none) or numbers; see `saeflow.groundtruth.program`."""
-        return run(self.program, tokens)[self.program.output]
+        return self.program.run(tokens)[self.program.output]
 
 
 def small_config(case: Case) -> dict[str, Any]:

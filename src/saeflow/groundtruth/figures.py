@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from saeflow.dictionaries import load_dictionary
 from saeflow.dictionaries.naming import amount_name, hook_title, series_name
 from saeflow.evaluation.figures import read_summaries
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, MARKERS
 from saeflow.groundtruth.network import HOOKS
+from saeflow.groundtruth.recovery import stability
 from saeflow.jobs.job import Job
 
 _IDENTITY = ["place", "hook_name_out", "case", "method", "model_seed", "series", "amount_name", "amount"]
@@ -42,9 +44,6 @@ def read_recoveries(job: Job) -> Recoveries:
 
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
-    from saeflow.dictionaries import load_dictionary
-    from saeflow.groundtruth.recovery import stability
-
     live = (pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover"))
     latents = dict(zip(table["train_key"], live, strict=True))
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from saeflow.config import TracrConfig
 from saeflow.groundtruth.cases import get_case
 from saeflow.jobs.job import Job
 from saeflow.text.tokens import open_tokens, write_unpacked_rows
@@ -32,7 +33,7 @@ def make_model(job: Job) -> str:
 
     from saeflow.groundtruth.folder import write_model
     from saeflow.groundtruth.network import Network
-    from saeflow.groundtruth.training import Quality, Recipe, Truth, train_small
+    from saeflow.groundtruth.training import Quality, Truth, train_small
 
     config = job.config["tracr"]
     case = get_case(config["case"])
@@ -44,8 +45,7 @@ def make_model(job: Job) -> str:
         quality = Quality(float(correct.mean()), {}, {})
     else:
         rows = case.rows(config["n_rows"], MODEL_ROWS_SEED)
-        names = ("method", "seed", "n_steps", "batch_rows", "lr")
-        trained = train_small(case, rows, Recipe(**{name: config[name] for name in names}))
+        trained = train_small(case, rows, TracrConfig(**config))
         network, quality, curve = trained.network, trained.quality, trained.curve
     with job.writing() as folder:
         write_model(folder, case, network.config, network.weights(), config | quality._asdict())
@@ -69,9 +69,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
 
     from saeflow.dictionaries import load_dictionary
     from saeflow.dictionaries.fitting import check_fit
-    from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
+    from saeflow.groundtruth.faithfulness import compare_jacobians, faithfulness, interchange_accuracy, true_jacobians
     from saeflow.groundtruth.folder import read_model
-    from saeflow.groundtruth.jacobians import compare_jacobians, true_jacobians
     from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, without_leaks
     from saeflow.groundtruth.recovery import random_latents, recovery, redundancy
     from saeflow.groundtruth.training import Truth

@@ -29,7 +29,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from saeflow.groundtruth.cases import Case
-from saeflow.groundtruth.program import BOS, PAD, run, values_of
+from saeflow.groundtruth.program import BOS, PAD, values_of
 
 MOST_VALUES = 64  # of a numerical variable, for its values to be predicates
 MOST_COUNT = 16
@@ -52,7 +52,7 @@ class Predicates(NamedTuple):
 
 def predicates(case: Case, tokens: np.ndarray) -> Predicates:
     """Of rows `tokens` (N, P) of token ids."""
-    program, values = case.program, run(case.program, tokens)
+    program, values = case.program, case.program.run(tokens)
     position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     found = [("always", np.ones(tokens.shape, dtype=bool), False)]
     found += [(special, tokens == program.token_id(special), False) for special in (BOS, PAD)]
@@ -104,7 +104,7 @@ def states(case: Case, tokens: np.ndarray, hook_name: str) -> np.ndarray:
     """(N P,) int64: which of the reachable states each position is in: a different number for each combination of the
     variables that the compiled model has at a hook, and of BOS and PAD where it has the tokens."""
     variables_at_hook = case.compiled.variables_at(hook_name)
-    values = run(case.program, tokens)
+    values = case.program.run(tokens)
     columns = [np.unique(values[name].round(9), return_inverse=True)[1].ravel() for name in variables_at_hook]
     columns += [tokens.ravel()] if "tokens" in variables_at_hook else []
     _, state = np.unique(np.stack(columns), axis=1, return_inverse=True)
@@ -205,7 +205,8 @@ def page(title: str, labels: pd.DataFrame, contexts: pd.DataFrame) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in labels.columns)
     body = []
     for row in labels.to_dict("records"):
-        cells = "".join(f"<td>{_cell(value)}</td>" for value in row.values())
+        shown = (f"{v:.3f}" if isinstance(v, float) else html.escape(str(v)) for v in row.values())
+        cells = "".join(f"<td>{value}</td>" for value in shown)
         body.append(f'<tr id="row{row["latent"]}">{cells}</tr>')
     parts = [f"<table><tr>{head}</tr>{''.join(body)}</table>"]
     for latent, rows in contexts.groupby("latent"):
@@ -222,7 +223,3 @@ def page(title: str, labels: pd.DataFrame, contexts: pd.DataFrame) -> str:
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
         f"<h1>{html.escape(title)}</h1>{''.join(parts)}\n"
     )
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))

@@ -5,9 +5,9 @@ each position. Two are there from the start: `tokens` has no value at BOS and PA
 BOS from 0. Each block makes one more. What is none takes part in nothing: a map of none is none, and a selector neither
 selects it nor selects for it.
 
-`run` is the definition of every block, and gives what the compiled model has, at every position, BOS and PAD included.
-Arrays: N rows, P positions. Categorical variables are codes, (N, P) int64 into `Variable.values`, -1 for none;
-numerical ones (N, P) float64, 0 where there is nothing.
+`Program.run` is the definition of every block, and gives what the compiled model has, at every position, BOS and PAD
+included. Arrays: N rows, P positions. Categorical variables are codes, (N, P) int64 into `Variable.values`, -1 for
+none; numerical ones (N, P) float64, 0 where there is nothing.
 """
 
 import itertools
@@ -140,18 +140,17 @@ class Program:
     def output_variable(self) -> Variable:
         return self.variables[self.output]
 
-
-def run(program: Program, tokens: np.ndarray, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Value of every variable on `tokens` (N, P) of token ids; `given` replaces some of them."""
-    given, variables = given or {}, program.variables
-    words = np.array([_code(variables["tokens"], word) for word in program.vocabulary])
-    positions = np.broadcast_to(np.arange(tokens.shape[1]) - 1, tokens.shape)
-    values: dict[str, np.ndarray] = {"tokens": words[tokens], "indices": np.ascontiguousarray(positions)}
-    values |= {name: given[name] for name in ("tokens", "indices") if name in given}
-    is_bos = tokens == program.token_id(BOS)
-    for block in program.blocks:
-        values[block.output] = given[block.output] if block.output in given else _value(block, program, values, is_bos)
-    return values
+    def run(self, tokens: np.ndarray, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Value of every variable on `tokens` (N, P) of token ids; `given` replaces some of them."""
+        given = given or {}
+        words = np.array([_code(self.variables["tokens"], word) for word in self.vocabulary])
+        positions = np.broadcast_to(np.arange(tokens.shape[1]) - 1, tokens.shape)
+        values: dict[str, np.ndarray] = {"tokens": words[tokens], "indices": np.ascontiguousarray(positions)}
+        values |= {name: given[name] for name in ("tokens", "indices") if name in given}
+        is_bos = tokens == self.token_id(BOS)
+        for block in self.blocks:
+            values[block.output] = given[block.output] if block.output in given else _value(block, self, values, is_bos)
+        return values
 
 
 def _value(block: Block, program: Program, values: dict[str, np.ndarray], is_bos: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from scipy.sparse.csgraph import connected_components
 
 from saeflow.groundtruth.cases import Case
 from saeflow.groundtruth.labels import TIE, Predicates, correlation, match, predicates
-from saeflow.groundtruth.program import run
 
 PURE_F1, PURE_CORRELATION = 0.9, 0.95
 COSINE, CORRELATION, IDENTIFIES = 0.9, 0.95, 0.9
@@ -25,7 +24,7 @@ COSINE, CORRELATION, IDENTIFIES = 0.9, 0.95, 0.9
 
 def true_values(case: Case, tokens: np.ndarray, variables: list[str]) -> dict[str, Predicates]:
     """By categorical variable: a predicate for each value that occurs, but not everywhere."""
-    values = run(case.program, tokens)
+    values = case.program.run(tokens)
     found = {}
     for name in variables:
         of = case.program.variables[name].values
@@ -41,7 +40,7 @@ def recovery(case: Case, tokens: np.ndarray, hook_name: str, activations: np.nda
     """Of latents at rows `tokens` (N, P), `activations` (N P, n): `recovery` (mean over the variables that the compiled
     model has at the hook), `recovery_<variable>` of each, and `mixtures`, the share of live latents."""
     variables = list(case.compiled.variables_at(hook_name))
-    values = run(case.program, tokens)
+    values = case.program.run(tokens)
     scores: dict[str, float] = {}
     live = activations[:, (activations > 0).any(0)]
     for name, against in true_values(case, tokens, variables).items():

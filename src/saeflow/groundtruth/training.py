@@ -20,17 +20,17 @@ Position 0, BOS, is left out, as in InterpBench's code.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saeflow.config import ConfigError
+from saeflow.config import TracrConfig
 from saeflow.groundtruth.cases import Case, small_config
 from saeflow.groundtruth.network import Network, Node, initial_weights
-from saeflow.groundtruth.program import SelectorWidth, run
+from saeflow.groundtruth.program import SelectorWidth
 from saeflow.jobs.log import progress
 
 ALL_PAIRS_UP_TO = 1 << 17
@@ -73,12 +73,12 @@ class Truth:
 
     def __init__(self, case: Case, rows: np.ndarray) -> None:
         self.case, self.rows = case, rows
-        self.values = run(case.program, rows)
+        self.values = case.program.run(rows)
 
     def output(self, base: np.ndarray, source: np.ndarray, variables: tuple[str, ...]) -> np.ndarray:
         """`base` and `source` (N,) are numbers of rows; (N, P) codes or numbers."""
         given = {name: self.values[name][source] for name in variables}
-        return run(self.case.program, self.rows[base], given)[self.case.program.output]
+        return self.case.program.run(self.rows[base], given)[self.case.program.output]
 
     def correct(self, output: Tensor, labels: np.ndarray) -> np.ndarray:
         """Whether `output` (N, P, d_vocab_out) is what `labels` (N, P) say, at the positions that count: (M,) bool."""
@@ -134,22 +134,6 @@ def quality(network: Network, truth: Truth, alignment: Alignment, base: np.ndarr
 
 # -------------------------------------------------------------------- training
 @dataclass(frozen=True)
-class Recipe:
-    """Rows of a batch are drawn from all rows of the case. `lr` falls linearly to 0."""
-
-    method: Literal["supervised", "iit", "siit"] = "siit"
-    seed: int = 0
-    n_steps: int = 400
-    batch_rows: int = 128
-    lr: float = 1e-2
-
-    def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is out of range: it must be 1 or more")
-
-
-@dataclass(frozen=True)
 class Trained:
     network: Network
     alignment: Alignment
@@ -158,9 +142,10 @@ class Trained:
     """A row a check."""
 
 
-def train_small(case: Case, rows: np.ndarray, recipe: Recipe, n_pairs: int = ALL_PAIRS_UP_TO) -> Trained:
+def train_small(case: Case, rows: np.ndarray, recipe: TracrConfig, n_pairs: int = ALL_PAIRS_UP_TO) -> Trained:
     """Trains a model of `small_config(case)` on `rows` (N, P) of token ids; on the CPU, in float32, from a seed.
 
+    Rows of a batch are drawn from all of `rows`; `recipe.lr` falls linearly to 0.
     In the end it is judged on all pairs of rows, or on `n_pairs` of them where there are more.
     """
     config = small_config(case)
@@ -185,7 +170,7 @@ def train_small(case: Case, rows: np.ndarray, recipe: Recipe, n_pairs: int = ALL
 
 
 class _Steps:
-    def __init__(self, network: Network, truth: Truth, alignment: Alignment, recipe: Recipe) -> None:
+    def __init__(self, network: Network, truth: Truth, alignment: Alignment, recipe: TracrConfig) -> None:
         self.network, self.truth, self.alignment, self.recipe = network, truth, alignment, recipe
         self.tokens = torch.from_numpy(truth.rows)
         self.labels = truth.values[truth.case.program.output]

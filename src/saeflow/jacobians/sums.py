@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import zarr
 from torch import Tensor
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from saeflow.config import JacobianConfig
 from saeflow.jacobians.maps import JacobianBlocks
@@ -173,7 +175,8 @@ _ABOUT = {
 def write_pairs(path: Path, pairs: Pairs) -> None:
     """`global.zarr`: the sums and both means as sparse n_out x n_in matrices in coordinate form, dims (pair,)."""
     shape = [len(pairs.active_output), len(pairs.active_input)]
-    group = _open_group(path, {"n_tokens": pairs.n_tokens, "shape": shape})
+    attributes: dict[str, Any] = {"n_tokens": pairs.n_tokens, "shape": shape}
+    group = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
     means = {f"mean_absolute_{c}": pairs.mean_absolute(c).astype(np.float32) for c in ("active", "all")}
     for name, about in _ABOUT.items():
         values: np.ndarray = means[name] if name in means else getattr(pairs, name)
@@ -191,7 +194,7 @@ class TokenBlocks:
 
     def __init__(self, path: Path, token_id: np.ndarray, sequence: np.ndarray, position: np.ndarray) -> None:
         self.path, self.n_tokens = path, len(token_id)
-        group = _open_group(path, {"n_tokens": self.n_tokens})
+        group = zarr.open_group(path, mode="w", zarr_format=3, attributes={"n_tokens": self.n_tokens})
         for name, values in (("token_id", token_id), ("sequence", sequence), ("position", position)):
             _create(group, name, np.int32, "token", len(values), "of the token in the held-out split")[:] = values
         columns = {"token": np.int32, "output": np.int32, "input": np.int32, "jacobian": np.float32}
@@ -224,15 +227,7 @@ class TokenBlocks:
         self._gathered, self._waiting = [tuple(values[n:] for values in columns)], self._waiting - n
 
 
-def _open_group(path: Path, attributes: dict[str, Any]) -> Any:
-    import zarr
-
-    return zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
-
-
 def _create(group: Any, name: str, dtype: Any, dimension: str, length: int, about: str) -> Any:
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-
     return group.create_array(
         name,
         shape=(length,),
@@ -245,8 +240,6 @@ def _create(group: Any, name: str, dtype: Any, dimension: str, length: int, abou
 
 
 def _consolidate(path: Path) -> None:
-    import zarr
-
     with warnings.catch_warnings():  # it is outside the specification of version 3, and xarray warns where it lacks
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(path)

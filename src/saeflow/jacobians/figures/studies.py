@@ -130,6 +130,11 @@ def _read_examples(folder: Path) -> pd.DataFrame:
 
 
 # -------------------------------------------------------------------- series
+def dash(n: int) -> str:
+    """Of line n."""
+    return DASHES[n % len(DASHES)]
+
+
 def coefficient_colours(table: pd.DataFrame) -> dict[float, Any]:
     """Colour by coefficient."""
     values = sorted(table["jacobian_coefficient"].unique())
@@ -202,8 +207,7 @@ def legend_of_lines(figure: Figure, colours: dict[float, Any], panels: list[str]
     """A legend of colours (coefficients) and dashes (panels)."""
     handles = [Line2D([], [], color=colour, label=label_of(c)) for c, colour in colours.items()]
     if len(panels) > 1:
-        dashes = {panel: DASHES[n % len(DASHES)] for n, panel in enumerate(panels)}
-        handles += [Line2D([], [], color="0.3", linestyle=dash, label=panel) for panel, dash in dashes.items()]
+        handles += [Line2D([], [], color="0.3", linestyle=dash(n), label=panel) for n, panel in enumerate(panels)]
     legend_below(figure, [*handles, *more], columns=5)
 
 
