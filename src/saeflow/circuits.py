@@ -76,10 +76,8 @@ def de_embedding(model: "HookedTransformer", direction: Tensor, through: Tensor 
 def ov_norms(model: "HookedTransformer", direction: Tensor, layer: int) -> Tensor:
     """|OV direction| of every head that can reach the MLP of `layer`: (layers, H)."""
     n_layers = layer + (0 if model.cfg.parallel_attn_mlp else 1)
-    rows = [
-        torch.stack([(ov(model, n, h) @ direction).norm() for h in range(model.cfg.n_heads)]) for n in range(n_layers)
-    ]
-    return torch.stack(rows) if rows else torch.zeros(0, model.cfg.n_heads)
+    norms = [(ov(model, n, h) @ direction).norm() for n in range(n_layers) for h in range(model.cfg.n_heads)]
+    return torch.stack(norms).view(n_layers, -1) if norms else torch.zeros(0, model.cfg.n_heads)
 
 
 def logit_weights(dictionary: Dictionary, model: "HookedTransformer") -> Tensor:
@@ -218,7 +216,8 @@ def greedy_paths(
     position 0 are skipped: heads rest there. Every path of every iteration is returned, shorter ones first.
     """
     start = Node("target", root.layer, -1, root.token)
-    frontier: list[tuple[Path, Target]] = [(Path((start,), (_value(run, root),)), root)]
+    value = float(run.read(root.layer, root.part)[root.token] @ root.direction)
+    frontier: list[tuple[Path, Target]] = [(Path((start,), (value,)), root)]
     found = [frontier[0][0]]
     for _ in range(n_iterations):
         candidates: list[tuple[Path, Target, Node]] = []
@@ -236,10 +235,6 @@ def greedy_paths(
         found += [path for path, _, _ in kept]
         frontier = [(path, run.step(target, node)) for path, target, node in kept if node.kind != "embedding"]
     return found
-
-
-def _value(run: CircuitRun, target: Target) -> float:
-    return float(run.read(target.layer, target.part)[target.token] @ target.direction)
 
 
 def graph(run: CircuitRun, root: Target, paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
@@ -262,8 +257,7 @@ def graph(run: CircuitRun, root: Target, paths: list[Path]) -> dict[str, list[di
             node["pruned"] += contribution
             continue
         children = sum(c for other, c in prefixes.items() if len(other) == len(prefix) + 1 and other[:-1] == prefix)
-        above = _target(run, root, prefix[:-1]) if len(prefix) > 1 else None
-        bias = run.bias(above, prefix[-1]) if above is not None else 0.0
+        bias = run.bias(_target(run, root, prefix[:-1]), prefix[-1]) if len(prefix) > 1 else 0.0
         table = run.attribute(_target(run, root, prefix))
         error = float(table.loc[table["kind"] == "error", "contribution"].sum())
         node["children"] += children

@@ -556,7 +556,7 @@ def test_a_dictionary_evaluated_at_another_site_is_refused_before_any_pass(
 
     site = make_jobs("site", {"a": dictionary()}, hook=IN)
     other = make_jobs("weights", {"b": mutated(dictionary(), origin=Origin("tiny", "other", **PROCESSING))})
-    monkeypatch.setattr("saeflow.evaluation.evaluate.load_model", never)
+    monkeypatch.setattr("saeflow.evaluation.evaluate.open_model", never)
     with pytest.raises(FitError, match=rf"train/a writes at {OUT}, but is compared with the baseline of {IN}"):
         evaluate_jobs(site)
     with pytest.raises(FitError, match="train/b was trained on the model tiny with weights other"):

@@ -7,9 +7,7 @@ import pandas as pd
 import pytest
 
 from saeflow.evaluation.comparisons import PAIRED
-from saeflow.evaluation.figures.fronts import sparsity_faithfulness
-from saeflow.evaluation.figures.histograms import l0_histograms
-from saeflow.evaluation.figures.reading import Evaluations, Stacks
+from saeflow.evaluation.figures import Evaluations, Stacks, l0_histograms, sparsity_faithfulness
 from saeflow.figures.job import draw_figure
 from saeflow.figures.registry import declared
 

@@ -136,7 +136,7 @@ def test_a_figure_of_a_stage_that_the_experiment_has_not_is_refused_with_those_t
 
 
 def test_a_taken_name_is_refused(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in ((own, __name__), ("matched_l0", "saeflow.evaluation.figures.fronts")):
+    for name, module in ((own, __name__), ("matched_l0", "saeflow.evaluation.figures")):
         with pytest.raises(ValueError, match=f"two figures are called '{name}': of {module} and of {__name__}"):
             figure(name, stage="train", reads=read)(another())
     figure(own, stage="evaluate", reads=read)(draw_l0)  # the same again, as when a module is loaded anew

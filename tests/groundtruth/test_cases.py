@@ -21,7 +21,6 @@ from saeflow.groundtruth.program import (
     ProgramError,
     SelectorWidth,
     TokenMap,
-    run,
 )
 
 TRENDS = {-1: "increasing", 0: "constant", 1: "decreasing"}
@@ -110,7 +109,7 @@ def test_hooked_transformer_computes_the_same_and_its_hooks_hold_the_variables()
     compiled = case.compiled
     output, cache = hooked_transformer(compiled.config, compiled.weights).run_with_cache(torch.from_numpy(rows))
     np.testing.assert_allclose(output[..., 0].numpy(), case.labels(rows), rtol=0, atol=1e-6)
-    values = run(case.program, rows)
+    values = case.program.run(rows)
     for hook in ("blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"):
         held = compiled.variables_at(hook)
         assert held
@@ -195,7 +194,7 @@ def test_compiled_program_holds_every_variable_of_any_program(program: Program) 
     tokens = np.array([program.token_id(w) for w in program.words])[words]
     for row, length in zip(tokens, rng.integers(1, program.n_ctx + 1, 20), strict=True):
         row[0], row[length:] = program.token_id("BOS"), program.token_id("PAD")
-    values = run(program, tokens)
+    values = program.run(tokens)
     held = Network(compiled.config, compiled.weights, torch.float64)(torch.from_numpy(tokens)).residual[-1].numpy()
     for name, location in compiled.locations.items():
         n, value = len(location.columns), values[name]

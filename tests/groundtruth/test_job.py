@@ -13,19 +13,20 @@ import torch
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Origin, Spec
 from saeflow.dictionaries.sae import Dictionary, build
-from saeflow.groundtruth.alignment import Truth
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
-from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
-from saeflow.groundtruth.folder import load_hooked, read_model, write_model
-from saeflow.groundtruth.jacobians import (
+from saeflow.groundtruth.faithfulness import (
     compare_jacobians,
     dictionary_jacobians,
     effective_inputs,
+    faithfulness,
+    interchange_accuracy,
     mlp_jacobians,
     true_jacobians,
 )
+from saeflow.groundtruth.folder import load_hooked, read_model, write_model
 from saeflow.groundtruth.network import HOOKS, Network, initial_weights
+from saeflow.groundtruth.training import Truth
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.expansion import compose

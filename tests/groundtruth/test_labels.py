@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from saeflow.groundtruth.cases import Case, get_case
-from saeflow.groundtruth.contexts import page, top_contexts
-from saeflow.groundtruth.labels import correlation, label, match, without_leaks
+from saeflow.groundtruth.labels import correlation, label, match, page, predicates, states, top_contexts, without_leaks
 from saeflow.groundtruth.network import Network
-from saeflow.groundtruth.predicates import predicates, states
-from saeflow.groundtruth.recovery import pure, recovery
-from saeflow.groundtruth.redundancy import coverage, duplicates, redundancy, stability
+from saeflow.groundtruth.recovery import coverage, duplicates, pure, recovery, redundancy, stability
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_resid_pre"]
 

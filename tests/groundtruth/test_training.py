@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.groundtruth.alignment import Alignment, Truth, align, pairs, quality
+from saeflow.config import TracrConfig
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
 from saeflow.groundtruth.interpbench import InterpBenchError, plain_pickle, read_interpbench
-from saeflow.groundtruth.lowlevel import Recipe, loss_of, train_small
 from saeflow.groundtruth.network import Network, Node, initial_weights
+from saeflow.groundtruth.training import Alignment, Truth, align, loss_of, pairs, quality, train_small
 
 
 # -------------------------------------------------------------------- alignment
@@ -67,7 +67,7 @@ def test_quality_equals_hooks_in_transformer_lens_pair_by_pair() -> None:
     program with any variable from s says what it says on s."""
     case = get_case(3)
     config, truth = small_config(case), Truth(case, case.rows())
-    trained = train_small(case, truth.rows, Recipe(n_steps=30), n_pairs=1)
+    trained = train_small(case, truth.rows, TracrConfig(3, n_steps=30), n_pairs=1)
     model = hooked_transformer(config | {"use_attn_result": True}, trained.network.weights())
     base, source = pairs(320, 600, seed=5)
     found = quality(trained.network, truth, trained.alignment, base, source)
@@ -106,22 +106,22 @@ def test_siit_reaches_accuracy_iia_and_strict_accuracy(seed: int, n_pairs: int) 
     """Of one model on all pairs of rows, as its folder states it, of the others on some."""
     case = get_case(3)
     rows = case.rows()
-    found = train_small(case, rows, Recipe("siit", seed, n_steps=300), n_pairs).quality
+    found = train_small(case, rows, TracrConfig(3, "siit", seed, n_steps=300), n_pairs).quality
     assert found.worst >= 0.99, found
 
 
 def test_supervised_model_is_right_for_other_reasons_and_iit_lacks_strictness() -> None:
     case = get_case(3)
     rows = case.rows()
-    supervised = train_small(case, rows, Recipe("supervised", n_steps=100), n_pairs=4096).quality
+    supervised = train_small(case, rows, TracrConfig(3, "supervised", n_steps=100), n_pairs=4096).quality
     assert supervised.accuracy >= 0.99 and max(supervised.iia.values()) < 0.7
-    iit = train_small(case, rows, Recipe("iit", n_steps=200), n_pairs=4096).quality
+    iit = train_small(case, rows, TracrConfig(3, "iit", n_steps=200), n_pairs=4096).quality
     assert iit.accuracy >= 0.99 and min(iit.iia.values()) >= 0.99 and min(iit.strict.values()) < 0.9
 
 
 def test_training_is_a_function_of_its_seed() -> None:
     case = get_case(3)
-    recipes = [Recipe(seed=seed, n_steps=3) for seed in (1, 1, 2)]
+    recipes = [TracrConfig(3, seed=seed, n_steps=3) for seed in (1, 1, 2)]
     one, same, other = (train_small(case, case.rows(), recipe, n_pairs=1).network.weights() for recipe in recipes)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["embed.W_E"], other["embed.W_E"])

@@ -1,13 +1,17 @@
-"""Does a dictionary belong to the model that it is about to be used on? Checked before any forward pass."""
+"""The model of a job, and dictionaries that belong to it: checked before any forward pass."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.models.folder import Geometry
+from saeflow.dictionaries.sae import Dictionary
+from saeflow.dictionaries.saelens_format import load_dictionary
+from saeflow.jobs.job import Job
+from saeflow.models.folder import Geometry, read_geometry
+from saeflow.models.loading import load_model
 
 if TYPE_CHECKING:
-    from saeflow.dictionaries.sae import Dictionary
+    from transformer_lens import HookedTransformer
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
 
@@ -22,8 +26,21 @@ def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
     return ModelConfig(name=folder.name, path=str(folder), **fields)
 
 
+def open_model(job: Job) -> "HookedTransformer":
+    """The model of a job, on its device."""
+    folder = job.source("model")
+    return load_model(folder, model_config(folder, job.config["model"]), job.device)
+
+
+def open_dictionary(folder: Path, job: Job) -> Dictionary:
+    """The dictionary in `folder`, on a job's device. Raises `FitError` unless it fits the job's model."""
+    dictionary, model_folder = load_dictionary(folder, job.device), job.source("model")
+    check_fit(dictionary, folder, model_folder, job.config["model"], read_geometry(model_folder))
+    return dictionary
+
+
 def check_fit(
-    dictionary: "Dictionary", folder: Path, model_folder: Path, model: dict[str, Any], geometry: Geometry
+    dictionary: Dictionary, folder: Path, model_folder: Path, model: dict[str, Any], geometry: Geometry
 ) -> None:
     """Raises `FitError` unless the dictionary in `folder` was made for this model, its weight processing and its sizes.
 

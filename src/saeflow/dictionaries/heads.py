@@ -9,7 +9,6 @@ Shapes: N tokens, H heads, d = H * `d_head`, n latents a head.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,40 +27,20 @@ class BlockDiagonal(Dictionary):
 
     def __init__(self, heads: Sequence[Dictionary]) -> None:
         """Raises `DictionaryError` unless these are SAEs of one kind and size, of head 0, head 1, ... of one hook."""
-        specs = [head.spec for head in heads]
-        _check(specs)
-        first = specs[0]
-        self.heads = list(heads)
-        self.spec = dataclasses.replace(
-            first,
-            kind="heads",
-            d_in=len(heads) * first.d_in,
-            d_out=len(heads) * first.d_out,
-            d_sae=len(heads) * first.d_sae,
-            hook_head_index=None,
-        )
+        _check([head.spec for head in heads])
+        self.heads, first = list(heads), heads[0].spec
+        sizes = {name: len(heads) * getattr(first, name) for name in ("d_in", "d_out", "d_sae")}
+        self.spec = dataclasses.replace(first, kind="heads", hook_head_index=None, **sizes)
         self.W_skip = None
 
-    @cached_property
-    def W_enc(self) -> Tensor:  # type: ignore[override]
-        return torch.block_diag(*(head.W_enc for head in self.heads))
-
-    @cached_property
-    def b_enc(self) -> Tensor:  # type: ignore[override]
-        return torch.cat([head.b_enc for head in self.heads])
-
-    @cached_property
-    def W_dec(self) -> Tensor:  # type: ignore[override]
-        return torch.block_diag(*(head.W_dec for head in self.heads))
-
-    @cached_property
-    def b_dec(self) -> Tensor:  # type: ignore[override]
-        return torch.cat([head.b_dec for head in self.heads])
-
-    @cached_property
-    def threshold(self) -> Tensor | None:  # type: ignore[override]
-        thresholds = [head.threshold for head in self.heads if head.threshold is not None]
-        return torch.cat(thresholds) if thresholds else None
+    def __getattr__(self, name: str) -> Any:
+        """A tensor of the whole that is not there yet."""
+        if name not in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        parts = [part for head in self.heads if (part := getattr(head, name)) is not None]
+        whole = (torch.block_diag(*parts) if name.startswith("W") else torch.cat(parts)) if parts else None
+        setattr(self, name, whole)
+        return whole
 
     def latent(self, index: int) -> tuple[int, int]:
         """Of a latent of the whole: the head, and the number there."""
@@ -97,8 +76,8 @@ class BlockDiagonal(Dictionary):
         return torch.cat(outputs, dim=1)
 
     def _of_each(self, x: Tensor, method: str) -> Tensor:
-        outputs = [getattr(head, method)(part) for head, part in zip(self.heads, self._split(x), strict=True)]
-        return torch.cat(outputs, dim=1)
+        parts = zip(self.heads, self._split(x), strict=True)
+        return torch.cat([getattr(head, method)(part) for head, part in parts], dim=1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (N, d) -> (N, d_head) of each head."""
@@ -114,10 +93,8 @@ class BlockDiagonal(Dictionary):
 
     def with_scaling_folded(self, scale_in: Scale, scale_out: Scale) -> "BlockDiagonal":
         """As `Dictionary.with_scaling_folded`; a scale is a number or a vector (d,)."""
-        scales = [
-            torch.as_tensor(s, dtype=torch.float32).expand(self.d_in).tensor_split(len(self.heads))
-            for s in (scale_in, scale_out)
-        ]
+        vectors = (torch.as_tensor(s, dtype=torch.float32).expand(self.d_in) for s in (scale_in, scale_out))
+        scales = [vector.tensor_split(len(self.heads)) for vector in vectors]
         return BlockDiagonal([head.with_scaling_folded(*s) for head, *s in zip(self.heads, *scales, strict=True)])
 
     def with_unit_decoder(self) -> "BlockDiagonal":

@@ -1,9 +1,6 @@
 """How figures name dictionaries: by kind (their series), by where they write (their place), by how sparse they are."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
 _KINDS = {
     ("sae", "topk"): "TopK SAE",
@@ -52,7 +49,7 @@ def place_name(hook_name: str, head: int = -1) -> str:
     return hook_title(hook_name) + (f", head {head}" if head >= 0 else "")
 
 
-def with_names(table: "pd.DataFrame") -> "pd.DataFrame":
+def with_names(table: pd.DataFrame) -> pd.DataFrame:
     """Adds `head` (-1: all), `site` and `series` to a table of dictionaries, and names its amounts for people."""
     head = table["hook_head_index"].fillna(-1).astype(int) if "hook_head_index" in table else -1
     table = table.assign(head=head)

@@ -44,10 +44,8 @@ class Dictionary:
             "W_skip": (p, d) if spec.skip else None,
             "threshold": (n,) if spec.activation == "jumprelu" else None,
         }
-        self.spec = spec
-        self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.W_skip, self.threshold = (
-            W_enc, b_enc, W_dec, b_dec, W_skip, threshold,
-        )  # fmt: skip
+        self.spec, self.W_skip, self.threshold = spec, W_skip, threshold
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = W_enc, b_enc, W_dec, b_dec
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if (tensor if tensor is None else tuple(tensor.shape)) != shape:

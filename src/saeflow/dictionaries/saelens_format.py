@@ -13,7 +13,7 @@ The bytes depend on the dictionary alone: keys are sorted, the device is always 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load
+_ORIGIN = ("model_name", "context_size", "prepend_bos")  # what SAELens too keeps of it
 _TRAINING = ("l1_coefficient", "squared_error", "sparsity", "normalize_activations", "seed", "saelens")
 
 
@@ -99,20 +100,14 @@ _ARCHITECTURES = {  # SAELens's names for what computes the same; topk_transcode
     ("transcoder", "topk", False): "topk_transcoder",
     ("transcoder", "topk", True): "topk_skip_transcoder",
 }
-
-
 OPENED_BY_SAELENS = ("gated", "abstopk", "matching_pursuit")
-
-
-def _architecture(spec: Spec) -> str:
-    if spec.activation == "topk" and spec.d_in == spec.d_out and not spec.skip:
-        return "topk"
-    return _ARCHITECTURES[spec.kind, spec.activation, spec.skip]
 
 
 def _config(spec: Spec) -> dict[str, Any]:
     """The content of `cfg.json`: fields of SAELens's config classes, and its free-form metadata."""
-    architecture = _architecture(spec)
+    architecture = _ARCHITECTURES[spec.kind, spec.activation, spec.skip]
+    if spec.activation == "topk" and spec.d_in == spec.d_out and not spec.skip:
+        architecture = "topk"
     reshaped = spec.kind == "sae" and spec.hook_name.endswith("hook_z") and spec.hook_head_index is None
     config: dict[str, Any] = {
         "architecture": architecture,
@@ -123,11 +118,7 @@ def _config(spec: Spec) -> dict[str, Any]:
         "apply_b_dec_to_input": spec.apply_b_dec_to_input,
         "normalize_activations": "none",  # it is folded into the weights
         "reshape_activations": "hook_z" if reshaped else "none",  # SAELens then takes (..., head, d_head)
-        "metadata": {
-            "sae_lens_version": SAELENS_FORMAT,
-            "sae_lens_training_version": None,
-            **_metadata(spec),
-        },
+        "metadata": {"sae_lens_version": SAELENS_FORMAT, "sae_lens_training_version": None, **_metadata(spec)},
     }
     if spec.activation == "topk":
         config |= {"k": spec.k, "rescale_acts_by_decoder_norm": False}
@@ -146,9 +137,7 @@ def _metadata(spec: Spec) -> dict[str, Any]:
         "hook_name": spec.hook_name,
         "hook_name_out": spec.hook_name_out if spec.kind == "transcoder" else None,
         "hook_head_index": spec.hook_head_index,
-        "model_name": spec.origin.model_name,
-        "context_size": spec.origin.context_size,
-        "prepend_bos": spec.origin.prepend_bos,
+        **{name: origin[name] for name in _ORIGIN},
         "saeflow": held | {"origin": origin},
     }
 
@@ -167,13 +156,14 @@ def _spec(config: dict[str, Any], folder: Path) -> Spec:
         raise DictionaryError(
             f"{folder}/{CONFIG_FILE}: architecture {architecture!r} is not supported; these are: {', '.join(legal)}"
         )
+    activation: Any = next((name for name in ("topk", "jumprelu") if architecture.startswith(name)), "relu")
     try:
         metadata = config["metadata"]
         held = metadata.get("saeflow") or {}
         out = metadata.get("hook_name_out")
         return Spec(
             kind=held.get("kind") or ("transcoder" if architecture.endswith("transcoder") or out else "sae"),
-            activation="saelens" if _needs_saelens(config) else _activation(architecture),
+            activation="saelens" if _needs_saelens(config) else activation,
             d_in=config["d_in"],
             d_out=held.get("d_out") or config.get("d_out", config["d_in"]),
             d_sae=config["d_sae"],
@@ -183,21 +173,9 @@ def _spec(config: dict[str, Any], folder: Path) -> Spec:
             k=config.get("k") or held.get("k"),
             skip="skip" in architecture,
             apply_b_dec_to_input=config["apply_b_dec_to_input"],
-            origin=Origin(**held["origin"]) if held else _foreign_origin(metadata),
+            origin=Origin(**(held["origin"] if held else {name: metadata.get(name) for name in _ORIGIN})),
             options=held.get("options") or {},
             **{name: held.get(name) for name in _TRAINING},
         )
     except (KeyError, TypeError) as error:
         raise DictionaryError(f"{folder}/{CONFIG_FILE} is not a whole SAELens config: {error}") from error
-
-
-def _activation(architecture: str) -> Literal["topk", "jumprelu", "relu"]:
-    return "topk" if architecture.startswith("topk") else "jumprelu" if architecture.startswith("jumprelu") else "relu"
-
-
-def _foreign_origin(metadata: dict[str, Any]) -> Origin:
-    return Origin(
-        model_name=metadata.get("model_name"),
-        context_size=metadata.get("context_size"),
-        prepend_bos=metadata.get("prepend_bos"),
-    )

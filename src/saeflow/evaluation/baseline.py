@@ -16,24 +16,22 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from saeflow.activations.store import open_column
-from saeflow.dictionaries.fitting import model_config
+from saeflow.dictionaries.fitting import open_model
 from saeflow.evaluation.metrics import squared_norm
-from saeflow.evaluation.sums import SumAccumulator, Sums, token_batches
+from saeflow.evaluation.sums import Rows, SumAccumulator, Sums, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
 from saeflow.models.attention import fused_attention
-from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
-from saeflow.text.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformer_lens import HookedTransformer
 
 log = logging.getLogger("saeflow")
@@ -58,11 +56,7 @@ class Baseline(NamedTuple):
 
 
 def measure_baselines(
-    model: "HookedTransformer",
-    sites: list[AblationSite],
-    rows: "TokenStore | np.ndarray",
-    prepend_bos: bool,
-    batch_rows: int,
+    model: "HookedTransformer", sites: list[AblationSite], rows: Rows, prepend_bos: bool, batch_rows: int
 ) -> list[Baseline]:
     """Runs `rows` (sequence, position) of token ids clean and with every hook ablated, each at every position."""
     accumulators = [SumAccumulator(prepend_bos) for _ in sites]
@@ -128,18 +122,15 @@ def at_positions(loss: Tensor, n_rows: int) -> Tensor:
 # -------------------------------------------------------------------- jobs
 def baseline_jobs(jobs: list[Job]) -> list[Baseline]:
     """Measures the baselines of jobs that share the model and the tokens; writes their folders."""
-    first = jobs[0]
-    config = first.config
-    folder = first.source("model")
-    sites = []
+    first, sites = jobs[0], []
     for job in jobs:
         column = open_column(job.input("activations"))
         mean, head = column.statistics.mean.to(first.device, torch.float32), job.config["head"]
         sites.append(AblationSite(column.hook_name, mean if head is None else mean.view(*column.size)[head], head))
     rows = open_tokens(first.input("tokens"))
-    model = load_model(folder, model_config(folder, config["model"]), first.device)
+    model = open_model(first)
     log.info("%d hooks, %d tokens", len(sites), rows.n_rows * rows.context_size)
-    batch_rows = config["evaluation"]["batch_rows"]
+    batch_rows = first.config["evaluation"]["batch_rows"]
     found = measure_baselines(model, sites, rows, rows.attributes["prepend_bos"], batch_rows)
     for job, baseline in zip(jobs, found, strict=True):
         with job.writing() as out:
@@ -148,17 +139,12 @@ def baseline_jobs(jobs: list[Job]) -> list[Baseline]:
 
 
 def write_baseline(baseline: Baseline, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
-    pq.write_table(pa.Table.from_pylist(baseline.sums.batches), folder / "batches.parquet")
-    pq.write_table(pa.Table.from_pylist(baseline.sums.documents), folder / "documents.parquet")
+    write_tables(folder, batches=baseline.sums.batches, documents=baseline.sums.documents)
     save_file(baseline.sums.vectors, folder / "vectors.safetensors")
     (folder / "baseline.json").write_text(json.dumps({"hook_name": baseline.hook_name, "head": baseline.head}) + "\n")
 
 
 def read_baseline(folder: Path) -> Baseline:
-    from safetensors.numpy import load_file
-
     site: dict[str, Any] = json.loads((folder / "baseline.json").read_text())
     batches, documents = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("batches", "documents"))
     sums = Sums(batches, documents, load_file(folder / "vectors.safetensors"))

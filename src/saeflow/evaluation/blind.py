@@ -9,7 +9,6 @@ to be filled in by someone who has not seen it, and `score` reads both.
 import csv
 import html
 import json
-import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,15 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import fisher_exact
 
 from saeflow.config import BlindConfig, ConfigError
-from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.dictionaries.fitting import check_fit, model_config
-from saeflow.evaluation.sums import token_batches
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.evaluation.sums import Rows, token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
-from saeflow.models.folder import read_geometry
-from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, read_hooks
 from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
@@ -65,7 +63,7 @@ def choose_features(fired: np.ndarray, n_tokens: int, config: BlindConfig, seed:
 
 
 def find_activations(
-    model: "HookedTransformer", dictionary: Dictionary, features: np.ndarray, rows: TokenStore | np.ndarray,
+    model: "HookedTransformer", dictionary: Dictionary, features: np.ndarray, rows: Rows,
     prepend_bos: bool, batch_rows: int,
 ) -> list[Activations]:  # fmt: skip
     """Where each of `features` is active in `rows` (sequence, position), BOS left out."""
@@ -152,19 +150,15 @@ def example(tokens: list[str], values: np.ndarray, at: int, largest: float) -> s
 # -------------------------------------------------------------------- jobs
 def blind_job(job: Job) -> int:
     """Makes the set that a job names; returns the number of features in it."""
-    folder, config = job.source("model"), job.config
-    settings = BlindConfig(**config["blind"])
-    geometry = read_geometry(folder)
+    settings = BlindConfig(**job.config["blind"])
     rows = open_tokens(job.input("tokens"))
-    model = load_model(folder, model_config(folder, config["model"]), job.device)
-    tokenizer = load_tokenizer(folder).tokenizer
+    model = open_model(job)
+    tokenizer = load_tokenizer(job.source("model")).tokenizer
     shown, key = [], []
     folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
     for evaluated in job.inputs("evaluate"):
         name = json.loads((evaluated / "summary.json").read_text())["dictionary_key"]
-        path = folders[name]
-        dictionary = load_dictionary(path, job.device)
-        check_fit(dictionary, path, folder, config["model"], geometry)
+        dictionary = open_dictionary(folders[name], job)
         fired = pd.read_parquet(evaluated / "latents.parquet")["fired_without_bos"].to_numpy()
         features = choose_features(fired, rows.n_rows * rows.context_size, settings, settings.seed)
         found = find_activations(model, dictionary, features, rows, rows.attributes["prepend_bos"], settings.batch_rows)
@@ -177,9 +171,8 @@ def blind_job(job: Job) -> int:
     with job.writing() as out:
         (out / "dashboards.html").write_text(page([(n, shown[i]) for n, i in zip(feature_names, order, strict=True)]))
         with (out / "sheet.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(
-                [("feature", "verdict", "context_free", "note"), *((n, "", "", "") for n in feature_names)]
-            )
+            blank = ((name, "", "", "") for name in feature_names)
+            csv.writer(file).writerows([("feature", "verdict", "context_free", "note"), *blank])
         (out / "secret").mkdir()
         secret = {name: key[i] for name, i in zip(feature_names, order, strict=True)}
         (out / "secret/key.json").write_text(json.dumps(secret, indent=1) + "\n")
@@ -189,17 +182,15 @@ def blind_job(job: Job) -> int:
 def _bands(active: Activations, rows: TokenStore, tokenizer: Any, settings: BlindConfig) -> list[list[str]]:
     values = {(r, p): v for r, p, v in zip(*active, strict=True)}
     largest = float(active.value.max())
-    bands = []
-    for band in examples(active, settings.n_examples):
-        texts = []
-        for i in band:
-            row, position = int(active.row[i]), int(active.position[i])
-            first = max(0, position - settings.window)
-            ids = rows[row : row + 1][0, first : position + settings.window + 1]
-            at = np.array([values.get((row, p), 0.0) for p in range(first, first + len(ids))])
-            texts.append(example([tokenizer.decode([int(t)]) for t in ids], at, position - first, largest))
-        bands.append(texts)
-    return bands
+
+    def text(i: int) -> str:
+        row, position = int(active.row[i]), int(active.position[i])
+        first = max(0, position - settings.window)
+        ids = rows[row : row + 1][0, first : position + settings.window + 1]
+        at = np.array([values.get((row, p), 0.0) for p in range(first, first + len(ids))])
+        return example([tokenizer.decode([int(t)]) for t in ids], at, position - first, largest)
+
+    return [[text(i) for i in band] for band in examples(active, settings.n_examples)]
 
 
 # -------------------------------------------------------------------- the score
@@ -245,11 +236,4 @@ def p_value(table: pd.DataFrame) -> float | None:
     """Fisher's exact test, two-sided, of interpretable or not, where two dictionaries were compared."""
     if len(table) != 2:
         return None
-    (yes, _), (n, m) = table["interpretable"].tolist(), table["features"].tolist()
-    in_all = int(table["interpretable"].sum())
-
-    def ways(x: int) -> int:
-        return math.comb(n, x) * math.comb(m, in_all - x)
-
-    possible = range(max(0, in_all - m), min(n, in_all) + 1)
-    return sum(ways(x) for x in possible if ways(x) <= ways(yes)) / math.comb(n + m, in_all)
+    return float(fisher_exact([table["interpretable"], table["features"] - table["interpretable"]]).pvalue)

@@ -19,6 +19,7 @@ from saeflow.evaluation.metrics import Ratio, ratios
 
 BLOCK_ELEMENTS = 1 << 24
 CONFIDENCE = 0.95
+Metrics = Callable[[dict[str, Any]], dict[str, Ratio]]
 
 
 def draws(n_documents: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -31,11 +32,7 @@ def draws(n_documents: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]
 
 
 def resample(
-    sums: Mapping[str, np.ndarray],
-    centred: np.ndarray | None,
-    n_resamples: int,
-    seed: int,
-    metrics: Callable[[dict[str, Any]], dict[str, Ratio]] = ratios,
+    sums: Mapping[str, np.ndarray], centred: np.ndarray | None, n_resamples: int, seed: int, metrics: Metrics = ratios
 ) -> dict[str, np.ndarray]:
     """Resampled `metrics`, (n_resamples,) each, NaN where one has no meaning.
 

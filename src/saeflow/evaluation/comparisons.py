@@ -6,6 +6,7 @@ two dictionaries is taken draw by draw, and its interval is that of the paired d
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pandas as pd
 from saeflow.evaluation.bootstrap import interval
 
 _PAIRED = ("l0", "ce_replaced", "kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine")
+POINTS = 40  # of a comparison, besides those of the fronts
 PAIRED = (*_PAIRED, *(f"{name}_without_bos" for name in _PAIRED))
 
 NOTEBOOK_004 = {
@@ -30,32 +32,21 @@ NOTEBOOK_004 = {
 
 
 def matched_l0(
-    one: pd.DataFrame,
-    other: pd.DataFrame,
-    resamples: pd.DataFrame,
-    confidence: float,
-    n_points: int = 40,
-    positions: str = "",
+    one: pd.DataFrame, other: pd.DataFrame, resamples: pd.DataFrame, confidence: float, positions: str = ""
 ) -> pd.DataFrame:
     """CE of the front `other` minus that of `one` at equal L0, over the range of L0 that both cover.
 
     `one`, `other`: rows of evaluations (`dictionary_key`, `l0`, `ce_replaced`); `resamples`: those columns, one row a
-    draw and dictionary. At the L0 of every point of either, and `n_points` between. A draw moves L0 and CE of all
+    draw and dictionary. At the L0 of every point of either, and at 40 between. A draw moves L0 and CE of all
     points; where it ends a front a little short, the front's last segment is continued. With
     `positions="_without_bos"` both metrics are those without BOS.
     """
     x, y = f"l0{positions}", f"ce_replaced{positions}"
-    grid = _matched(one, other, resamples, confidence, n_points, x, y, np.log)
-    return grid.rename(columns={x: "l0"})
+    return _matched([one, other], resamples, confidence, x, y, np.log).rename(columns={x: "l0"})
 
 
 def matched_ce(
-    one: pd.DataFrame,
-    other: pd.DataFrame,
-    resamples: pd.DataFrame,
-    confidence: float,
-    n_points: int = 40,
-    positions: str = "",
+    one: pd.DataFrame, other: pd.DataFrame, resamples: pd.DataFrame, confidence: float, positions: str = ""
 ) -> pd.DataFrame:
     """L0 of the front `other` over that of `one` at equal CE, as `ratio`, over the range of CE that both cover.
 
@@ -64,34 +55,28 @@ def matched_ce(
     harder documents do not raise for all alike.
     """
     x, y = f"ce_increase{positions}", "log_l0"
-    one, other, resamples = (t.assign(log_l0=np.log(t[f"l0{positions}"])) for t in (one, other, resamples))
-    grid = _matched(one, other, resamples, confidence, n_points, x, y, lambda ce: ce)
+    *fronts, resamples = (t.assign(log_l0=np.log(t[f"l0{positions}"])) for t in (one, other, resamples))
+    grid = _matched(fronts, resamples, confidence, x, y, lambda ce: ce)
     grid[["ratio", "low", "high"]] = np.exp(grid[["difference", "low", "high"]].astype(float))
     return grid.rename(columns={x: "ce_increase"})[["ce_increase", "ratio", "low", "high", "at_point_of"]]
 
 
 def _matched(
-    one: pd.DataFrame,
-    other: pd.DataFrame,
-    resamples: pd.DataFrame,
-    confidence: float,
-    n_points: int,
-    x: str,
-    y: str,
-    scale: Callable[[np.ndarray], np.ndarray],
+    fronts: list[pd.DataFrame], resamples: pd.DataFrame, confidence: float, x: str, y: str, scale: Callable[[Any], Any]
 ) -> pd.DataFrame:
     """`difference` of the fronts in y at equal x, where y is linear in `scale` of x between the points of a front."""
+    one, other = fronts
     columns = [x, "difference", "low", "high", "at_point_of"]
     low, high = max(one[x].min(), other[x].min()), min(one[x].max(), other[x].max())
     if not low < high:
         return pd.DataFrame(columns=columns)
-    between = np.geomspace(low, high, n_points) if low > 0 else np.linspace(low, high, n_points)
+    between = (np.geomspace if low > 0 else np.linspace)(low, high, POINTS)
     points = pd.concat([one.assign(at_point_of="one"), other.assign(at_point_of="other")])
     points = points[(points[x] >= low) & (points[x] <= high)][[x, "at_point_of"]]
     grid = pd.concat([points, pd.DataFrame({x: between})]).sort_values(x)
     at = scale(grid[x].to_numpy())
-    fronts = [_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in (one, other)]
-    grid["difference"] = fronts[1] - fronts[0]
+    a, b = (_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in fronts)
+    grid["difference"] = b - a
 
     def drawn(rows: pd.DataFrame) -> np.ndarray:
         """(draws, at)"""
@@ -123,10 +108,8 @@ def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confi
             for name in PAIRED:
                 if pd.isna(one[name]) or pd.isna(other[name]):
                     continue
-                drawn = (
-                    by_key[other["dictionary_key"]][name].to_numpy() - by_key[one["dictionary_key"]][name].to_numpy()
-                )
-                low, high = interval(drawn, confidence) or (np.nan, np.nan)
+                a, b = (by_key[row["dictionary_key"]][name].to_numpy() for row in (one, other))
+                low, high = interval(b - a, confidence) or (np.nan, np.nan)
                 names = {"one": one["dictionary_key"], "other": other["dictionary_key"], "metric": name}
                 out.append(names | {"difference": other[name] - one[name], "low": low, "high": high})
     return pd.DataFrame(out, columns=["one", "other", "metric", "difference", "low", "high"])
@@ -143,23 +126,13 @@ def notebook_004(evaluations: pd.DataFrame) -> pd.DataFrame:
     rows = rows.sort_values(["hook_name_out", "kind", "l1_coefficient"])
     same_model = (rows["model_name"] == "pythia-410m") & (rows["hook_name_out"] == "blocks.15.hook_mlp_out")
     found = zip(rows["kind"], rows["l1_coefficient"], same_model, strict=True)
-    printed = [NOTEBOOK_004.get((kind, l1), (None, None)) if is_own else (None, None) for kind, l1, is_own in found]
-    table = pd.DataFrame(
-        {
-            "hook": rows["hook_name_out"],
-            "kind": rows["kind"],
-            "l1_coefficient": rows["l1_coefficient"],
-            "seed": rows["seed"],
-            "dictionary_key": rows["dictionary_key"],
-            "l0": rows["l0"],
-            "ce_loss": rows["ce_replaced"],
-            "printed_l0": [p[0] for p in printed],
-            "printed_ce_loss": [p[1] for p in printed],
-        }
-    )
+    printed: list[Any] = [
+        NOTEBOOK_004.get((kind, l1), (None, None)) if is_own else (None, None) for kind, l1, is_own in found
+    ]
+    rows = rows.assign(printed_l0=[p[0] for p in printed], printed_ce_loss=[p[1] for p in printed])
+    names = ["hook_name_out", "kind", "l1_coefficient", "seed", "dictionary_key", "l0", "ce_replaced"]
+    names += ["printed_l0", "printed_ce_loss", "l0_without_bos", "ce_replaced_without_bos"]
     intervals = ("ce_increase_without_bos", "loss_recovered_zero_without_bos")
-    ours = ["l0_without_bos", "ce_replaced_without_bos"]
-    ours += [f"{name}{end}" for name in intervals for end in ("", "_low", "_high")]
-    for name in [*ours, "dead_fraction"]:
-        table[name] = rows[name]
+    names += [f"{name}{end}" for name in intervals for end in ("", "_low", "_high")]
+    table = rows[[*names, "dead_fraction"]].rename(columns={"hook_name_out": "hook", "ce_replaced": "ce_loss"})
     return table.reset_index(drop=True)

@@ -19,23 +19,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from saeflow.config import EvaluationConfig
-from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.dictionaries.fitting import FitError, check_fit, model_config
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
 from saeflow.evaluation.bootstrap import interval, resample
 from saeflow.evaluation.metrics import firing, reconstruct, summarise, target
-from saeflow.evaluation.sums import Row, SumAccumulator, columns, joined, token_batches
+from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, joined, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
-from saeflow.models.folder import read_geometry
-from saeflow.models.loading import load_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
-from saeflow.text.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -66,11 +63,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: "HookedTransformer",
-    tasks: list[EvaluationTask],
-    rows: TokenStore | np.ndarray,
-    prepend_bos: bool,
-    config: EvaluationConfig,
+    model: "HookedTransformer", tasks: list[EvaluationTask], rows: Rows, prepend_bos: bool, config: EvaluationConfig
 ) -> list[Evaluation]:
     """Evaluates every task on `rows` (sequence, position) of token ids."""
     accumulators = [SumAccumulator(prepend_bos) for _ in tasks]
@@ -81,30 +74,25 @@ def evaluate(
         is_bos[:, 0] = prepend_bos
         is_bos = is_bos.flatten()
         with fused_attention(model):
-            for i, one in enumerate(_evaluate_batch(model, tasks, tokens, is_bos)):
-                accumulators[i].add(document, one.per_token)
-                fired[i] += one.fired.cpu().numpy()
-                l0 = one.per_token["l0"].flatten().long()
+            for i, (per_token, fired_now) in enumerate(_evaluate_batch(model, tasks, tokens, is_bos)):
+                accumulators[i].add(document, per_token)
+                fired[i] += fired_now.cpu().numpy()
+                l0 = per_token["l0"].flatten().long()
                 for counts, chosen in zip(by_l0[i], (is_bos, ~is_bos), strict=True):
                     counts += torch.bincount(l0[chosen], minlength=len(counts)).cpu().numpy()
     results = zip(tasks, accumulators, fired, by_l0, strict=True)
     return [_evaluation(s.baseline, accumulator, f, counts, config) for s, accumulator, f, counts in results]
 
 
-class _BatchResult(NamedTuple):
-    """Of one task and batch of B rows, P positions."""
-
-    per_token: dict[str, Tensor]
-    """(B, P) each, float64. A prediction counts at the position that it is made from."""
-    fired: Tensor
-    """(2, n)"""
-
-
 @torch.no_grad()
 def _evaluate_batch(
     model: "HookedTransformer", tasks: list[EvaluationTask], tokens: Tensor, is_bos: Tensor
-) -> list[_BatchResult]:
-    """Measures every task on `tokens` (B, P); `is_bos` (B P,)."""
+) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Measures every task on `tokens` (B, P); `is_bos` (B P,).
+
+    Gives of each its values per token, (B, P) float64, a prediction at the position that it is made from, and on how
+    many tokens each latent fires, (2, n).
+    """
     splices = {s.baseline.hook_name for s in tasks}
     clean = run_clean(model, tokens, {s.dictionary.spec.hook_name for s in tasks}, splices)
     targets = {
@@ -124,7 +112,7 @@ def _evaluate_batch(
     for (per_token, fired), loss in zip(reconstructions, losses, strict=True):
         replaced = {"ce_replaced": at_positions(loss.ce, B), "kl": at_positions(loss.kl, B)}
         reshaped = {name: v.view(B, P) for name, v in per_token.items()}
-        results.append(_BatchResult(replaced | reshaped, fired))
+        results.append((replaced | reshaped, fired))
     return results
 
 
@@ -182,33 +170,30 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     Raises `FitError` before any forward pass where a dictionary does not fit the model or its baseline.
     """
     first = jobs[0]
-    for job in jobs[1:]:
-        if (_shared(job), job.input("tokens")) != (_shared(first), first.input("tokens")):
+    # all but which part of a pair is meant
+    shared = [(job.input("tokens"), {k: v for k, v in job.config.items() if k != "part"}) for job in jobs]
+    for job, own in zip(jobs, shared, strict=True):
+        if own != shared[0]:
             raise ValueError(f"{job.path} and {first.path} have other models or tokens, so they need jobs of their own")
-    folder, config = first.source("model"), first.config
-    geometry = read_geometry(folder)
-    baselines: dict[Path, Baseline] = {}
+    baselines = {path: read_baseline(path) for path in {job.input("baseline") for job in jobs}}
     tasks = []
     for job in jobs:
         (path,) = job.dictionaries()
-        dictionary = load_dictionary(path, first.device)
-        check_fit(dictionary, path, folder, config["model"], geometry)
+        dictionary = open_dictionary(path, first)
         baseline_path = job.input("baseline")
-        if baseline_path not in baselines:
-            baselines[baseline_path] = read_baseline(baseline_path)
         hook, head, _ = baselines[baseline_path]
-        if (hook, head) != (dictionary.spec.hook_name_out, dictionary.spec.hook_head_index):
+        writes = dictionary.spec.hook_name_out, dictionary.spec.hook_head_index
+        if (hook, head) != writes:
             raise FitError(
-                f"dictionary {path} writes at {_site_name(*_writes(dictionary))}, but is compared with the "
-                f"baseline of {_site_name(hook, head)} ({baseline_path}); evaluate it at its own site"
+                f"dictionary {path} writes at {_site_name(*writes)}, but is compared with the baseline of "
+                f"{_site_name(hook, head)} ({baseline_path}); evaluate it at its own site"
             )
         tasks.append(EvaluationTask(dictionary, baselines[baseline_path]))
 
     rows = open_tokens(first.input("tokens"))
-    n_tokens = rows.n_rows * rows.context_size
-    log.info("%d dictionaries at %d hooks, %d tokens", len(tasks), len(baselines), n_tokens)
-    model = load_model(folder, model_config(folder, config["model"]), first.device)
-    evaluations = evaluate(model, tasks, rows, rows.attributes["prepend_bos"], EvaluationConfig(**config["evaluation"]))
+    log.info("%d dictionaries at %d hooks, %d tokens", len(tasks), len(baselines), rows.n_rows * rows.context_size)
+    config = EvaluationConfig(**first.config["evaluation"])
+    evaluations = evaluate(open_model(first), tasks, rows, rows.attributes["prepend_bos"], config)
     summaries = []
     for job, task, evaluation in zip(jobs, tasks, evaluations, strict=True):
         summaries.append(_identity(job, task.dictionary) | evaluation.summary)
@@ -217,26 +202,15 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     return summaries
 
 
-def _shared(job: Job) -> dict[str, Any]:
-    """What jobs must have in common: all but which part of a pair is meant."""
-    return {name: value for name, value in job.config.items() if name != "part"}
-
-
 def write_evaluation(evaluation: Evaluation, summary: dict[str, Any], folder: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(evaluation.batches), folder / "batches.parquet")
-    pq.write_table(pa.Table.from_pylist(evaluation.documents), folder / "documents.parquet")
-    pq.write_table(pa.table(evaluation.resamples), folder / "resamples.parquet")
     at_bos, at_rest = evaluation.fired
-    n_tokens = evaluation.summary["n_tokens"]
     latents = {"latent": np.arange(len(at_rest)), "fired": at_bos + at_rest, "fired_without_bos": at_rest}
-    pq.write_table(pa.table(latents | {"frequency": (at_bos + at_rest) / n_tokens}), folder / "latents.parquet")
+    latents |= {"frequency": (at_bos + at_rest) / evaluation.summary["n_tokens"]}
     l0 = {"l0": np.arange(evaluation.by_l0.shape[1]), "tokens": evaluation.by_l0.sum(0)}
-    pq.write_table(pa.table(l0 | {"tokens_without_bos": evaluation.by_l0[1]}), folder / "l0.parquet")
+    l0 |= {"tokens_without_bos": evaluation.by_l0[1]}
+    write_tables(folder, batches=evaluation.batches, documents=evaluation.documents)
+    write_tables(folder, resamples=pa.table(evaluation.resamples), latents=pa.table(latents), l0=pa.table(l0))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
-
-
-def _writes(dictionary: Dictionary) -> tuple[str, int | None]:
-    return dictionary.spec.hook_name_out, dictionary.spec.hook_head_index
 
 
 def _site_name(hook: str, head: int | None) -> str:
@@ -245,20 +219,8 @@ def _site_name(hook: str, head: int | None) -> str:
 
 def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     spec = dictionary.spec
-    names = (
-        "kind",
-        "activation",
-        "skip",
-        "saelens",
-        "k",
-        "l1_coefficient",
-        "hook_name",
-        "hook_name_out",
-        "hook_head_index",
-        "d_sae",
-        "sparsity",
-        "seed",
-    )
+    names = ["kind", "activation", "skip", "saelens", "k", "l1_coefficient", "hook_name", "hook_name_out"]
+    names += ["hook_head_index", "d_sae", "sparsity", "seed"]
     name, amount = spec.amount
     identity = {name: getattr(spec, name) for name in names}
     keys = {"train_key": (job.inputs("train") + job.inputs("foreign"))[0].name, "part": job.config.get("part")}

@@ -22,14 +22,13 @@ Shapes: N tokens, d and p the widths that a dictionary reads and writes, n laten
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries import Dictionary
 
 CHUNK_ELEMENTS = 1 << 20  # of one (tokens, n) tensor of latents: 4 MiB in float32, so that passes over it stay in cache
 DENSE = 0.1
@@ -64,7 +63,7 @@ def target(y: Tensor) -> Target:
 
 
 @torch.no_grad()
-def reconstruct(dictionary: "Dictionary", x: Tensor, y: Target, is_bos: Tensor) -> Reconstruction:
+def reconstruct(dictionary: Dictionary, x: Tensor, y: Target, is_bos: Tensor) -> Reconstruction:
     """Encodes and decodes `x` (N, d), a few tokens at a time where there are many latents; `is_bos` (N,)."""
     output = torch.empty_like(y.value)
     l0 = torch.empty(len(x), dtype=torch.float64, device=x.device)
@@ -121,9 +120,8 @@ class Ratio(NamedTuple):
 def loss_ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
     """The metrics that compare what the model predicts."""
     n_predictions = sums["n_predictions"]
-    found = {}
-    for name in ("ce_clean", "ce_replaced", "ce_zero", "ce_mean", "kl", "kl_zero", "kl_mean"):
-        found[name] = Ratio(sums[name], n_predictions)
+    names = ("ce_clean", "ce_replaced", "ce_zero", "ce_mean", "kl", "kl_zero", "kl_mean")
+    found = {name: Ratio(sums[name], n_predictions) for name in names}
     found["ce_increase"] = Ratio(sums["ce_replaced"] - sums["ce_clean"], n_predictions)
     for ablation in ("zero", "mean"):
         recovered = sums[f"ce_{ablation}"] - sums["ce_replaced"]
@@ -137,18 +135,16 @@ def ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
     n_tokens = sums["n_tokens"]
     variance = sums["squared_centred"] - sums["centred"] / np.maximum(n_tokens, 1)
     error = sums["squared_error"]
-    return (
-        {"l0": Ratio(sums["l0"], n_tokens)}
-        | loss_ratios(sums)
-        | {
-            "fvu": Ratio(error, variance),
-            "explained_variance": Ratio(variance - error, variance),
-            "explained_variance_legacy": Ratio(sums["explained_legacy"], n_tokens),
-            "relative_error": Ratio(error, sums["squared_norm"]),
-            "relative_reconstruction_bias": Ratio(sums["squared_output"], sums["dot"]),
-            "cosine": Ratio(sums["cosine"], n_tokens),
-        }
-    )
+    return {
+        "l0": Ratio(sums["l0"], n_tokens),
+        **loss_ratios(sums),
+        "fvu": Ratio(error, variance),
+        "explained_variance": Ratio(variance - error, variance),
+        "explained_variance_legacy": Ratio(sums["explained_legacy"], n_tokens),
+        "relative_error": Ratio(error, sums["squared_norm"]),
+        "relative_reconstruction_bias": Ratio(sums["squared_output"], sums["dot"]),
+        "cosine": Ratio(sums["cosine"], n_tokens),
+    }
 
 
 def summarise(sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +177,4 @@ def why_undefined(name: str, out: Mapping[str, Any]) -> str:
 
 def firing(fired: np.ndarray, n_tokens: int) -> dict[str, float]:
     """Fractions of the n latents, from `fired` (n,)."""
-    return {
-        "dead_fraction": float((fired == 0).mean()),
-        "dense_fraction": float((fired > DENSE * n_tokens).mean()),
-    }
+    return {"dead_fraction": float((fired == 0).mean()), "dense_fraction": float((fired > DENSE * n_tokens).mean())}

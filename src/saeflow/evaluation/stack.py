@@ -11,24 +11,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from saeflow.activations.store import open_column
 from saeflow.config import EvaluationConfig
-from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.dictionaries.fitting import FitError, check_fit, model_config
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
 from saeflow.evaluation.bootstrap import interval, resample
 from saeflow.evaluation.metrics import Ratio, loss_ratios, why_undefined
-from saeflow.evaluation.sums import Row, SumAccumulator, columns, token_batches
+from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
-from saeflow.models.folder import hook_layer, read_geometry
-from saeflow.models.loading import load_model
+from saeflow.models.folder import hook_layer
 from saeflow.models.splicing import flattened, run_clean, run_hooked
-from saeflow.text.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -52,11 +50,7 @@ class StackEvaluation(NamedTuple):
 
 
 def evaluate_stack(
-    model: "HookedTransformer",
-    members: list[Member],
-    rows: TokenStore | np.ndarray,
-    prepend_bos: bool,
-    config: EvaluationConfig,
+    model: "HookedTransformer", members: list[Member], rows: Rows, prepend_bos: bool, config: EvaluationConfig
 ) -> StackEvaluation:
     """Evaluates all of `members` in place at once on `rows` (sequence, position) of token ids.
 
@@ -154,26 +148,21 @@ def _put(value: Tensor, new: Tensor, head: int | None) -> Tensor:
 # -------------------------------------------------------------------- jobs
 def stack_job(job: Job) -> dict[str, Any]:
     """Evaluates the set of dictionaries that a job names, and writes its folder."""
-    folder, config = job.source("model"), job.config
-    geometry = read_geometry(folder)
-    members = []
-    dictionary_folders = job.inputs("train") + job.inputs("foreign")
-    for path, column in zip(dictionary_folders, job.inputs("activations"), strict=True):
-        dictionary = load_dictionary(path, job.device)
-        check_fit(dictionary, path, folder, config["model"], geometry)
-        mean = open_column(column).statistics.mean.to(job.device, torch.float32)
-        members.append(Member(dictionary, mean))
+    config, folders = job.config, job.inputs("train") + job.inputs("foreign")
+    members = [
+        Member(open_dictionary(path, job), open_column(column).statistics.mean.to(job.device, torch.float32))
+        for path, column in zip(folders, job.inputs("activations"), strict=True)
+    ]
     rows = open_tokens(job.input("tokens"))
-    model = load_model(folder, model_config(folder, config["model"]), job.device)
+    model = open_model(job)
     log.info("%d dictionaries at once, %d tokens", len(members), rows.n_rows * rows.context_size)
     prepend_bos = rows.attributes["prepend_bos"]
     evaluation = evaluate_stack(model, members, rows, prepend_bos, EvaluationConfig(**config["evaluation"]))
     hooks = [m.dictionary.spec.hook_name_out for m in members]
-    names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in dictionary_folders]}
+    names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in folders]}
     summary = names | {"layers": config["layers"], "hooks": hooks} | evaluation.summary
     with job.writing() as out:
-        pq.write_table(pa.Table.from_pylist(evaluation.batches), out / "batches.parquet")
-        pq.write_table(pa.Table.from_pylist(evaluation.documents), out / "documents.parquet")
-        pq.write_table(pa.table(evaluation.resamples), out / "resamples.parquet")
+        resamples = pa.table(evaluation.resamples)
+        write_tables(out, batches=evaluation.batches, documents=evaluation.documents, resamples=resamples)
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return summary

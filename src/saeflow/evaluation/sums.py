@@ -5,9 +5,12 @@ parts, `bos` and `rest`, are disjoint and can be added. All sums are float64.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -15,6 +18,8 @@ from saeflow.jobs.log import progress
 from saeflow.text.tokens import TokenStore
 
 Row = dict[str, Any]
+Rows = TokenStore | np.ndarray
+"""(sequence, position) of token ids."""
 
 
 class Sums(NamedTuple):
@@ -53,18 +58,15 @@ class SumAccumulator:
         self._names = list(values)
         stacked = torch.stack([v.flatten().double() for v in values.values()], dim=1)
         sums = (chosen @ stacked).cpu().numpy()
-        for key, row in zip(keys, sums, strict=True):
-            self._documents[key] = self._documents[key] + row if key in self._documents else row
+        _add(self._documents, keys, sums)
         for i, part in enumerate(self.parts):
             total = sums[[key[1] == i for key in keys]].sum(0)
             self._batches.append(
                 {"batch": len(self._batches) // len(self.parts), "positions": part} | self._named(total)
             )
         for name, vector in (vectors or {}).items():
-            by_key = self._vectors.setdefault(name, {})
             added = (chosen @ vector.flatten(0, 1).double()).cpu().numpy()
-            for key, row in zip(keys, added, strict=True):
-                by_key[key] = by_key[key] + row if key in by_key else row
+            _add(self._vectors.setdefault(name, {}), keys, added)
 
     def sums(self) -> Sums:
         keys = sorted(self._documents)
@@ -77,6 +79,11 @@ class SumAccumulator:
 
     def _named(self, sums: np.ndarray) -> Row:
         return dict(zip(self._names, sums.tolist(), strict=True))
+
+
+def _add(sums: dict[tuple[int, int], np.ndarray], keys: list[tuple[int, int]], rows: np.ndarray) -> None:
+    for key, row in zip(keys, rows, strict=True):
+        sums[key] = sums[key] + row if key in sums else row
 
 
 def joined(one: list[Row], other: list[Row]) -> list[Row]:
@@ -94,17 +101,17 @@ def columns(rows: list[Row]) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in rows]) for name in names}
 
 
-class TokenBatch(NamedTuple):
-    tokens: Tensor
-    """(B, P)"""
-    document: np.ndarray
-    """(B, P)"""
+def write_tables(folder: Path, **tables: "pa.Table | list[Row]") -> None:
+    """Writes each as `<name>.parquet`."""
+    for name, table in tables.items():
+        pq.write_table(pa.Table.from_pylist(table) if isinstance(table, list) else table, folder / f"{name}.parquet")
 
 
 def token_batches(
-    rows: TokenStore | np.ndarray, prepend_bos: bool, batch_rows: int, device: Any, description: str
-) -> Iterator[TokenBatch]:
-    """Rows (sequence, position) of token ids, `batch_rows` at a time. Of an array each row is a document."""
+    rows: Rows, prepend_bos: bool, batch_rows: int, device: Any, description: str
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Tokens and documents (B, P) of rows (sequence, position) of token ids, `batch_rows` at a time. Of an array each
+    row is a document."""
     for start in progress(range(0, len(rows), batch_rows), description):
         if isinstance(rows, TokenStore):
             tokens, document, _ = rows.rows(start, start + batch_rows)
@@ -113,4 +120,4 @@ def token_batches(
             document = np.repeat(np.arange(start, start + len(tokens))[:, None], tokens.shape[1], axis=1)
         if prepend_bos:
             document = np.concatenate([document[:, 1:2], document[:, 1:]], axis=1)
-        yield TokenBatch(torch.from_numpy(tokens.astype(np.int64)).to(device), document)
+        yield torch.from_numpy(tokens.astype(np.int64)).to(device), document

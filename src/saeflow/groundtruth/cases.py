@@ -13,18 +13,7 @@ import numpy as np
 
 from saeflow.config import ConfigError
 from saeflow.groundtruth.compiler import Compiled, compile_program
-from saeflow.groundtruth.program import (
-    BOS,
-    PAD,
-    Aggregate,
-    Block,
-    Linear,
-    PairMap,
-    Program,
-    SelectorWidth,
-    TokenMap,
-    run,
-)
+from saeflow.groundtruth.program import BOS, PAD, Aggregate, Block, Linear, PairMap, Program, SelectorWidth, TokenMap
 
 ALL_ROWS_UP_TO = 4096
 LEAST_HEADS, LEAST_D_HEAD, LEAST_LAYERS = 4, 3, 2
@@ -93,12 +82,7 @@ class Case:
 
     def labels(self, tokens: np.ndarray) -> np.ndarray:
         """What the program says on rows (N, P): codes (-1: none) or numbers; see `saeflow.groundtruth.program`."""
-        return run(self.program, tokens)[self.program.output]
-
-    def defined(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """(N, P) bool: where the output counts: not at BOS, and not where it is none."""
-        some = np.ones(tokens.shape, dtype=bool) if self.program.output_variable.numerical else labels >= 0
-        return some & (tokens != self.program.token_id(BOS))
+        return self.program.run(tokens)[self.program.output]
 
 
 def small_config(case: Case) -> dict[str, Any]:
@@ -186,13 +170,7 @@ CASES = {
             (SelectorWidth("count", "tokens", "tokens", lambda k, q: k == "a"),),
             causal=False,
         ),
-        Case(
-            39,
-            "fraction of x up to here, 26 letters and 59 positions",
-            LETTERS,
-            _running_fraction_of_x(),
-            n_ctx=60,
-        ),
+        Case(39, "fraction of x up to here, 26 letters and 59 positions", LETTERS, _running_fraction_of_x(), n_ctx=60),
         Case(
             42,
             "the first element, everywhere",

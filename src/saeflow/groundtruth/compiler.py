@@ -16,7 +16,6 @@ here it is as narrow as the widths need.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from saeflow.groundtruth.program import (
     ProgramError,
     SelectorWidth,
     TokenMap,
-    Variable,
     map_table,
     pair_table,
     selector_table,
@@ -48,21 +46,11 @@ LEAST_SCORE = 40.0  # of what is selected, after the division by sqrt(d_head): B
 class VariableLocation:
     """Where a variable is made and held."""
 
-    variable: str
     columns: tuple[int, ...]
     """Its directions of the residual stream, by value."""
     sublayer: int
     """-1: the embedding; 2 L: attention of layer L; 2 L + 1: its MLP."""
     head: int | None = None
-    hidden: tuple[int, ...] = ()
-    """Units of that MLP that make it."""
-
-    @property
-    def hook_name(self) -> str:
-        """The hook whose value is what the sublayer adds to the residual stream."""
-        if self.sublayer < 0:
-            return "hook_embed" if self.variable == "tokens" else "hook_pos_embed"
-        return f"blocks.{self.sublayer // 2}.{'hook_mlp_out' if self.sublayer % 2 else 'hook_attn_out'}"
 
 
 @dataclass(frozen=True)
@@ -135,58 +123,38 @@ class _Compiler:
             lowest = below + 1 if (below + 1) % 2 == wants_mlp else below + 2
             self.sublayer[block.output] = lowest + 1 if isinstance(block, SelectorWidth) else lowest
         self.n_layers = max(self.sublayer.values()) // 2 + 1
-        self.names = {name: self._direction_names(v) for name, v in self.variables.items()}
-        self.names |= {_width_of(b): [_width_of(b)] for b in program.blocks if isinstance(b, SelectorWidth)}
-        self.names["one"] = ["one"]
-        self.directions = tuple(direction for name in sorted(self.names) for direction in self.names[name])
-
-    def _direction_names(self, variable: Variable) -> list[str]:
-        if variable.values is None:
-            return [variable.name]
-        values = self.program.vocabulary if variable.name == "tokens" else variable.values
-        return [f"{variable.name}:{value}" for value in values]
-
-    @cached_property
-    def column(self) -> dict[str, int]:
-        return {direction: i for i, direction in enumerate(self.directions)}
+        names = {name: _direction_names(name, v.values) for name, v in self.variables.items()}
+        names |= {_width_of(b): [_width_of(b)] for b in program.blocks if isinstance(b, SelectorWidth)}
+        names |= {"tokens": _direction_names("tokens", program.vocabulary), "one": ["one"]}
+        self.directions = tuple(direction for name in sorted(names) for direction in names[name])
+        self.column = {direction: i for i, direction in enumerate(self.directions)}
 
     def columns(self, name: str) -> list[int]:
         """Directions of a variable by its codes: of `tokens` only the words have one."""
-        variable = self.variables.get(name)
-        if variable is None or variable.values is None:
-            return [self.column[direction] for direction in self.names[name]]
-        return [self.column[f"{name}:{value}"] for value in variable.values]
+        return [self.column[direction] for direction in _direction_names(name, self.variables[name].values)]
 
     def compiled(self) -> Compiled:
         program, d = self.program, len(self.directions)
-        heads: list[list[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(self.n_layers)]
+        heads: list[list[Aggregate | SelectorWidth]] = [[] for _ in range(self.n_layers)]
         hidden: list[list[np.ndarray]] = [[] for _ in range(self.n_layers)]  # [W_in column | W_out row], (2, d) a unit
-        locations = {
-            "tokens": VariableLocation("tokens", tuple(self.columns("tokens")), -1),
-            "indices": VariableLocation("indices", tuple(self.columns("indices")), -1),
-        }
+        locations = {n: VariableLocation(tuple(self.columns(n)), -1) for n in ("tokens", "indices")}
         for block in program.blocks:
             sublayer = self.sublayer[block.output]
-            layer, head, units = sublayer // 2, None, range(0)
+            layer, head = sublayer // 2, None
             if isinstance(block, Aggregate | SelectorWidth):
                 head = len(heads[layer])
-                heads[layer].append((block, *self._head(block)))
+                heads[layer].append(block)
             if not isinstance(block, Aggregate):
-                new_units = self._units(block)
-                units = range(len(hidden[layer]), len(hidden[layer]) + len(new_units))
-                hidden[layer] += new_units
-            locations[block.output] = VariableLocation(
-                block.output, tuple(self.columns(block.output)), sublayer, head, tuple(units)
-            )
+                hidden[layer] += self._units(block)
+            locations[block.output] = VariableLocation(tuple(self.columns(block.output)), sublayer, head)
 
         n_heads = max(1, *(len(some) for some in heads))
-        d_head = max([1, *(self._wide(block, scores) for some in heads for block, scores, _, _ in some)])
+        d_head = max([1, *(self._wide(block) for some in heads for block in some)])
         d_mlp = max(1, *(len(some) for some in hidden))
-        numerical = program.output_variable.numerical
         config = {
             "n_layers": self.n_layers, "n_heads": n_heads, "d_model": d, "d_head": d_head, "d_mlp": d_mlp,
             "n_ctx": program.n_ctx, "d_vocab": len(program.vocabulary),
-            "d_vocab_out": 1 if numerical else len(program.output_variable.values or ()),
+            "d_vocab_out": 1 if program.output_variable.numerical else len(program.output_variable.values or ()),
             "act_fn": "relu", "normalization_type": None, "positional_embedding_type": "standard",
             "attention_dir": "causal" if program.causal else "bidirectional",
         }  # fmt: skip
@@ -199,8 +167,8 @@ class _Compiler:
             weights["unembed.W_U"][column, i] = 1
         for layer in range(self.n_layers):
             block_weights = {k.split(".", 2)[2]: w for k, w in weights.items() if k.startswith(f"blocks.{layer}.")}
-            for h, (block, scores, queries, keys) in enumerate(heads[layer]):
-                self._write_head(block_weights, h, block, scores, queries, keys, d_head)
+            for h, head_block in enumerate(heads[layer]):
+                self._write_head(block_weights, h, head_block, d_head)
             for i, (into, out) in enumerate(hidden[layer]):
                 block_weights["mlp.W_in"][:, i], block_weights["mlp.W_out"][i] = into, out
         return Compiled(program, config, self.directions, weights, locations)
@@ -210,37 +178,29 @@ class _Compiler:
         """(scores (q, k) in units of the coldness, query directions (q,), key directions (k,)), each in the residual
         stream's order."""
         one, bos = self.column["one"], self.column[f"tokens:{BOS}"]
-        table = selector_table(block, self.variables)
         queries = np.array(sorted({*self.columns(block.query), one, bos}))
         keys = np.array(sorted({*self.columns(block.key), bos}))
         scores = np.zeros((len(queries), len(keys)))
         locations = np.searchsorted(queries, self.columns(block.query)), np.searchsorted(keys, self.columns(block.key))
-        scores[np.ix_(*locations)] = table[:-1, :-1]
+        scores[np.ix_(*locations)] = selector_table(block, self.variables)[:-1, :-1]
         always = isinstance(block, SelectorWidth)
         scores[np.searchsorted(queries, one), np.searchsorted(keys, bos)] = 1.0 if always else 0.5
         return scores, queries, keys
 
-    def _wide(self, block: Block, scores: np.ndarray) -> int:
+    def _wide(self, block: Aggregate | SelectorWidth) -> int:
         """Coordinates of a head that a block needs: for its keys and queries, and for the values that it moves."""
-        return max(*scores.shape, len(self.columns(block.value)) if isinstance(block, Aggregate) else 1)
+        return max(*self._head(block)[0].shape, len(self.columns(block.value)) if isinstance(block, Aggregate) else 1)
 
     def _write_head(
-        self,
-        weights: dict[str, np.ndarray],
-        head: int,
-        block: Block,
-        scores: np.ndarray,
-        queries: np.ndarray,
-        keys: np.ndarray,
-        d_head: int,
+        self, weights: dict[str, np.ndarray], head: int, block: Aggregate | SelectorWidth, d_head: int
     ) -> None:
+        scores, queries, keys = self._head(block)
         coldness = max(COLDNESS, LEAST_SCORE * d_head**0.5)
         weights["attn.W_Q"][head, queries, : len(keys)] = coldness * scores
         weights["attn.W_K"][head, keys, np.arange(len(keys))] = 1
         if isinstance(block, SelectorWidth):
             moved = [(self.column[f"tokens:{BOS}"], self.column[_width_of(block)])]
         else:
-            assert isinstance(block, Aggregate)
             moved = list(zip(self.columns(block.value), self.columns(block.output), strict=True))
         for i, (value, output) in enumerate(moved):
             weights["attn.W_V"][head, value, i] = 1
@@ -297,6 +257,10 @@ class _Compiler:
         add([(bos, 1.0)], [(x, -1.0), (out[0], -1.0)])
 
 
+def _direction_names(name: str, values: tuple[Any, ...] | None) -> list[str]:
+    return [name] if values is None else [f"{name}:{value}" for value in values]
+
+
 def _width_of(block: Block) -> str:
     return f"{block.output}_attention"
 
@@ -304,10 +268,7 @@ def _width_of(block: Block) -> str:
 def empty_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Zeros for every parameter of a transformer without norms, by TransformerLens's names."""
     H, d, h, m = (config[name] for name in ("n_heads", "d_model", "d_head", "d_mlp"))
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed.W_E": (config["d_vocab"], d),
-        "pos_embed.W_pos": (config["n_ctx"], d),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (config["d_vocab"], d), "pos_embed.W_pos": (config["n_ctx"], d)}
     for layer in range(config["n_layers"]):
         each = {
             "attn.W_Q": (H, d, h), "attn.W_K": (H, d, h), "attn.W_V": (H, d, h), "attn.W_O": (H, h, d),

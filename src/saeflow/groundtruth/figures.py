@@ -1,6 +1,5 @@
 """The figures of an experiment on models whose algorithm is known, in the style of all others."""
 
-import json
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,25 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from saeflow.dictionaries import load_dictionary
 from saeflow.dictionaries.naming import amount_name, hook_title, series_name
+from saeflow.evaluation.figures import read_summaries
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, MARKERS
 from saeflow.groundtruth.network import HOOKS
+from saeflow.groundtruth.recovery import stability
 from saeflow.jobs.job import Job
 
-_IDENTITY = [
-    "place",
-    "hook_name_out",
-    "case",
-    "method",
-    "model_seed",
-    "series",
-    "amount_name",
-    "amount",
-    "d_sae",
-    "seed",
-]
-_IDENTITY += ["train_key", "part"]
+_IDENTITY = ["place", "hook_name_out", "case", "method", "model_seed", "series", "amount_name", "amount"]
+_IDENTITY += ["d_sae", "seed", "train_key", "part"]
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
@@ -47,18 +38,14 @@ class Recoveries(NamedTuple):
 
 
 def read_recoveries(job: Job) -> Recoveries:
-    table = pd.DataFrame([json.loads((f / "summary.json").read_text()) for f in job.inputs("recover")])
+    table = read_summaries(job.inputs("recover"))
     return Recoveries(table, stability_table(job, table))
 
 
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
-    from saeflow.dictionaries import load_dictionary
-    from saeflow.groundtruth.redundancy import stability
-
-    live = {f.name: pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover")}
-    recovers = dict(zip((f.name for f in job.inputs("recover")), table["train_key"], strict=True))
-    latents = {recovers[name]: rows for name, rows in live.items()}
+    live = (pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover"))
+    latents = dict(zip(table["train_key"], live, strict=True))
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
     table = table[table["part"].isna()]
     found = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from saeflow.config import TracrConfig
 from saeflow.groundtruth.cases import get_case
 from saeflow.jobs.job import Job
 from saeflow.text.tokens import open_tokens, write_unpacked_rows
@@ -30,10 +31,9 @@ def make_model(job: Job) -> str:
     import pandas as pd
     import torch
 
-    from saeflow.groundtruth.alignment import Quality, Truth
     from saeflow.groundtruth.folder import write_model
-    from saeflow.groundtruth.lowlevel import Recipe, train_small
     from saeflow.groundtruth.network import Network
+    from saeflow.groundtruth.training import Quality, Truth, train_small
 
     config = job.config["tracr"]
     case = get_case(config["case"])
@@ -41,17 +41,14 @@ def make_model(job: Job) -> str:
     if config["method"] == "compiled":
         network = Network(case.compiled.config, case.compiled.weights)
         truth = Truth(case, case.rows(1000, MODEL_ROWS_SEED))
-        output = network(torch.from_numpy(truth.rows)).output
-        correct = truth.correct(output, truth.values[case.program.output])
+        correct = truth.correct(network(torch.from_numpy(truth.rows)).output, truth.values[case.program.output])
         quality = Quality(float(correct.mean()), {}, {})
     else:
         rows = case.rows(config["n_rows"], MODEL_ROWS_SEED)
-        names = ("method", "seed", "n_steps", "batch_rows", "lr")
-        trained = train_small(case, rows, Recipe(**{name: config[name] for name in names}))
+        trained = train_small(case, rows, TracrConfig(**config))
         network, quality, curve = trained.network, trained.quality, trained.curve
-    weights = network.weights()
     with job.writing() as folder:
-        write_model(folder, case, network.config, weights, config | quality._asdict())
+        write_model(folder, case, network.config, network.weights(), config | quality._asdict())
         if curve:
             pd.DataFrame(curve).to_parquet(folder / "curve.parquet")
     sentence = f"accuracy {quality.accuracy:.4f}"
@@ -72,15 +69,11 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
 
     from saeflow.dictionaries import load_dictionary
     from saeflow.dictionaries.fitting import check_fit
-    from saeflow.groundtruth.alignment import Truth
-    from saeflow.groundtruth.contexts import page, top_contexts
-    from saeflow.groundtruth.faithfulness import faithfulness, interchange_accuracy
+    from saeflow.groundtruth.faithfulness import compare_jacobians, faithfulness, interchange_accuracy, true_jacobians
     from saeflow.groundtruth.folder import read_model
-    from saeflow.groundtruth.jacobians import compare_jacobians, true_jacobians
-    from saeflow.groundtruth.labels import label, without_leaks
-    from saeflow.groundtruth.predicates import predicates, states
-    from saeflow.groundtruth.recovery import random_latents, recovery
-    from saeflow.groundtruth.redundancy import redundancy
+    from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, without_leaks
+    from saeflow.groundtruth.recovery import random_latents, recovery, redundancy
+    from saeflow.groundtruth.training import Truth
     from saeflow.models.folder import read_geometry
 
     model_folder = jobs[0].input("groundtruth")

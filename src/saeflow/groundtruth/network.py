@@ -19,8 +19,6 @@ from saeflow.config import ConfigError
 from saeflow.groundtruth.compiler import empty_weights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
-
-
 HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 
 
@@ -34,8 +32,7 @@ class Node(NamedTuple):
 
     @property
     def name(self) -> str:
-        where = "mlp" if self.head is None else f"attn.{self.head}"
-        return f"blocks.{self.layer}.{where}"
+        return f"blocks.{self.layer}." + ("mlp" if self.head is None else f"attn.{self.head}")
 
 
 class Pass(NamedTuple):

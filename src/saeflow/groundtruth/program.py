@@ -5,13 +5,14 @@ each position. Two are there from the start: `tokens` has no value at BOS and PA
 BOS from 0. Each block makes one more. What is none takes part in nothing: a map of none is none, and a selector neither
 selects it nor selects for it.
 
-`run` is the definition of every block, and gives what the compiled model has, at every position, BOS and PAD included.
-Arrays: N rows, P positions. Categorical variables are codes, (N, P) int64 into `Variable.values`, -1 for none;
-numerical ones (N, P) float64, 0 where there is nothing.
+`Program.run` is the definition of every block, and gives what the compiled model has, at every position, BOS and PAD
+included. Arrays: N rows, P positions. Categorical variables are codes, (N, P) int64 into `Variable.values`, -1 for
+none; numerical ones (N, P) float64, 0 where there is nothing.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -39,80 +40,63 @@ class Variable:
 
 
 @dataclass(frozen=True)
-class TokenMap:
+class Block:
+    output: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The variables that it reads: its other fields that are names."""
+        values = [getattr(self, field.name) for field in fields(self)[1:]]
+        return tuple(value for value in values if isinstance(value, str))
+
+
+@dataclass(frozen=True)
+class TokenMap(Block):
     """function(input): categorical to categorical, or to a number of 0 or more."""
 
-    output: str
     input: str
     function: Callable[[Any], Any]
     numerical: bool = False
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.input,)
-
 
 @dataclass(frozen=True)
-class PairMap:
+class PairMap(Block):
     """function(first, second) of two categorical variables; RASP's SequenceMap."""
 
-    output: str
     first: str
     second: str
     function: Callable[[Any, Any], Any]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.first, self.second)
-
 
 @dataclass(frozen=True)
-class Aggregate:
+class Aggregate(Block):
     """The mean of `value` over the positions that are selected: those where predicate(key there, query here).
 
     Of a categorical variable at most one position may be selected.
     """
 
-    output: str
     query: str
     key: str
     value: str
     predicate: Callable[[Any, Any], bool]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value)
-
 
 @dataclass(frozen=True)
-class SelectorWidth:
+class SelectorWidth(Block):
     """How many positions are selected; categorical."""
 
-    output: str
     query: str
     key: str
     predicate: Callable[[Any, Any], bool]
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.query, self.key)
-
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Block):
     """factors[0] * first + factors[1] * second, all numerical."""
 
-    output: str
     first: str
     second: str
     factors: tuple[float, float]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.first, self.second)
-
-
-Block = TokenMap | PairMap | Aggregate | SelectorWidth | Linear
 
 
 @dataclass(frozen=True)
@@ -156,18 +140,17 @@ class Program:
     def output_variable(self) -> Variable:
         return self.variables[self.output]
 
-
-def run(program: Program, tokens: np.ndarray, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Value of every variable on `tokens` (N, P) of token ids; `given` replaces some of them."""
-    given, variables = given or {}, program.variables
-    words = np.array([_code(variables["tokens"], word) for word in program.vocabulary])
-    positions = np.broadcast_to(np.arange(tokens.shape[1]) - 1, tokens.shape)
-    values: dict[str, np.ndarray] = {"tokens": words[tokens], "indices": np.ascontiguousarray(positions)}
-    values |= {name: given[name] for name in ("tokens", "indices") if name in given}
-    is_bos = tokens == program.token_id(BOS)
-    for block in program.blocks:
-        values[block.output] = given[block.output] if block.output in given else _value(block, program, values, is_bos)
-    return values
+    def run(self, tokens: np.ndarray, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Value of every variable on `tokens` (N, P) of token ids; `given` replaces some of them."""
+        given = given or {}
+        words = np.array([_code(self.variables["tokens"], word) for word in self.vocabulary])
+        positions = np.broadcast_to(np.arange(tokens.shape[1]) - 1, tokens.shape)
+        values: dict[str, np.ndarray] = {"tokens": words[tokens], "indices": np.ascontiguousarray(positions)}
+        values |= {name: given[name] for name in ("tokens", "indices") if name in given}
+        is_bos = tokens == self.token_id(BOS)
+        for block in self.blocks:
+            values[block.output] = given[block.output] if block.output in given else _value(block, self, values, is_bos)
+        return values
 
 
 def _value(block: Block, program: Program, values: dict[str, np.ndarray], is_bos: np.ndarray) -> np.ndarray:
@@ -178,6 +161,7 @@ def _value(block: Block, program: Program, values: dict[str, np.ndarray], is_bos
         return pair_table(block, variables)[values[block.first], values[block.second]]
     if isinstance(block, Linear):
         return block.factors[0] * values[block.first] + block.factors[1] * values[block.second]
+    assert isinstance(block, Aggregate | SelectorWidth)
     table = selector_table(block, variables)
     selected = table[values[block.query][:, :, None], values[block.key][:, None, :]]  # (N, query, key)
     if program.causal:
@@ -204,22 +188,15 @@ def map_table(block: TokenMap, variables: Mapping[str, Variable]) -> np.ndarray:
 
 def pair_table(block: PairMap, variables: Mapping[str, Variable]) -> np.ndarray:
     """(values + 1, values + 1): the result for every pair of codes; none of anything is none."""
-    first, second = values_of(variables[block.first]), values_of(variables[block.second])
-    table = np.full((len(first) + 1, len(second) + 1), NONE)
-    for i, one in enumerate(first):
-        for j, other in enumerate(second):
-            table[i, j] = _code(variables[block.output], block.function(one, other))
-    return table
+    first, second, to = (variables[name] for name in (block.first, block.second, block.output))
+    table = [[_code(to, block.function(one, other)) for other in values_of(second)] for one in values_of(first)]
+    return np.pad(table, (0, 1), constant_values=NONE)
 
 
 def selector_table(block: Aggregate | SelectorWidth, variables: Mapping[str, Variable]) -> np.ndarray:
     """(query values + 1, key values + 1) bool; False where either is none."""
     queries, keys = values_of(variables[block.query]), values_of(variables[block.key])
-    table = np.zeros((len(queries) + 1, len(keys) + 1), dtype=bool)
-    for i, q in enumerate(queries):
-        for j, k in enumerate(keys):
-            table[i, j] = bool(block.predicate(k, q))
-    return table
+    return np.pad([[bool(block.predicate(k, q)) for k in keys] for q in queries], (0, 1))
 
 
 def values_of(variable: Variable) -> tuple[Any, ...]:
@@ -244,14 +221,12 @@ def _inferred(block: Block, earlier: dict[str, Variable], n_ctx: int) -> Variabl
         return Variable(block.output, tuple(range(n_ctx)))
     if isinstance(block, Aggregate):
         return Variable(block.output, inputs[2].values)
-    if isinstance(block, TokenMap):
-        results = [block.function(value) for value in values_of(inputs[0])]
-        if block.numerical:
-            if min(results) < 0:
-                raise ProgramError(f"block {block.output!r} maps to {min(results)}; one ReLU unit holds 0 or more")
-            return Variable(block.output, None)
-    else:
-        results = [block.function(one, other) for one in values_of(inputs[0]) for other in values_of(inputs[1])]
+    assert isinstance(block, TokenMap | PairMap)
+    results = [block.function(*values) for values in itertools.product(*map(values_of, inputs))]
+    if isinstance(block, TokenMap) and block.numerical:
+        if min(results) < 0:
+            raise ProgramError(f"block {block.output!r} maps to {min(results)}; one ReLU unit holds 0 or more")
+        return Variable(block.output, None)
     some = {r for r in results if r is not None}
     if not some:
         raise ProgramError(f"block {block.output!r} makes none of everything")

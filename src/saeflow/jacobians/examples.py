@@ -37,9 +37,8 @@ def top_inputs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
     """Of the outputs that `top_pairs_table` names by mean J, each once: the `config.top_inputs` inputs of highest mean
     J. `output_rank` is the order of the outputs."""
     ranked = _ranked(pairs, "mean", np.arange(len(pairs.count)), config)[: config.top_pairs]
-    outputs = list(dict.fromkeys(pairs.output[ranked].tolist()))
     tables = []
-    for order, output in enumerate(outputs, start=1):
+    for order, output in enumerate(dict.fromkeys(pairs.output[ranked].tolist()), start=1):
         start, end = np.searchsorted(pairs.output, [output, output + 1])
         places = _ranked(pairs, "mean", np.arange(start, end), config)[: config.top_inputs]
         columns = {"output_rank": [order] * len(places), "rank": np.arange(1, len(places) + 1)}
@@ -57,17 +56,12 @@ def _ranked(pairs: Pairs, statistic: str, places: np.ndarray, config: JacobianCo
 
 
 def _describe(pairs: Pairs, places: np.ndarray) -> dict[str, np.ndarray]:
-    count = pairs.count[places]
-    mean, mean_absolute = pairs.sum[places] / count, pairs.sum_absolute[places] / count
-    squares = pairs.sum_squares[places] / count
-    columns = {"output": pairs.output[places], "input": pairs.input[places], "count": count}
-    columns |= {"mean": mean, "std": np.sqrt(np.maximum(squares - mean**2, 0))}
-    return columns | {
-        "mean_absolute": mean_absolute,
-        "std_absolute": np.sqrt(np.maximum(squares - mean_absolute**2, 0)),
-        "active_output": pairs.active_output[pairs.output[places]],
-        "active_input": pairs.active_input[pairs.input[places]],
-    }
+    output, input, count = pairs.output[places], pairs.input[places], pairs.count[places]
+    mean, mean_absolute, squares = (sums[places] / count for sums in (pairs.sum, pairs.sum_absolute, pairs.sum_squares))
+    columns = {"output": output, "input": input, "count": count}
+    for name, value in (("", mean), ("_absolute", mean_absolute)):
+        columns |= {f"mean{name}": value, f"std{name}": np.sqrt(np.maximum(squares - value**2, 0))}
+    return columns | {"active_output": pairs.active_output[output], "active_input": pairs.active_input[input]}
 
 
 # -------------------------------------------------------------------- windows
@@ -142,16 +136,15 @@ class TopWindows:
 class ExampleSelection(NamedTuple):
     """Latents and pairs whose examples are shown, and the windows that they take them from."""
 
-    outputs: dict[int, list[int]]
-    """Windows by latent."""
-    inputs: dict[int, list[int]]
+    sides: dict[str, dict[int, list[int]]]
+    """Windows by latent, of `output` and of `input`."""
     pairs: list[tuple[int, int]]
     """(output, input)"""
 
     @property
     def windows(self) -> list[int]:
         """All of them, each once, in order."""
-        return sorted({w for side in (self.outputs, self.inputs) for found in side.values() for w in found})
+        return sorted({w for side in self.sides.values() for found in side.values() for w in found})
 
 
 def select_examples(tables: Iterable[pa.Table], outputs: TopWindows, inputs: TopWindows) -> ExampleSelection:
@@ -159,7 +152,8 @@ def select_examples(tables: Iterable[pa.Table], outputs: TopWindows, inputs: Top
     named = (zip(t["output"].to_pylist(), t["input"].to_pylist(), strict=True) for t in tables)
     pairs = list(dict.fromkeys(pair for table in named for pair in table))
     by_output = {i: outputs.windows_of(i) for i in sorted({i for i, _ in pairs})}
-    return ExampleSelection(by_output, {j: inputs.windows_of(j) for j in sorted({j for _, j in pairs})}, pairs)
+    by_input = {j: inputs.windows_of(j) for j in sorted({j for _, j in pairs})}
+    return ExampleSelection({"output": by_output, "input": by_input}, pairs)
 
 
 class Activity:
@@ -167,25 +161,21 @@ class Activity:
 
     def __init__(self, wanted: ExampleSelection) -> None:
         self.wanted = wanted
-        self.outputs: dict[tuple[int, int], float] = {}
-        """By latent and token number."""
-        self.inputs: dict[tuple[int, int], float] = {}
+        self.values: dict[str, dict[tuple[int, int], float]] = {"output": {}, "input": {}}
+        """By side, then by latent and token number."""
         self.jacobians: dict[tuple[int, int, int], float] = {}
         """By output latent, input latent and token number."""
-        self._outputs, self._inputs = (np.array(sorted(side)) for side in (wanted.outputs, wanted.inputs))
+        self._latents = {side: np.array(sorted(windows)) for side, windows in wanted.sides.items()}
         self._pairs = np.array([i << 32 | j for i, j in wanted.pairs])
 
     def add(self, token: np.ndarray, blocks: JacobianBlocks) -> None:
         """`token` (N,): numbers of the blocks' tokens."""
-        sides = (
-            (blocks.outputs, blocks.values_out, self._outputs, self.outputs),
-            (blocks.inputs, blocks.values_in, self._inputs, self.inputs),
-        )
-        for latents, values, chosen, activations in sides:
+        sides = {"output": (blocks.outputs, blocks.values_out), "input": (blocks.inputs, blocks.values_in)}
+        for side, (latents, values) in sides.items():
             indices, size = latents.cpu().numpy(), values.cpu().numpy()
-            rows, places = np.nonzero(np.isin(indices, chosen) & (size > 0))
+            rows, places = np.nonzero(np.isin(indices, self._latents[side]) & (size > 0))
             keys = zip(indices[rows, places].tolist(), token[rows].tolist(), strict=True)
-            activations.update(zip(keys, size[rows, places].tolist(), strict=True))
+            self.values[side].update(zip(keys, size[rows, places].tolist(), strict=True))
         i, j = blocks.outputs.cpu().numpy()[:, :, None], blocks.inputs.cpu().numpy()[:, None, :]
         J = blocks.J.cpu().numpy()
         rows, a, b = np.nonzero(np.isin(i << 32 | j, self._pairs) & (J != 0))
@@ -201,14 +191,10 @@ def contexts_table(activity: Activity, grid: Grid, read: Read) -> pa.Table:
     """One row a latent and window: `side` (input or output), `latent`, `rank`, where the window lies, its tokens and
     the latent's activations on them; 0 at position 0, which is not studied."""
     rows = []
-    wanted = activity.wanted
-    for side, latents, found in (
-        ("output", wanted.outputs, activity.outputs),
-        ("input", wanted.inputs, activity.inputs),
-    ):
+    for side, latents in activity.wanted.sides.items():
         for latent, windows in latents.items():
             for rank, window in enumerate(windows, start=1):
-                values = [found.get((latent, t), 0.0) for t in _numbers(grid, window)]
+                values = [activity.values[side].get((latent, t), 0.0) for t in _numbers(grid, window)]
                 named = {"side": side, "latent": latent, "rank": rank, "max_activation": max(values)}
                 rows.append(named | _where(grid, window, read) | {"activations": values})
     return pa.Table.from_pylist(rows, schema=_schema({"side": pa.string(), "latent": pa.int64()}, ["activations"]))
@@ -218,10 +204,10 @@ def pair_contexts_table(activity: Activity, grid: Grid, keep: int, read: Read) -
     """One row a pair and window, of the windows of both its latents the `keep` with the largest |J|: `output`, `input`,
     `rank`, where the window lies, its tokens, J, and both latents' activations."""
     rows = []
-    wanted = activity.wanted
-    for i, j in wanted.pairs:
+    sides = activity.wanted.sides
+    for i, j in activity.wanted.pairs:
         found = []
-        for window in sorted({*wanted.outputs[i], *wanted.inputs[j]}):
+        for window in sorted({*sides["output"][i], *sides["input"][j]}):
             J = [activity.jacobians.get((i, j, t), 0.0) for t in _numbers(grid, window)]
             if any(J):
                 found.append((window, J))
@@ -229,8 +215,9 @@ def pair_contexts_table(activity: Activity, grid: Grid, keep: int, read: Read) -
         for rank, (window, J) in enumerate(found[:keep], start=1):
             named = {"output": i, "input": j, "rank": rank, "max_activation": max(J, key=abs)}
             numbers = _numbers(grid, window)
-            values = {"jacobian": J, "output_activations": [activity.outputs.get((i, t), 0.0) for t in numbers]}
-            values |= {"input_activations": [activity.inputs.get((j, t), 0.0) for t in numbers]}
+            values = {"jacobian": J}
+            for side, latent in (("output", i), ("input", j)):
+                values[f"{side}_activations"] = [activity.values[side].get((latent, t), 0.0) for t in numbers]
             rows.append(named | _where(grid, window, read) | values)
     names = ["jacobian", "output_activations", "input_activations"]
     table = pa.Table.from_pylist(rows, schema=_schema({"output": pa.int64(), "input": pa.int64()}, names))

@@ -52,16 +52,15 @@ class Samples(NamedTuple):
 
 def choose_tokens(n_tokens: int, n_samples: int, seed: int = 0) -> np.ndarray:
     """(n_samples,), ascending; each once where there are enough."""
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(n_tokens, n_samples, replace=n_samples > n_tokens))
+    return np.sort(np.random.default_rng(seed).choice(n_tokens, n_samples, replace=n_samples > n_tokens))
 
 
 @torch.no_grad()
 def linearity_table(pair: Pair, samples: Samples, seed: int = 0) -> pa.Table:
     """One row a sample: which latents, J, the classes, what ablations do, and g itself (`curve`, at equal steps from 0
     to `sweep_end`). Tokens without a pair of active latents are left out."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.random((len(samples.token), 2))  # drawn at once: a sample's pair depends on its place alone
+    # drawn at once: a sample's pair depends on its place alone
+    chosen = np.random.default_rng(seed).random((len(samples.token), 2))
     rows: list[dict[str, Any]] = []
     for start in range(0, len(samples.token), SAMPLES_AT_ONCE):
         some = slice(start, start + SAMPLES_AT_ONCE)
@@ -110,12 +109,9 @@ def _rows(pair: Pair, samples: Samples, chosen: np.ndarray) -> list[dict[str, An
 
 def _latent(pair: Pair, x: Tensor, latent: Tensor) -> Tensor:
     """(N,): the activation of output latent `latent` (N,) behind f at `x` (N, d), 0 where TopK drops it."""
-    parts = []
     step = max(1, (1 << 24) // pair.n_out)
-    for start in range(0, len(x), step):
-        f = pair.output.encode(pair.f(x[start : start + step]))
-        parts.append(f.gather(1, latent[start : start + step, None])[:, 0])
-    return torch.cat(parts)
+    parts = zip(x.split(step), latent.split(step), strict=True)
+    return torch.cat([pair.output.encode(pair.f(some)).gather(1, i[:, None])[:, 0] for some, i in parts])
 
 
 def classify(s: np.ndarray, g: np.ndarray) -> dict[str, Any]:
@@ -166,11 +162,9 @@ def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
     which, place = np.unique(column["document"], return_inverse=True)
     J, delta = column["jacobian"], column["delta_ablation"]
     predicted = -J * column["activation"]
-    one = np.ones(len(J))
     parts = {f"{kind}_{name}": column[f"class_{kind}"] == name for kind in ("absolute", "relative") for name in CLASSES}
     parts["on_line"] = np.abs(J + column["delta_unit"]) < ON_LINE
-    names = list(parts)
-    terms = [one, *(parts[name] for name in names), predicted * delta, predicted**2, (delta - predicted) ** 2, delta**2]
+    terms = [np.ones(len(J)), *parts.values(), predicted * delta, predicted**2, (delta - predicted) ** 2, delta**2]
     sums = np.stack([np.bincount(place, term, len(which)) for term in terms], axis=1)
 
     def measures(total: np.ndarray) -> np.ndarray:
@@ -184,7 +178,7 @@ def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
     if len(which) > 1:
         low, high = central_interval(measures(resampled_sums(sums, n_samples)))
     out: dict[str, Any] = {"linearity_samples": len(J)}
-    for name, *ends in zip([*names, "ablation_slope", "ablation_r2"], value, low, high, strict=True):
+    for name, *ends in zip([*parts, "ablation_slope", "ablation_r2"], value, low, high, strict=True):
         for suffix, number in zip(("", "_low", "_high"), ends, strict=True):
             out[name + suffix] = None if np.isnan(number) else float(number)
     return out

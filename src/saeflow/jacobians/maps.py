@@ -20,7 +20,7 @@ Shapes: N tokens, d and p the widths at the two hooks, n latents, k active ones.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,21 +53,6 @@ class JacobianBlocks(NamedTuple):
     """(N,), int64: entries of the token, without padding."""
 
 
-class JacobianMap(Protocol):
-    """What the study asks of a map."""
-
-    n_in: int
-    n_out: int
-    hooks: list[str]
-    """Hooks of the model that `blocks` wants the values of."""
-    shared: bool
-    """Whether the entries are the same for all tokens."""
-
-    def blocks(self, values: list[Tensor]) -> Iterator[JacobianBlocks]:
-        """Yields the Jacobians of all tokens in order, a few at a time; `values` (N, d), one a hook."""
-        ...
-
-
 def active_latents(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, d) -> values (N, k), at least 0, and indices (N, k); without TopK, k is the largest number of any token."""
     if dictionary.spec.activation == "topk":
@@ -88,6 +73,7 @@ class Pair:
     """
 
     shared = False
+    """Whether the entries are the same for all tokens."""
 
     def __init__(
         self,
@@ -100,7 +86,7 @@ class Pair:
         self.f, self.input, self.output = block, input, output
         self.at_reconstruction, self.own_output = at_reconstruction, own_output or at_reconstruction
         self.n_in, self.n_out = input.d_sae, output.d_sae
-        self.hooks = [input.spec.hook_name, output.spec.hook_name]
+        self.hooks = [input.spec.hook_name, output.spec.hook_name]  # of the model, whose values `blocks` wants
         self.E = output.W_enc.T.contiguous()  # (n, p)
         self.products = None
         if isinstance(block, Block):
@@ -112,6 +98,7 @@ class Pair:
 
     @torch.no_grad()
     def blocks(self, values: list[Tensor]) -> Iterator[JacobianBlocks]:
+        """Yields the Jacobians of all tokens in order, a few at a time; `values` (N, d), one a hook."""
         x, y = values
         step = max(1, LATENT_ELEMENTS // max(self.n_in, self.n_out))
         for start in range(0, len(x), step):
@@ -144,7 +131,7 @@ def _n_active(dictionary: Dictionary, values: Tensor) -> Tensor:
 
 
 class TranscoderMap:
-    """A transcoder from x to y; see the top of the file."""
+    """A transcoder from x to y, as `Pair` is asked; see the top of the file."""
 
     shared = True
 
@@ -173,3 +160,6 @@ class TranscoderMap:
             yield JacobianBlocks(
                 there, J, inputs, outputs, ones.expand(inputs.shape), ones.expand(outputs.shape), n_entries
             )
+
+
+JacobianMap = Pair | TranscoderMap

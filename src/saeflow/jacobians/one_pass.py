@@ -62,8 +62,7 @@ class TokenChunk(NamedTuple):
 def iterate_jacobians(model: "HookedTransformer", jacobian_map: JacobianMap, tokens: Tokens) -> Iterator[TokenChunk]:
     """Yields the Jacobians of all tokens, in order; one forward pass, which stops above the hooks."""
     per_row = tokens.context_size - 1
-    n_rows = -(-tokens.n_tokens // per_row)
-    for start in progress(range(0, n_rows, ROWS), "Jacobians"):
+    for start in progress(range(0, -(-tokens.n_tokens // per_row), ROWS), "Jacobians"):
         first = start * per_row
         read = _read(model, jacobian_map, tokens.rows[start : start + ROWS])
         values = [v[:, 1:].flatten(0, 1)[: tokens.n_tokens - first] for v in read]

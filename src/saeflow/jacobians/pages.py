@@ -7,7 +7,6 @@ as the tokens of a byte-level tokenizer can be any character.
 """
 
 import html
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -27,15 +26,6 @@ caption { text-align: left; font-weight: 600; padding-bottom: .3em; }
 section { break-inside: avoid; border-top: 1px solid #999; margin-top: 1.2em; }
 h2 { margin-top: 2em; } h3 { font-size: 1em; margin: .7em 0 .2em; }
 """
-
-
-def write_pages(
-    folder: Path, summary: dict[str, Any], pairs: pd.DataFrame, top_inputs: pd.DataFrame, contexts: pd.DataFrame,
-    pair_contexts: pd.DataFrame,
-) -> None:  # fmt: skip
-    """Writes `pairs.html` and `pairs.tex`."""
-    (folder / "pairs.html").write_text(page(summary, pairs, top_inputs, contexts, pair_contexts), encoding="utf-8")
-    (folder / "pairs.tex").write_text(latex(summary, pairs, pair_contexts), encoding="utf-8")
 
 
 # -------------------------------------------------------------------- HTML
@@ -74,14 +64,7 @@ def page(
     return "\n".join(parts) + "\n</html>\n"
 
 
-_NUMBERS = ["count", "mean", "std", "mean_absolute", "std_absolute"]
-_HEADINGS = {
-    "mean_absolute": "mean |J|",
-    "std_absolute": "std |J|",
-    "mean": "mean J",
-    "std": "std J",
-    "count": "tokens",
-}
+_NUMBERS = {"count": "tokens", "mean": "mean J", "std": "std J", "mean_absolute": "mean |J|", "std_absolute": "std |J|"}
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -100,26 +83,20 @@ def _numbers(row: pd.Series) -> str:
 
 
 def _table(caption: str, rows: pd.DataFrame, columns: list[str]) -> str:
-    head = "".join(f"<th>{html.escape(_HEADINGS.get(c, c))}</th>" for c in columns)
+    """The first of `columns` is the rank, which leads to the pair."""
+    head = "".join(f"<th>{html.escape(_NUMBERS.get(c, c))}</th>" for c in columns)
     lines = []
     for _, row in rows.iterrows():
         link = f'<a href="#pair-{int(row["output"])}-{int(row["input"])}">{int(row["rank"])}</a>'
-        cells = [link if c == "rank" else _cell(c, row[c]) for c in columns]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        cells = [f"{int(row[c])}" if c in ("output", "input", "count") else f"{row[c]:.4f}" for c in columns[1:]]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (link, *cells)) + "</tr>")
     body = "\n".join(lines)
     return f"<table>\n<caption>{html.escape(caption)}</caption>\n<tr>{head}</tr>\n{body}\n</table>"
 
 
-def _cell(column: str, value: float) -> str:
-    return f"{int(value)}" if column in ("output", "input", "count", "rank") else f"{value:.4f}"
-
-
 def _latent_windows(by_latent: dict[Any, pd.DataFrame], side: str, latent: int) -> list[str]:
-    windows = by_latent.get((side, latent))
-    if windows is None:
-        return []
-    rows = (row for _, row in windows.head(SHOWN).iterrows())
-    return [_window(row, "activations", f"{side} latent, {row['max_activation']:.3g}", side) for row in rows]
+    rows = by_latent.get((side, latent), pd.DataFrame()).head(SHOWN).iterrows()
+    return [_window(row, "activations", f"{side} latent, {row['max_activation']:.3g}", side) for _, row in rows]
 
 
 def _window(row: pd.Series, column: str, label: str, side: str | None = None) -> str:

@@ -30,22 +30,16 @@ from saeflow.evaluation.bootstrap import central_interval, ratio, resampled_sums
 NORMS = ("none", "l1", "l2", "rms")
 LOG_EDGES = np.logspace(-8, 3, 11 * 32 + 1)
 """32 bins a decade: fine enough to interpolate the survival function between them."""
-_MEANS = {
-    "mean_absolute": ("absolute", "entries"),
-    "l1_over_l2": ("l1_over_l2", "nonzero_tokens"),
-    "kurtosis": ("kurtosis", "nonzero_tokens"),
-    "hoyer": ("hoyer", "nonzero_tokens"),
-    "gini": ("gini", "nonzero_tokens"),
-    "effective_inputs": ("effective_inputs", "live_outputs"),
-}
+_MEANS = {"mean_absolute": ("absolute", "entries")}  # a numerator and a denominator of token_statistics
+_MEANS |= {name: (name, "nonzero_tokens") for name in ("l1_over_l2", "kurtosis", "hoyer", "gini")}
+_MEANS |= {"effective_inputs": ("effective_inputs", "live_outputs")}
 
 
 class Tally:
     """Counts and sums of |J| by document, D of them."""
 
     def __init__(self, config: JacobianConfig, n_documents: int) -> None:
-        self.config = config
-        self.n_documents = n_documents
+        self.config, self.n_documents = config, n_documents
         self.points = {
             "linear": _points(linear_edges(config), config.thresholds),
             "none": _points(LOG_EDGES),
@@ -67,11 +61,9 @@ class Tally:
         """`J` (N, k_out, k_in), `document` (N,), from 0 to D - 1; `n_entries` (N,): how many are no padding."""
         size = J.abs()
         n = torch.full((len(J),), J[0].numel(), device=J.device) if n_entries is None else n_entries
-        exact = size.double()
-        found = token_statistics(exact, n)
+        found = token_statistics(size.double(), n)
         for name, value in found.items():
-            here = np.bincount(document, value.cpu().numpy(), self.n_documents)
-            self.sums[name] = self.sums.get(name, 0.0) + here
+            self.sums[name] = self.sums.get(name, 0.0) + np.bincount(document, value.cpu().numpy(), self.n_documents)
 
         flat, entries = size.flatten(1), n.cpu().numpy()
         self._count("linear", flat, document, entries)
@@ -112,10 +104,8 @@ class Tally:
         value = ratio(numerator.sum(0), denominator.sum())
         if self.n_documents < 2:
             return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-        n = self.config.resamples
-        return value, *central_interval(
-            ratio(resampled_sums(numerator, n), resampled_sums(denominator, n).reshape(shape))
-        )
+        above, below = (resampled_sums(sums, self.config.resamples) for sums in (numerator, denominator))
+        return value, *central_interval(ratio(above, below.reshape(shape)))
 
 
 def token_statistics(size: Tensor, n: Tensor) -> dict[str, Tensor]:
@@ -173,8 +163,7 @@ def survival_table(tally: Tally) -> pa.Table:
     """`values_above_per_token` and their `fraction` of all entries at every bin edge above 0 and every threshold;
     `cdf` is 1 - `fraction`."""
     values = {np.float32(v): v for v in [*linear_edges(tally.config)[1:], *tally.config.thresholds]}  # the latter wins
-    thresholds = np.array([values[point] for point in sorted(values)])
-    return pa.table(_above(tally, "linear", thresholds))
+    return pa.table(_above(tally, "linear", np.array([values[point] for point in sorted(values)])))
 
 
 def _above(tally: Tally, scale: str, thresholds: np.ndarray) -> dict[str, np.ndarray]:
@@ -209,11 +198,9 @@ def thresholds_table(tally: Tally) -> pa.Table:
     is known only when all is counted, so it is read off the survival function, linear in log |J| between 32 bins a
     decade, and its interval includes that of the RMS.
     """
-    config = tally.config
-    scales = {"none": "linear", "l1": "l1", "l2": "l2", "rms": "rms"}
     tables = []
-    for norm, scale in scales.items():
-        thresholds = np.array(config.relative_thresholds if norm == "rms" else config.thresholds)
+    for norm, scale in (("none", "linear"), ("l1", "l1"), ("l2", "l2"), ("rms", "rms")):
+        thresholds = np.array(tally.config.relative_thresholds if norm == "rms" else tally.config.thresholds)
         rows = _above(tally, scale, thresholds)
         tables.append(pa.table({"normalisation": [norm] * len(thresholds)} | rows).drop_columns("cdf"))
     return pa.concat_tables([*tables, _above_rms(tally)])

@@ -1,56 +1,38 @@
 """The Jacobian stage: of a pair of dictionaries around an MLP, or of a transcoder, on held-out tokens.
 
-`saeflow.jacobians.maps` says which map and which entries, `jacobian_pass` runs it over tokens, `jacobian_statistics`
-counts, `jacobian_global` sums over tokens, `jacobian_examples` and `jacobian_pages` show the largest pairs, `linearity`
-asks what an entry of J tells. The convention of a study is in its summary: the Jacobian is taken at the true input x
-(the paper, arXiv 2502.18147) or at the input dictionary's reconstruction (notebook 000), by `jacobian.at`; f begins at
-the input dictionary's hook, after the norm's division or before the norm, which `jacobian.norm=ignored` leaves out of f
-as that notebook's `ignore_ln` does.
+`maps` says which map and which entries, `one_pass` runs it over tokens, `statistics` counts, `sums` adds up over
+tokens, `examples` and `pages` show the largest pairs, `linearity` asks what an entry of J tells. The convention of a
+study is in its summary: the Jacobian is taken at the true input x (the paper, arXiv 2502.18147) or at the input
+dictionary's reconstruction (notebook 000), by `jacobian.at`; f begins at the input dictionary's hook, after the norm's
+division or before the norm, which `jacobian.norm=ignored` leaves out of f as that notebook's `ignore_ln` does.
 """
 
 import functools
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, build
-from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.dictionaries.fitting import FitError, check_fit, model_config
-from saeflow.jacobians.examples import (
-    Grid,
-    Read,
-    TopWindows,
-    contexts_table,
-    pair_contexts_table,
-    select_examples,
-    top_inputs_table,
-    top_pairs_table,
-)
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.evaluation.sums import write_tables
+from saeflow.jacobians import examples, statistics
+from saeflow.jacobians.examples import Grid, Read, TopWindows
 from saeflow.jacobians.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.jacobians.maps import JacobianMap, Pair, TranscoderMap
 from saeflow.jacobians.one_pass import Tokens, collect_activity, iterate_jacobians
-from saeflow.jacobians.pages import write_pages
-from saeflow.jacobians.statistics import (
-    Tally,
-    histogram_table,
-    log_histogram_table,
-    notebook_lines,
-    summarise,
-    survival_table,
-    thresholds_table,
-)
+from saeflow.jacobians.pages import latex, page
+from saeflow.jacobians.statistics import Tally
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jobs.job import Job
 from saeflow.models.blocks import Block, read_block
 from saeflow.models.folder import block_of_hooks, read_geometry
-from saeflow.models.loading import load_model
+from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
@@ -65,30 +47,35 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     Raises `FitError` where there is neither, and `ConfigError` where there are fewer held-out tokens than wanted.
     """
     config = build(JacobianConfig, job.config["jacobian"])
-    folder = job.source("model")
-    geometry = read_geometry(folder)
-    folders = job.dictionaries()
-    dictionaries = [load_dictionary(path, job.device) for path in folders]
-    for dictionary, path in zip(dictionaries, folders, strict=True):
-        check_fit(dictionary, path, folder, job.config["model"], geometry)
-    layer, norm, _ = _check_around_mlp(dictionaries, folders, geometry.parallel)
+    folder, folders = job.source("model"), job.dictionaries()
+    dictionaries = [open_dictionary(path, job) for path in folders]
+    layer, norm, _ = _check_around_mlp(dictionaries, folders, read_geometry(folder).parallel)
     tokens = _open_tokens(job.input("tokens"), config)
 
-    model = load_model(folder, model_config(folder, job.config["model"]), job.device)
+    model = open_model(job)
     jacobian_map = open_map(model, dictionaries, config)
-    identity = _identity(job, dictionaries, layer, norm, config)
     grid = Grid(tokens.context_size, config.window)
     with job.writing() as out:
-        result = _run_pass(out, model, jacobian_map, tokens, grid, config)
-        summary = identity | _write_statistics(out, result, config)
+        tally, pairs, tops, samples = _run_pass(out, model, jacobian_map, tokens, grid, config)
+        summary = _identity(job, dictionaries, layer, norm, config) | _write_statistics(out, tally, pairs, config)
         if isinstance(jacobian_map, Pair):
-            summary |= _write_linearity(out, jacobian_map, result.samples, config)
-            tables = _examples(model, jacobian_map, tokens, grid, result, config, _reader(tokens, grid, folder))
-            for name, table in tables.items():
-                pq.write_table(table, out / f"{name}.parquet")
-            write_pages(out, summary, **{name: table.to_pandas() for name, table in tables.items()})
+            linearity = linearity_table(jacobian_map, samples)
+            summary |= summarise_linearity(linearity, config.resamples)
+            tables = {
+                "pairs": examples.top_pairs_table(pairs, config),
+                "top_inputs": examples.top_inputs_table(pairs, config),
+            }
+            wanted = examples.select_examples(tables.values(), *tops)
+            activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
+            read = _reader(tokens, grid, folder)
+            tables["contexts"] = examples.contexts_table(activity, grid, read)
+            tables["pair_contexts"] = examples.pair_contexts_table(activity, grid, config.contexts, read)
+            write_tables(out, **tables, linearity=linearity)
+            frames = {name: table.to_pandas() for name, table in tables.items()}
+            (out / "pairs.html").write_text(page(summary, **frames), encoding="utf-8")
+            (out / "pairs.tex").write_text(latex(summary, frames["pairs"], frames["pair_contexts"]), encoding="utf-8")
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        lines = notebook_lines(result.tally)
+        lines = statistics.notebook_lines(tally)
         for line in lines:
             log.info(line)
         (out / "table.txt").write_text("\n".join([_title(summary), *lines]) + "\n")
@@ -103,27 +90,18 @@ def _title(summary: dict[str, Any]) -> str:
     return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
 
 
-class _PassResult(NamedTuple):
-    """What one pass over the tokens gives."""
-
-    tally: Tally
-    pairs: Pairs
-    top_outputs: TopWindows
-    top_inputs: TopWindows
-    samples: Samples
-    """Tokens whose functions are looked at."""
-
-
 def _run_pass(
     out: Path, model: "HookedTransformer", jacobian_map: JacobianMap, tokens: Tokens, grid: Grid, config: JacobianConfig
-) -> _PassResult:
-    """The pass itself, which also writes the first tokens' Jacobians."""
-    tally, sums = (
-        Tally(config, tokens.n_documents),
-        PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared),
-    )
-    top_outputs, top_inputs = (TopWindows(grid, config.contexts) for _ in range(2))
-    stored = TokenBlocks(out / "tokens.zarr", *_where(tokens, grid, min(config.stored_tokens, tokens.n_tokens)))
+) -> tuple[Tally, Pairs, list[TopWindows], Samples]:
+    """The pass itself, which also writes the first tokens' Jacobians.
+
+    Gives what was counted and summed, the windows of outputs and of inputs, and the tokens to look at functions of.
+    """
+    tally = Tally(config, tokens.n_documents)
+    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
+    tops = [TopWindows(grid, config.contexts) for _ in ("outputs", "inputs")]
+    row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))
+    stored = TokenBlocks(out / "tokens.zarr", tokens.rows[row, position], row, position)
     chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
     kept: list[list[Tensor]] = []
     for chunk in iterate_jacobians(model, jacobian_map, tokens):
@@ -132,33 +110,30 @@ def _run_pass(
         sums.add(chunk.blocks)
         stored.add(chunk.first, chunk.blocks)
         if not jacobian_map.shared:  # the model's own dimensions are active everywhere, and have no examples
-            top_outputs.add(chunk.first, chunk.blocks.outputs, chunk.blocks.values_out)
-            top_inputs.add(chunk.first, chunk.blocks.inputs, chunk.blocks.values_in)
+            tops[0].add(chunk.first, chunk.blocks.outputs, chunk.blocks.values_out)
+            tops[1].add(chunk.first, chunk.blocks.inputs, chunk.blocks.values_in)
         sampled = chosen[(chosen >= here.start) & (chosen < here.stop)] - here.start
         kept.append([v[sampled] for v in chunk.values])
     stored.close()
     values = [torch.cat(parts) for parts in zip(*kept, strict=True)]
-    samples = Samples(chosen, tokens.document[chosen], values[0], values[-1])
-    return _PassResult(tally, sums.pairs(), top_outputs, top_inputs, samples)
+    return tally, sums.pairs(), tops, Samples(chosen, tokens.document[chosen], values[0], values[-1])
 
 
-def _write_statistics(out: Path, result: _PassResult, config: JacobianConfig) -> dict[str, Any]:
+def _write_statistics(out: Path, tally: Tally, pairs: Pairs, config: JacobianConfig) -> dict[str, Any]:
     """Tables of what was counted and summed; their numbers for the summary."""
-    tally, pairs = result.tally, result.pairs
     outputs = outputs_table(pairs)
-    tables = {
-        "histogram": histogram_table(tally),
-        "survival": survival_table(tally),
-        "log_histogram": log_histogram_table(tally),
-        "thresholds": thresholds_table(tally),
-        "global_exceedance": exceedance_table(pairs, config),
-        "outputs": outputs,
-    }
-    for name, table in tables.items():
-        pq.write_table(table, out / f"{name}.parquet")
+    write_tables(
+        out,
+        histogram=statistics.histogram_table(tally),
+        survival=statistics.survival_table(tally),
+        log_histogram=statistics.log_histogram_table(tally),
+        thresholds=statistics.thresholds_table(tally),
+        global_exceedance=exceedance_table(pairs, config),
+        outputs=outputs,
+    )
     write_pairs(out / "global.zarr", pairs)
     needed = outputs["inputs_for_90_percent"].to_numpy()
-    return summarise(tally) | {
+    return statistics.summarise(tally) | {
         "pairs_ever_active": len(pairs.count),
         "pairs_ever_active_fraction": len(pairs.count) / (len(pairs.active_output) * len(pairs.active_input)),
         "outputs_ever_active": len(needed),
@@ -166,38 +141,7 @@ def _write_statistics(out: Path, result: _PassResult, config: JacobianConfig) ->
     }
 
 
-def _write_linearity(out: Path, pair: Pair, samples: Samples, config: JacobianConfig) -> dict[str, Any]:
-    table = linearity_table(pair, samples)
-    pq.write_table(table, out / "linearity.parquet")
-    return summarise_linearity(table, config.resamples)
-
-
-def _examples(
-    model: "HookedTransformer",
-    jacobian_map: JacobianMap,
-    tokens: Tokens,
-    grid: Grid,
-    result: _PassResult,
-    config: JacobianConfig,
-    read: Read,
-) -> dict[str, pa.Table]:
-    tables = {"pairs": top_pairs_table(result.pairs, config), "top_inputs": top_inputs_table(result.pairs, config)}
-    wanted = select_examples(tables.values(), result.top_outputs, result.top_inputs)
-    activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
-    tables["contexts"] = contexts_table(activity, grid, read)
-    tables["pair_contexts"] = pair_contexts_table(activity, grid, config.contexts, read)
-    return tables
-
-
-def _where(tokens: Tokens, grid: Grid, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Id, row and position of the first `n` tokens of the study."""
-    row, position = grid.row_and_position(np.arange(n))
-    return tokens.rows[row, position], row, position
-
-
 def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
-    from saeflow.text.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(model_folder).tokenizer
 
     @functools.cache

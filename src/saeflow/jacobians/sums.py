@@ -10,14 +10,16 @@ long as the next. The order of every sum depends on the tokens alone. Memory gro
 bytes each.
 """
 
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import zarr
 from torch import Tensor
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from saeflow.config import JacobianConfig
 from saeflow.jacobians.maps import JacobianBlocks
@@ -54,13 +56,8 @@ class Pairs:
         return self.sum_absolute / self.n_tokens
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Sums by key, keys ascending."""
-
-    keys: np.ndarray
-    count: np.ndarray
-    sums: tuple[np.ndarray, ...]
+_Run = list[np.ndarray]
+"""Keys, ascending, and of each how many there are and the sums of J, |J| and J^2."""
 
 
 class PairSums:
@@ -91,56 +88,43 @@ class PairSums:
 
     def _add_shared(self, J: Tensor) -> None:
         """J (N, n_out, n_in) of the same pairs on each token, as many as the model is wide: they need no sorting."""
-        sums = [v.sum(0).flatten().cpu().numpy() for v in (J, J.abs(), J.square())]
-        before = self._runs.pop() if self._runs else None
         keys, count = np.arange(self.n_out * self.n_in), np.full(self.n_out * self.n_in, len(J))
-        if before is not None:
-            count += before.count
-            for total, earlier in zip(sums, before.sums, strict=True):
-                total += earlier
-        self._runs = [_Run(keys, count, tuple(sums))]
+        sums = [count, *(v.sum(0).flatten().cpu().numpy() for v in (J, J.abs(), J.square()))]
+        if self._runs:
+            sums = [a + b for a, b in zip(sums, self._runs[0][1:], strict=True)]
+        self._runs = [[keys, *sums]]
         self.active_output += len(J)
         self.active_input += len(J)
 
     def pairs(self) -> Pairs:
         self._sort()
         while len(self._runs) > 1:
-            last = self._runs.pop()
-            self._runs[-1] = _merged([self._runs[-1], last])
-        empty = np.zeros(0)
-        run = self._runs[0] if self._runs else _Run(np.zeros(0, np.int64), np.zeros(0, np.int64), (empty,) * 3)
-        output, input = (part.astype(np.int32) for part in divmod(run.keys, self.n_in))
-        total, absolute, squares = run.sums
+            self._runs[-2:] = [_merged(*self._runs[-2:])]
+        keys, count, total, absolute, squares = (
+            self._runs[0] if self._runs else [np.zeros(0, np.int64)] * 2 + [np.zeros(0)] * 3
+        )
+        output, input = (part.astype(np.int32) for part in divmod(keys, self.n_in))
         active = (self.active_output, self.active_input)
-        return Pairs(output, input, run.count, total, absolute, squares, *active, self.n_tokens)
+        return Pairs(output, input, count, total, absolute, squares, *active, self.n_tokens)
 
     def _sort(self) -> None:
         if self._gathered:
             keys, J = (np.concatenate(parts) for parts in zip(*self._gathered, strict=True))
             self._gathered, self._waiting = [], 0
-            self._push(_merged([_Run(keys, np.ones(len(keys), np.int64), (J, np.abs(J), J * J))]))
-
-    def _push(self, run: _Run) -> None:
-        self._runs.append(run)
-        while len(self._runs) > 1 and len(self._runs[-2].keys) < 2 * len(self._runs[-1].keys):
-            last = self._runs.pop()
-            self._runs[-1] = _merged([self._runs[-1], last])
+            self._runs.append(_merged([keys, np.ones(len(keys), np.int64), J, np.abs(J), J * J]))
+            while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
+                self._runs[-2:] = [_merged(*self._runs[-2:])]
 
 
-def _merged(runs: list[_Run]) -> _Run:
+def _merged(*runs: _Run) -> _Run:
     """One run of all of them; equal keys are summed in the order in which they stand."""
-    keys = np.concatenate([run.keys for run in runs])
+    keys, *sums = (np.concatenate(parts) for parts in zip(*runs, strict=True))
     if not len(keys):
         return runs[0]
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-
-    def summed(parts: Iterable[np.ndarray]) -> np.ndarray:
-        return np.add.reduceat(np.concatenate(list(parts))[order], starts)
-
-    columns = tuple(summed(run.sums[i] for run in runs) for i in range(3))
-    return _Run(keys[starts], summed(run.count for run in runs), columns)
+    return [keys[starts], *(np.add.reduceat(values[order], starts) for values in sums)]
 
 
 # -------------------------------------------------------------------- tables
@@ -190,17 +174,14 @@ _ABOUT = {
 
 def write_pairs(path: Path, pairs: Pairs) -> None:
     """`global.zarr`: the sums and both means as sparse n_out x n_in matrices in coordinate form, dims (pair,)."""
-    group = _open_group(
-        path, {"n_tokens": pairs.n_tokens, "shape": [len(pairs.active_output), len(pairs.active_input)]}
-    )
-    columns: dict[str, np.ndarray] = {name: getattr(pairs, name) for name in list(_ABOUT)[:6]}
-    columns |= {f"mean_absolute_{c}": pairs.mean_absolute(c).astype(np.float32) for c in ("active", "all")}
-    for name, values in columns.items():
-        _create(group, name, values.dtype, "pair", len(values), _ABOUT[name])[:] = values
-    for side in ("output", "input"):
-        values = getattr(pairs, f"active_{side}")
-        array = _create(group, f"active_{side}", values.dtype, f"{side}_latent", len(values), _ABOUT[f"active_{side}"])
-        array[:] = values
+    shape = [len(pairs.active_output), len(pairs.active_input)]
+    attributes: dict[str, Any] = {"n_tokens": pairs.n_tokens, "shape": shape}
+    group = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+    means = {f"mean_absolute_{c}": pairs.mean_absolute(c).astype(np.float32) for c in ("active", "all")}
+    for name, about in _ABOUT.items():
+        values: np.ndarray = means[name] if name in means else getattr(pairs, name)
+        dimension = name.replace("active_", "") + "_latent" if name.startswith("active_") else "pair"
+        _create(group, name, values.dtype, dimension, len(values), about)[:] = values
     _consolidate(path)
 
 
@@ -211,21 +192,13 @@ class TokenBlocks:
     which token that is. Written a chunk at a time.
     """
 
-    _COLUMNS: ClassVar[dict[str, Any]] = {
-        "token": np.int32,
-        "output": np.int32,
-        "input": np.int32,
-        "jacobian": np.float32,
-    }
-
     def __init__(self, path: Path, token_id: np.ndarray, sequence: np.ndarray, position: np.ndarray) -> None:
         self.path, self.n_tokens = path, len(token_id)
-        group = _open_group(path, {"n_tokens": self.n_tokens})
-        about = {"token_id": token_id, "sequence": sequence, "position": position}
-        for name, values in about.items():
-            array = _create(group, name, np.int32, "token", len(values), "of the token in the held-out split")
-            array[:] = values
-        self._arrays = {n: _create(group, n, t, "entry", 0, "") for n, t in self._COLUMNS.items()}
+        group = zarr.open_group(path, mode="w", zarr_format=3, attributes={"n_tokens": self.n_tokens})
+        for name, values in (("token_id", token_id), ("sequence", sequence), ("position", position)):
+            _create(group, name, np.int32, "token", len(values), "of the token in the held-out split")[:] = values
+        columns = {"token": np.int32, "output": np.int32, "input": np.int32, "jacobian": np.float32}
+        self._arrays = [_create(group, name, dtype, "entry", 0, "") for name, dtype in columns.items()]
         self._gathered: list[tuple[np.ndarray, ...]] = []
         self._waiting = 0
 
@@ -247,23 +220,14 @@ class TokenBlocks:
         if not self._waiting:
             return
         columns = [np.concatenate(parts) for parts in zip(*self._gathered, strict=True)]
-        for name, values in zip(self._COLUMNS, columns, strict=True):
-            array = self._arrays[name]
+        for array, values in zip(self._arrays, columns, strict=True):
             start = array.shape[0]
             array.resize((start + n,))
             array[start:] = values[:n]
         self._gathered, self._waiting = [tuple(values[n:] for values in columns)], self._waiting - n
 
 
-def _open_group(path: Path, attributes: dict[str, Any]) -> Any:
-    import zarr
-
-    return zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
-
-
 def _create(group: Any, name: str, dtype: Any, dimension: str, length: int, about: str) -> Any:
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-
     return group.create_array(
         name,
         shape=(length,),
@@ -276,10 +240,6 @@ def _create(group: Any, name: str, dtype: Any, dimension: str, length: int, abou
 
 
 def _consolidate(path: Path) -> None:
-    import warnings
-
-    import zarr
-
     with warnings.catch_warnings():  # it is outside the specification of version 3, and xarray warns where it lacks
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(path)

@@ -1,4 +1,6 @@
-"""Figures of how large the entries of J are: blocks of single tokens, thresholds, distributions, the mean |J|."""
+"""Figures of how large the entries of J are: blocks of single tokens, thresholds, distributions, the mean |J|; and of
+one output latent as a function of one input latent: its class, and what J predicts of it.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,31 +10,28 @@ from matplotlib.figure import Figure
 from saeflow.figures.axes import PANELS_BESIDE, log_axis
 from saeflow.figures.registry import figure
 from saeflow.figures.style import look
-from saeflow.jacobians.figures.series import (
-    DASHES,
+from saeflow.jacobians.figures import studies
+from saeflow.jacobians.figures.studies import (
+    EXAMPLE_TOKENS,
+    IDENTITY,
     NORMS,
-    bars,
-    by_coefficient,
-    by_panel,
-    coefficient_colours,
-    first_panel,
-    label_of,
-    legend,
-    legend_of_lines,
-    over_seeds,
-    paired_panels,
+    Studies,
+    read_labelled_histograms,
+    read_pairs,
 )
-from saeflow.jacobians.figures.studies import EXAMPLE_TOKENS, Studies, read_labelled_histograms, read_pairs
+from saeflow.jacobians.linearity import ABSOLUTE, RELATIVE
+
+CLASSES = {"linear": "linear", "jumprelu": "JumpReLU", "other": "other", "flat": "flat"}
 
 
 @figure("jacobian_examples", stage="jacobian", reads=read_pairs)
-def jacobian_examples(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_examples(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """|J| of a few tokens, raw and divided by its own L1 and L2 norm; rows and columns of a block shuffled (seeded).
 
     One panel's studies, at most four coefficients of them, from the baseline up.
     """
-    chosen = first_panel(studies.summaries)
-    table = studies.of("examples")
+    chosen = studies.first_panel(data.summaries)
+    table = data.of("examples")
     table = table[table["jacobian_key"].isin(chosen["jacobian_key"])]
     blocks: dict[tuple[str, int], np.ndarray] = {}
     for _, study in chosen.iterrows():
@@ -57,12 +56,11 @@ def jacobian_examples(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.9, pad=0.04, aspect=30, extend="max")
         bar.set_label(NORMS[norm])
     for axis in grid.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
         for side in axis.spines.values():
             side.set(visible=True, linewidth=0.4)
     for line, coefficient in zip(grid, chosen["jacobian_coefficient"], strict=True):
-        line[0].set_ylabel(label_of(coefficient).replace(" (", "\n("), fontsize=7)
+        line[0].set_ylabel(studies.label_of(coefficient).replace(" (", "\n("), fontsize=7)
     for axis, (_, token) in zip(grid[0], columns, strict=True):
         axis.set_title(f"token {token + 1}")
     figure.suptitle(chosen["panel"].iloc[0], y=1.0)
@@ -79,54 +77,54 @@ def _shuffled(entries: pd.DataFrame, shape: tuple[int, int], seed: int) -> np.nd
 
 
 @figure("jacobian_thresholds", stage="jacobian", reads=read_pairs)
-def jacobian_thresholds(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_thresholds(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """Share of a token's active entries above thresholds, with intervals over documents: of |J|, as in the paper, and
     in units of the RMS of the token's own block, which does not change when J is scaled."""
-    table = studies.of("thresholds")
-    colours = coefficient_colours(table)
-    panels = by_panel(table)
-    figure, columns = paired_panels(len(panels))
+    table = data.of("thresholds")
+    colours = studies.coefficient_colours(table)
+    panels = studies.by_panel(table)
+    figure, columns = studies.paired_panels(len(panels))
     for place, ((panel, mine), column) in enumerate(zip(panels, columns, strict=True)):
         for axis, norm in zip(column, ("none", "rms"), strict=True):
             here = mine[mine["normalisation"] == norm]
-            series = {c: over_seeds(one, "threshold", "fraction") for c, one in by_coefficient(here)}
-            bars(axis, [f"{t:g}" for t in sorted(here["threshold"].unique())], series, colours)
+            series = {c: studies.over_seeds(one, "threshold", "fraction") for c, one in studies.by_coefficient(here)}
+            studies.bars(axis, [f"{t:g}" for t in sorted(here["threshold"].unique())], series, colours)
             axis.set_xlabel("threshold of " + NORMS[norm])
             axis.set(ylim=(0, 105), ylabel="entries above it (%)" if place % PANELS_BESIDE == 0 else "")
         column[0].set_title(panel)
     figure.tight_layout()
-    legend(figure, figure.axes)
+    studies.legend(figure, figure.axes)
     return figure, table
 
 
 @figure("jacobian_distribution", stage="jacobian", reads=read_pairs)
-def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_distribution(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """Histogram and CDF of |J|: as it is on a linear and a logarithmic axis, and divided by its token's RMS.
 
-    Drawn is the panel with the most coefficients, as curves of several hide each other; the data have all.
+    Drawn is the panel with the most coefficients, as curves of several hide each other; the table has all.
     """
-    linear, logarithmic = studies.of("histogram"), studies.of("log_histogram")
-    entries = studies.summaries.set_index("jacobian_key")["entries_per_token"]
+    linear, logarithmic = data.of("histogram"), data.of("log_histogram")
+    entries = data.summaries.set_index("jacobian_key")["entries_per_token"]
     scale = 100 / linear["jacobian_key"].map(entries)
     for name in ("count_per_token", "above_per_token"):
         linear[name] *= scale
-    data = logarithmic[logarithmic["fraction"] > 0]
-    panel, logarithmic = max(by_panel(logarithmic), key=lambda one: one[1]["jacobian_coefficient"].nunique())
+    table = logarithmic[logarithmic["fraction"] > 0]
+    panel, logarithmic = max(studies.by_panel(logarithmic), key=lambda one: one[1]["jacobian_coefficient"].nunique())
     linear = linear[linear["panel"] == panel]
-    linear = linear.rename(columns={"count_low": "count_per_token_low", "count_high": "count_per_token_high"})
-    linear = linear.rename(columns={"above_low": "above_per_token_low", "above_high": "above_per_token_high"})
-    colours = coefficient_colours(logarithmic)
+    ends = [(name, end) for name in ("count", "above") for end in ("low", "high")]
+    linear = linear.rename(columns={f"{name}_{end}": f"{name}_per_token_{end}" for name, end in ends})
+    colours = studies.coefficient_colours(logarithmic)
     figure, grid = plt.subplots(2, 3, figsize=(8.2, 4.6), sharex="col")
     for coefficient, colour in colours.items():
         here = linear[linear["jacobian_coefficient"] == coefficient]
-        counts, above = (over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
+        counts, above = (studies.over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
         grid[0][0].plot(counts["bin_left"], counts["value"], color=colour)
         grid[1][0].plot(above["bin_left"], 100 - above["value"], color=colour)
         for place, norm in ((1, "none"), (2, "rms")):
             mine = logarithmic["jacobian_coefficient"] == coefficient
             here = logarithmic[mine & (logarithmic["normalisation"] == norm)]
             for axis, name in zip(grid[:, place], ("fraction", "cdf"), strict=True):
-                curve = over_seeds(here, "bin_right", name)
+                curve = studies.over_seeds(here, "bin_right", name)
                 axis.plot(curve["bin_right"], 100 * curve["value"], color=colour)
                 low, high = 100 * curve["low"], 100 * curve["high"]
                 axis.fill_between(curve["bin_right"], low, high, color=colour, alpha=0.2, lw=0)
@@ -142,20 +140,20 @@ def jacobian_distribution(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         axis.set_xlabel(NORMS[norm])
     figure.suptitle(panel)
     figure.tight_layout(w_pad=1.5)
-    legend_of_lines(figure, colours, [panel])
-    return figure, data
+    studies.legend_of_lines(figure, colours, [panel])
+    return figure, table
 
 
 @figure("jacobian_global", stage="jacobian", reads=read_pairs)
-def jacobian_global(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_global(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """The n x n mean |J|: how many entries exceed a threshold, and how many inputs an output latent needs for 90 %."""
-    table, outputs = studies.of("global_exceedance"), studies.of("outputs")
-    colours = coefficient_colours(table)
-    panels = [name for name, _ in by_panel(table)]
+    table, outputs = data.of("global_exceedance"), data.of("outputs")
+    colours = studies.coefficient_colours(table)
+    panels = [name for name, _ in studies.by_panel(table)]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8.2, 2.7))
-    series = [(panel, c, rows) for panel, mine in by_panel(table) for c, rows in by_coefficient(mine)]
+    series = [(panel, c, rows) for panel, mine in studies.by_panel(table) for c, rows in studies.by_coefficient(mine)]
     for panel, coefficient, rows in series:
-        dashes, colour = DASHES[panels.index(panel) % len(DASHES)], colours[coefficient]
+        dashes, colour = studies.dash(panels.index(panel)), colours[coefficient]
         for axis, convention in ((left, "active"), (middle, "all")):
             fraction = rows[rows["convention"] == convention].groupby("threshold")["fraction"].mean()
             shown = fraction[fraction > 0]
@@ -168,7 +166,7 @@ def jacobian_global(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         axis.set_ylabel("entries of n × n above it (%)" if axis is left else "")
     right.set(xscale="log", xlabel="inputs for 90 % of Σ|J|", ylabel="output latents (%)", title="per output latent")
     figure.tight_layout()
-    legend_of_lines(figure, colours, panels)
+    studies.legend_of_lines(figure, colours, panels)
     return figure, table
 
 
@@ -189,3 +187,82 @@ def jacobian_histogram(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     figure.legend(*left.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02))
     counts = ["count_per_token", "count_low", "count_high", "above_per_token", "above_low", "above_high"]
     return figure, table[["label", "jacobian_key", "bin_left", "bin_right", *counts]]
+
+
+# -------------------------------------------------------------------- functions of one input latent
+@figure("jacobian_linearity", stage="jacobian", reads=read_pairs)
+def jacobian_linearity(data: Studies) -> tuple[Figure, pd.DataFrame]:
+    """Classes of the functions of one output latent by one input latent, under both tolerances, and examples."""
+    summaries, table = data.summaries, data.of("linearity")
+    colours = studies.coefficient_colours(summaries)
+    panels = studies.by_panel(summaries)
+    figure, places = studies.paired_panels(len(panels) + 2)
+    columns = [f"{kind}_{name}" for kind in ("absolute", "relative") for name in CLASSES]
+    long = pd.concat(
+        summaries[IDENTITY].assign(
+            tolerance=column.split("_")[0], function=column.split("_")[1], share=summaries[column],
+            share_low=summaries[f"{column}_low"], share_high=summaries[f"{column}_high"],
+        )
+        for column in columns
+    )  # fmt: skip
+    says = {"absolute": f"residual < {ABSOLUTE:g} (paper)", "relative": f"residual < {100 * RELATIVE:g} % of the range"}
+    for place, ((panel, _), pair) in enumerate(zip(panels, places, strict=False)):
+        for axis, kind in zip(pair, ("absolute", "relative"), strict=True):
+            here = long[(long["panel"] == panel) & (long["tolerance"] == kind)]
+            series: dict[float, pd.DataFrame] = {}
+            for coefficient, rows in studies.by_coefficient(here):
+                order = studies.over_seeds(rows, "function", "share").set_index("function").reindex(list(CLASSES))
+                series[coefficient] = order.reset_index()
+            studies.bars(axis, list(CLASSES.values()), series, colours)
+            axis.set(ylim=(0, 105), ylabel="functions (%)" if place % PANELS_BESIDE == 0 else "")
+            axis.set_title(studies.title(panel, says[kind]))
+    _draw_curves(np.concatenate(places[len(panels) :]), table)
+    figure.tight_layout()
+    studies.legend(figure, figure.axes)
+    return figure, long
+
+
+def _draw_curves(axes: np.ndarray, table: pd.DataFrame) -> None:
+    """Three functions of each class (relative tolerance), one of four axes a class."""
+    found = [name for name in CLASSES if (table["class_relative"] == name).any()]
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, name in zip(axes, found, strict=False):
+        axis.set_axis_on()
+        some = table[table["class_relative"] == name].head(3)
+        for n, (end, curve) in enumerate(zip(some["sweep_end"], some["curve"], strict=True)):
+            axis.plot(np.linspace(0, end, len(curve)), curve, color=f"{0.15 + 0.25 * n}")
+        axis.set(title=f"examples: {CLASSES[name]}", xlabel="input latent", ylabel="output latent")
+
+
+@figure("jacobian_ablation", stage="jacobian", reads=read_pairs)
+def jacobian_ablation(data: Studies) -> tuple[Figure, pd.DataFrame]:
+    """What J predicts against what happens: one unit of the decoder row subtracted (paper), and the latent ablated.
+
+    Drawn of one panel's studies, at most four coefficients of them; the table has all.
+    """
+    table = data.of("linearity")
+    summaries = data.summaries
+    colours = studies.coefficient_colours(summaries)
+    chosen = studies.first_panel(summaries)
+    figure, grid = plt.subplots(2, len(chosen), figsize=(max(4.4, 2.1 * len(chosen)), 4.5), squeeze=False)
+    for column, (_, study) in zip(grid.T, chosen.iterrows(), strict=True):
+        rows = table[table["jacobian_key"] == study["jacobian_key"]]
+        unit = (-rows["jacobian"], rows["delta_unit"])
+        ablated = (-rows["jacobian"] * rows["activation"], rows["delta_ablation"])
+        for axis, (predicted, found) in zip(column, (unit, ablated), strict=True):
+            axis.scatter(predicted, found, s=3, color=colours[study["jacobian_coefficient"]], alpha=0.5, lw=0)
+            ends = [min(predicted.min(), found.min()), max(predicted.max(), found.max())]
+            axis.plot(ends, ends, color="0.4", linewidth=0.7)
+        column[0].set_title(studies.title(study["panel"], studies.label_of(study["jacobian_coefficient"])))
+        on_line = f"{100 * study['on_line']:.1f} % within 0.1"
+        fit = f"R² {study['ablation_r2']:.2f}, slope {study['ablation_slope']:.2f}"
+        for axis, text in zip(column, (on_line, fit), strict=True):
+            axis.text(0.04, 0.96, text, transform=axis.transAxes, va="top", fontsize=6.5)
+        column[0].set_xlabel("−J")
+        column[1].set_xlabel("−J × activation")
+    grid[0][0].set_ylabel("change of the output latent,\none unit subtracted")
+    grid[1][0].set_ylabel("change of the output latent,\ninput latent ablated")
+    figure.tight_layout()
+    entry = ["token", "input", "output", "activation", "jacobian", "delta_unit", "delta_ablation"]
+    return figure, table[[*IDENTITY, *entry, "class_absolute", "class_relative"]]

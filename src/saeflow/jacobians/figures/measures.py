@@ -1,5 +1,6 @@
 """Figures of what J comes to over a study: its measures by coefficient and layer, their price, the paper's numbers."""
 
+import itertools
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,44 +12,33 @@ from matplotlib.lines import Line2D
 from saeflow.figures.axes import plain_table
 from saeflow.figures.registry import figure
 from saeflow.figures.style import MARKERS, sequence
-from saeflow.jacobians.figures.series import (
-    DASHES,
-    by_coefficient,
-    by_panel,
-    coefficient_colours,
-    label_of,
-    legend,
-    legend_of_lines,
-    over_seeds,
-)
-from saeflow.jacobians.figures.studies import FAITHFULNESS, IDENTITY, Studies, read_pairs
+from saeflow.jacobians.figures import studies
+from saeflow.jacobians.figures.studies import DASHES, FAITHFULNESS, IDENTITY, Studies, read_pairs
 
 
 @figure("jacobian_sweep", stage="jacobian", reads=read_pairs)
-def jacobian_sweep(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_sweep(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """Sizes and scale-free measures of J by the Jacobian coefficient, with intervals over documents."""
-    table = studies.summaries
-    panels = by_panel(table)
+    table = data.summaries
+    panels = studies.by_panel(table)
     colours = sequence(len(panels), 0.15, 0.75)
-    series = [
-        (panel, rows, colour, DASHES[n % len(DASHES)])
-        for n, ((panel, rows), colour) in enumerate(zip(panels, colours, strict=True))
-    ]
+    looks = zip(panels, colours, itertools.cycle(DASHES), strict=False)
+    series = [(panel, rows, colour, dashes) for (panel, rows), colour, dashes in looks]
     return _measures(table, "jacobian_coefficient", "Jacobian coefficient λ", series)
 
 
 @figure("jacobian_layers", stage="jacobian", reads=read_pairs)
-def jacobian_layers(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_layers(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """Sizes and scale-free measures of J by layer, one line a Jacobian coefficient."""
-    table = studies.summaries
+    table = data.summaries
     rest = table["panel"].str.replace(r"layer \d+(, )?", "", regex=True)
     series = []
     for n, panel in enumerate(rest.unique()):
-        for coefficient, rows in by_coefficient(table[rest == panel]):
+        for coefficient, rows in studies.by_coefficient(table[rest == panel]):
             if rows["layer"].nunique() == 1 < table["layer"].nunique():
                 continue  # no line by layer
-            label = ", ".join(part for part in (label_of(coefficient), panel) if part)
-            series.append((label, rows, coefficient_colours(table)[coefficient], DASHES[n % len(DASHES)]))
+            label = ", ".join(part for part in (studies.label_of(coefficient), panel) if part)
+            series.append((label, rows, studies.coefficient_colours(table)[coefficient], studies.dash(n)))
     return _measures(table, "layer", "layer", series)
 
 
@@ -71,7 +61,7 @@ def _measures(
     figure, grid = plt.subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
     for axis, (name, text) in zip(grid.flat, measures.items(), strict=False):
         for n, (title, rows, colour, dashes) in enumerate(series):
-            curve = over_seeds(rows, by, name)
+            curve = studies.over_seeds(rows, by, name)
             errors = np.nan_to_num(np.maximum([curve["value"] - curve["low"], curve["high"] - curve["value"]], 0))
             look = {"marker": MARKERS[n % len(MARKERS)], "linestyle": dashes, "color": colour, "capsize": 2}
             axis.errorbar([values.index(v) for v in curve[by]], curve["value"], errors, label=title or "pair", **look)
@@ -83,17 +73,17 @@ def _measures(
         axis.set_xlabel(label)
     figure.tight_layout()
     if len(series) > 1:
-        legend(figure, grid[0][:1], columns=3)
+        studies.legend(figure, grid[0][:1], columns=3)
     ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
     return figure, table[["layer", *IDENTITY, *ends]]
 
 
 @figure("jacobian_pareto", stage="jacobian", reads=read_pairs)
-def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_pareto(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """What sparsity costs: explained variance and recovered loss of both SAEs of a pair against the sparsity of J;
     points are Jacobian coefficients."""
-    table = studies.summaries
-    colours = coefficient_colours(table)
+    table = data.summaries
+    colours = studies.coefficient_colours(table)
     measures = {"fraction_above_0.01": "share of |J| > 0.01", "effective_inputs": "effective inputs per output"}
     measures = {name: label for name, label in (measures | {"hoyer": "Hoyer sparsity"}).items() if name in table}
     figure, grid = plt.subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
@@ -101,11 +91,11 @@ def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         axis.set_xlabel(label)
     for (score, name), line in zip(FAITHFULNESS.items(), grid, strict=True):
         for axis, measure in zip(line, measures, strict=True):
-            for n, (_, rows) in enumerate(by_panel(table)):
+            for n, (_, rows) in enumerate(studies.by_panel(table)):
                 for side, marker in (("input", "o"), ("output", "s")):
                     points = rows.groupby("jacobian_coefficient")[[measure, f"{score}_{side}"]].mean()
                     x, y = points[measure], points[f"{score}_{side}"]
-                    axis.plot(x, y, DASHES[n % len(DASHES)], color="0.6", marker=marker, mfc="none", zorder=1)
+                    axis.plot(x, y, studies.dash(n), color="0.6", marker=marker, mfc="none", zorder=1)
                     axis.scatter(x, y, c=[colours[c] for c in points.index], marker=marker, s=22, zorder=2)
         line[0].set_ylabel(name)
     figure.tight_layout()
@@ -113,7 +103,7 @@ def jacobian_pareto(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         Line2D([], [], color="0.6", marker=marker, mfc="none", linestyle="", label=f"{side} SAE")
         for side, marker in (("input", "o"), ("output", "s"))
     ]
-    legend_of_lines(figure, colours, [name for name, _ in by_panel(table)], sides)
+    studies.legend_of_lines(figure, colours, [name for name, _ in studies.by_panel(table)], sides)
     scores = [f"{score}_{side}" for score in FAITHFULNESS for side in ("input", "output")]
     return figure, table[[*IDENTITY, *measures, *scores]]
 
@@ -141,7 +131,7 @@ _PAPER = {  # model or control, study: the same measures in percent; of its figu
 
 
 @figure("jacobian_reproduction", stage="jacobian", reads=read_pairs)
-def jacobian_reproduction(studies: Studies) -> tuple[Figure, pd.DataFrame]:
+def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """The paper's numbers beside ours: every study with the L1 penalty, means over seeds.
 
     arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, position 0 left out, taken at the true input;
@@ -151,7 +141,7 @@ def jacobian_reproduction(studies: Studies) -> tuple[Figure, pd.DataFrame]:
         {"source": "paper", "control": control, "study": study} | dict(zip(_COMPARED, values, strict=True))
         for (control, study), values in _PAPER.items()
     ]
-    ours = studies.summaries[studies.summaries["jacobian_penalty"] == "l1"]
+    ours = data.summaries[data.summaries["jacobian_penalty"] == "l1"]
     held = [name for name in _COMPARED if name in ours]  # thresholds are configured
     for (kind, layer, coefficient), mine in ours.groupby(["control", "layer", "jacobian_coefficient"]):
         study = f"ours, layer {layer}, λ = {coefficient:g}"
@@ -165,13 +155,9 @@ def jacobian_reproduction(studies: Studies) -> tuple[Figure, pd.DataFrame]:
     ]
     figure, axis = plt.subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
     axis.set_axis_off()
-    names = [
-        "language model",
-        "study",
-        *(text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()),
-    ]
+    names = [text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()]
     widths = [0.21, 0.27, *[0.075] * len(_COMPARED)]
-    grid = plain_table(axis, cells, names, widths, 6.5, head=1.9, loc="center")
+    grid = plain_table(axis, cells, ["language model", "study", *names], widths, 6.5, head=1.9, loc="center")
     for (_, column), cell in grid.get_celld().items():
         if column < 2:
             cell.set_text_props(ha="left")

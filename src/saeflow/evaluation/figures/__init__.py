@@ -1,1 +1,0 @@
-"""Figures of how sparse dictionaries are and how faithful to the model, alone and several layers at once."""
