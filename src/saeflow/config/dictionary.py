@@ -61,6 +61,8 @@ class DictionaryConfig:
 
     kind: str
 
+    noun: ClassVar[str] = ""
+    """What figures call it, after its activation; '' for what is not stored as a kind of its own."""
     two_hooks: ClassVar[bool] = False
     """Whether it is between `hook_name` and `hook_name_out`; else it is at `hook_name` alone."""
     activations: ClassVar[tuple[str, ...]] = ()

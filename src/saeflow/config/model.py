@@ -9,7 +9,7 @@ from saeflow.config.checks import ConfigError, at_least, require
 @dataclass(frozen=True)
 class TracrConfig:
     """A model of a case of `saeflow.groundtruth.cases`: the `compiled` one, or a small one that is trained from `seed`
-    on `n_rows` rows of the case (null: all that there are), as `saeflow.groundtruth.lowlevel.Recipe` says."""
+    on `n_rows` rows of the case (null: all that there are), as `saeflow.groundtruth.training` says."""
 
     case: int
     method: Literal["compiled", "supervised", "iit", "siit"] = "siit"

@@ -2,16 +2,16 @@
 
 import pandas as pd
 
+from saeflow.config.dictionary import kinds
+
+_ACTIVATIONS = {"topk": "TopK", "relu": "ReLU + L1", "jumprelu": "BatchTopK"}  # the last: what it is once trained
 _KINDS = {
-    ("sae", "topk"): "TopK SAE",
-    ("sae", "relu"): "ReLU + L1 SAE",
-    ("transcoder", "topk"): "TopK transcoder",
-    ("transcoder", "relu"): "ReLU + L1 transcoder",
-    ("sae", "jumprelu"): "BatchTopK SAE",  # what it is once trained
-    ("transcoder", "jumprelu"): "BatchTopK transcoder",
-    ("heads", "topk"): "TopK SAEs by head",
-    ("heads", "relu"): "ReLU + L1 SAEs by head",
-    ("heads", "jumprelu"): "BatchTopK SAEs by head",
+    (name, activation): f"{_ACTIVATIONS[activation]} {kind.noun}"
+    for by_head in (False, True)
+    for activations in (("topk", "relu"), ("jumprelu",))
+    for name, kind in kinds().items()
+    if kind.noun and kind.by_head == by_head
+    for activation in activations
 }
 _AMOUNTS = {"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"}
 SERIES = (*_KINDS.values(), *(f"skip {name}" for name in _KINDS.values()))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class HeadSAEsConfig(SAEConfig, kind="heads"):
     """What is saved is a folder a head; they are evaluated as one, and each head alone."""
 
+    noun: ClassVar[str] = "SAEs by head"
     single_head: ClassVar[bool] = False
     by_head: ClassVar[bool] = True
     trainer: ClassVar[str] = "saeflow.training.heads:HeadsTrainer"

@@ -17,6 +17,7 @@ class SAEConfig(TrainedConfig, kind="sae"):
 
     apply_b_dec_to_input: bool = True
 
+    noun: ClassVar[str] = "SAE"
     single_head: ClassVar[bool] = True
     relu_cost: ClassVar[float] = 2.7
     studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})

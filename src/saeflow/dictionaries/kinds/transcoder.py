@@ -15,6 +15,7 @@ class TranscoderConfig(TrainedConfig, kind="transcoder"):
 
     skip: bool = False
 
+    noun: ClassVar[str] = "transcoder"
     two_hooks: ClassVar[bool] = True
     studies: ClassVar[frozenset[str]] = frozenset({"stack", "jacobian"})
 
