@@ -95,10 +95,8 @@ def _evaluate_batch(
     """
     splices = {s.baseline.hook_name for s in tasks}
     clean = run_clean(model, tokens, {s.dictionary.spec.hook_name for s in tasks}, splices)
-    targets = {
-        (hook, head): target(flattened(clean.values[hook], head))
-        for hook, head in {(s.baseline.hook_name, s.baseline.head) for s in tasks}
-    }
+    sites = {(s.baseline.hook_name, s.baseline.head) for s in tasks}
+    targets = {(hook, head): target(flattened(clean.values[hook], head)) for hook, head in sites}
     finals, reconstructions = [], []
     for dictionary, (hook, head, _) in tasks:
         x = flattened(clean.values[dictionary.spec.hook_name], head)

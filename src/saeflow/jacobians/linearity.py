@@ -91,20 +91,10 @@ def _rows(pair: Pair, samples: Samples, chosen: np.ndarray) -> list[dict[str, An
     g = _latent(pair, moved.flatten(0, 1), latent).view(at.shape).double().cpu().numpy()
     curves, (now, unit, ablated) = g[:, :POINTS], g[:, POINTS:].T
     lines = [classify(steps[n].numpy(), curve) for n, curve in enumerate(curves)]
-    columns = {
-        "token": samples.token[t],
-        "document": samples.document[t],
-        "input": j,
-        "output": i,
-        "activation": s,
-        "jacobian": J,
-        "value": now,
-        "delta_unit": unit - now,
-        "delta_ablation": ablated - now,
-        "sweep_end": end,
-    }
-    named = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [one | line | {"curve": curve} for one, line, curve in zip(named, lines, curves, strict=True)]
+    values = (samples.token[t], samples.document[t], j, i, s, J, now, unit - now, ablated - now, end)
+    columns = dict(zip((*_INTEGERS, *_NUMBERS), values, strict=True)) | {"curve": curves}
+    named = (dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True))
+    return [one | line for one, line in zip(named, lines, strict=True)]
 
 
 def _latent(pair: Pair, x: Tensor, latent: Tensor) -> Tensor:
@@ -144,8 +134,8 @@ def _jumps(s: np.ndarray, g: np.ndarray, tolerance: float) -> bool:
 
 
 _INTEGERS = ("token", "document", "input", "output")
-_NUMBERS = ("activation", "jacobian", "value", "delta_unit", "delta_ablation", "sweep_end", "residual", "range")
-_TYPES = dict.fromkeys(_INTEGERS, pa.int64()) | dict.fromkeys(_NUMBERS, pa.float64())
+_NUMBERS = ("activation", "jacobian", "value", "delta_unit", "delta_ablation", "sweep_end")
+_TYPES = dict.fromkeys(_INTEGERS, pa.int64()) | dict.fromkeys((*_NUMBERS, "residual", "range"), pa.float64())
 _TYPES |= {"class_absolute": pa.string(), "class_relative": pa.string(), "curve": pa.list_(pa.float32())}
 _SCHEMA = pa.schema(list(_TYPES.items()))
 

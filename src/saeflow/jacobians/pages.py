@@ -1,4 +1,4 @@
-"""The top pairs of latents for reading: a static HTML page and a LaTeX table, from the tables of `jacobian_examples`.
+"""The top pairs of latents for reading: a static HTML page and a LaTeX table, from the tables of `examples`.
 
 The page shades each token by its value over the largest of its row (input latents green, output latents magenta, J
 cyan above 0 and orange below) and underlines the largest, so that it can be read in black and white too. The LaTeX

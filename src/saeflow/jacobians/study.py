@@ -61,10 +61,8 @@ def jacobian_job(job: Job) -> dict[str, Any]:
         if isinstance(jacobian_map, Pair):
             linearity = linearity_table(jacobian_map, samples)
             summary |= summarise_linearity(linearity, config.resamples)
-            tables = {
-                "pairs": examples.top_pairs_table(pairs, config),
-                "top_inputs": examples.top_inputs_table(pairs, config),
-            }
+            tables = {"pairs": examples.top_pairs_table(pairs, config)}
+            tables["top_inputs"] = examples.top_inputs_table(pairs, config)
             wanted = examples.select_examples(tables.values(), *tops)
             activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
             read = _reader(tokens, grid, folder)
