@@ -16,10 +16,9 @@ import itertools
 import math
 import resource
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from types import MappingProxyType
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,8 +35,6 @@ IN_MEMORY_BYTES = 16 << 20  # and float32 bytes a column, are kept in memory
 
 class BatchReader:
     """Shuffled batches of row-aligned columns of one store, in float32."""
-
-    _orders: Mapping[int, np.ndarray] = MappingProxyType({})  # of the epochs of the last batch, where epochs are short
 
     def __init__(self, columns: list[Column], batch_size: int, seed: int) -> None:
         """Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens."""
@@ -60,10 +57,7 @@ class BatchReader:
         """Token numbers at places `start` to `stop - 1` of an epoch."""
         if self.n_tokens > IN_MEMORY_TOKENS:
             return permute(np.arange(start, stop, dtype=np.int64), self.n_tokens, self.seed, epoch)
-        if epoch not in self._orders:
-            order_of_epoch = permute(np.arange(self.n_tokens, dtype=np.int64), self.n_tokens, self.seed, epoch)
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1} | {epoch: order_of_epoch}
-        return self._orders[epoch][start:stop]
+        return _short_epoch(self.n_tokens, self.seed, epoch)[start:stop]
 
     def batch(self, s: int) -> tuple[Tensor, ...]:
         """Batch s, for every column an (N, d) float32 tensor, heads flattened; row i of each is the same token."""
@@ -101,6 +95,11 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     while (outside := found >= n).any():
         found[outside] = _feistel(found[outside], a, b, keys)
     return found.astype(np.int64)
+
+
+@lru_cache(4)  # a batch begins in one epoch and ends in the next
+def _short_epoch(n: int, seed: int, epoch: int) -> np.ndarray:
+    return permute(np.arange(n, dtype=np.int64), n, seed, epoch)
 
 
 def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:

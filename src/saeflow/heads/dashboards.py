@@ -121,9 +121,8 @@ def dashboards(
         up, down = _tokens(promoted[m], renderer.text), _tokens(-promoted[m], renderer.text)
         left.append(f'<p class="note">promotes {up}<br>demotes {down}</p>')
         for number, context in enumerate(top_contexts(measurements, column, config.contexts)):
-            attribution = by_source(*pattern_and_values(context.row), encoder[:, :, i])[
-                :, context.position
-            ].numpy()  # (H, P)
+            by_token = by_source(*pattern_and_values(context.row), encoder[:, :, i])
+            attribution = by_token[:, context.position].numpy()  # (H, P)
             left.append(renderer.active(context, column))
             left.append(renderer.line(context, attribution.sum(0), f"attribution, sum {attribution.sum():.3g}"))
             left.append(renderer.sources(context, attribution))

@@ -202,10 +202,8 @@ def curves(table: pd.DataFrame, max_atoms: int) -> pd.DataFrame:
     rows = []
     for (name, method), one in wide.ffill(axis=1).groupby(["dictionary", "method"], sort=True):
         for m in one.columns:
-            low, median, high = np.nanquantile(one[m], [0.25, 0.5, 0.75])
-            row = {"dictionary": name, "method": method, "n_atoms": m}
-            rows.append(row | {"low": low, "median": median, "high": high})
-    return pd.DataFrame(rows)
+            rows.append((name, method, m, *np.nanquantile(one[m], [0.25, 0.5, 0.75])))
+    return pd.DataFrame(rows, columns=["dictionary", "method", "n_atoms", "low", "median", "high"])
 
 
 # -------------------------------------------------------------------- latents in the atoms of heads

@@ -34,7 +34,8 @@ class HeadStudy(NamedTuple):
         return f"layer {self.summary['layer']}"
 
     def dataset(self, name: str, dictionary: str | None = None) -> xr.Dataset:
-        return read_dataset(self.file(f"{name}.zarr", dictionary))
+        """The whole of it, in memory."""
+        return xr.open_zarr(self.file(f"{name}.zarr", dictionary)).load()
 
     def table(self, name: str, dictionary: str | None = None) -> pd.DataFrame:
         return pd.read_parquet(self.file(f"{name}.parquet", dictionary))
@@ -77,8 +78,3 @@ def write_dataset(path: Path, dataset: xr.Dataset) -> None:
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
         dataset.to_zarr(path, mode="w", zarr_format=3, consolidated=True)
-
-
-def read_dataset(path: Path) -> xr.Dataset:
-    """The whole dataset, in memory."""
-    return xr.open_zarr(path).load()

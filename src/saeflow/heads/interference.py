@@ -97,14 +97,10 @@ def interference(
             both = (f[:, some] > 0).astype(np.int64).T @ (f_other > 0).astype(np.int64)
             tops.append(_largest(*first, together, both.toarray(), live[some], live_other, top))
     if tops:
-        found[0].top = pd.concat(tops).pipe(_ordered).head(top).reset_index(drop=True)
+        by = ["interference", "latent", "other_latent"]  # |w|; of equal ones the lower latents first
+        ordered = pd.concat(tops).sort_values(by, key=lambda c: -c.abs() if c.name == "interference" else c)
+        found[0].top = ordered.head(top).reset_index(drop=True)
     return found
-
-
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    """By |w|; of equal ones the lower latents first."""
-    by = table.assign(size=-table["interference"].abs()).sort_values(["size", "latent", "other_latent"], kind="stable")
-    return by.drop(columns="size")
 
 
 def _largest(
@@ -179,7 +175,6 @@ def lifted_table(
                 inside = float(np.linalg.norm(basis @ v))
                 for m in n_atoms:
                     residual = min((one.residual for k, one in codes.items() if k <= m), default=1.0)
-                    row = {"head": g, "latent": i, "other_head": h, "rotated": rotated, "in_row_space": inside}
-                    rows.append(row | {"n_atoms": m, "residual": residual})
+                    rows.append((g, i, h, rotated, inside, m, residual))
     names = ["head", "latent", "other_head", "rotated", "in_row_space", "n_atoms", "residual"]
     return pd.DataFrame(rows, columns=names)

@@ -82,8 +82,7 @@ def _of_heads(study: HeadStudy, key: str) -> str:
         pairs["rms cosine" + label] = dataset["mean_square" + suffix].values ** 0.5
         pairs["weighted" + label] = (dataset["total" + suffix] / dataset["weight" + suffix]).values
     pairs["if independent"] = (dataset["from_means"] / dataset["weight"]).values
-    top = study.table("interference", key)
-    top = top.reindex(top["interference"].abs().sort_values(ascending=False, kind="stable").index).head(5)
+    top = study.table("interference", key).sort_values("interference", key=abs, ascending=False, kind="stable").head(5)
     lifted = study.table("lifted", key)
     pair = ["head", "other_head", "rotated"]
     by_pair = lifted.pivot_table(index=pair, columns="n_atoms", values="residual", aggfunc="median")

@@ -342,8 +342,7 @@ def _chunks(A: Tensor, B: Tensor, WE: Tensor) -> Iterator[slice]:
     """Runs of tokens: in the loops only J takes memory."""
     each = A.shape[1] * B.shape[1] if loops.supports(WE) else max(A.shape[1], B.shape[1]) * WE.shape[1]
     size = max(1, (CHUNK_ELEMENTS if WE.device.type == "cpu" else CHUNK_ELEMENTS_ON_GPU) // each)
-    for start in range(0, len(A), size):
-        yield slice(start, start + size)
+    return (slice(start, start + size) for start in range(0, len(A), size))
 
 
 def _padded(G: Tensor) -> Tensor:

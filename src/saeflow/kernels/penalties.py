@@ -44,9 +44,4 @@ def lp(J: Tensor) -> tuple[Tensor, Tensor]:
     return (shifted**LP_POWER - LP_SMOOTHING**LP_POWER).sum(dim=(1, 2)), LP_POWER * shifted ** (LP_POWER - 1) * J.sign()
 
 
-PENALTIES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "l1": l1,
-    "scad": scad,
-    "l1_over_l2": l1_over_l2,
-    "lp": lp,
-}
+PENALTIES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {f.__name__: f for f in (l1, scad, l1_over_l2, lp)}

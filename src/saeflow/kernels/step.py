@@ -213,20 +213,11 @@ def take_steps(
     if count or objective.activation == "batchtopk":  # asking where heads begin waits for a GPU
         bounds = pairwise(active.starts[::N].tolist())
         by_head = [active._replace(values=active.values[a:b], latents=active.latents[a:b]) for a, b in bounds]
-    results = [
-        Step(
-            loss[h],
-            squared_error[h],
-            sparsity[h],
-            squares[h],
-            activity[h],
-            None if one is None else (one.values > 0).sum(),
-            None if one is None else _smallest(objective, one, norms),
-            Weights(*(None if t is None else t[h] for t in gradients)),  # type: ignore[arg-type]
-        )
-        for h, one in enumerate(by_head)
-    ]
-    return results, gradients
+    n_active = [None if one is None else (one.values > 0).sum() for one in by_head]
+    smallest = [None if one is None else _smallest(objective, one, norms) for one in by_head]
+    parts = [Weights(*(None if t is None else t[h] for t in gradients)) for h in range(H)]  # type: ignore[arg-type]
+    each = zip(loss, squared_error, sparsity, squares, activity, n_active, smallest, parts, strict=True)
+    return [Step(*of_head) for of_head in each], gradients
 
 
 @torch.no_grad()

@@ -92,10 +92,6 @@ class MLP:
         gate = torch.addmm(self.b_gate, x, self.W_gate)
         return torch.addmm(self.b_out, phi(gate) * linear + self.b_mid, self.W_out)
 
-    def input_weights(self) -> list[Tensor]:
-        """(d, m), one a branch of the derivative, in the order of `slopes`."""
-        return [self.W_in] if self.W_gate is None else [self.W_gate, self.W_in]
-
     def slopes(self, x: Tensor) -> list[Tensor]:
         """(N, m), one a branch: the Jacobian of f at x is the sum over branches of W_branch diag(slope) W_out."""
         phi, dphi = ACTIVATIONS[self.activation]
@@ -130,7 +126,7 @@ class Block:
     @cached_property
     def _weights(self) -> BlockWeights:
         """Made once: every step of a training asks for them."""
-        W_in = _together(self.mlp.input_weights())
+        W_in = _together([W for W in (self.mlp.W_gate, self.mlp.W_in) if W is not None])  # in the order of `slopes`
         if self.centred:
             W_in = W_in - W_in.mean(dim=1, keepdim=True)  # directions lose their mean
         return BlockWeights(W_in, self.mlp.W_out, self.skip)

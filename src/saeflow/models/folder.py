@@ -86,23 +86,19 @@ class Geometry:
                 f"{hook_name}: layer {found[1]} is out of range; the model has {self.n_layers} layers, "
                 f"0 to {self.n_layers - 1}"
             )
-        hooks = self.block_hooks()
-        if found and found[2] in hooks:
-            return hooks[found[2]]
-        other = {"hook_embed": (self.d_model,), "ln_final.hook_normalized": (self.d_model,)}
-        if hook_name in other:
-            return other[hook_name]
         layer = found[1] if found else "0"
-        legal = [f"blocks.{layer}.{h}" for h in hooks] + list(other)
-        near = difflib.get_close_matches(hook_name, legal, n=3, cutoff=0.3)
-        raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or legal)}")
+        sizes = {f"blocks.{layer}.{hook}": size for hook, size in self.block_hooks().items()}
+        sizes |= {"hook_embed": (self.d_model,), "ln_final.hook_normalized": (self.d_model,)}
+        if hook_name in sizes:
+            return sizes[hook_name]
+        near = difflib.get_close_matches(hook_name, list(sizes), n=3, cutoff=0.3)
+        raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or sizes)}")
 
 
 def hook_layer(hook_name: str, n_layers: int) -> int:
     """Number of blocks that must run for the hook to fire: `stop_at_layer` of TransformerLens, but that a stopped pass
     leaves `ln_final` to the caller."""
-    found = re.match(r"blocks\.(\d+)\.", hook_name)
-    if found:
+    if found := re.match(r"blocks\.(\d+)\.", hook_name):
         return int(found[1]) + 1
     return n_layers if hook_name.startswith("ln_final") else 0
 

@@ -104,8 +104,7 @@ def _load_original(folder: Path) -> Any:
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would draw them at random
+    if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise ModelError(
             f"the weights of {folder} are not whole: {len(missing)} tensors are missing, {', '.join(missing[:3])} "
             "first; copy the model folder again"
@@ -120,14 +119,13 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
     transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
     conversion drops is set afterwards.
     """
-    from transformer_lens import loading_from_pretrained
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
-    plain = read_keys(config_file(folder))
+    plain, n_ctx = read_keys(config_file(folder)), geometry.n_ctx
     with tempfile.TemporaryDirectory() as neutral:
-        (Path(neutral) / "config.json").write_text(json.dumps({"n_ctx": geometry.n_ctx} | plain))
-        config = loading_from_pretrained.get_pretrained_model_config(
-            neutral, fold_ln=fold_ln, device="cpu", dtype=torch.float32, n_ctx=geometry.n_ctx
-        )
+        (Path(neutral) / "config.json").write_text(json.dumps({"n_ctx": n_ctx} | plain))
+        given = {"fold_ln": fold_ln, "device": "cpu", "dtype": torch.float32, "n_ctx": n_ctx}
+        config = get_pretrained_model_config(neutral, **given)
     config.model_name, config.tokenizer_name = folder.name, None
     config.d_mlp = geometry.d_mlp  # n_inner of GPT-2
     if geometry.architecture == "GPTNeoXForCausalLM":

@@ -192,7 +192,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_size: int) -> Non
     """Writes the tokenizer files of a Hugging Face folder."""
     from transformers import PreTrainedTokenizerFast
 
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, unk_token=EOS, model_max_length=context_size
-    )
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, model_max_length=context_size)
     fast.save_pretrained(folder)

@@ -130,8 +130,7 @@ def shuffle_documents(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _format(file: Path) -> str | None:
-    suffixes = [s.lower() for s in file.suffixes if s.lower() != ".gz"]
-    last = suffixes[-1] if suffixes else ""
+    *_, last = ["", *(s.lower() for s in file.suffixes if s.lower() != ".gz")]
     return last if last in (".txt", ".jsonl", ".json", ".parquet") else None
 
 

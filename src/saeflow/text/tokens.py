@@ -122,16 +122,10 @@ def write_tokens(
     """
     folder = Path(folder)
     bos = row_bos(tokenizer, prepend_bos)
-    attributes = {
-        "context_size": context_size,
-        "prepend_bos": prepend_bos,
-        "bos_token_id": bos,
-        "eos_token_id": tokenizer.eos_token_id,
-        "split": split,
-        "held_out_fraction": held_out_fraction,
-        "tokenizer": tokenizer_digest,
-        "packing": PACKING,
-    }
+    attributes: dict[str, Any] = {"context_size": context_size, "prepend_bos": prepend_bos}
+    attributes |= {"bos_token_id": bos, "eos_token_id": tokenizer.eos_token_id}
+    attributes |= {"split": split, "held_out_fraction": held_out_fraction}
+    attributes |= {"tokenizer": tokenizer_digest, "packing": PACKING}
     kept = (d for d in documents if is_held_out(d.text, held_out_fraction) == (split == "held_out"))
     stream = _Stream(shuffle_documents(kept), tokenizer, Packer(context_size, tokenizer.eos_token_id, bos))
     arrays = _create(folder / "tokens.zarr", n_rows, context_size, attributes)

@@ -14,10 +14,10 @@ from torch import Tensor
 from saeflow.config import ConfigError, TrainingConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
-from saeflow.kernels.step import Weights, clip_norms_, normalise_rows_, remove_parallel_, take_steps
+from saeflow.kernels.step import Weights, take_steps
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers
-from saeflow.training.trainer import Trainer
+from saeflow.training.trainer import Trainer, update_weights
 
 SHARED_METRICS = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
 
@@ -44,8 +44,7 @@ class HeadsTrainer(SeveralTrainers):
         """
         self.training, self.device, self.on_row = training, device, on_row
         by_head = statistics.by_head()
-        silent = [h for h, of_head in enumerate(by_head) if of_head.mean_norm == 0]
-        if silent:
+        if silent := [h for h, of_head in enumerate(by_head) if of_head.mean_norm == 0]:
             raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
         self.heads = [Trainer(s, training, of_head, of_head, device) for s, of_head in zip(specs, by_head, strict=True)]
         self.batched, self.described = BatchedTrainer(self.heads), f"{len(self.heads)} heads"
@@ -146,15 +145,7 @@ class BatchedTrainer:
         sparse, count = all(member.sparse for member in members), first._counts_active()
         coefficients = torch.tensor(l1, dtype=x.dtype, device=x.device)
         results, stacked = take_steps(first.objective, self.weights, x, y, coefficients, sparse, count)
-        gradients = stacked.parameters()
-        W_dec = self.weights.W_dec.flatten(0, 1)
-        if first.spec.sparsity == "unit_norm":
-            remove_parallel_(stacked.W_dec.flatten(0, 1), W_dec)
-        if first.training.clip_grad_norm is not None:
-            clip_norms_(gradients, first.training.clip_grad_norm)
-        self.optimiser.step(gradients, lr)
-        if first.spec.sparsity == "unit_norm":
-            normalise_rows_(W_dec)
+        update_weights(first, self.optimiser, self.weights, stacked, lr)
         for h, member in enumerate(members):
             try:
                 member._record(results[h], y[h], lr, l1[h])

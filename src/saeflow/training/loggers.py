@@ -7,21 +7,16 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from saeflow.config import ConfigError
-
-
-class Logger(Protocol):
-    def log(self, row: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
 
 
 class WandbLogger:
     """One wandb run a dictionary, in the project `saeflow`; wandb's environment variables apply (WANDB_MODE, ...)."""
 
     def __init__(self, key: str, config: Mapping[str, Any], folder: Path) -> None:
-        wandb = _package("wandb", "wandb", "wandb")
+        wandb = _package("wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(project="saeflow", name=key, config=dict(config), dir=str(folder))
 
@@ -36,7 +31,7 @@ class TensorboardLogger:
     """One folder of event files a dictionary: `tensorboard --logdir results/logs/tensorboard`."""
 
     def __init__(self, key: str, config: Mapping[str, Any], folder: Path) -> None:
-        tensorboard = _package("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        tensorboard = _package("torch.utils.tensorboard", "tensorboard")
         self.writer = tensorboard.SummaryWriter(str(folder / key))
         self.writer.add_text("config", str(dict(config)))
 
@@ -48,16 +43,20 @@ class TensorboardLogger:
         self.writer.close()
 
 
+Logger = WandbLogger | TensorboardLogger
+
+
 def open_loggers(names: Sequence[str], key: str, config: Mapping[str, Any], results: Path) -> list[Logger]:
     """The loggers that `training.loggers` names. Raises `ConfigError` where a package is not installed."""
-    classes: dict[str, type[WandbLogger | TensorboardLogger]] = {"wandb": WandbLogger, "tensorboard": TensorboardLogger}
+    classes: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorboardLogger}
     return [classes[name](key, config, results / "logs" / name) for name in names]
 
 
-def _package(module: str, logger: str, package: str) -> ModuleType:
+def _package(module: str, package: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"training.loggers={logger} needs the package {package}: pip install {package} (or remove it from the list)"
+            f"training.loggers={package} needs the package {package}: pip install {package} (or remove it from the "
+            "list)"
         ) from error

@@ -8,7 +8,7 @@ from its checkpoints, and ends with the same bytes.
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,13 @@ class Member:
     job: Job
     trainer: DictionaryTrainer
     checkpoints: Checkpoints
-    reads: list[int]
-    """Which of the job's columns."""
-    entries: slice
-    """Which of a column's: those of one head, or all."""
+    columns_of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    """What it reads of a batch of the job's columns: of some, all entries or those of one head."""
     failure: TrainingError | None = None
 
     @property
     def unfinished(self) -> bool:
         return self.failure is None and self.trainer.step < self.trainer.n_steps
-
-    def columns_of(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What it reads of a batch of the job's columns."""
-        return tuple(batch[i][:, self.entries] for i in self.reads)
 
     def save(self) -> None:
         if self.failure is None and self.trainer.step:
@@ -77,11 +71,10 @@ def train(jobs: list[Job]) -> str:
     options = [build(TrainingConfig, one, "training.") for one in given]
     if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
         raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
-    statistics = {folder: _hook_statistics(column) for folder, column in columns.items()}
     batches = BatchReader(list(columns.values()), options[0].batch_size, options[0].shuffle_seed)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        members = [_member(job, o, columns, statistics, stack) for job, o in zip(jobs, options, strict=True)]
+        members = [_member(job, o, columns, stack) for job, o in zip(jobs, options, strict=True)]
         written: list[str] = []
         log.info("training %d dictionaries on batches of %d tokens", len(members), batches.batch_size)
         for member in _steps(members, batches, signals, Timer(min(o.checkpoint_seconds for o in options))):
@@ -101,9 +94,7 @@ def train(jobs: list[Job]) -> str:
 
 def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer: Timer) -> Iterator[Member]:
     """Runs the members' steps; yields each when it is done."""
-    for member in members:
-        if not member.unfinished:
-            yield member
+    yield from (member for member in members if not member.unfinished)
     start = min((m.trainer.step for m in members if m.unfinished), default=0)
     end = max((m.trainer.n_steps for m in members if m.unfinished), default=0)
     read = progress(batches.iterate(start, end - start), f"{len(members)} dictionaries", end - start)
@@ -145,19 +136,12 @@ def _batch_groups(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator
         yield number - len(some) + 1, some
 
 
-def _member(
-    job: Job,
-    options: TrainingConfig,
-    columns: dict[Path, Column],
-    statistics: dict[Path, HookStatistics],
-    stack: contextlib.ExitStack,
-) -> Member:
+def _member(job: Job, options: TrainingConfig, columns: dict[Path, Column], stack: contextlib.ExitStack) -> Member:
     """The member that a job stands for, at the step that its newest checkpoint has."""
     folders = job.inputs("activations")
     results = Path(job.plan.results)
-    loggers = open_loggers(options.loggers, job.instance.key, job.config, results)
-    for logger in loggers:
-        stack.callback(logger.close)
+    opened = open_loggers(options.loggers, job.instance.key, job.config, results)
+    loggers = [stack.enter_context(contextlib.closing(logger)) for logger in opened]
 
     def log_row(row: dict[str, float]) -> None:
         for logger in loggers:
@@ -166,7 +150,8 @@ def _member(
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
     specs = specs_of_job(job, [columns[folder] for folder in folders])
     head = job.config.get("head")
-    given = [statistics[folder] if head is None else statistics[folder].by_head()[head] for folder in folders]
+    statistics = [_hook_statistics(columns[folder]) for folder in folders]
+    given = statistics if head is None else [one.by_head()[head] for one in statistics]
     inputs = Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
     trainer: DictionaryTrainer = config.trainer_class().of_job(inputs)
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
@@ -176,7 +161,7 @@ def _member(
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
     reads = [list(columns).index(folder) for folder in folders]
     entries = slice(None) if head is None else slice(head * specs[0].d_in, (head + 1) * specs[0].d_in)
-    return Member(job, trainer, checkpoints, reads, entries)
+    return Member(job, trainer, checkpoints, lambda batch: tuple(batch[i][:, entries] for i in reads))
 
 
 def _write(member: Member) -> str:

@@ -1,7 +1,4 @@
-"""What training writes down: one row every `log_every` steps, about the batch of that step, before its update.
-
-Between rows nothing waits for the device: losses stay there until the next row checks that all of them are finite.
-"""
+"""What training writes down: one row every `log_every` steps, about the batch of that step, before its update."""
 
 import math
 from pathlib import Path
@@ -18,7 +15,8 @@ class TrainingError(RuntimeError):
 
 
 class TrainingMetrics:
-    """Rows of metrics. Between rows nothing waits for the device: losses stay there until the next row checks them."""
+    """Rows of metrics. Between rows nothing waits for the device: losses stay there until the next row checks that all
+    are finite."""
 
     def __init__(self, d_sae: int, training: TrainingConfig, device: str) -> None:
         self.training = training

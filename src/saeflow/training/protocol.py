@@ -51,7 +51,7 @@ class HookStatistics:
     head_norms: Tensor | None = None
     """(heads,): root mean square norm of each head; None where the hook has no heads."""
 
-    def scale(self, normalize_activations: str | None) -> Scale:
+    def scale(self, normalize_activations: str | None, device: str = "cpu") -> Scale:
         """What activations are multiplied with: a number, or a vector (d,)."""
         d = self.mean.numel()
         if normalize_activations == "per_head":
@@ -60,7 +60,7 @@ class HookStatistics:
                     "dictionary.normalize_activations=per_head needs a hook with heads (attn.hook_z, hook_q, ...)"
                 )
             d_head = d // len(self.head_norms)
-            return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float()
+            return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float().to(device)
         return math.sqrt(d) / self.mean_norm if normalize_activations == "expected_average_only_in" else 1.0
 
     def by_head(self) -> list["HookStatistics"]:

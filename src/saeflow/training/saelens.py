@@ -37,7 +37,8 @@ class SAELensTrainer(Trainer):
         assert spec.saelens is not None
         self.sae = training_sae(spec).to(self.device)
         self.sae.train()
-        self.optimiser = Adam(list(self._parameters().values()), training.adam_beta1, training.adam_beta2)
+        self.parameters = dict(self.sae.named_parameters())
+        self.optimiser = Adam(list(self.parameters.values()), training.adam_beta1, training.adam_beta2)
 
     def train_step(self, batch: tuple[Tensor, ...]) -> None:
         x, _ = self._scaled(batch)
@@ -52,7 +53,7 @@ class SAELensTrainer(Trainer):
         low = training.precision == "bfloat16"
         with torch.autocast(torch.device(self.device).type, torch.bfloat16) if low else nullcontext():
             output = self.sae.training_forward_pass(TrainStepInput(x, coefficients, dead, step, False))
-        parameters = list(self._parameters().values())
+        parameters = list(self.parameters.values())
         found = torch.autograd.grad(output.loss, parameters, materialize_grads=True)
         gradients = [g if g.stride() == p.stride() else g.contiguous() for p, g in zip(parameters, found, strict=True)]
         if training.clip_grad_norm is not None:
@@ -70,17 +71,14 @@ class SAELensTrainer(Trainer):
             self.on_row(self.metrics.row(step, result, x, lr, next(iter(coefficients.values()), 0.0)))
         self.step += 1
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.sae.named_parameters())
-
     def _trained(self) -> dict[str, Tensor]:
-        return {f"sae.{name}": parameter for name, parameter in self._parameters().items()}
+        return {f"sae.{name}": parameter for name, parameter in self.parameters.items()}
 
     def _updated_in_place(self) -> dict[str, Tensor]:
         return super()._updated_in_place() | {f"sae.{name}": buffer for name, buffer in self.sae.named_buffers()}
 
     def finished(self) -> Dictionary:
-        if not all(t.isfinite().all() for t in self._parameters().values()):
+        if not all(t.isfinite().all() for t in self.parameters.values()):
             raise TrainingError("the last step made weights that are not finite; lower training.lr")
         assert isinstance(self.scale_in, float)
         with TemporaryDirectory() as folder:

@@ -27,6 +27,7 @@ from saeflow.kernels.step import (
     Step,
     Weights,
     clip_norm_,
+    clip_norms_,
     normalise_rows_,
     remove_parallel_,
     squared_norms,
@@ -72,10 +73,8 @@ class Trainer:
                     "zeros; a wider activations.dtype (float32) may help"
                 )
         self.spec, self.training, self.device, self.on_row = spec, training, device, on_row
-        self.scale_in, self.scale_out = (
-            s if isinstance(s, float) else s.to(device)
-            for s in (statistics.scale(spec.normalize_activations) for statistics in (statistics_in, statistics_out))
-        )
+        sides = statistics_in, statistics_out
+        self.scale_in, self.scale_out = (side.scale(spec.normalize_activations, device) for side in sides)
         self._build(statistics_out)
         self.metrics = TrainingMetrics(spec.d_sae, training, device)
         self.step = 0
@@ -122,18 +121,8 @@ class Trainer:
     def apply_gradients(self, result: Step, y: Tensor) -> None:
         """Changes the weights by what was found, which nothing may use after that."""
         lr, l1 = self._rates()
-        self._update_weights(result, lr)
+        update_weights(self, self.optimiser, self.weights, result.gradients, lr)
         self._record(result, y, lr, l1)
-
-    def _update_weights(self, result: Step, lr: float | Tensor) -> None:
-        gradients = result.gradients.parameters()
-        if self.spec.sparsity == "unit_norm":
-            remove_parallel_(result.gradients.W_dec, self.weights.W_dec)
-        if self.training.clip_grad_norm is not None:
-            clip_norm_(gradients, self.training.clip_grad_norm)
-        self.optimiser.step(gradients, lr)
-        if self.spec.sparsity == "unit_norm":
-            normalise_rows_(self.weights.W_dec)
 
     def _take_on_gpu(self, x: Tensor, y: Tensor) -> None:
         """`loss_and_gradients` and `apply_gradients`, as a CUDA graph where only batch and rates change from step to
@@ -163,7 +152,7 @@ class Trainer:
     ) -> Step:
         how = self.sparse, self._counts_active(), extra, active
         result = take_step(self.objective, self.weights, x, y, l1, *how)
-        self._update_weights(result, lr)
+        update_weights(self, self.optimiser, self.weights, result.gradients, lr)
         return result
 
     @property
@@ -201,7 +190,9 @@ class Trainer:
         """What follows a step: firing statistics, the choice of a sparse or dense next step, a row of metrics."""
         self.metrics.add(result)
         if result.smallest is not None:
-            self._update_threshold(result.smallest)
+            smallest = result.smallest.double()
+            followed = torch.where(self.threshold > 0, torch.lerp(self.threshold, smallest, THRESHOLD_RATE), smallest)
+            self.threshold = torch.where(smallest.isfinite(), followed, self.threshold)
         if self._measures_density():
             self._choose_sparse_or_dense(result)
         if self._logged():
@@ -263,11 +254,6 @@ class Trainer:
         """Latents that have not fired for long, (m,)."""
         return (self.metrics.idle_steps >= self.metrics.dead_after).nonzero()[:, 0]
 
-    def _update_threshold(self, smallest: Tensor) -> None:
-        smallest = smallest.double()
-        followed = torch.where(self.threshold > 0, torch.lerp(self.threshold, smallest, THRESHOLD_RATE), smallest)
-        self.threshold = torch.where(smallest.isfinite(), followed, self.threshold)
-
     # ------------------------------------------------------------------------------------------------ its state
     def state(self) -> dict[str, Tensor]:
         """All that the coming steps and the metrics depend on, on the CPU; `note` holds what is no tensor, as JSON."""
@@ -318,6 +304,19 @@ class Trainer:
         dictionary = build_dictionary(self.spec, encoder.T.contiguous(), b_enc, W_dec, b_dec, W_skip, threshold)
         dictionary = dictionary.with_scaling_folded(self.scale_in, self.scale_out)
         return dictionary if self.spec.keeps_decoder_norms else dictionary.with_unit_decoder()
+
+
+def update_weights(of: Trainer, optimiser: Adam, weights: Weights, gradients: Weights, lr: float | Tensor) -> None:
+    """Changes the weights of the dictionary `of` a trainer, or of several like it with heads in front, in place."""
+    gradient, rows = (one.W_dec.flatten(0, -2) for one in (gradients, weights))
+    if of.spec.sparsity == "unit_norm":
+        remove_parallel_(gradient, rows)
+    if of.training.clip_grad_norm is not None:
+        clip = clip_norm_ if weights.W_dec.dim() == 2 else clip_norms_
+        clip(gradients.parameters(), of.training.clip_grad_norm)
+    optimiser.step(gradients.parameters(), lr)
+    if of.spec.sparsity == "unit_norm":
+        normalise_rows_(rows)
 
 
 def learning_rate(training: TrainingConfig, step: int, n_steps: int) -> float:

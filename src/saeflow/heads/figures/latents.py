@@ -10,16 +10,7 @@ from saeflow.figures.axes import empty_panel, labelled, legend_below, matrix_axi
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, MARKERS, colours
 from saeflow.heads.decomposition import METHODS
-from saeflow.heads.figures.shared import (
-    NULL,
-    concat,
-    head_legend,
-    identified,
-    long,
-    of_dictionaries,
-    read_heads,
-    shown_rows,
-)
+from saeflow.heads.figures.shared import NULL, concat, head_legend, identified, of_dictionaries, read_heads, shown_rows
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.shares import AGREEING, MEASURES
 
@@ -65,7 +56,7 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout()
     head_legend(figure, studies, Line2D([], [], color="0.35", linestyle=":", label="equal shares"))
     of_head = ["mean_share", "top_share"]
-    return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[of_head]))
+    return figure, of_dictionaries(studies, "concat", lambda study, key: study.dataset("measures", key)[of_head])
 
 
 @figure("heads_measures", stage="heads", reads=read_heads)
@@ -94,7 +85,7 @@ def measures(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.set_ylabel(f"{study.name}: {study.label(key)}", fontsize=7)
     figure.tight_layout()
     between = ["rank_correlation", "top_agreement"]
-    return figure, of_dictionaries(studies, "concat", lambda study, key: long(study.dataset("measures", key)[between]))
+    return figure, of_dictionaries(studies, "concat", lambda study, key: study.dataset("measures", key)[between])
 
 
 @figure("heads_decomposition", stage="heads", reads=read_heads)

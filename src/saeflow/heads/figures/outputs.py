@@ -16,7 +16,6 @@ from saeflow.heads.cross_terms import MODEL, NO_HEADS
 from saeflow.heads.figures.shared import (
     NULL,
     head_legend,
-    long,
     of_dictionaries,
     of_studies,
     pair_names,
@@ -54,7 +53,7 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
     head_legend(figure, studies, Line2D([], [], color="0.35", linestyle="--", label="all, once folded"))
-    return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("norms", key)))
+    return figure, of_dictionaries(studies, "heads", lambda study, key: study.dataset("norms", key))
 
 
 @figure("heads_spectra", stage="heads", reads=read_heads)
@@ -79,7 +78,7 @@ def spectra(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             line[0].set_ylim(0.08, 1.2)
     figure.tight_layout()
     head_legend(figure, studies)
-    return figure, of_dictionaries(studies, "heads", lambda study, key: long(study.dataset("spectra", key)))
+    return figure, of_dictionaries(studies, "heads", lambda study, key: study.dataset("spectra", key))
 
 
 @figure("heads_angles", stage="heads", reads=read_heads)
@@ -99,7 +98,7 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
         axis.legend(loc="lower left")
     figure.tight_layout()
-    return figure, of_studies(studies, lambda study: long(study.dataset("angles")))
+    return figure, of_studies(studies, lambda study: study.dataset("angles"))
 
 
 @figure("heads_cosines", stage="heads", reads=read_heads)
@@ -144,7 +143,7 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
     figure.tight_layout()
     columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
-    return figure, of_studies(studies, lambda study: long(study.dataset("cosines")[columns]))
+    return figure, of_studies(studies, lambda study: study.dataset("cosines")[columns])
 
 
 def _beside_pairs(studies: list[HeadStudy], **more: Any) -> tuple[Figure, np.ndarray]:
@@ -227,5 +226,5 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     handles: list[Any] = [Patch(color=c, label=label) for c, label in ((COLOURS[1], "heads"), (NULL, "rotated heads"))]
     legend_below(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
     return figure, of_dictionaries(
-        studies, "heads", lambda study, key: long(study.dataset("interference", key).drop_dims("bin"))
+        studies, "heads", lambda study, key: study.dataset("interference", key).drop_dims("bin")
     )

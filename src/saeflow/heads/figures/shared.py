@@ -14,6 +14,7 @@ from saeflow.heads.folder import HeadStudy, read_head_studies
 from saeflow.jobs.job import Job
 
 NULL = "0.6"
+Rows = pd.DataFrame | xr.Dataset
 
 
 def read_heads(job: Job) -> list[HeadStudy]:
@@ -30,22 +31,19 @@ def pair_names(dataset: xr.Dataset) -> list[str]:
     return [f"{g}, {h}" for g, h in zip(dataset["head"].values, dataset["other_head"].values, strict=True)]
 
 
-def identified(table: pd.DataFrame, study: HeadStudy, dictionary: str | None = None) -> pd.DataFrame:
+def identified(table: Rows, study: HeadStudy, dictionary: str | None = None) -> pd.DataFrame:
     """The rows with the keys of what they are of in front."""
+    table = table.to_dataframe().reset_index() if isinstance(table, xr.Dataset) else table
     keys = {"study": study.key} | ({"dictionary_key": dictionary} if dictionary else {})
     return pd.DataFrame(keys, index=table.index).join(table)
 
 
-def long(dataset: xr.Dataset) -> pd.DataFrame:
-    return dataset.to_dataframe().reset_index()
-
-
-def of_studies(studies: list[HeadStudy], rows: Callable[[HeadStudy], pd.DataFrame]) -> pd.DataFrame:
+def of_studies(studies: list[HeadStudy], rows: Callable[[HeadStudy], Rows]) -> pd.DataFrame:
     return concat([identified(rows(study), study) for study in studies])
 
 
 def of_dictionaries(
-    studies: list[HeadStudy], kind: str, rows: Callable[[HeadStudy, str], pd.DataFrame], file: str | None = None
+    studies: list[HeadStudy], kind: str, rows: Callable[[HeadStudy, str], Rows], file: str | None = None
 ) -> pd.DataFrame:
     """The rows of all dictionaries of a kind (that have a `file`), those that are not drawn too."""
     keys = [(study, key) for study in studies for key in study.of_kind(kind)]
