@@ -16,9 +16,10 @@ from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.kernels.step import Objective, loss_slow
 from saeflow.training import trainer
+from saeflow.training.loop import fit
 from saeflow.training.metrics import TrainingError, write_metrics
 from saeflow.training.protocol import HookStatistics
-from saeflow.training.trainer import Trainer, l1_coefficient, learning_rate
+from saeflow.training.trainer import l1_coefficient, learning_rate
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 
@@ -51,16 +52,6 @@ def sparse_truth(N=20_000, d=16, n=24, seed=0):
     atoms = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
     f = (torch.rand(N, n, generator=g) < 2.5 / n) * (0.5 + torch.rand(N, n, generator=g))
     return f @ atoms + torch.randn(d, generator=g), atoms
-
-
-def fit(spec, options, batches, statistics_in, statistics_out):
-    """The dictionary, and the rows of metrics."""
-    found = Trainer(spec, options, statistics_in, statistics_out)
-    for batch in batches.iterate(0, found.n_steps):
-        if found.resamples_next():
-            found.resample(batches)
-        found.train_step(batch)
-    return found.finished(), found.metrics.rows
 
 
 def trained(config, x, y=None, steps=300, batch_size=256, seed=0, **fields):

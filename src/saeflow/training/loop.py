@@ -2,12 +2,13 @@
 
 The dictionaries of one job read columns of one store in the same order of batches, so each is read once; otherwise they
 know nothing of each other, and each is what it would be if it trained alone. Killed at any moment, a job goes on
-from its checkpoints, and ends with the same bytes.
+from its checkpoints, and ends with the same bytes. `fit` is the loop without jobs, for any source of batches.
 """
 
 import contextlib
 import json
 import logging
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.config.dictionary import Columns
 from saeflow.dictionaries.fitting import model_config
+from saeflow.dictionaries.kinds.saelens import SAELensConfig
 from saeflow.dictionaries.kinds.trained import TrainedConfig
+from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import save_dictionary
 from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
@@ -33,6 +36,7 @@ from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
 from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs, PartOfBatches
+from saeflow.training.trainer import Trainer
 
 log = logging.getLogger("saeflow")
 MOST_AT_ONCE, BYTES_AT_ONCE = 16, 16 << 20  # batches, and their bytes, that one member takes before the next
@@ -229,3 +233,23 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
 def _origin_of(job: Job) -> Instance:
     """The column of activations that the job reads first."""
     return job.plan.instance("activations", job.instance.needs["activations"][0])
+
+
+def fit(
+    spec: Spec,
+    training: TrainingConfig,
+    batches: Batches,
+    statistics_in: HookStatistics,
+    statistics_out: HookStatistics,
+    device: str = "cpu",
+    on_row: Callable[[dict[str, float]], None] = lambda row: None,
+) -> tuple[Dictionary, list[dict[str, float]]]:
+    """The loop without jobs, for any source of batches: trains a dictionary, and returns it, for raw activations, and
+    its rows of metrics. Raises `TrainingError` when the loss stops being finite."""
+    trainer_class = Trainer if spec.saelens is None else pkgutil.resolve_name(SAELensConfig.trainer)
+    trainer: Trainer = trainer_class(spec, training, statistics_in, statistics_out, device, on_row)
+    for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):
+        if trainer.resamples_next():
+            trainer.resample(batches)
+        trainer.train_step(batch)
+    return trainer.finished(), trainer.metrics.rows
