@@ -5,6 +5,7 @@ import difflib
 import math
 import types
 import typing
+from functools import cache
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
     if variant is not None:
         cls, tree = variant(tree, where)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     for key in tree:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
@@ -48,6 +49,9 @@ def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key {where}{name}")
     return cls(**values)
+
+
+_hints = cache(typing.get_type_hints)  # asked for at every point of a sweep
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

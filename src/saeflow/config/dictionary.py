@@ -107,10 +107,7 @@ class DictionaryConfig:
         if found.activations and "activation" in tree:
             wanted = f"{' or '.join(found.activations)} with kind={tree['kind']}"
             require(tree["activation"] in found.activations, f"{where}activation", tree["activation"], wanted)
-        own_names = {f.name for f in dataclasses.fields(found)}
-        others = {
-            f.name: f.default for kind in kinds().values() for f in dataclasses.fields(kind) if f.name not in own_names
-        }
+        others = _options_of_others(found, len(kinds()))  # type: ignore[arg-type]
         for name in sorted(others.keys() & tree.keys()):
             legal = found.takes_any or tree[name] in (None, {}, others[name])
             require(legal, f"{where}{name}", tree[name], found.instead.get(name, f"null with kind={tree['kind']}"))
@@ -192,6 +189,14 @@ class DictionaryConfig:
 def _kind_of(tree: dict[str, Any]) -> type[DictionaryConfig] | None:
     claimed = (kind for kind in kinds().values() if kind.claims(tree))
     return next(claimed, None) or kinds().get(str(tree.get("kind")))
+
+
+@cache
+def _options_of_others(kind: type[DictionaryConfig], n_kinds: int) -> dict[str, Any]:
+    """Options that only other kinds have, of `n_kinds` that there are so far, with their defaults."""
+    own_names = {f.name for f in dataclasses.fields(kind)}
+    fields = (f for other in kinds().values() for f in dataclasses.fields(other))
+    return {f.name: f.default for f in fields if f.name not in own_names}
 
 
 @cache

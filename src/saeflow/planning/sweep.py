@@ -5,7 +5,6 @@ dotted paths. A mapping is a product; a list of mappings is the union of their p
 the experiment sweeps replaces its values in every product that has it.
 """
 
-import copy
 import dataclasses
 import difflib
 import itertools
@@ -142,21 +141,19 @@ def _product(tree: Any, values: dict[str, list[Any]], fields: list[str]) -> Iter
         for path, value in zip(mentioned, combination, strict=True):
             OmegaConf.update(tree, path, value)
         try:
-            resolved = OmegaConf.to_container(tree, resolve=True)
+            resolved = json.dumps(OmegaConf.to_container(tree, resolve=True))
         except OmegaConfBaseException as error:
             raise ConfigError(f"the configuration does not resolve: {_one_line(error)}") from error
         for rest in itertools.product(*(values[p] for p in plain)):
-            point: Any = copy.deepcopy(resolved)
+            point: Any = json.loads(resolved)  # several times as fast as a deep copy
             for path, value in zip(plain, rest, strict=True):
                 *parents, leaf = path.split(".")
                 node: Any = point
                 for part in parents:
                     node = node[part]
                 node[leaf] = value
-            for group, tree_of_group in point.items():
-                for key in (
-                    (k for k, v in tree_of_group.items() if v == "???") if isinstance(tree_of_group, dict) else ()
-                ):
+            for group, options in point.items():
+                for key in [k for k, v in options.items() if v == "???"] if isinstance(options, dict) else ():
                     raise ConfigError(f"{group}.{key} has to be given: add {group}.{key}=… to the overrides")
             yield point
 
