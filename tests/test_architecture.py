@@ -55,7 +55,7 @@ def test_no_kind_and_no_stage_is_named_by_the_plan() -> None:
 
 
 def test_branching_on_kind_or_activation_is_where_the_kinds_are() -> None:
-    """Elsewhere at most twenty places, each with its reason."""
+    """Elsewhere at most twenty places, each with a reason beside it."""
     branch = re.compile(r"(?:\.kind|\.activation|\[\"kind\"\]|\[\"activation\"\]) *(?:==|!=|in \(|not in \()")
     found = []
     for file in sorted((ROOT / "src/saeflow").rglob("*.py")):

@@ -121,6 +121,7 @@ def notebook_004(evaluations: pd.DataFrame) -> pd.DataFrame:
     `l0` and `ce_loss` are the notebook's: means over all positions, BOS and the prediction made from it included.
     `printed_*` is what it printed for the same coefficient, where the model and the hook are its own.
     """
+    # the notebook's are all ReLU with L1
     rows = evaluations[(evaluations["activation"] == "relu") & ~evaluations["skip"].astype(bool)]
     rows = rows[rows["hook_name_out"].str.endswith("hook_mlp_out")]
     rows = rows.sort_values(["hook_name_out", "kind", "l1_coefficient"])

@@ -71,7 +71,7 @@ def reconstruct(dictionary: Dictionary, x: Tensor, y: Target, is_bos: Tensor) ->
     size = max(1, CHUNK_ELEMENTS // dictionary.d_sae)
     for start in range(0, len(x), size):
         some = slice(start, start + size)
-        if dictionary.spec.activation == "topk":
+        if dictionary.spec.activation == "topk":  # decoding k of n latents takes a fraction of the time
             values, indices = dictionary.top_latents(x[some])
             output[some] = dictionary.decode_top(values, indices, x[some])
             l0[some] = (values > 0).sum(1).double()

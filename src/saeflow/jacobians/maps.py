@@ -55,7 +55,7 @@ class JacobianBlocks(NamedTuple):
 
 def active_latents(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, d) -> values (N, k), at least 0, and indices (N, k); without TopK, k is the largest number of any token."""
-    if dictionary.spec.activation == "topk":
+    if dictionary.spec.activation == "topk":  # k of every token, those at 0 included
         return dictionary.top_latents(x)
     latents = dictionary.encode(x)
     k = max(1, int((latents > 0).sum(1).max()))
@@ -125,7 +125,7 @@ class Pair:
 
 def _n_active(dictionary: Dictionary, values: Tensor) -> Tensor:
     """(N, k) -> (N,): latents whose entries count."""
-    if dictionary.spec.activation == "topk":
+    if dictionary.spec.activation == "topk":  # as the paper counts
         return torch.full((len(values),), values.shape[1], device=values.device)
     return (values > 0).sum(1)
 

@@ -82,7 +82,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
 
 def _title(summary: dict[str, Any]) -> str:
     of = "transcoder"
-    if summary["kind"] == "pair":
+    if summary["kind"] == "pair":  # a transcoder has no coefficient
         of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
     where = f"{summary['hook_name']} to {summary['hook_name_out']}"
     return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"

@@ -95,7 +95,7 @@ class Trainer:
         drawn = initial_weights(spec, mean, spec.random_seed, training.initial)
         self.weights = Weights(*(None if t is None else t.to(device) for t in drawn))  # type: ignore[arg-type]
         self.optimiser = Adam(self.weights.parameters(), training.adam_beta1, training.adam_beta2)
-        assert spec.activation != "jumprelu" and spec.activation != "saelens"
+        assert spec.activation != "jumprelu" and spec.activation != "saelens"  # trained by SAELens's own losses
         by_norm, bf16 = spec.sparsity == "decoder_norm", training.precision == "bfloat16"
         centred, squared_error = spec.apply_b_dec_to_input, spec.squared_error or "sum"
         self.objective = Objective(spec.activation, spec.k or 0, by_norm, centred, squared_error, bf16)

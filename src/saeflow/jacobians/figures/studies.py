@@ -60,7 +60,7 @@ def read_studies(folders: Iterable[Path], evaluations: pd.DataFrame) -> Studies:
     `evaluations`: one row a dictionary, those of the pairs among them.
     """
     found = {folder: json.loads((folder / "summary.json").read_text()) for folder in folders}
-    pairs = {folder: summary for folder, summary in found.items() if summary["kind"] == "pair"}
+    pairs = {f: summary for f, summary in found.items() if summary["kind"] == "pair"}  # others have no coefficient
     if not pairs:
         return Studies(pd.DataFrame(), {})
     summaries = pd.DataFrame([s | {"jacobian_key": f.name, "control": control(s)} for f, s in pairs.items()])
@@ -81,7 +81,7 @@ def read_histograms(folders: Iterable[Path]) -> pd.DataFrame:
     for folder in folders:
         summary = json.loads((folder / "summary.json").read_text())
         of = "transcoder"
-        if summary["kind"] == "pair":
+        if summary["kind"] == "pair":  # others have neither k nor λ
             of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}, {control(summary)}"
         sites = " → ".join(summary[c].split(".", 2)[-1].replace("hook_", "") for c in ("hook_name", "hook_name_out"))
         label = f"layer {summary['layer']}, {sites}, {of}"
