@@ -121,19 +121,20 @@ def sieved_top_k(products, x, x_norms, x_rests, encoder, norms, rests, b_enc, ba
     lower, upper = np.empty(n, np.float32), np.empty(n, np.float32)
     mask = np.zeros(_in_words(n), np.bool_)
     share = np.float32(0)
-    for r in range(first, last):
-        h, t = r // C, r % C
-        norm = x_norms[h, t]
-        _bounds(products[h, t], norm, x_rests[h, t], norms[h], rests[h], b_enc[h], x.shape[2], lower, upper)
-        bound = _bound_for(lower, k, share * norm)
-        share = bound / norm if norm > 0 else np.float32(0)
-        _mark_above(upper, bound, mask)
-        count = _list_marked(mask, found_columns)
-        _dots(x[h, t], encoder[h], found_columns, 0, count, found_values)
-        for j in range(count):
-            found_values[j] += b_enc[h, found_columns[j]]
-        _keep_largest(found_columns, found_values, count, k, bound, mask, values[h, t], columns[h, t])
-        columns[h, t] += base + h * n
+    for h in range(first // C, (last + C - 1) // C):
+        W, w_norms, w_rests, b = encoder[h], norms[h], rests[h], b_enc[h]
+        for t in range(max(first - h * C, 0), min(last - h * C, C)):
+            norm = x_norms[h, t]
+            _bounds(products[h, t], norm, x_rests[h, t], w_norms, w_rests, b, x.shape[2], lower, upper)
+            bound = _bound_for(lower, k, share * norm)
+            share = bound / norm if norm > 0 else np.float32(0)
+            _mark_above(upper, bound, mask)
+            count = _list_marked(mask, found_columns)
+            _dots(x[h, t], W, found_columns, 0, count, found_values)
+            for j in range(count):
+                found_values[j] += b[found_columns[j]]
+            _keep_largest(found_columns, found_values, count, k, bound, mask, values[h, t], columns[h, t])
+            columns[h, t] += base + h * n
 
 
 @compiled
@@ -162,22 +163,24 @@ def sieved_above(
     C, n = products.shape[1:]
     mask = np.zeros(_in_words(n), np.bool_)
     total = 0
-    for r in range(first, last):
-        h, t = r // C, r % C
-        a, b = _rates(x_norms[h, t], x_rests[h, t], x.shape[2])
-        for i in range(n):
-            product = _from_bfloat16(products[h, t, i])
-            error = _error(product, a, b, norms[h, i], rests[h, i], b_enc[h, i])
-            mask[i] = not product + b_enc[h, i] + error <= threshold
-        count = _list_marked(mask, columns[total:])
-        _dots(x[h, t], encoder[h], columns, total, total + count, values)
-        kept = total
-        for j in range(total, total + count):
-            value = values[j] + b_enc[h, columns[j]]
-            values[kept], columns[kept] = value, columns[j] + base + h * n
-            kept += not value <= threshold
-        counts[r] = kept - total
-        total = kept
+    for h in range(first // C, (last + C - 1) // C):
+        W, w_norms, w_rests, w_bias = encoder[h], norms[h], rests[h], b_enc[h]
+        for t in range(max(first - h * C, 0), min(last - h * C, C)):
+            a, b = _rates(x_norms[h, t], x_rests[h, t], x.shape[2])
+            row = products[h, t]
+            for i in range(n):
+                product = _from_bfloat16(row[i])
+                error = _error(product, a, b, w_norms[i], w_rests[i], w_bias[i])
+                mask[i] = not product + w_bias[i] + error <= threshold
+            count = _list_marked(mask, columns[total:])
+            _dots(x[h, t], W, columns, total, total + count, values)
+            kept = total
+            for j in range(total, total + count):
+                value = values[j] + w_bias[columns[j]]
+                values[kept], columns[kept] = value, columns[j] + base + h * n
+                kept += not value <= threshold
+            counts[h * C + t] = kept - total
+            total = kept
     return total
 
 
