@@ -9,11 +9,10 @@ from saeflow.dictionaries.saelens_format import load_dictionary
 from saeflow.jobs.job import Job
 from saeflow.models.folder import Geometry, read_geometry
 from saeflow.models.loading import load_model
+from saeflow.models.source import PROCESSING
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
-
-PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
 
 
 class FitError(ConfigError):

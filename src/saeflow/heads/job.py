@@ -17,8 +17,8 @@ import xarray as xr
 from threadpoolctl import threadpool_limits
 
 from saeflow.config import ConfigError, HeadsConfig
-from saeflow.dictionaries import Dictionary, load_dictionary
-from saeflow.dictionaries.fitting import check_fit, model_config
+from saeflow.dictionaries import Dictionary
+from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import HeadDictionary, dashboards
 from saeflow.heads.decomposition import agreement, choose_latents, decompose_latents
@@ -31,7 +31,6 @@ from saeflow.heads.study import by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
-from saeflow.models.loading import load_model
 from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import open_tokens
 
@@ -45,11 +44,11 @@ def heads_job(job: Job) -> dict[str, Any]:
     hook = job.config["hook_name"]
     if geometry.n_heads < 2:
         raise ConfigError(f"{folder} has {geometry.n_heads} head a layer, and heads are compared with one another")
-    dictionaries, left_out = _open(job, folder, geometry)
+    dictionaries, left_out = _open(job)
     rows = open_tokens(job.input("tokens"))
     n_rows = min(rows.n_rows, -(-config.n_tokens // rows.context_size))
     tokens, document, _ = rows.rows(0, n_rows)
-    model = load_model(folder, model_config(folder, job.config["model"]), job.device)
+    model = open_model(job)
     attention = read_attention(model, int(hook.split(".")[1]))
     log.info("%d dictionaries, %d tokens", len(dictionaries), tokens.size)
     measurements = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
@@ -113,12 +112,11 @@ def heads_job(job: Job) -> dict[str, Any]:
     return summary
 
 
-def _open(job: Job, model_folder: Path, geometry: Any) -> tuple[dict[str, Dictionary], list[str]]:
+def _open(job: Job) -> tuple[dict[str, Dictionary], list[str]]:
     """The dictionaries by key, and those that only SAELens can compute, which have no part in this."""
     found, left_out = {}, []
     for path in job.inputs("train") + job.inputs("foreign"):
-        one = load_dictionary(path, job.device)
-        check_fit(one, path, model_folder, job.config["model"], geometry)
+        one = open_dictionary(path, job)
         if one.spec.activation == "saelens":
             log.warning("%s is left out: only SAELens can compute it, and it has no weights in these terms", path)
             left_out.append(path.name)

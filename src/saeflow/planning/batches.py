@@ -61,9 +61,8 @@ def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str
 
 def resources(plan: Plan, name: str, keys: Sequence[str]) -> dict[str, Any]:
     """Stage, device, `gpu`, `mem_mb` and `runtime` of the job that makes `keys`: never a reason to rerun."""
-    device = plan.device_of(name)
-    table = plan.stages[name]
-    found: dict[str, Any] = dict(stages()[name].resources(plan, [table[key] for key in keys]))
+    device, instances = plan.device_of(name), [plan.stages[name][key] for key in keys]
+    found: dict[str, Any] = dict(stages()[name].resources(plan, instances)) if instances else {}
     configured = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}
     found |= {unit: value for unit, value in configured.items() if value is not None}
     return found | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}
