@@ -2,11 +2,14 @@
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 
 import pytest
 
 from saeflow.config import PointConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
+from saeflow.dictionaries.naming import SERIES
 from saeflow.planning.stages import Stage, in_order, stages
 from saeflow.training.protocol import DictionaryTrainer
 
@@ -34,6 +37,15 @@ def test_what_stages_read_is_in_the_configuration() -> None:
     groups = {field.name for field in dataclasses.fields(PointConfig)} | {"tokenizer"}  # which sources add
     for found in stages().values():
         assert {path.split(".")[0] for path in found.reads} <= groups
+
+
+def test_the_order_of_kinds_is_not_that_of_imports() -> None:
+    """Colours in figures follow it."""
+    code = "from saeflow.dictionaries.kinds import transcoder\nfrom saeflow.dictionaries import naming\n"
+    code += "print(naming.SERIES)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(SERIES) and SERIES[:2] == ("TopK SAE", "ReLU + L1 SAE")
+    assert list(kinds()) == sorted(kinds())
 
 
 @pytest.mark.parametrize("name", kinds())

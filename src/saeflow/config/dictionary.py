@@ -207,6 +207,6 @@ def _imported() -> None:
 
 
 def kinds() -> dict[str, type[DictionaryConfig]]:
-    """All kinds, by the name that `dictionary.kind` gives."""
+    """All kinds, by the name that `dictionary.kind` gives, in an order that does not depend on who imported which."""
     _imported()
-    return _KINDS
+    return dict(sorted(_KINDS.items()))
