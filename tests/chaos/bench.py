@@ -1,0 +1,160 @@
+"""A small experiment over all stages, made once without a fault, and copies of it in which faults are injected."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+APART = {"provenance.json", "report.html", ".lock", ".gitkeep"}
+"""Files that say when, where and how fast: two runs differ in them."""
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.blake2s(path.read_bytes()).hexdigest()
+
+
+@dataclass
+class Run:
+    """How one call of Snakemake ended."""
+
+    code: int
+    said: str
+
+    @property
+    def reasons(self) -> list[str]:
+        """What failed jobs and refused plans say, a line each."""
+        found = re.findall(r"^.*(?:failed: |plan: |WorkflowError:\s*\n?|Error: ).*$", self.said, re.MULTILINE)
+        return list(dict.fromkeys(line.strip() for line in found))
+
+
+class Copy:
+    """A working directory with its own conf/, resources/ and results/, and Snakemake called on this repository."""
+
+    def __init__(self, home: Path, experiment: str, cores: int = 1) -> None:
+        self.home, self.experiment, self.cores = home, experiment, cores
+
+    @property
+    def results(self) -> Path:
+        return self.home / "results"
+
+    def start(self, *options: str, hydra: str = "", environment: dict[str, str] | None = None) -> subprocess.Popen:
+        """Snakemake in a session of its own, so that it and all its jobs can be hit at once."""
+        command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.home)]
+        command += ["--cores", str(self.cores), *options, "--config", f"conf={self.home}/conf"]
+        command += [f"hydra=experiment={self.experiment} {hydra}".strip()]
+        path = os.pathsep.join([str(ROOT / "src"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":")
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+        with (self.home / "said").open("wb") as out:
+            return subprocess.Popen(
+                command, cwd=self.home, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def ended(self, process: subprocess.Popen, seconds: float = 900) -> Run:
+        """Waits; what takes longer than `seconds` is stuck, and killed (code -1)."""
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            strike(process, signal.SIGKILL)
+            code = -1
+        return Run(code, (self.home / "said").read_text(errors="replace"))
+
+    def run(self, *options: str, hydra: str = "") -> Run:
+        return self.ended(self.start(*options, hydra=hydra))
+
+    def verify(self) -> Run:
+        """`make verify` in this folder: what is damaged is then missing, for the next run."""
+        command = [sys.executable, str(ROOT / "scripts/verify.py"), "--remove"]
+        done = subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
+        return Run(done.returncode, done.stdout + done.stderr)
+
+    def finish(self, most: int = 4) -> list[Run]:
+        """Runs as a person would who reads what it says, until there is nothing to do; at most so often."""
+        runs: list[Run] = []
+        for _ in range(most):
+            runs.append(self.run())
+            if "--unlock" in runs[-1].said:
+                self.run("--unlock")
+            if runs[-1].code == 0:
+                break
+        return runs
+
+    def files(self) -> dict[str, Path]:
+        """Every file of every artifact but those that differ between any two runs, by its path."""
+        return {
+            p.relative_to(self.results).as_posix(): p
+            for p in sorted(self.results.rglob("*"))
+            if p.is_file() and p.name not in APART and not p.name.startswith(".") and ".partial" not in p.as_posix()
+        }
+
+    def contents(self) -> dict[str, str]:
+        return {name: file_hash(path) for name, path in self.files().items()}
+
+    def receipts(self) -> dict[str, str]:
+        """Artifacts that say they are whole, by folder; they are new whenever an artifact is made again."""
+        return {
+            p.parent.relative_to(self.results).as_posix(): file_hash(p) for p in self.results.rglob("provenance.json")
+        }
+
+    def needs(self) -> dict[str, list[str]]:
+        """Artifacts that each artifact reads, by folder."""
+        found = {}
+        for path in self.results.rglob("provenance.json"):
+            needs = json.loads(path.read_text())["needs"]
+            found[path.parent.relative_to(self.results).as_posix()] = [
+                f"{stage}/{key}" for stage, keys in needs.items() for key in keys
+            ]
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def strike(process: subprocess.Popen, number: int) -> None:
+    """Sends a signal to a session: Snakemake and all that it started."""
+    subprocess.run(["pkill", f"-{signal.Signals(number).name[3:]}", "-s", str(process.pid)], check=False)
+    if number == signal.SIGKILL:
+        process.wait()
+        while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).returncode == 0:
+            time.sleep(0.01)
+
+
+class Bench:
+    """Keeps the undisturbed run, and gives copies of it and of nothing."""
+
+    def __init__(self, folder: Path, experiment: str) -> None:
+        self.folder, self.experiment = folder, experiment
+        self.base = self.fresh("base")
+        started = time.monotonic()
+        run = self.base.run()
+        if run.code:
+            raise RuntimeError(f"the undisturbed run failed:\n{run.said}")
+        self.seconds = time.monotonic() - started
+        self.expected = self.base.contents()
+        self.artifacts = self.base.receipts()
+
+    def fresh(self, name: str) -> Copy:
+        """A working directory in which nothing has run."""
+        home = self.folder / name
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        shutil.copytree(ROOT / "conf", home / "conf")
+        shutil.copytree(ROOT / "resources", home / "resources")
+        for file in HERE.glob("*.yaml"):
+            shutil.copy(file, home / "conf/experiment")
+        return Copy(home, self.experiment)
+
+    def copy(self, name: str) -> Copy:
+        """A copy of the undisturbed run, times of files included."""
+        home = self.folder / name
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(self.base.home, home, symlinks=True)
+        return Copy(home, self.experiment)
