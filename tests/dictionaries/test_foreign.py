@@ -275,7 +275,13 @@ def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file
     (key,) = plan.stages["figures"]
     table = (plan.folder("figures", key) / "sparsity_faithfulness.csv").read_text()
     assert "one (ReLU + L1 SAE)" in table and "other (ReLU + L1 SAE)" in table
-    learned(tmp_path / "one", "AutoEncoder", scaled, lm_name="tiny")
+    one.rename(tmp_path / "renamed")
+    renamed = compose(ROOT / "conf", [sweep.replace(str(one), f"{tmp_path}/renamed"), figures, *chosen])
+    changed = {stage for stage in plan.stages if plan.stages[stage].keys() != renamed.stages[stage].keys()}
+    assert changed == {"figures"}  # which show the new name
+    (figure,) = renamed.stages["figures"].values()
+    assert sorted(figure.config["labels"].values()) == ["other", "renamed"]
+    learned(one, "AutoEncoder", {name: 2 * t for name, t in scaled.items()}, lm_name="tiny")
     again = compose(ROOT / "conf", [sweep, figures, *chosen], results=str(tmp_path / "results"))
     assert len(again.stages["foreign"].keys() - plan.stages["foreign"].keys()) == 1
 

@@ -58,6 +58,8 @@ class Stacks(NamedTuple):
 def read_evaluations(job: Job) -> Evaluations:
     folders = job.inputs("evaluate")
     table = read_summaries(folders).fillna({"part": ""})
+    labels = job.config.get("labels", {})  # as they are now, whatever they were when it was evaluated
+    table["source"] = [labels.get(k, s) for k, s in zip(table["train_key"], table["source"], strict=True)]
     resamples, l0 = (
         pd.concat(
             pd.read_parquet(f / f"{name}.parquet").assign(dictionary_key=key)

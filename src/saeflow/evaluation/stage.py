@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from saeflow.config import BlindConfig, ConfigError, build
+from saeflow.config.labels import file_safe
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, add_instance, short_hook
@@ -57,12 +58,13 @@ def _add_stack(wanted: Any, by_layer: dict[int, PlannedPoint | None]) -> None:
         raise ConfigError(f"stacks: {wanted} has several dictionaries of a layer that differ in nothing else")
     dictionaries = [point.dictionaries[0] for point in points]
     label = re.sub(r"-L\d+\.", "-", dictionaries[0].label)
+    group = re.sub(r"-L\d+\.", "-", dictionaries[0].key.rsplit("-", 1)[0])
     name = "_".join(map(str, layers)) if isinstance(wanted, list) else wanted
     needs = {
         dictionaries[0].stage: [found.key for found in dictionaries],
         "activations": [p.keys["activations"][d.hook_name] for p, d in zip(points, dictionaries, strict=True)],
     }
-    extra = {"group": label, "stack": name, "layers": layers}
+    extra = {"group": group, "stack": name, "layers": layers}
     points[0].add("stack", f"{label}-{name}", needs | _held_out(points[0]), extra, name=name)
 
 
@@ -99,7 +101,7 @@ def expand_blind(expansion: Expansion) -> None:
     needs = {stage: keys for stage, keys in needs.items() if keys}
     needs |= {"evaluate": [e.key for e in evaluations], "tokens": first.needs["tokens"]}
     config = {"model": first.config["model"], "blind": dataclasses.asdict(blind)}
-    add_instance(plan, "blind", plan.experiment, config, needs, first.sources)
+    add_instance(plan, "blind", file_safe(plan.experiment), config, needs, first.sources)
 
 
 def _on_text(expansion: Expansion) -> list[PlannedPoint]:

@@ -1,5 +1,6 @@
 """The stage `figures`: all figures of an experiment, from all that it measured."""
 
+from saeflow.config.labels import file_safe
 from saeflow.figures.registry import declared
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, add_instance
@@ -19,7 +20,9 @@ def expand(expansion: Expansion) -> None:
         return stage in needs or drawn.get(stage, "always") == "always"
 
     figures = [figure for figure in expansion.figures if wanted(figure)]
-    add_instance(plan, "figures", plan.experiment, {"figures": figures}, needs, {})
+    labels = {k: i.sources["label"] for table in plan.stages.values() for k, i in table.items() if "label" in i.sources}
+    config = {"figures": figures} | ({"labels": labels} if labels else {})
+    add_instance(plan, "figures", file_safe(plan.experiment), config, needs, {})
 
 
 def work(jobs: list[Job]) -> str:

@@ -35,6 +35,8 @@ class Instance:
     sources: dict[str, str]
     version: int = 1
     """Of the stage."""
+    says: dict[str, str] = field(default_factory=dict)
+    """The settings that entries of `config` follow from, for people: `n_rows` from `tokens.train_tokens`."""
 
     def write_config(self, path: Path) -> None:
         """Writes what this instance read, for people and for `explain`."""

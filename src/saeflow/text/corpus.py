@@ -51,10 +51,10 @@ def corpus_files(path: str | Path) -> list[Path]:
     if not path.exists():
         raise CorpusError(f"corpus {path}: no such file or folder")
     if path.is_file():
-        if _format(path) is None:
+        if file_format(path) is None:
             raise CorpusError(f"corpus {path}: unknown format; use .txt, .jsonl, .json (a line an object) or .parquet")
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and file_format(p))
     if not files:
         raise CorpusError(f"corpus {path}: no .txt, .jsonl, .json or .parquet file in this folder")
     return files
@@ -129,7 +129,8 @@ def shuffle_documents(documents: Iterable[Document]) -> Iterator[Document]:
         yield draw()
 
 
-def _format(file: Path) -> str | None:
+def file_format(file: Path) -> str | None:
+    """The ending that says how a file is read; None for what is no text."""
     *_, last = ["", *(s.lower() for s in file.suffixes if s.lower() != ".gz")]
     return last if last in (".txt", ".jsonl", ".json", ".parquet") else None
 
@@ -139,7 +140,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _read_file(file: Path, text_field: str, source_field: str, sample_by: str) -> Iterator[Document]:
-    kind = _format(file)
+    kind = file_format(file)
     try:
         if kind == ".parquet":
             yield from _read_parquet(file, text_field, source_field)

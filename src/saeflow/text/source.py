@@ -1,18 +1,24 @@
-"""The corpus: local files enter keys by content, datasets of the hub by the names that it knows them by."""
+"""The corpus: local files enter keys by content, in their order, whatever they are called; datasets of the hub by the
+names that it knows them by."""
 
 import dataclasses
 from pathlib import Path
 
 from saeflow.config import ConfigError, CorpusConfig
-from saeflow.planning.digests import DigestCache
+from saeflow.config.defaults import set_apart
+from saeflow.config.labels import file_safe
+from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.corpus import corpus_files
+from saeflow.text.corpus import corpus_files, file_format
 
 
 def identify(planned: PlannedPoint) -> None:
     corpus = planned.point.corpus
-    planned.tree["corpus"] = planned.digests.once(corpus, lambda: _content(corpus, planned.digests))
+    tree = planned.tree["corpus"] = planned.digests.once(corpus, lambda: _content(corpus, planned.digests))
+    if corpus.case is None:  # else its model's name says it
+        name = corpus.dataset.rsplit("/", 1)[-1] if corpus.dataset and not corpus.path else "text"
+        planned.labels["corpus"] = f"{file_safe(name)}.{short_hash(set_apart({'corpus': tree}), 4)}"
     planned.sources["corpus"] = corpus.path or ""
 
 
@@ -27,7 +33,8 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     path = Path(corpus.path)
     if not path.exists():
         raise ConfigError(f"corpus.path={path}: no such file or folder")
-    content = digests.files(path.parent if path.is_file() else path, corpus_files(path))
+    files = [[file_format(file), file.suffix.lower(), digests.file(file)] for file in corpus_files(path)]
+    content = short_hash(files, 32)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
 
