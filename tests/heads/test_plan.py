@@ -6,6 +6,7 @@ import pytest
 from tests.planning.test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
+from saeflow.config.defaults import set_apart
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -69,7 +70,7 @@ def test_the_study_of_recipes_is_a_plan(home: Path) -> None:  # noqa: F811
 
 def test_the_keys_of_other_dictionaries_stay_what_they_were(home: Path) -> None:  # noqa: F811
     for instance in plan_of(home, "dictionary=relu").stages["train"].values():
-        assert "apply_b_dec_to_input" not in instance.config["dictionary"]
+        assert "apply_b_dec_to_input" not in set_apart(instance.config)["dictionary"]
     uncentred = plan_of(home, "dictionary=relu", "+dictionary.apply_b_dec_to_input=false")
     assert changed(plan_of(home, "dictionary=relu"), uncentred)["train"] == 1
 

@@ -14,8 +14,6 @@ from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_h
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage, stages
 
-SAYS = {"n_rows": "tokens.train_tokens", "hook_name": "site.hook_name"}
-
 
 def expand(expansion: Expansion) -> None:
     """Neither hooks nor the number of rows are in a store's name, so that both can grow in place."""
@@ -36,7 +34,9 @@ def expand(expansion: Expansion) -> None:
         for hook in point.dictionary.hooks(point.site):
             size, label = list(planned.geometry.hook_size(hook)), f"{store}/{short_hook(hook)}-{n_rows}rows"
             extra = {"hook_name": hook, "n_rows": n_rows, "size": size}
-            planned.add("activations", label, needs, extra, name=hook, says=SAYS, tells=False)
+            planned.add(
+                "activations", label, needs, extra, name=hook, says={"n_rows": "tokens.train_tokens"}, tells=False
+            )
 
 
 def _check(planned: PlannedPoint) -> None:

@@ -14,6 +14,7 @@ from saeflow.config import PointConfig, build
 from saeflow.config.defaults import set_apart
 from saeflow.config.device import check_device
 from saeflow.config.labels import joined, merged, told, unusual
+from saeflow.planning.batches import look
 from saeflow.planning.digests import DigestCache, canonical, short_hash
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import sources, stages
@@ -80,10 +81,10 @@ class PlannedPoint:
         needed = [self.tells.get(key, {}) for keys in needs.values() for key in keys]
         parts = merged([*needed, unusual(config, self.labels)])
         full = joined(label, parts) if tells else label
-        key = add_instance(self.plan, stage, full, config, needs, self.sources | (sources or {}), says)
+        settings = {name: [path, self.setting(path)] for name, path in (says or {}).items()}
+        key = add_instance(self.plan, stage, full, config, needs, self.sources | (sources or {}), settings)
         for path in (says or {}).values():
-            if not path.startswith("site."):  # the first part of a name says it
-                parts |= told(path, self.setting(path))
+            parts |= told(path, self.setting(path))
         self.tells[key] = parts
         self.keys.setdefault(stage, {})[name] = key
         return key
@@ -115,7 +116,8 @@ class Expansion:
 def compose(
     conf: str | Path, overrides: list[str], results: str = "results", digests: str | Path | None = None
 ) -> Plan:
-    """Composes `conf/` with Hydra overrides into a plan; `digests` is a file that remembers content hashes.
+    """Composes `conf/` with Hydra overrides into a plan, and looks at what of it is there; `digests` is a file that
+    remembers content hashes.
 
     Raises `ConfigError` for anything that cannot run: an unknown key or group, an impossible combination, a model
     without weights, a hook that the model does not have.
@@ -129,6 +131,7 @@ def compose(
     expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind)
     for stage in stages().values():
         stage.expand(expansion)
+    look(plan)
     cache.save()
     return plan
 
@@ -150,7 +153,7 @@ def add_instance(
     config: dict[str, Any],
     needs: dict[str, list[str]],
     sources: dict[str, str],
-    says: Mapping[str, str] | None = None,
+    says: Mapping[str, list[Any]] | None = None,
 ) -> str:
     """Adds an instance, unless an equal one is there; returns its key. Settings at their defaults are not in it."""
     version = stages()[stage].version

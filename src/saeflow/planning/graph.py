@@ -12,13 +12,14 @@ weights, its tokenizer and the corpus enter by content.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
-from saeflow.planning.digests import canonical, short_hash
 
 RECEIPT = "provenance.json"
 
@@ -35,8 +36,8 @@ class Instance:
     sources: dict[str, str]
     version: int = 1
     """Of the stage."""
-    says: dict[str, str] = field(default_factory=dict)
-    """The settings that entries of `config` follow from, for people: `n_rows` from `tokens.train_tokens`."""
+    says: dict[str, list[Any]] = field(default_factory=dict)
+    """The setting that an entry of `config` follows from, and its value: `n_rows` from tokens.train_tokens, 307200."""
 
     def write_config(self, path: Path) -> None:
         """Writes what this instance read, for people and for `explain`."""
@@ -53,9 +54,12 @@ class Plan:
     experiment: str
     stages: dict[str, dict[str, Instance]]
     device: dict[str, Any]
+    found: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of each stage whose artifacts were there when the plan was made."""
+    to_make: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of each stage that a run makes: what is not there and wanted, or needed for something that is to be made."""
     batches: dict[str, list[list[str]]] = field(default_factory=dict)
-    past: dict[str, list[list[str]]] = field(default_factory=dict)
-    """Finished batches of earlier plans, remembered for when their artifacts are wanted again."""
+    """Of stages whose artifacts share jobs, which do: by the first of them a job is known."""
     results: str = "results"
 
     # ---------------------------------------------------------------- what the rules and the jobs ask
@@ -75,21 +79,53 @@ class Plan:
         return f"{self.results}/{stage}/{key}/{RECEIPT}"
 
     def done(self, stage: str, key: str) -> bool:
-        return Path(self.receipt(stage, key)).is_file()
+        """Whether an artifact is there: its receipt can be read, and every file that it lists is there."""
+        folder = self.folder(stage, key)
+        try:
+            listed = json.loads((folder / RECEIPT).read_bytes()).get("blake2s", {})
+        except (OSError, ValueError, AttributeError):  # none, or empty, or torn
+            return False
+        return all((folder / name).is_file() for name in listed)
 
-    def inputs(self, stage: str, *keys: str) -> list[str]:
-        """Receipts of everything that the instances need, each once."""
-        needs = (self.stages[stage][key].needs for key in keys)
-        found = (self.receipt(s, k) for need in needs for s, wanted in need.items() for k in wanted)
-        return list(dict.fromkeys(found))
+    def forget(self) -> None:
+        """What was remembered of another look at the disk."""
+        for name in ("leaders", "_members", "_found"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def leaders(self) -> dict[tuple[str, str], str]:
+        """Of every artifact that shares a job with others, the one by which the job is known."""
+        return {(s, key): batch[0] for s, batches in self.batches.items() for batch in batches for key in batch}
+
+    @cached_property
+    def _found(self) -> set[tuple[str, str]]:
+        return {(stage, key) for stage, keys in self.found.items() for key in keys}
+
+    def members(self, stage: str, key: str) -> list[str]:
+        """All that the job makes that is known by `key`."""
+        return self._members.get((stage, key), [key])
+
+    @cached_property
+    def _members(self) -> dict[tuple[str, str], list[str]]:
+        return {(stage, batch[0]): batch for stage, batches in self.batches.items() for batch in batches}
+
+    def inputs(self, stage: str, key: str, again: bool = False) -> list[str]:
+        """Receipts of the jobs that make what the job known by `key` needs, each once. Where it has been done, it waits
+        for nothing that is gone, unless it is to be done `again`."""
+        needs = (self.stages[stage][k].needs for k in self.members(stage, key))
+        wanted = dict.fromkeys((s, k) for need in needs for s, keys in need.items() for k in keys)
+        if (stage, key) in self._found and not again:
+            wanted = dict.fromkeys(one for one in wanted if one in self._found)
+        return list(dict.fromkeys(self.receipt(s, self.leaders.get((s, k), k)) for s, k in wanted))
 
     def outputs(self, stage: str, keys: Iterable[str]) -> list[str]:
-        return [self.receipt(stage, key) for key in keys]
+        """Receipts of the jobs that make some artifacts, each once."""
+        return list(dict.fromkeys(self.receipt(stage, self.leaders.get((stage, key), key)) for key in keys))
 
-    def param(self, stage: str, *keys: str) -> str:
-        """What the job may read, as one text: Snakemake's record of it. Long lists enter by their hash."""
-        text = canonical([[self.stages[stage][k].config, self.stages[stage][k].needs] for k in keys])
-        return text if len(text) < 4000 else short_hash(text, 32)
+    def torn(self, stage: str) -> list[str]:
+        """Receipts of artifacts that are to be made though they have one: some of their files are gone."""
+        receipts = (self.receipt(stage, key) for key in self.to_make.get(stage, ()))
+        return [receipt for receipt in receipts if Path(receipt).exists()]
 
     def device_of(self, stage: str) -> str:
         return str(self.device.get(stage, self.device["default"]))
@@ -98,11 +134,15 @@ class Plan:
         return int(self.device.get("threads", {}).get(stage, 1))
 
     # ---------------------------------------------------------------- freezing
+    @property
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
     def freeze(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self)))
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(self.text)
         partial.replace(path)
 
     @classmethod
@@ -115,11 +155,3 @@ class Plan:
             ) from None
         raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
         return cls(**raw)
-
-    @classmethod
-    def load_if_valid(cls, path: str | Path) -> "Plan | None":
-        """The plan of the previous run, or None where there is none or another version of saeflow wrote it."""
-        try:
-            return cls.load(path)
-        except (ConfigError, TypeError, KeyError, json.JSONDecodeError):
-            return None
