@@ -198,7 +198,10 @@ def _hook_statistics(column: Column) -> HookStatistics:
     if len(column.size) == 2:
         squares = torch.as_tensor(statistics.covariance).diagonal() + mean.square()
         heads = squares.view(column.size).sum(dim=1).sqrt()
-    return HookStatistics(mean, float(statistics.mean_norm), heads)
+    found = HookStatistics(mean, float(statistics.mean_norm), heads)
+    for head in found.silent_heads:
+        log.warning("head %d of %s is 0 on every token: no latent will fire for it", head, column.hook_name)
+    return found
 
 
 def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:

@@ -64,6 +64,12 @@ def order(instance: Instance) -> tuple[list[str], float]:
     return instance.needs["activations"], -config_of(instance).cost
 
 
+def version_of(config: dict[str, Any]) -> int | None:
+    """4: dictionaries that ranked latents in units of their own were saved with another order of them."""
+    dictionary = build(DictionaryConfig, config["dictionary"], "dictionary.")
+    return 4 if dictionary.ranks_in_scaled_units and "head" not in config else None
+
+
 def _columns(plan: Plan, instance: Instance) -> Columns:
     read = [plan.instance("activations", key).config for key in instance.needs["activations"]]
     return Columns([c["hook_name"] for c in read], [tuple(c["size"]) for c in read], instance.config.get("head"))
@@ -110,6 +116,7 @@ STAGES = (
         expand,
         reads=("dictionary", "training", "seed"),
         version=3,
+        version_of=version_of,
         needs=("activations",),
         together=together,
         most=lambda instance: int(json.loads(instance.sources["training"])["together"]),
