@@ -212,10 +212,10 @@ def l0_histograms(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     groups = list(table.groupby(["place", "series"], sort=True))
     figure, grid = wrapped_panels(len(groups), 2.4, 2.5, least_width=3.2)
     for axis, ((place, series), rows) in zip(grid.flat, groups, strict=False):
-        amounts = sorted(rows["amount"].unique())
-        for amount, colour in zip(amounts, sequence(len(amounts)), strict=True):
-            label: str | None = f"{rows['amount_name'].iloc[0]} = {amount:g}"
-            for _, one in rows[rows["amount"] == amount].groupby("dictionary_key"):
+        amounts = list(rows.groupby(rows["amount"].astype(float), dropna=False))  # none: of dictionaries made elsewhere
+        for (amount, of_amount), colour in zip(amounts, sequence(len(amounts)), strict=True):
+            label: str | None = f"{rows['amount_name'].iloc[0]} = {amount:g}" if pd.notna(amount) else str(series)
+            for _, one in of_amount.groupby("dictionary_key"):
                 tokens = one.sort_values("l0")["tokens_without_bos"].to_numpy()
                 shown = int(np.searchsorted(tokens.cumsum(), 0.999 * tokens.sum())) + 1
                 share = 100 * tokens[:shown] / tokens.sum()
@@ -286,7 +286,8 @@ def notebook_004(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     for axis, ((hook, kind), rows) in zip(axes[:, 0], groups, strict=False):
         cells = []
         for row in rows.to_dict("records"):
-            cell = [f"{row['l1_coefficient']:g}", f"{row['l0']:.2f}", f"{row['ce_loss']:.4f}"]
+            l1 = "not known" if pd.isna(row["l1_coefficient"]) else f"{row['l1_coefficient']:g}"
+            cell = [l1, f"{row['l0']:.2f}", f"{row['ce_loss']:.4f}"]
             cell += [f"{row['printed_l0']:.2f}", f"{row['printed_ce_loss']:.4f}"] if printed else []
             cell += [f"{row['l0_without_bos']:.2f}", f"{row['ce_replaced_without_bos']:.4f}"]
             cell += [_with_interval(row, "ce_increase_without_bos", ".4f")]
