@@ -84,7 +84,7 @@ def test_geometry_is_that_of_the_opened_model(model_folder):
     assert (geometry.parallel, geometry.gated) == (config.parallel_attn_mlp, config.gated_mlp)
 
 
-SMALL = Geometry("GPTNeoXForCausalLM", 2, 32, 4, 4, 8, 64, parallel=True, gated=False, n_ctx=64, d_vocab=300)
+SMALL = Geometry("GPTNeoXForCausalLM", 2, 32, 4, 4, 8, 64, parallel=True, gated=False, n_ctx=64)
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,14 @@ class ExcludeConfig:
         """What enters the key of a training: the fields that are not at their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def check(self, context_size: int, d_vocab: int) -> None:
+    def check(self, context_size: int, d_vocab: int | None) -> None:
         """Raises `ConfigError` for positions and token ids that rows of this length and vocabulary do not have, and
         where no token is left."""
+        if self.token_ids and d_vocab is None:
+            raise ConfigError("training.exclude.token_ids: the model's config.json does not say its vocab_size; add it")
         for name, n, what in (
             ("positions", context_size, f"tokens.context_size={context_size}"),
-            ("token_ids", d_vocab, f"a vocabulary of {d_vocab} tokens"),
+            ("token_ids", d_vocab or 0, f"a vocabulary of {d_vocab} tokens"),
         ):
             values = getattr(self, name)
             if values and values[-1] >= n:
@@ -42,7 +44,7 @@ class ExcludeConfig:
                     f"training.exclude.{name}={list(values)}: {values[-1]} is out of range; with {what} they are 0 to "
                     f"{n - 1}"
                 )
-            if len(values) == n:
+            if values and len(values) == n:
                 raise ConfigError(f"training.exclude.{name} names all {n} that there are: no token is left to train on")
 
 
