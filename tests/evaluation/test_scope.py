@@ -1,6 +1,7 @@
 """`evaluation.replace_first=false`: the first token of a row keeps the model's own activations, and counts nowhere."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries.sae import build
+from saeflow.evaluation.scope import warn_of_untrained_first
 from saeflow.evaluation.stack import Member, evaluate_stack
 from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
@@ -117,6 +119,21 @@ def test_one_head_keeps_its_first_token(neox_folder: Path) -> None:
     ce = -log_p[:, :-1].gather(2, TOKENS[:, 1:, None])[:, 1:].mean().item()
     found = run(model, made, mean).summary
     assert found["ce_replaced"] == found["ce_mean"] == pytest.approx(ce, rel=1e-5)
+
+
+def test_dictionaries_that_stand_for_what_they_were_not_trained_on_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, share in (("trained", None), ("some", 0.1), ("none", 1.0)):
+        (tmp_path / name).mkdir()
+        if share is not None:
+            (tmp_path / name / "left_out.json").write_text(json.dumps({"first_of_rows": share}))
+    folders = [tmp_path / name for name in ("trained", "some", "none", "none")]
+    warn_of_untrained_first(folders, False)
+    assert not caplog.messages
+    warn_of_untrained_first(folders, True)
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path / 'none'} was not trained") and "set evaluation.replace_first=false" in said
 
 
 # -------------------------------------------------------------------- the plan

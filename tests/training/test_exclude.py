@@ -110,7 +110,7 @@ def test_what_was_left_out_is_stored_and_nothing_where_nothing_was(tmp_path):
     train([job])
     record = json.loads((tmp_path / "train/kept/left_out.json").read_text())
     assert record["left_out"] == {"positions": 64, "norm_above": 0}
-    assert (record["n_stored"], record["n_kept"]) == (4096, 4032)
+    assert (record["n_stored"], record["n_kept"], record["first_of_rows"]) == (4096, 4032, 1.0)
     assert 0.5 < record["median_norms"][HOOK] < 5
     train(jobs(tmp_path, {"all": TOPK}, SHORT))
     assert "left_out.json" not in artifact(tmp_path, "all")

@@ -35,6 +35,8 @@ class LeftOut(NamedTuple):
     """How many of them by each field of `ExcludeConfig`; what several name counts for the first."""
     median_norms: dict[str, float]
     """By hook, where norms decide: that of the tokens that positions and ids keep."""
+    first_of_rows: float
+    """The share of rows whose first token is left out."""
 
     @property
     def n_kept(self) -> int:
@@ -42,10 +44,8 @@ class LeftOut(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """What is stored beside a dictionary."""
-        return {"n_stored": self.n_stored, "n_kept": self.n_kept} | {
-            "left_out": self.by_reason,
-            "median_norms": self.median_norms,
-        }
+        counts = {"n_stored": self.n_stored, "n_kept": self.n_kept, "left_out": self.by_reason}
+        return counts | {"first_of_rows": self.first_of_rows, "median_norms": self.median_norms}
 
 
 def find_left_out(columns: list[Column], exclude: ExcludeConfig, context_size: int) -> LeftOut:
@@ -80,7 +80,7 @@ def find_left_out(columns: list[Column], exclude: ExcludeConfig, context_size: i
             f"training.exclude={exclude.identity()} leaves out all {n} tokens of {columns[0].folder}: nothing is left "
             "to train on; name fewer"
         )
-    return LeftOut(np.flatnonzero(out), n, by_reason, medians)
+    return LeftOut(np.flatnonzero(out), n, by_reason, medians, float(out[::context_size].mean()))
 
 
 class KeptStatistics(NamedTuple):

@@ -29,7 +29,7 @@ from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
 from saeflow.evaluation.bootstrap import interval, resample
 from saeflow.evaluation.metrics import firing, reconstruct, summarise, target
-from saeflow.evaluation.scope import Scope, bos_of
+from saeflow.evaluation.scope import Scope, bos_of, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, joined, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
@@ -197,6 +197,7 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     rows = open_tokens(first.input("tokens"))
     log.info("%d dictionaries at %d hooks, %d tokens", len(tasks), len(baselines), rows.n_rows * rows.context_size)
     config = EvaluationConfig(**first.config["evaluation"], replace_first=first.config.get("replace_first", True))
+    warn_of_untrained_first([folder for job in jobs for folder in job.inputs("train")], config.replace_first)
     evaluations = evaluate(open_model(first), tasks, rows, rows.attributes["prepend_bos"], config)
     summaries = []
     for job, task, evaluation in zip(jobs, tasks, evaluations, strict=True):

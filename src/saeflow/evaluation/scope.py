@@ -1,9 +1,14 @@
 """The tokens whose activations an evaluation replaces, and counts: all, or all but the first of rows."""
 
+import json
+import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("saeflow")
 
 
 class Scope(NamedTuple):
@@ -34,6 +39,18 @@ class Scope(NamedTuple):
         if self.replaced is None:
             return values
         return torch.where(self.replaced.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
+
+
+def warn_of_untrained_first(folders: list[Path], replace_first: bool) -> None:
+    """Says in the log which dictionaries are to stand for first tokens that most of their training left out."""
+    for folder in dict.fromkeys(folders):
+        record = folder / "left_out.json"
+        if replace_first and record.is_file() and json.loads(record.read_text())["first_of_rows"] > 0.5:
+            log.warning(
+                "%s was not trained on the first token of rows, but replaces it, and all later tokens attend to it: "
+                "set evaluation.replace_first=false",
+                folder,
+            )
 
 
 def bos_of(tokens: Tensor, prepend_bos: bool) -> Tensor:

@@ -21,7 +21,7 @@ from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
 from saeflow.evaluation.bootstrap import interval, resample
 from saeflow.evaluation.metrics import Ratio, loss_ratios, why_undefined
-from saeflow.evaluation.scope import Scope
+from saeflow.evaluation.scope import Scope, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
@@ -164,6 +164,7 @@ def stack_job(job: Job) -> dict[str, Any]:
     log.info("%d dictionaries at once, %d tokens", len(members), rows.n_rows * rows.context_size)
     prepend_bos = rows.attributes["prepend_bos"]
     options = EvaluationConfig(**config["evaluation"], replace_first=config.get("replace_first", True))
+    warn_of_untrained_first(job.inputs("train"), options.replace_first)
     evaluation = evaluate_stack(model, members, rows, prepend_bos, options)
     hooks = [m.dictionary.spec.hook_name_out for m in members]
     names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in folders]}
