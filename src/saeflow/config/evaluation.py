@@ -8,12 +8,14 @@ from saeflow.config.checks import at_least, require
 @dataclass(frozen=True)
 class EvaluationConfig:
     """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals hold `confidence` of `resamples`
-    draws of the documents."""
+    draws of the documents. With `replace_first=false` the first token of each row keeps the model's own activations, in
+    ablations too, and counts nowhere: for dictionaries that were not trained on it."""
 
     batch_rows: int = 16
     resamples: int = 1000
     confidence: float = 0.95
     bootstrap_seed: int = 0
+    replace_first: bool = True
 
     def __post_init__(self) -> None:
         at_least(1, self, "evaluation", "batch_rows resamples")

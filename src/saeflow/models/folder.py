@@ -47,6 +47,8 @@ class Geometry:
     """Attention and MLP both read the block's input (Pythia), so that there is no hook_resid_mid."""
     gated: bool
     n_ctx: int
+    d_vocab: int | None = None
+    """Rows of its embedding; None where `config.json` does not say it."""
 
     def block_hooks(self) -> dict[str, tuple[int, ...]]:
         """Sizes per token, (d,) or (head, d_head), of the hooks of one block that a dictionary can read; their names
@@ -204,6 +206,7 @@ def read_geometry(folder: Path) -> Geometry:
         parallel=config.get("use_parallel_residual", True) if architecture == "GPTNeoXForCausalLM" else False,
         gated=architecture in RMS_NORM,
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
+        d_vocab=config.get("vocab_size", config.get("d_vocab")),
     )
 
 
