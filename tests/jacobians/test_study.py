@@ -140,7 +140,7 @@ def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(mode
 
 # -------------------------------------------------------------------- study
 def counted(model: Any, pair: Pair, rows: np.ndarray, config: JacobianConfig) -> Tally:
-    tokens = Tokens(rows, np.arange(config.n_tokens) // 31)
+    tokens = Tokens(rows, np.arange(len(rows)), np.arange(config.n_tokens) // 31)
     tally = Tally(config, tokens.n_documents)
     for part in iterate_jacobians(model, pair, tokens):
         tally.add(part.blocks.J, tokens.document[part.first : part.first + part.n_tokens], part.blocks.n_entries)

@@ -53,7 +53,7 @@ STAGES = (
         work,
         expand,
         reads=("jacobian", "model"),
-        version=3,
+        version=4,
         needs=("train", "tokens"),
         after=("foreign",),
         drawn="where_there",

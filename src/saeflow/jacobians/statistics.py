@@ -14,7 +14,7 @@ does not change when J is scaled. Of the n entries x = |J| of one token:
     gini               sum over ranks r = 1.. from the largest of (n - 2 r + 1) x_r / (n sum x); Hurley and Rickard 2009
     effective_inputs   (sum x)^2 / sum x^2 over the inputs of one output latent: mean over outputs that are not all 0
 
-Means are over tokens whose block is not all 0, and intervals are of ratios of sums over documents (`bootstrap`).
+Means are over tokens whose block is not all 0, and intervals are over documents (`evaluation.intervals`).
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.evaluation.bootstrap import central_interval, ratio, resampled_sums
+from saeflow.evaluation.intervals import entry, interval, ratio, resampled_sums
 
 NORMS = ("none", "l1", "l2", "rms")
 LOG_EDGES = np.logspace(-8, 3, 11 * 32 + 1)
@@ -98,14 +98,15 @@ class Tally:
         """(D,): all entries that were counted on this scale."""
         return self.between[scale].sum(1)
 
-    def with_interval(self, numerator: np.ndarray, denominator: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Value, low and high (...) of the ratio of sums `numerator` (D, ...) to `denominator` (D,)."""
+    def with_interval(
+        self, numerator: np.ndarray, denominator: np.ndarray, most: float = np.inf
+    ) -> tuple[np.ndarray, ...]:
+        """Value, low and high (...) of the ratio of sums `numerator` (D, ...) to `denominator` (D,), neither negative;
+        `most`: what the ratio cannot exceed."""
         shape = (-1, *[1] * (numerator.ndim - 1))
         value = ratio(numerator.sum(0), denominator.sum())
-        if self.n_documents < 2:
-            return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
         above, below = (resampled_sums(sums, self.config.resamples) for sums in (numerator, denominator))
-        return value, *central_interval(ratio(above, below.reshape(shape)))
+        return value, *interval(value, ratio(above, below.reshape(shape)), least=0.0, most=most)
 
 
 def token_statistics(size: Tensor, n: Tensor) -> dict[str, Tensor]:
@@ -169,7 +170,7 @@ def survival_table(tally: Tally) -> pa.Table:
 def _above(tally: Tally, scale: str, thresholds: np.ndarray) -> dict[str, np.ndarray]:
     above = tally.above(scale, thresholds)
     tokens = tally.sums["tokens" if scale in ("linear", "none") else "nonzero_tokens"]
-    fraction, low, high = tally.with_interval(above, tally.totals(scale))
+    fraction, low, high = tally.with_interval(above, tally.totals(scale), most=1.0)
     per_token = ratio(above.sum(0), tokens.sum())
     named = {"threshold": thresholds, "values_above_per_token": per_token, "fraction": fraction}
     return named | {"fraction_low": low, "fraction_high": high, "cdf": 1 - fraction}
@@ -182,8 +183,8 @@ def log_histogram_table(tally: Tally) -> pa.Table:
     for norm in NORMS:
         above = tally.above(norm, LOG_EDGES)
         total = tally.totals(norm)
-        fraction, low, high = tally.with_interval(above[:, :-1] - above[:, 1:], total)
-        cdf, cdf_low, cdf_high = tally.with_interval(total[:, None] - above[:, 1:], total)
+        fraction, low, high = tally.with_interval(above[:, :-1] - above[:, 1:], total, most=1.0)
+        cdf, cdf_low, cdf_high = tally.with_interval(total[:, None] - above[:, 1:], total, most=1.0)
         columns = {"normalisation": [norm] * len(fraction), "bin_left": LOG_EDGES[:-1], "bin_right": LOG_EDGES[1:]}
         columns |= {"fraction": fraction, "fraction_low": low, "fraction_high": high}
         tables.append(pa.table(columns | {"cdf": cdf, "cdf_low": cdf_low, "cdf_high": cdf_high}))
@@ -221,17 +222,16 @@ def _above_rms(tally: Tally) -> pa.Table:
         return np.interp(at, np.log(tally.points["none"].astype(np.float64)), sums[:-2] / n)
 
     value = fraction(parts.sum(0))
-    low = high = np.full_like(value, np.nan)
-    if tally.n_documents > 1:
-        replicates = resampled_sums(parts, tally.config.resamples)
-        low, high = central_interval(np.array([fraction(row) for row in replicates]))
+    resampled = np.array([fraction(row) for row in resampled_sums(parts, tally.config.resamples)])
+    low, high = interval(value, resampled, least=0.0, most=1.0)
     per_token = value * total.sum() / tally.n_tokens
     columns = {"normalisation": ["rms_all"] * len(wanted), "threshold": wanted, "values_above_per_token": per_token}
     return pa.table(columns | {"fraction": value, "fraction_low": low, "fraction_high": high})
 
 
 def summarise(tally: Tally) -> dict[str, Any]:
-    """Sizes and scale-free measures, each with `_low` and `_high`, the ends of its interval; None where undefined."""
+    """Sizes and scale-free measures, each with `_low` and `_high`, the ends of its interval; None where undefined
+    (`evaluation.intervals.entry`)."""
     sums = tally.sums
     out: dict[str, Any] = {
         "n_tokens": tally.n_tokens,
@@ -240,17 +240,17 @@ def summarise(tally: Tally) -> dict[str, Any]:
     }
 
     def put(name: str, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        for suffix, number in (("", value), ("_low", low), ("_high", high)):
-            out[name + suffix] = None if np.isnan(number) else float(number)
+        out.update(entry(name, value, low, high, tally.n_documents))
 
     for name, (numerator, denominator) in _MEANS.items():
         put(name, *tally.with_interval(sums[numerator], sums[denominator]))
     put("rms", *np.sqrt(tally.with_interval(sums["squares"], sums["entries"])))
-    put("nonzero_fraction", *tally.with_interval(tally.above("linear", np.zeros(1))[:, 0], sums["entries"]))
+    nonzero = tally.above("linear", np.zeros(1))[:, 0]
+    put("nonzero_fraction", *tally.with_interval(nonzero, sums["entries"], most=1.0))
     beyond = tally.above("linear", np.array([tally.config.max_value]))[:, 0]
     put("overflow_per_token", *tally.with_interval(beyond, sums["tokens"]))
     thresholds = np.array(tally.config.thresholds)
-    fractions = tally.with_interval(tally.above("linear", thresholds), sums["entries"])
+    fractions = tally.with_interval(tally.above("linear", thresholds), sums["entries"], most=1.0)
     for i, t in enumerate(thresholds):
         put(f"fraction_above_{t:g}", *(column[i] for column in fractions))
     return out

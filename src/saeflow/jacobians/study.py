@@ -22,7 +22,7 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.sums import write_tables
 from saeflow.jacobians import examples, statistics
-from saeflow.jacobians.examples import Grid, Read, TopWindows
+from saeflow.jacobians.examples import Grid, Read, TopWindows, Window
 from saeflow.jacobians.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.jacobians.maps import JacobianMap, Pair, TranscoderMap
 from saeflow.jacobians.one_pass import Tokens, collect_activity, iterate_jacobians
@@ -99,7 +99,7 @@ def _run_pass(
     sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
     tops = [TopWindows(grid, config.contexts) for _ in ("outputs", "inputs")]
     row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))
-    stored = TokenBlocks(out / "tokens.zarr", tokens.rows[row, position], row, position)
+    stored = TokenBlocks(out / "tokens.zarr", tokens.rows[row, position], tokens.sequence[row], position)
     chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
     kept: list[list[Tensor]] = []
     for chunk in iterate_jacobians(model, jacobian_map, tokens):
@@ -146,10 +146,10 @@ def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
     def text(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))
 
-    def read(window: int) -> tuple[list[int], list[str]]:
+    def read(window: int) -> Window:
         row, start, end = grid.span(window)
         ids = tokens.rows[row, start:end].tolist()
-        return ids, [text(token) for token in ids]
+        return Window(int(tokens.sequence[row]), start, ids, [text(token) for token in ids])
 
     return functools.cache(read)
 
@@ -231,6 +231,6 @@ def _open_tokens(folder: Path, config: JacobianConfig) -> Tokens:
             f"jacobian.n_tokens={config.n_tokens}, but {folder} holds {store.n_rows * per_row} tokens that are not at "
             "position 0; lower it, or raise tokens.held_out_tokens"
         )
-    rows = store.rows(0, -(-config.n_tokens // per_row))
+    sequence, rows = store.spread_rows(-(-config.n_tokens // per_row))
     document = rows.document[:, 1:].flatten()[: config.n_tokens]
-    return Tokens(rows.tokens, np.unique(document, return_inverse=True)[1])
+    return Tokens(rows.tokens, sequence, np.unique(document, return_inverse=True)[1])
