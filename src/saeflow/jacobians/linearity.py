@@ -12,7 +12,8 @@ Classes, with a tolerance on the residuals of the least-squares line through the
     flat       the range of g is below `FLAT`: nothing depends on the input latent, a line of its own kind
 
 The paper's tolerance is absolute, 0.01, so that the smaller a Jacobian is, the easier it passes; the relative one is
-0.02 of g's range. The paper counts what is flat here as linear. `residual`, the largest, and `range` are kept, so that
+0.02 of g's range. The paper counts what is flat here as linear, as
+`absolute_linear_or_flat` of the summary does. `residual`, the largest, and `range` are kept, so that
 any other tolerance can be applied. The sweep leaves the activations that occur for most latents; that is the paper's.
 
 Ablations: `delta_unit`, the change of g when one unit of the decoder row is subtracted, is what the paper compares with
@@ -153,6 +154,7 @@ def summarise_linearity(table: pa.Table, n_resamples: int) -> dict[str, Any]:
     J, delta = column["jacobian"], column["delta_ablation"]
     predicted = -J * column["activation"]
     parts = {f"{kind}_{name}": column[f"class_{kind}"] == name for kind in ("absolute", "relative") for name in CLASSES}
+    parts["absolute_linear_or_flat"] = parts["absolute_linear"] | parts["absolute_flat"]
     parts["on_line"] = np.abs(J + column["delta_unit"]) < ON_LINE
     terms = [np.ones(len(J)), *parts.values(), predicted * delta, predicted**2, (delta - predicted) ** 2, delta**2]
     sums = np.stack([np.bincount(place, term, len(which)) for term in terms], axis=1)

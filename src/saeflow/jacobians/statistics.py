@@ -5,6 +5,13 @@ and *norm-matched*, each token's J divided by its own norm:
 
     l1   sum |J|             l2   sqrt(sum J^2)             rms   sqrt(mean J^2)
 
+Another normalisation makes J of two sites, or layers, comparable whose norms have other gains:
+
+    unit   J[i, j] over the length by which one unit of input latent j moves what the MLP reads, |D_j * gain|
+
+D_j is the latent's decoder row, and the gain that of the norm where f begins before it. The paper's input SAE, with its
+unit decoder rows after the gain, has J in these units. Where f begins before the norm's division, there is none.
+
 A penalty on |J| shrinks J as well as making it sparse, and a fixed threshold cannot tell the two apart; what follows
 does not change when J is scaled. Of the n entries x = |J| of one token:
 
@@ -46,6 +53,7 @@ class Tally:
             "l1": _points(LOG_EDGES, config.thresholds),
             "l2": _points(LOG_EDGES, config.thresholds),
             "rms": _points(LOG_EDGES, config.relative_thresholds),
+            "unit": _points(config.thresholds),
         }
         """Ascending, float32: the precision that |J| has."""
         self.between = {s: np.zeros((n_documents, len(p) + 1), dtype=np.int64) for s, p in self.points.items()}
@@ -57,17 +65,26 @@ class Tally:
     def n_tokens(self) -> int:
         return int(self.sums["tokens"].sum()) if self.sums else 0
 
-    def add(self, J: Tensor, document: np.ndarray, n_entries: Tensor | None = None) -> None:
-        """`J` (N, k_out, k_in), `document` (N,), from 0 to D - 1; `n_entries` (N,): how many are no padding."""
+    def add(
+        self, J: Tensor, document: np.ndarray, n_entries: Tensor | None = None, lengths: Tensor | None = None
+    ) -> None:
+        """`J` (N, k_out, k_in), `document` (N,), from 0 to D - 1; `n_entries` (N,): how many are no padding; `lengths`
+        (N, k_in): of the input latents (`maps.JacobianBlocks`)."""
         size = J.abs()
         n = torch.full((len(J),), J[0].numel(), device=J.device) if n_entries is None else n_entries
         found = token_statistics(size.double(), n)
+        per_unit = None
+        if lengths is not None:
+            per_unit = size / lengths.where(lengths > 0, 1.0)[:, None]
+            found["absolute_unit"] = per_unit.double().sum((1, 2))
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + np.bincount(document, value.cpu().numpy(), self.n_documents)
 
         flat, entries = size.flatten(1), n.cpu().numpy()
         self._count("linear", flat, document, entries)
         self._count("none", flat, document, entries)
+        if per_unit is not None:
+            self._count("unit", per_unit.flatten(1), document, entries)
         live = found["nonzero_tokens"] > 0
         if not live.any():
             return
@@ -169,7 +186,7 @@ def survival_table(tally: Tally) -> pa.Table:
 
 def _above(tally: Tally, scale: str, thresholds: np.ndarray) -> dict[str, np.ndarray]:
     above = tally.above(scale, thresholds)
-    tokens = tally.sums["tokens" if scale in ("linear", "none") else "nonzero_tokens"]
+    tokens = tally.sums["tokens" if scale in ("linear", "none", "unit") else "nonzero_tokens"]
     fraction, low, high = tally.with_interval(above, tally.totals(scale), most=1.0)
     per_token = ratio(above.sum(0), tokens.sum())
     named = {"threshold": thresholds, "values_above_per_token": per_token, "fraction": fraction}
@@ -194,13 +211,15 @@ def log_histogram_table(tally: Tally) -> pa.Table:
 def thresholds_table(tally: Tally) -> pa.Table:
     """Entries above the configured thresholds, by `normalisation`:
 
-    `none`: |J| itself; `l1`, `l2`: divided by the token's own norm, the same thresholds; `rms`: in units of the token's
-    own RMS, at `relative_thresholds`; `rms_all`: in units of the RMS of all entries of the study, at the same. The last
-    is known only when all is counted, so it is read off the survival function, linear in log |J| between 32 bins a
-    decade, and its interval includes that of the RMS.
+    `none`: |J| itself; `unit`: for a unit step of what the MLP reads, the same thresholds, where there is that; `l1`,
+    `l2`: divided by the token's own norm, the same thresholds; `rms`: in units of the token's own RMS, at
+    `relative_thresholds`; `rms_all`: in units of the RMS of all entries of the study, at the same. The last is known
+    only when all is counted, so it is read off the survival function, linear in log |J| between 32 bins a decade, and
+    its interval includes that of the RMS.
     """
     tables = []
-    for norm, scale in (("none", "linear"), ("l1", "l1"), ("l2", "l2"), ("rms", "rms")):
+    units = [("unit", "unit")] if tally.totals("unit").any() else []
+    for norm, scale in (("none", "linear"), *units, ("l1", "l1"), ("l2", "l2"), ("rms", "rms")):
         thresholds = np.array(tally.config.relative_thresholds if norm == "rms" else tally.config.thresholds)
         rows = _above(tally, scale, thresholds)
         tables.append(pa.table({"normalisation": [norm] * len(thresholds)} | rows).drop_columns("cdf"))
@@ -253,6 +272,11 @@ def summarise(tally: Tally) -> dict[str, Any]:
     fractions = tally.with_interval(tally.above("linear", thresholds), sums["entries"], most=1.0)
     for i, t in enumerate(thresholds):
         put(f"fraction_above_{t:g}", *(column[i] for column in fractions))
+    if "absolute_unit" in sums:
+        put("mean_absolute_unit", *tally.with_interval(sums["absolute_unit"], sums["entries"]))
+        fractions = tally.with_interval(tally.above("unit", thresholds), sums["entries"], most=1.0)
+        for i, t in enumerate(thresholds):
+            put(f"fraction_above_{t:g}_unit", *(column[i] for column in fractions))
     return out
 
 
