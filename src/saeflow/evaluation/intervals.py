@@ -5,7 +5,7 @@ be several times too narrow. An interval says what other documents would have ch
 and the seeds of their training, are taken as they are. Of an estimate t from n documents, and t_i from all but the i-th
 (Efron and Tibshirani 1993, chapter 11; d_i are about t, which is the safe side where t is biased):
 
-    d_i = t_i - t      s^2 = (n - 1) / n sum d_i^2      nu = min((sum d_i^2)^2 / sum d_i^4 - 1, n - 5), at least 1
+    d_i = t_i - t      s^2 = (n - 1) / n sum d_i^2      nu = min((sum d_i^2)^2 / sum d_i^4 - 1, n - 6), at least 1
 
 and the interval is t +- s q, where q is a quantile of Student's distribution with nu degrees of freedom. The first of
 the two is how many documents carry the variance, less one: some n / 3 where all are alike, and few where lengths are
@@ -51,7 +51,7 @@ def interval(
     total = squares.sum(0)
     largest = np.where(total > 0, squares.max(0), 1.0)  # so that no square underflows
     carrying = np.square(total / largest) / np.maximum(np.square(squares / largest).sum(0), 1.0)
-    freedom = np.clip(carrying - 1, 1, max(1, n - 5))
+    freedom = np.clip(carrying - 1, 1, max(1, n - 6))
     half = np.sqrt((n - 1) / n * total) * stdtrit(freedom, (1 + confidence) / 2)
     return np.clip(value - half, least, most), np.clip(value + half, least, most)
 
