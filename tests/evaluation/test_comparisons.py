@@ -1,10 +1,11 @@
-"""Comparisons of dictionaries against the figures of notebook 004, and against draws worked out by hand."""
+"""Comparisons of dictionaries against the figures of notebook 004, and against resamples worked out by hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from saeflow.evaluation.comparisons import NOTEBOOK_004, matched_ce, matched_l0, notebook_004, paired_differences
+from saeflow.evaluation.intervals import interval
 
 
 def front(kind: str) -> pd.DataFrame:
@@ -22,7 +23,7 @@ def test_matched_differences_are_those_of_the_reference() -> None:
 
 
 def draws(fronts: list[pd.DataFrame], noise: np.ndarray) -> pd.DataFrame:
-    """Every draw moves all losses alike, and those of the last front by a tenth of that again."""
+    """Every resample moves all losses alike, and those of the last front by a tenth of that again."""
     out = []
     for i, rows in enumerate(fronts):
         for row in rows.itertuples():
@@ -42,7 +43,7 @@ def test_fronts_matched_in_ce_are_the_same_fronts_read_the_other_way() -> None:
     noise = np.random.default_rng(0).normal(scale=0.01, size=500)
     table = matched_ce(*fronts, draws(fronts, noise), 0.9)
     np.testing.assert_allclose(table["ratio"], np.exp(0.3), rtol=1e-9)
-    wanted = np.exp(0.3 + np.quantile(0.1 * noise, [0.05, 0.95]) / 0.1)
+    wanted = np.exp(interval(0.3, 0.3 + noise, 0.9))  # a tenth of the noise, over the slope
     np.testing.assert_allclose(table["low"], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(table["high"], wanted[1], rtol=1e-6)
     assert set(table["at_point_of"].dropna()) == {"one", "other"} and table["ce_increase"].is_monotonic_increasing
@@ -59,7 +60,7 @@ def test_the_interval_of_a_matched_difference_is_paired() -> None:
     table = matched_l0(*fronts, draws(fronts, noise), 0.9)
     assert table["l0"].between(31.4984, 203.7718).all() and table["l0"].is_monotonic_increasing
     assert list(table["at_point_of"].dropna()) == ["one", "other", "one", "other", "one", "other", "other"]
-    wanted = np.quantile(0.1 * noise, [0.05, 0.95])
+    wanted = interval(0.0, 0.1 * noise, 0.9)
     np.testing.assert_allclose(table["low"] - table["difference"], wanted[0], atol=1e-9)
     np.testing.assert_allclose(table["high"] - table["difference"], wanted[1], atol=1e-9)
 

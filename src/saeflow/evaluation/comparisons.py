@@ -1,7 +1,7 @@
 """Comparisons of dictionaries evaluated on the same tokens: at equal L0 or CE, in pairs, and as notebook 004 has them.
 
-All from summaries and resampled metrics: draw r took the same documents for every dictionary, so that a difference of
-two dictionaries is taken draw by draw, and its interval is that of the paired difference.
+All from summaries and resampled metrics: resample r left the same documents out for every dictionary, so that a
+difference of two dictionaries is taken resample by resample, and its interval is that of the paired difference.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeflow.evaluation.bootstrap import interval
+from saeflow.evaluation.intervals import interval
 
 _PAIRED = ("l0", "ce_replaced", "kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine")
 POINTS = 40  # of a comparison, besides those of the fronts
@@ -37,7 +37,7 @@ def matched_l0(
     """CE of the front `other` minus that of `one` at equal L0, over the range of L0 that both cover.
 
     `one`, `other`: rows of evaluations (`dictionary_key`, `l0`, `ce_replaced`); `resamples`: those columns, one row a
-    draw and dictionary. At the L0 of every point of either, and at 40 between. A draw moves L0 and CE of all
+    resample and dictionary. At the L0 of every point of either, and at 40 between. A resample moves L0 and CE of all
     points; where it ends a front a little short, the front's last segment is continued. With
     `positions="_without_bos"` both metrics are those without BOS.
     """
@@ -51,7 +51,7 @@ def matched_ce(
     """L0 of the front `other` over that of `one` at equal CE, as `ratio`, over the range of CE that both cover.
 
     Both fronts are those of `matched_l0`, read the other way: log L0 is linear in CE between their points. CE is said,
-    and held equal in each draw, as the increase over the clean model on the same documents (`ce_increase`), which
+    and held equal in each resample, as the increase over the clean model on the same documents (`ce_increase`), which
     harder documents do not raise for all alike.
     """
     x, y = f"ce_increase{positions}", "log_l0"
@@ -78,20 +78,18 @@ def _matched(
     a, b = (_extended(scale(rows[x].to_numpy()), rows[y].to_numpy(), at) for rows in fronts)
     grid["difference"] = b - a
 
-    def drawn(rows: pd.DataFrame) -> np.ndarray:
-        """(draws, at)"""
+    def resampled(rows: pd.DataFrame) -> np.ndarray:
+        """(resamples, at)"""
         tables = (resamples.pivot(columns="dictionary_key", values=n)[rows["dictionary_key"]] for n in (x, y))
         both = zip(*(table.to_numpy() for table in tables), strict=True)
         return np.stack([_extended(scale(a), b, at) for a, b in both])
 
-    differences = drawn(other) - drawn(one)
-    bounds = [interval(column, confidence) or (np.nan, np.nan) for column in differences.T]
-    grid["low"], grid["high"] = zip(*bounds, strict=True)
+    grid["low"], grid["high"] = interval(b - a, resampled(other) - resampled(one), confidence)
     return grid[columns].reset_index(drop=True)
 
 
 def _extended(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The line through points at some x, with the ends' own segments continued: a draw moves the ends a little."""
+    """The line through points at some x, with the ends' own segments continued: a resample moves the ends a little."""
     order = np.argsort(x)
     x, y = x[order], y[order]
     segment = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
@@ -109,9 +107,10 @@ def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confi
                 if pd.isna(one[name]) or pd.isna(other[name]):
                     continue
                 a, b = (by_key[row["dictionary_key"]][name].to_numpy() for row in (one, other))
-                low, high = interval(b - a, confidence) or (np.nan, np.nan)
+                difference = other[name] - one[name]
+                low, high = interval(difference, b - a, confidence)
                 names = {"one": one["dictionary_key"], "other": other["dictionary_key"], "metric": name}
-                out.append(names | {"difference": other[name] - one[name], "low": low, "high": high})
+                out.append(names | {"difference": difference, "low": float(low), "high": float(high)})
     return pd.DataFrame(out, columns=["one", "other", "metric", "difference", "low", "high"])
 
 

@@ -9,7 +9,7 @@ ablations; with `evaluation.replace_first=false` at all but the first of rows, w
 one head replaces that head, and its ablations are of that head. BOS's activations are unlike any other's, so every
 metric is also given `_without_bos`: over the tokens that are not BOS, and the predictions not made from it. Tokens
 without BOS (packed with prepend_bos=false) have the same numbers in both. `<metric>_low` and `<metric>_high` are its
-interval over documents (`saeflow.evaluation.bootstrap`).
+interval over documents (`saeflow.evaluation.intervals`).
 """
 
 import json
@@ -27,8 +27,8 @@ from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
-from saeflow.evaluation.bootstrap import interval, resample
-from saeflow.evaluation.metrics import firing, reconstruct, summarise, target
+from saeflow.evaluation.intervals import entry, interval, resample
+from saeflow.evaluation.metrics import firing, limits, reconstruct, summarise, target
 from saeflow.evaluation.scope import Scope, bos_of, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, joined, token_batches, write_tables
 from saeflow.jobs.job import Job
@@ -60,7 +60,7 @@ class Evaluation(NamedTuple):
     by_l0: np.ndarray
     """(2, most + 1): how many tokens have an L0 of 0, 1, ...; first those of BOS, then the others."""
     resamples: dict[str, np.ndarray]
-    """Each metric, resampled over documents: (resamples,)."""
+    """Each metric without one of the documents, or one group of them: (resamples,)."""
     summary: dict[str, Any]
 
 
@@ -157,13 +157,10 @@ def _metrics(
     by_document = {name: np.bincount(group, values, len(present)) for name, values in sums.items()}
     centred_by_document = np.zeros((len(present), centred.shape[1]))
     np.add.at(centred_by_document, group, centred)
-    resampled = resample(by_document, centred_by_document, config.resamples, config.bootstrap_seed)
+    resampled = resample(by_document, centred_by_document, config.resamples)
     for name, values in resampled.items():
-        bounds = interval(values, config.confidence) if len(present) > 1 and summary[name] is not None else None
-        summary[f"{name}_low"], summary[f"{name}_high"] = bounds or (None, None)
-        if bounds is None and summary[name] is not None:
-            few = f"{len(present)} document" if len(present) == 1 else "some drawn documents give it no meaning"
-            summary[f"{name}_low_reason"] = f"no interval: {few}"
+        value = np.nan if summary[name] is None else summary[name]
+        summary |= entry(name, value, *interval(value, values, config.confidence, *limits(name)), len(present))
     return summary | {"n_documents": len(present)}, resampled
 
 

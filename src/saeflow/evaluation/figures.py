@@ -32,7 +32,7 @@ class Evaluations(NamedTuple):
     table: pd.DataFrame
     """One row a dictionary: its `summary.json`."""
     resamples: pd.DataFrame
-    """One row a draw of the documents and dictionary: `resamples.parquet` with `dictionary_key`."""
+    """One row a resample of the documents and dictionary: `resamples.parquet` with `dictionary_key`."""
     l0: pd.DataFrame
     """One row a number of active latents and dictionary: `l0.parquet` with `dictionary_key`."""
     confidence: float

@@ -19,8 +19,8 @@ from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
-from saeflow.evaluation.bootstrap import interval, resample
-from saeflow.evaluation.metrics import Ratio, loss_ratios, why_undefined
+from saeflow.evaluation.intervals import entry, interval, resample
+from saeflow.evaluation.metrics import Ratio, limits, loss_ratios, why_undefined
 from saeflow.evaluation.scope import Scope, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, token_batches, write_tables
 from saeflow.jobs.job import Job
@@ -75,13 +75,12 @@ def evaluate_stack(
         present, group = np.unique(owner[chosen], return_inverse=True)
         by_document = {n: np.bincount(group, v[chosen], len(present)) for n, v in sums_by_name.items()}
         total = {name: values.sum() for name, values in by_document.items()}
-        drawn = resample(by_document, None, config.resamples, config.bootstrap_seed, _ratios)
+        drawn = resample(by_document, None, config.resamples, _ratios)
         summary |= {f"{name}{suffix}": int(total[name]) for name in ("n_tokens", "n_predictions")}
         values = {name: float(ratio.value()) for name, ratio in _ratios(total).items()}
         for name, value in values.items():
-            bounds = interval(drawn[name], config.confidence) if len(present) > 1 else None
-            summary[f"{name}{suffix}"] = value if np.isfinite(value) else None
-            summary[f"{name}{suffix}_low"], summary[f"{name}{suffix}_high"] = bounds or (None, None)
+            ends = interval(value, drawn[name], config.confidence, *limits(name))
+            summary |= entry(f"{name}{suffix}", value, *ends, len(present))
             if not np.isfinite(value):
                 summary[f"{name}{suffix}_reason"] = why_undefined(name, values)
             resamples[f"{name}{suffix}"] = drawn[name]
