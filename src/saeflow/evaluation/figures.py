@@ -286,7 +286,7 @@ def notebook_004(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     for axis, ((hook, kind), rows) in zip(axes[:, 0], groups, strict=False):
         cells = []
         for row in rows.to_dict("records"):
-            l1 = "not known" if pd.isna(row["l1_coefficient"]) else f"{row['l1_coefficient']:g}"
+            l1 = "–" if pd.isna(row["l1_coefficient"]) else f"{row['l1_coefficient']:g}"
             cell = [l1, f"{row['l0']:.2f}", f"{row['ce_loss']:.4f}"]
             cell += [f"{row['printed_l0']:.2f}", f"{row['printed_ce_loss']:.4f}"] if printed else []
             cell += [f"{row['l0_without_bos']:.2f}", f"{row['ce_replaced_without_bos']:.4f}"]
