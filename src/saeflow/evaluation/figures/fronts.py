@@ -90,18 +90,30 @@ def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
             ends = [seeds[value] - seeds[f"{value}_least"], seeds[f"{value}_most"] - seeds[value]]
             errors: dict[str, Any] = {which: ends, "color": style.color, **_RANGE}
             axis.errorbar(seeds["l0"], seeds["ce_replaced"], **errors)
-        for ce in mine.loc[mine["l0"] == 0, "ce_replaced"]:
-            at_edge = axis.get_yaxis_transform()
-            axis.plot([0], [ce], **style.line | {"linestyle": ""}, transform=at_edge, clip_on=False, zorder=4)
-            axis.annotate("L0 = 0", (0, ce), (5, 3), xycoords=at_edge, textcoords="offset points", fontsize=6)
     _levels(axis, rows)
+    _mark_never_active(axis, rows[rows["l0"] == 0], looks)
+
+
+def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
+    """At the left edge, as high as their loss is, or at the top where that is beyond the panel."""
+    at_edge = axis.get_yaxis_transform()
+    top = axis.get_ylim()[1]
+    for ce, mine in rows.groupby(rows["ce_replaced"].round(3)):
+        beyond = ce > top
+        for name in mine["series"]:
+            mark = looks[str(name)].line | {"linestyle": "", "transform": at_edge, "clip_on": False, "zorder": 4}
+            axis.plot([0], [top if beyond else ce], **mark)
+        text = f"↑ L0 = 0, at {ce:.3f}" if beyond else "L0 = 0"
+        where = {"xycoords": at_edge, "textcoords": "offset points", "va": "center", "fontsize": 6}
+        axis.annotate(text, (0, top if beyond else ce), (5, -4 if beyond else 0), **where)
 
 
 def _levels(axis: Axes, rows: pd.DataFrame) -> None:
     """The clean model's level and the ablations', those far above the points as text; recovered loss at the right."""
-    first = rows.iloc[0]
-    clean, top = first["ce_clean"], rows["ce_replaced_most"].max()
-    bottom = min(clean, rows["ce_replaced_least"].min())
+    first, alive = rows.iloc[0], rows[rows["l0"] > 0]
+    shown = rows if alive.empty else alive
+    clean, top = first["ce_clean"], shown["ce_replaced_most"].max()
+    bottom = min(clean, shown["ce_replaced_least"].min())
     reach = top + NEAR * (top - bottom)
     beyond = []
     for (column, label), dashes in zip(LEVELS.items(), ("-", "--", ":"), strict=True):
@@ -109,7 +121,7 @@ def _levels(axis: Axes, rows: pd.DataFrame) -> None:
             axis.axhline(first[column], color="0.35", linestyle=dashes, linewidth=1, label=label)
         else:
             beyond.append(f"{label} at {first[column]:.3f}")
-    if beyond:
+    if beyond:  # room for them
         text = "↑ " + "\n↑ ".join(beyond)
         axis.text(0.98, 0.99, text, transform=axis.transAxes, ha="right", va="top", fontsize=6, color="0.25")
         bottom, top = axis.get_ylim()

@@ -185,7 +185,8 @@ def jacobian_histogram(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         edges = np.append(rows.index, rows["bin_right"].iloc[-1])
         name = f"{label}, {seeds} seeds" if seeds > 1 else str(label)
         left.stairs(rows["count_per_token"], edges, **line)
-        right.plot(rows.index, rows["above_per_token"], markevery=0.1, label=name, **style.line)
+        marks = style.line if table["label"].nunique() > 1 else line
+        right.plot(rows.index, rows["above_per_token"], markevery=0.1, label=name, **marks)
     left.set(xlabel="|J|", ylabel="entries per token and bin")
     right.set(xlabel="threshold", ylabel="entries per token\nwith |J| above it")
     for axis in (left, right):
