@@ -192,6 +192,7 @@ STAGES = (
         needs=("train", "foreign", "baseline", "tokens"),
         together=together,
         drawn="always",
+        listed="saeflow.evaluation.overview:overview",
     ),
     Stage(
         "stack",

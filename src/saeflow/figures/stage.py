@@ -35,6 +35,7 @@ STAGES = (
         work,
         expand,
         says_all=True,
+        version=2,
         target=True,
     ),
 )
