@@ -11,6 +11,7 @@ from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
 from saeflow.planning.graph import Plan
+from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import stages
 
 PLAN_FILE = ".snakemake/plan.json"
@@ -22,7 +23,7 @@ if workflow.is_main_process:
     try:
         PLAN = compose(
             config.get("conf", f"{workflow.basedir}/conf"),
-            shlex.split(config.get("hydra", "")),
+            of_snakemake(config, workflow.config_settings.config_args),
             digests=".snakemake/digests.json",
         )
         assign_batches(PLAN, Plan.load_if_valid(PLAN_FILE))
