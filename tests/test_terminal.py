@@ -71,6 +71,7 @@ def test_a_job_is_one_line_with_what_it_found_and_what_is_left(tmp_path: Path) -
     say(terminal, LogEvent.JOB_FINISHED, job_id=3)
     say(terminal, LogEvent.JOB_INFO, jobid=0, rule_name="all", output=[], log=[])
     say(terminal, LogEvent.JOB_FINISHED, job_id=0)
+    say(terminal, LogEvent.PROGRESS, done=3, total=3)
     say(terminal, None, "Complete log(s): x")
     lines = shown(terminal)
     assert lines[0] == "2 jobs to do: 1 train, 1 figures; 5 artifacts are there already"

@@ -29,7 +29,10 @@ NOISE = (
 NOTHING = "Nothing to be done"
 OF_THE_JOB = "RuleException:\nCalledProcessError"  # with the whole command; that the job failed is told apart
 GAVE_UP = ("Exiting because a job execution failed", "WorkflowError:\nAt least one job did not complete")
-HIDDEN = (LogEvent.SHELLCMD, LogEvent.JOB_STARTED, LogEvent.RESOURCES_INFO, LogEvent.PROGRESS, LogEvent.GROUP_INFO)
+HIDDEN = (
+    LogEvent.WORKFLOW_STARTED, LogEvent.SHELLCMD, LogEvent.JOB_STARTED, LogEvent.RESOURCES_INFO, LogEvent.PROGRESS,
+    LogEvent.GROUP_INFO,
+)  # fmt: skip
 
 
 @dataclass
@@ -89,6 +92,8 @@ class LogHandler(LogHandlerBase):
             return self.failed(said)
         if event == LogEvent.RUN_INFO and not self.common_settings.dryrun:
             return self.overview(said["stats"])
+        if event == LogEvent.PROGRESS:
+            self.whole = said["done"] == said["total"] and (self.done > 0 or self.total == 0)
         if event in HIDDEN:
             return None
         text = self.default.format(record)
@@ -116,7 +121,6 @@ class LogHandler(LogHandlerBase):
 
     def finished(self, work: Work | None) -> str | None:
         if work is None or not work.outputs:
-            self.whole = work is not None and work.stage == "all"
             return None
         self.done += 1
         took, found = duration(time.monotonic() - work.started), findings(work)
