@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 WORKERS ?= 2
 HYDRA ?= experiment=demo
-DIRECTORY ?= .
+DIRECTORY := .
 
 # Hydra reads what was typed: a $ in it is no variable of make, and a quote none of the shell's.
 override HYDRA := $(value HYDRA)

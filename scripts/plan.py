@@ -38,9 +38,10 @@ def main() -> None:
     from saeflow.planning.overrides import split
 
     try:
+        conf, freeze = Path(args.conf).resolve(), Path(args.freeze or "").resolve()
         if args.directory:
             os.chdir(args.directory)
-        plan = compose(args.conf, split(" ".join(args.overrides)), digests=".snakemake/digests.json")
+        plan = compose(conf, split(" ".join(args.overrides)), digests=".snakemake/digests.json")
         if args.keys:
             for stage, table in plan.stages.items():
                 for key in table:
@@ -48,7 +49,7 @@ def main() -> None:
         print(sentence(explain(plan)))
         check_disk(plan)
         if args.freeze:
-            plan.freeze(args.freeze)
+            plan.freeze(freeze)
             print(f"wrote the plan to {args.freeze}")
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"plan: {error}")

@@ -322,6 +322,12 @@ def test_experiment_without_its_first_line_is_refused_by_name(home: Path) -> Non
         compose(home / "conf", ["experiment=mine"])
 
 
+def test_keys_of_an_experiment_that_nothing_reads_are_refused(home: Path) -> None:
+    (home / "conf/experiment/mine.yaml").write_text("# @package _global_\nsweeps: {seed: [0, 1]}\n")
+    with pytest.raises(ConfigError, match=r"a key 'sweeps' that nothing reads .did you mean sweep"):
+        compose(home / "conf", ["experiment=mine"])
+
+
 def test_figures_of_what_is_not_run_are_left_out_unless_asked_for(home: Path) -> None:
     """Part of the demo has no pair."""
     (drawn,) = compose(home / "conf", ["experiment=demo", "dictionary=relu"]).stages["figures"].values()

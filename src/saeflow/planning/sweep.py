@@ -20,6 +20,9 @@ from saeflow.config.checks import require
 from saeflow.planning.blocks import Block, Edit, as_list, axis, blocks_of
 from saeflow.planning.overrides import parse
 
+SETTINGS = ("sweep", "experiment_name", "figures", "stacks", "blind")
+"""Keys of an experiment beside those of its points and the config groups."""
+
 
 class Sweep:
     """Reads `conf/` with Hydra, and yields the plain tree of every point.
@@ -46,6 +49,9 @@ class Sweep:
                 f"{conf}/experiment/{name}.yaml is read as a group of its own, so that nothing of it is used: make its "
                 "first line `# @package _global_`"
             )
+        known = {*self.fields, *self.groups, *SETTINGS}
+        for key in [key for key in base if key not in known]:
+            raise ConfigError(f"{conf} or the experiment has a key {key!r} that nothing reads{_near(key, known)}")
         self.experiment = str(base.get("experiment_name") or "default")
         legal = re.fullmatch(r"\w[\w.+-]*", self.experiment) is not None
         require(legal, "experiment_name", self.experiment, "letters, digits and . _ + - alone, since it names folders")
@@ -78,12 +84,12 @@ class Sweep:
                 self.swept.append(value)
             elif top in self.fields and not action:
                 self.values[key] = axis(key, value)
-            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures", "stacks", "blind"):
+            elif top in (*self.fields, *self.groups, *SETTINGS):
                 if swept:
                     raise ConfigError(f"{text}: a list needs brackets here: {key}=[{text.partition('=')[2]}]")
                 self.rest.append(text)
             else:
-                legal = sorted({*self.fields, *self.groups, "sweep", "figures", "stacks", "blind", "experiment_name"})
+                legal = sorted({*self.fields, *self.groups, *SETTINGS})
                 raise ConfigError(f"unknown key {key!r}{_near(key, legal)}; legal here: {', '.join(legal)}")
 
     def _choose(self, text: str, group: str, value: Any) -> None:
