@@ -38,13 +38,13 @@ class Sweep:
         self.chosen: dict[str, list[str]] = {}  # config groups of the point set on the command line
         self.values: dict[str, list[Any]] = {}  # values of the point set on the command line
         self.edits: list[Edit] = []  # of single blocks of the sweep
-        self.swept: list[Any] = []  # the sweep set on the command line; of several the last
+        self.swept: Any = None  # the sweep set on the command line, of several the last; {} for none
         self.rest: list[str] = []  # everything else goes to Hydra as it is
         self._trees: dict[tuple[str, ...], Any] = {}
         self._parse(overrides)
         base = self._compose([])
         if hasattr(base.get("experiment"), "keys"):
-            name = next(text.partition("=")[2] for text in self.rest if text.startswith("experiment="))
+            name = "".join(text.partition("=")[2] for text in self.rest if text.startswith("experiment="))
             raise ConfigError(
                 f"{conf}/experiment/{name}.yaml is read as a group of its own, so that nothing of it is used: make its "
                 "first line `# @package _global_`"
@@ -61,12 +61,10 @@ class Sweep:
         """Whether they are asked for by name, not those of an experiment of which the command line may take a part."""
         self.stacks = _list_of("stacks", _plain(base.get("stacks")))
         self.blind = _plain(base.get("blind"))
-        sweep = _plain(base.get("sweep") or {})
-        for swept in self.swept[
-            -1:
-        ]:  # of two mappings the axes of both; Hydra would refuse a list in place of a mapping
-            merged = isinstance(sweep, dict) and isinstance(swept, dict)
-            sweep = sweep | swept if merged else swept or {}
+        sweep, swept = _plain(base.get("sweep")) or {}, self.swept
+        if swept is not None:  # of two mappings the axes of both; Hydra would refuse a list in place of a mapping
+            merged = swept and isinstance(sweep, dict) and isinstance(swept, dict)
+            sweep = sweep | swept if merged else swept
         self.blocks = self._blocks(sweep)
 
     def _parse(self, overrides: list[str]) -> None:
@@ -81,7 +79,7 @@ class Sweep:
             elif key.startswith("sweep."):
                 self.edits.append(Edit(text, key.removeprefix("sweep."), value, action))
             elif key == "sweep" and not action:
-                self.swept.append(value)
+                self.swept = value or {}
             elif top in self.fields and not action:
                 self.values[key] = axis(key, value)
             elif top in (*self.fields, *self.groups, *SETTINGS):
