@@ -93,7 +93,7 @@ SMALL = Geometry("GPTNeoXForCausalLM", 2, 32, 4, 4, 8, 64, parallel=True, gated=
         ("blocks.2.hook_mlp_out", "layer 2 is out of range; the model has 2 layers, 0 to 1"),
         ("blocks.1.hook_mlp_ot", "no hook 'blocks.1.hook_mlp_ot'; the nearest that it has: blocks.1.hook_mlp_out"),
         ("blocks.1.mlp.hook_out", "the nearest that it has: .*blocks.1.hook_mlp_out"),
-        ("blocks.1.hook_resid_mid", "nearest that it has: blocks.1.hook_resid_p"),  # blocks are parallel
+        ("blocks.1.hook_resid_mid", "attention and MLP are parallel.*site.hook_name=blocks.1.hook_resid_pre"),
         ("block.1.hook_mlp_out", "the nearest that it has: blocks.0.hook_mlp_out"),
         ("ln_final.hook_normalised", "the nearest that it has: ln_final.hook_normalized"),
         ("???", "the nearest that it has: blocks.0.hook_resid_pre, .*ln_final.hook_normalized"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeflow.config import ConfigError, ModelConfig
+from saeflow.config.checks import where
 from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.text.tokenizer import read_json, special_tokens, tokenizer_file
 
@@ -94,6 +95,12 @@ class Geometry:
         sizes |= {"hook_embed": (self.d_model,), "ln_final.hook_normalized": (self.d_model,)}
         if hook_name in sizes:
             return sizes[hook_name]
+        if self.parallel and hook_name == f"blocks.{layer}.hook_resid_mid":
+            raise ConfigError(
+                f"the model has no hook {hook_name!r}: its attention and MLP are parallel, both read the stream before "
+                f"the block, so that there is none between them; for the MLP with its norm use site=mlp_before_norm "
+                f"site.hook_name=blocks.{layer}.hook_resid_pre, for the MLP alone site=mlp"
+            )
         near = difflib.get_close_matches(hook_name, list(sizes), n=3, cutoff=0.3)
         raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or sizes)}")
 
@@ -151,7 +158,7 @@ def resolve_folder(model: ModelConfig) -> Path:
     if model.path is not None:
         folder = Path(model.path)
         if not folder.is_dir():
-            raise ModelError(f"model.path={folder}: no such folder")
+            raise ModelError(f"model.path={folder}: no such folder{where(folder)}")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

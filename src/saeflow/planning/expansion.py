@@ -86,6 +86,8 @@ class Expansion:
     figures: list[str]
     stacks: list[Any]
     blind: dict[str, Any] | None
+    figures_asked: bool = False
+    """Whether `figures` were named for this run: all of them have to be possible."""
 
 
 def compose(
@@ -101,7 +103,7 @@ def compose(
     check_device(sweep.device, stages())
     plan = Plan(sweep.experiment, {name: {} for name in stages()}, sweep.device, results=results)
     points = [_planned(build(PointConfig, tree), plan, cache) for tree in sweep.points()]
-    expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind)
+    expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind, sweep.figures_asked)
     for stage in stages().values():
         stage.expand(expansion)
     cache.save()

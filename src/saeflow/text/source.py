@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from saeflow.config import ConfigError, CorpusConfig
+from saeflow.config.checks import where
 from saeflow.planning.digests import DigestCache
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
@@ -26,7 +27,7 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
         return tree
     path = Path(corpus.path)
     if not path.exists():
-        raise ConfigError(f"corpus.path={path}: no such file or folder")
+        raise ConfigError(f"corpus.path={path}: no such file or folder{where(path)}")
     content = digests.files(path.parent if path.is_file() else path, corpus_files(path))
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
