@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from saeflow.models.folder import MODEL_FILES, ModelError, read_geometry, read_keys
-from saeflow.text.corpus import CorpusError, corpus_files
+from saeflow.text.files import CorpusError, corpus_files
 
 DATASET_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")  # what saeflow.text.corpus reads
 
