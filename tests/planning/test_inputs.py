@@ -219,7 +219,7 @@ def test_the_plan_and_the_job_agree_on_what_is_too_short(tmp_path: Path) -> None
             tokenizer_digest="",
         )
 
-    with pytest.raises(CorpusError, match="set tokens.train_tokens=") as said:
+    with pytest.raises(CorpusError, match=r"set tokens.train_tokens=") as said:
         write(10_000)
     most = int(str(said.value).split("tokens.train_tokens=")[1].split()[0]) // 32
     write(most)

@@ -97,8 +97,8 @@ def stream_dataset(
         raise
     except ValueError as error:
         raise CorpusError(
-            f"dataset {name!r} cannot be read ({error}); set corpus.subset, corpus.split and corpus.revision to what it "
-            "has"
+            f"dataset {name!r} cannot be read ({error}); set corpus.subset, corpus.split and corpus.revision to what "
+            "it has"
         ) from error
     except (OSError, RuntimeError) as error:
         raise CorpusError(
