@@ -1,10 +1,10 @@
 """Jacobian pairs in the plan: what a coefficient adds, and the paper's settings as presets."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_plain_model
 from tests.planning.test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
@@ -66,9 +66,7 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
         "intermediate_size": 4 * d,
         "max_position_embeddings": 2048,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "tokenizer.json").write_text("{}")
+    write_plain_model(tmp_path, config)
     settings = [f"model={name}", "experiment=jsae_paper", f"site.layer={layer}"]
     settings += [f"dictionary.jacobian_coefficient={coefficients}".replace(" ", "")]
     settings += [f"+model.path={tmp_path}", "~model.hub", "~model.revision"]

@@ -1,10 +1,10 @@
 """The plan alone: which edits change which keys. That Snakemake agrees is in test_workflow.py."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from conftest import write_plain_model
 
 from saeflow.config import ConfigError
 from saeflow.planning.batches import assign_batches
@@ -21,8 +21,6 @@ TRANSCODER = ["dictionary=transcoder", "site=mlp"]
 def home(tmp_path: Path) -> Path:
     """A copy of conf/ with a tiny model folder of its own, to edit. The plan reads sizes and bytes, not tensors."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    model = tmp_path / "resources" / "model"
-    model.mkdir(parents=True)
     config = {
         "architectures": ["GPTNeoXForCausalLM"],
         "num_hidden_layers": 4,
@@ -31,10 +29,8 @@ def home(tmp_path: Path) -> Path:
         "intermediate_size": 512,
         "max_position_embeddings": 256,
     }
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "model.safetensors").write_bytes(bytes(1000))
-    (model / "tokenizer.json").write_text("{}")
-    (tmp_path / "resources" / "corpus.jsonl.gz").write_bytes(b"some text")
+    write_plain_model(tmp_path / "resources" / "model", config)
+    shutil.copy(ROOT / "resources" / "corpus.jsonl.gz", tmp_path / "resources")
     return tmp_path
 
 

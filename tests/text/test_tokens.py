@@ -276,6 +276,26 @@ def test_job_packs_a_local_corpus(tmp_path, corpus_file, tokenizer_folder):
     store = open_tokens(folder)
     assert store.n_rows == 25 and store.attributes["tokenizer"] == "0123"
     assert (folder / "provenance.json").is_file() and (folder / "config.yaml").is_file()
+    assert (
+        "'<|endoftext|>' (id 0) ends a document (tokens.eos_token); '<|endoftext|>' (id 0) stands in fro" in done.stderr
+    )
+
+
+def test_job_ends_documents_with_the_named_token(tmp_path, corpus_file, tokenizer_folder):
+    plan = make_plan(tmp_path, {"content": "x"}, str(corpus_file), tokenizer_folder, 25)
+    frozen = json.loads(plan.read_text())
+    frozen["stages"]["tokens"]["tiny-train-00"]["config"]["tokens"] |= {"eos_token": "!", "prepend_bos": False}
+    plan.write_text(json.dumps(frozen))
+    done = run_job(plan)
+    assert done.returncode == 0, done.stderr
+    store = open_tokens(tmp_path / "results/tokens/tiny-train-00")
+    end = load_tokenizer(tokenizer_folder).tokenizer.token_to_id("!")
+    assert end and store.attributes["eos_token_id"] == end
+    rows = store.rows(0, 25)
+    lengths = pd.read_parquet(store.folder / "documents.parquet").set_index("document")["n_tokens"]
+    is_end = rows.offset == lengths.reindex(rows.document.ravel()).to_numpy().reshape(rows.document.shape)
+    assert is_end.any() and (rows.tokens[is_end] == end).all()
+    assert f"'!' (id {end}) ends a document (tokens.eos_token); nothing stands in front of every row" in done.stderr
 
 
 def test_job_packs_a_dataset_to_the_same_rows(tmp_path, corpus_file, documents, tokenizer, tokenizer_folder):

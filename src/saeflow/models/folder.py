@@ -26,6 +26,7 @@ MODEL_FILES = (
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ROPE = {"LlamaForCausalLM": ("llama3",)}  # beyond those that change nothing within the model's context
 SUPPORTED = (*RMS_NORM, "GPTNeoXForCausalLM", "GPT2LMHeadModel", GROUND_TRUTH, HOOKED)
 
 
@@ -189,7 +190,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def model_digest(folder: Path, cache: DigestCache) -> str:
     """Hash of a model's weights and `config.json` by content, 32 hexadecimal digits."""
-    return cache.files(folder, [config_file(folder), *weight_files(folder)])
+    digest = cache.files(folder, [config_file(folder), *weight_files(folder)])
+    if read_keys(config_file(folder)).get("use_sliding_window"):  # of Qwen2; what was computed without it is stale
+        digest = short_hash([digest, "sliding_window"], 32)
+    return digest
 
 
 def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
@@ -217,6 +221,7 @@ def read_geometry(folder: Path) -> Geometry:
             f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2, "
             "and TransformerLens's own format"
         )
+    _check_settings(folder, architecture, config)
     d_model, n_heads = get("hidden_size", "n_embd", "d_model"), get("num_attention_heads", "n_head", "n_heads")
     return Geometry(
         architecture=architecture,
@@ -231,6 +236,30 @@ def read_geometry(folder: Path) -> Geometry:
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
         d_vocab=config.get("vocab_size", config.get("d_vocab")),
     )
+
+
+def _check_settings(folder: Path, architecture: str, config: dict[str, Any]) -> None:
+    """Raises `ModelError` for settings that TransformerLens is known to leave out; `conversion` finds the others."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    left_out = {f"rope_type={kind}": kind not in ("default", "dynamic", *ROPE.get(architecture, ()))}
+    if architecture == "LlamaForCausalLM":
+        left_out |= {f"{name}=true": bool(config.get(name)) for name in ("attention_bias", "mlp_bias")}
+    for setting, wrong in left_out.items():
+        if wrong:
+            raise ModelError(
+                f"{folder}: config.json has {setting}, which TransformerLens leaves out of {architecture}, so that it "
+                "would compute something else than transformers; this model cannot be used here"
+            )
+
+
+def check_processing(folder: Path, geometry: Geometry, model: ModelConfig) -> None:
+    """Raises `ModelError` for processing of the weights that would change what the model computes."""
+    if geometry.architecture in RMS_NORM and model.center_writing_weights:
+        raise ModelError(
+            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
+            "root mean square, which sees the mean; set model.center_writing_weights=false"
+        )
 
 
 def _own_format(folder: Path, config: dict[str, Any]) -> str:

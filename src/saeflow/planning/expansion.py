@@ -132,14 +132,15 @@ def add_instance(
 
 
 def project(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """The part of a tree at some dotted paths."""
+    """The part of a tree at some dotted paths; one that ends in `?` is left out where it is null."""
     out: dict[str, Any] = {}
     for path in paths:
-        *parents, leaf = path.split(".")
+        *parents, leaf = path.removesuffix("?").split(".")
         source, node = tree, out
         for part in parents:
             source, node = source[part], node.setdefault(part, {})
-        node[leaf] = source[leaf]
+        if source[leaf] is not None or not path.endswith("?"):
+            node[leaf] = source[leaf]
     return out
 
 

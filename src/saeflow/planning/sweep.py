@@ -61,7 +61,8 @@ class Sweep:
         """Whether they are asked for by name, not those of an experiment of which the command line may take a part."""
         self.stacks = _list_of("stacks", _plain(base.get("stacks")))
         self.blind = _plain(base.get("blind"))
-        sweep, swept = _plain(base.get("sweep")) or {}, self.swept
+        sweep: Any = _plain(base.get("sweep")) or {}
+        swept: Any = self.swept
         if swept is not None:  # of two mappings the axes of both; Hydra would refuse a list in place of a mapping
             merged = swept and isinstance(sweep, dict) and isinstance(swept, dict)
             sweep = sweep | swept if merged else swept
