@@ -83,7 +83,7 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
         assert (training["batch_size"], steps, training["lr"]) == (4096, 73_242, 5e-4)
         assert training["lr_warm_up_steps"] == steps // 100 and training["jacobian_warm_up_steps"] == steps // 20
         assert training["lr_decay_steps"] == steps // 5 and training["clip_grad_norm"] == 1.0
-        assert config["hook_name"] == f"blocks.{layer}.ln2.hook_normalized"
+        assert config["hook_name"] == f"blocks.{layer}.mlp.hook_in" and dictionary["apply_b_dec_to_input"] is False
     bytes_each = 300_000_000 // 2048 * 2048 * d * 2
     assert explain(plan).bytes_to_cache == pytest.approx(2 * bytes_each, rel=1e-3)
     found = explain(plan)
