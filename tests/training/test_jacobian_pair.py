@@ -194,7 +194,9 @@ CONFIG = {"kind": "jacobian", "activation": "topk", "k": 4, "expansion": 2, "squ
           "sparsity": "unit_norm", "jacobian_coefficient": 0.3}  # fmt: skip
 
 
-def job_of(results: Path, model: Path, coefficient: float = 0.3, key: str = "pair") -> Job:
+def job_of(
+    results: Path, model: Path, coefficient: float = 0.3, key: str = "pair", options: dict[str, Any] | None = None
+) -> Job:
     store = "tiny-neox-float32-01234567"
     if not (results / "activations").exists():
         x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
@@ -211,7 +213,7 @@ def job_of(results: Path, model: Path, coefficient: float = 0.3, key: str = "pai
     }
     config = {
         "dictionary": CONFIG | {"jacobian_coefficient": coefficient},
-        "training": {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2},
+        "training": {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2} | (options or {}),
         "seed": 5, "hook_name": HOOKS[0], "hook_name_out": HOOKS[1],
     }  # fmt: skip
     instance = Instance("train", key, config, {"activations": columns}, {"training": "{}", "model": str(model)})
@@ -256,6 +258,28 @@ def test_a_job_writes_both_saes_and_again_the_same_bytes(
     again = contents(job.path)
     assert {name for name in first if first[name] != again[name]} <= {"provenance.json"}
     assert json.loads(again["input/cfg.json"])["architecture"] == "topk"
+
+
+def test_a_pair_leaves_out_what_is_massive_at_either_of_its_sites(tmp_path: Path, neox_folder: Path) -> None:
+    x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    y = x.relu()
+    x[::64] *= 300
+    y[5::64] *= 300
+    store = tmp_path / "activations" / "tiny-neox-float32-01234567"
+    write_store(store, dict(zip(HOOKS, (x, y), strict=True)), chunk_tokens=64, shard_tokens=256)
+    seen = []
+    take = JacobianTrainer.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JacobianTrainer, "train_step", lambda t, batch: (seen.append(batch), take(t, batch)))
+        job = job_of(tmp_path, neox_folder, options={"exclude": {"norm_above": 10.0}})
+        jobs.train([job])
+    assert json.loads((job.path / "left_out.json").read_text())["left_out"] == {"norm_above": 32}
+    assert len(seen) == 32 and all(len(batch[0]) == len(batch[1]) == 128 for batch in seen)
+    for side, values in enumerate((x, y)):
+        norms = torch.cat([batch[side] for batch in seen]).norm(dim=1)
+        assert norms.max() < 10 * values.norm(dim=1).median()
+    table = pd.read_parquet(job.path / "output" / "metrics.parquet")
+    assert 0.05 < table["fvu_without_first"].iloc[-1] < 1
 
 
 @pytest.mark.parametrize(

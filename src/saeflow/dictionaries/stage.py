@@ -39,6 +39,12 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     planned.dictionaries.append(PlannedDictionary("foreign", key, site.hook_name_out or site.hook_name, head=site.head))
 
 
+def version_of(config: dict[str, Any]) -> int | None:
+    """2: a transcoder that only SAELens computes lost where it writes."""
+    may_be = config["hook_name_out"] is not None and config["format"] in (None, "saelens")
+    return 2 if may_be else None
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.dictionaries.foreign import foreign_job
 
@@ -56,6 +62,7 @@ STAGES = (
         work,
         expand,
         reads=("model",),
+        version_of=version_of,
         after=("train",),
         drawn="where_there",
     ),

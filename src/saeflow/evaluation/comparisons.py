@@ -1,8 +1,9 @@
 """Comparisons of dictionaries at one place: at equal L0 or CE, in pairs, and in the terms of the transcoder paper.
 
-All from summaries and resampled metrics: draw r took the same documents for every dictionary that was evaluated on the
-same tokens, and for no others, so that a difference of two is taken draw by draw, and its interval is that of the
-paired difference. It covers the documents, for these dictionaries; what other seeds would give is said beside it.
+All from summaries and resampled metrics: resample r left the same documents out for every dictionary that was evaluated
+on the same tokens, and for no others, so that a difference of two is taken resample by resample, and its interval is
+that of the paired difference. It covers the documents, for these dictionaries; what other seeds would give is said
+beside it.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from saeflow.evaluation.bootstrap import interval
+from saeflow.evaluation.intervals import interval
 
 _PAIRED = ("l0", "ce_replaced", "kl", "loss_recovered_zero", "loss_recovered_mean", "fvu", "cosine")
 POINTS = 40  # of a comparison, besides those of the fronts
@@ -38,7 +39,7 @@ class Front(NamedTuple):
     points: pd.DataFrame
     """`x` and `y` of each point, `point`, `seeds` (how many dictionaries it is of)."""
     draws: dict[str, np.ndarray]
-    """`x`, `y`: of each draw of the documents, (draws, points)."""
+    """`x`, `y`: of each resample of the documents, (draws, points)."""
     alone: list[tuple[np.ndarray, np.ndarray]]
     """x and y of each seed's own front, of those that have all points; empty where there is one seed."""
 
@@ -49,11 +50,11 @@ def matched_l0(
     """CE of the front `other` minus that of `one` at equal L0, over the range of L0 that both cover.
 
     `one`, `other`: rows of evaluations (`dictionary_key`, `l0`, `ce_replaced`; those with the same `point` are seeds,
-    told apart by `repeat`); `resamples`: those columns, one row a draw and dictionary. At the L0 of every point of
+    told apart by `repeat`); `resamples`: those columns, one row a resample and dictionary. At the L0 of every point of
     either, and at 40 between; `low` and `high` cover the documents, `seeds_low` and `seeds_high` are the least and
-    largest difference of one seed's front from another's, NaN where neither has seeds. A draw moves L0 and CE of all
-    points; where it ends a front a little short, the front's last segment is continued. Dictionaries whose L0 is 0 are
-    left out. With `positions="_without_bos"` both metrics are those without BOS.
+    largest difference of one seed's front from another's, NaN where neither has seeds. A resample moves L0 and CE of
+    all points; where it ends a front a little short, the front's last segment is continued. Dictionaries whose L0 is 0
+    are left out. With `positions="_without_bos"` both metrics are those without BOS.
     """
     x, y = f"l0{positions}", f"ce_replaced{positions}"
     return _matched([one, other], resamples, confidence, x, y, np.log).rename(columns={x: "l0"})
@@ -65,7 +66,7 @@ def matched_ce(
     """L0 of the front `other` over that of `one` at equal CE, as `ratio`, over the range of CE that both cover.
 
     Both fronts are those of `matched_l0`, read the other way: log L0 is linear in CE between their points. CE is said,
-    and held equal in each draw, as the increase over the clean model on the same documents (`ce_increase`), which
+    and held equal in each resample, as the increase over the clean model on the same documents (`ce_increase`), which
     harder documents do not raise for all alike.
     """
     x, y = f"ce_increase{positions}", "log_l0"
@@ -102,15 +103,14 @@ def _matched(
     one, other = (
         np.stack([_extended(scale(u), v, at) for u, v in zip(f.draws["x"], f.draws["y"], strict=True)]) for f in fronts
     )
-    bounds = [interval(column, confidence) or (np.nan, np.nan) for column in (other - one).T]
-    grid["low"], grid["high"] = zip(*bounds, strict=True)
+    grid["low"], grid["high"] = interval(b - a, other - one, confidence)
     grid["seeds_low"], grid["seeds_high"] = _over_seeds(fronts, at, scale)
     return grid.rename(columns={"x": x})[columns].reset_index(drop=True)
 
 
 def front(rows: pd.DataFrame, resamples: pd.DataFrame, x: str, y: str) -> Front:
     """Of dictionaries of one series at one place. Raises `ValueError` where they were not evaluated on the same tokens,
-    whose draws have nothing in common."""
+    whose resamples have nothing in common."""
     if "tokens_key" in rows and rows["tokens_key"].nunique() > 1:
         raise ValueError(f"dictionaries of a front were evaluated on {', '.join(sorted(rows['tokens_key'].unique()))}")
     rows = rows[np.isfinite(rows[x].astype(float)) & np.isfinite(rows[y].astype(float))]
@@ -142,7 +142,7 @@ def _over_seeds(fronts: list[Front], at: np.ndarray, scale: Callable[[Any], Any]
 
 
 def _extended(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The line through points at some x, with the ends' own segments continued: a draw moves the ends a little."""
+    """The line through points at some x, with the ends' own segments continued: a resample moves the ends a little."""
     order = np.argsort(x, kind="stable")
     x, y = x[order], y[order]
     segment = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
@@ -154,8 +154,8 @@ def _extended(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Metric of `other` minus that of `one`, for every pair of dictionaries of one place; one row a pair and metric.
 
-    `evaluations`, and the draws of each (`resamples`), are of one place: of one model and the same held-out tokens, so
-    that draw r took the same documents for all. Raises `ValueError` for several tokens.
+    `evaluations`, and the resamples of each, are of one place: of one model and the same held-out tokens, so
+    that resample r left the same documents out for all. Raises `ValueError` for several tokens.
     """
     if evaluations["tokens_key"].nunique() > 1:
         raise ValueError(f"evaluated on other tokens: {', '.join(sorted(evaluations['tokens_key'].unique()))}")
@@ -166,9 +166,10 @@ def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confi
             if pd.isna(one[name]) or pd.isna(other[name]):
                 continue
             a, b = (by_key[row["dictionary_key"]][name].to_numpy() for row in (one, other))
-            low, high = interval(b - a, confidence) or (np.nan, np.nan)
+            difference = other[name] - one[name]
+            low, high = interval(difference, b - a, confidence)
             names = {"one": one["dictionary_key"], "other": other["dictionary_key"], "metric": name}
-            out.append(names | {"difference": other[name] - one[name], "low": low, "high": high})
+            out.append(names | {"difference": difference, "low": float(low), "high": float(high)})
     return pd.DataFrame(out, columns=["one", "other", "metric", "difference", "low", "high"])
 
 

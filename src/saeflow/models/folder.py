@@ -7,7 +7,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.planning.digests import DigestCache, short_hash
@@ -47,6 +47,8 @@ class Geometry:
     """Attention and MLP both read the block's input (Pythia), so that there is no hook_resid_mid."""
     gated: bool
     n_ctx: int
+    d_vocab: int | None = None
+    """Rows of its embedding; None where `config.json` does not say it."""
 
     def block_hooks(self) -> dict[str, tuple[int, ...]]:
         """Sizes per token, (d,) or (head, d_head), of the hooks of one block that a dictionary can read; their names
@@ -62,6 +64,7 @@ class Geometry:
             "hook_attn_out": d,
             "hook_resid_mid": d,
             "ln2.hook_normalized": d,
+            "mlp.hook_in": d,
             "mlp.hook_pre": m,
             "mlp.hook_post": m,
             "hook_mlp_out": d,
@@ -70,7 +73,7 @@ class Geometry:
         if self.parallel:
             del hooks["hook_resid_mid"]
         if self.architecture == GROUND_TRUTH:  # without norms
-            del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"]
+            del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"], hooks["mlp.hook_in"]
         if self.gated:
             hooks["mlp.hook_pre_linear"] = m
         return hooks
@@ -103,25 +106,40 @@ def hook_layer(hook_name: str, n_layers: int) -> int:
     return n_layers if hook_name.startswith("ln_final") else 0
 
 
-def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> tuple[int, bool, bool]:
-    """(layer, whether the norm is part of f, whether the residual stream is) of the block between two hooks.
+class Span(NamedTuple):
+    """The block f between two hooks."""
+
+    layer: int
+    begins: Literal["norm", "gain", "mlp"]
+    """With the norm, with the norm's gain and bias, or with the MLP itself."""
+    skip: bool
+    """Whether the residual stream is part of it."""
+
+    @property
+    def norm(self) -> bool:
+        return self.begins == "norm"
+
+
+def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> Span:
+    """The block between two hooks.
 
     `parallel`: attention and MLP both read the residual stream before the block (Pythia). Raises `ConfigError` where no
     MLP alone leads from one hook to the other.
     """
     before = "hook_resid_pre" if parallel else "hook_resid_mid"
-    starts = {"ln2.hook_normalized": False, before: True}
+    starts: dict[str, Literal["norm", "gain", "mlp"]] = {before: "norm", "ln2.hook_normalized": "gain"}
+    starts["mlp.hook_in"] = "mlp"
     found, out = (re.fullmatch(r"blocks\.(\d+)\.(.+)", name) for name in (hook_name, hook_name_out))
     if found and out and found[1] == out[1] and found[2] in starts:
-        norm = starts[found[2]]
+        begins = starts[found[2]]
         if out[2] == "hook_mlp_out":
-            return int(found[1]), norm, False
-        if out[2] == "hook_resid_post" and norm and not parallel:
-            return int(found[1]), True, True
+            return Span(int(found[1]), begins, False)
+        if out[2] == "hook_resid_post" and begins == "norm" and not parallel:
+            return Span(int(found[1]), begins, True)
     ends = "hook_mlp_out" if parallel else f"hook_mlp_out, or from {before} to blocks.L.hook_resid_post"
     raise ConfigError(
-        f"a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized or blocks.L.{before} to blocks.L.{ends}, "
-        f"not from {hook_name} to {hook_name_out}; use site=mlp"
+        "a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized, blocks.L.mlp.hook_in or "
+        f"blocks.L.{before} to blocks.L.{ends}, not from {hook_name} to {hook_name_out}; use site=mlp"
     )
 
 
@@ -204,6 +222,7 @@ def read_geometry(folder: Path) -> Geometry:
         parallel=config.get("use_parallel_residual", True) if architecture == "GPTNeoXForCausalLM" else False,
         gated=architecture in RMS_NORM,
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
+        d_vocab=config.get("vocab_size", config.get("d_vocab")),
     )
 
 

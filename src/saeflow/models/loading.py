@@ -87,7 +87,25 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    return hooked.eval().requires_grad_(False)
+    return with_mlp_inputs(hooked.eval().requires_grad_(False))
+
+
+def with_mlp_inputs(hooked: "HookedTransformer") -> "HookedTransformer":
+    """Adds the hooks `blocks.L.mlp.hook_in`: what the MLP reads, after its norm's gain and bias.
+
+    `ln2.hook_normalized` fires before those since version 3 of TransformerLens. The name is that of its newer
+    `TransformerBridge`.
+    """
+    from transformer_lens.hook_points import HookPoint
+
+    def read(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (mlp.hook_in(args[0]), *args[1:])
+
+    for block in hooked.blocks:
+        block.mlp.hook_in = HookPoint()
+        block.mlp.register_forward_pre_hook(read)
+    hooked.setup()
+    return hooked
 
 
 def _load_original(folder: Path) -> Any:

@@ -122,7 +122,8 @@ def add_instance(
     plan: Plan, stage: str, label: str, config: dict[str, Any], needs: dict[str, list[str]], sources: dict[str, str]
 ) -> str:
     """Adds an instance, unless an equal one is there; returns its key."""
-    version = stages()[stage].version
+    declared = stages()[stage]
+    version = declared.version_of(config) or declared.version
     key = f"{label}-{short_hash([stage, version, config, needs])}"
     plan.stages[stage].setdefault(key, Instance(stage, key, config, needs, sources, version))
     return key

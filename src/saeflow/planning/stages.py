@@ -34,7 +34,10 @@ class Stage:
     reads: tuple[str, ...] = ()
     """Dotted paths of the point that enter its key."""
     version: int = 1
-    """Raise it when the code changes what the stage computes."""
+    """Raise it when the code changes what the stage computes: above all that `version_of` says."""
+    version_of: Callable[[dict[str, Any]], int | None] = lambda config: None
+    """The version of an instance by what it reads, where the code has since changed what it computes of some alone, so
+    that the artifacts of all others stay what they are; None: `version`."""
     needs: tuple[str, ...] = ()
     """Stages whose artifacts it reads."""
     after: tuple[str, ...] = ()

@@ -74,13 +74,29 @@ class TokenStore:
     def rows(self, start: int, stop: int) -> Rows:
         return Rows(*(self._read(name, slice(start, stop)) for name in Rows._fields))
 
-    def _read(self, name: str, rows: slice) -> np.ndarray:
+    def spread_rows(self, n: int, seed: int = 0) -> tuple[np.ndarray, Rows]:
+        """Numbers (n,), ascending, and the arrays of `n` rows that are spread over all (`spread`)."""
+        chosen = spread(self.n_rows, n, seed)
+        return chosen, Rows(*(self._read(name, chosen) for name in Rows._fields))
+
+    def _read(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         array = self.arrays[name]
         try:
-            return np.asarray(array[rows])
+            return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows, slice(None)])
         except (ValueError, RuntimeError) as error:
-            start, stop, _ = rows.indices(self.n_rows)
+            start, stop = (
+                rows.indices(self.n_rows)[:2] if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]) + 1)
+            )
             raise _damaged(self.folder, _first_bad_shard(self.folder, array, name, start, stop), str(error)) from error
+
+
+def spread(n_rows: int, n: int, seed: int = 0) -> np.ndarray:
+    """(n,) numbers of rows, ascending: of `n_rows` cut into n equal runs, one row of each, drawn at random.
+
+    A study of some of the tokens takes these rather than the first ones, which are from a few documents.
+    """
+    edges = np.arange(n + 1) * n_rows // n
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
 def open_tokens(folder: str | Path) -> TokenStore:

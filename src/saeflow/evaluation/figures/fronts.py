@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 
 from saeflow.dictionaries.series import IDENTITY, ordered_series
 from saeflow.evaluation import comparisons
-from saeflow.evaluation.bootstrap import interval
 from saeflow.evaluation.figures.data import INCREASE, LEVELS, Evaluations, read_evaluations
+from saeflow.evaluation.intervals import interval
 from saeflow.figures.axes import empty_panel, labelled, legend_beside, log_axis, wrapped_panels
 from saeflow.figures.registry import figure
 from saeflow.figures.style import Look, look
@@ -69,9 +69,10 @@ def points(data: Evaluations) -> pd.DataFrame:
             row |= {name: rows[name].mean(), f"{name}_least": rows[name].min(), f"{name}_most": rows[name].max()}
         row |= {name: first[name] for name in INCREASE}
         if len(rows) > 1:
-            draws = data.draws(rows).pivot(columns="dictionary_key", values="ce_increase").mean(axis=1)
-            bounds = interval(draws.to_numpy(), first["confidence"]) or (np.nan, np.nan)
-            row |= dict(zip(INCREASE, (rows["ce_increase"].mean(), *bounds), strict=True))
+            draws = data.resamples_of(rows).pivot(columns="dictionary_key", values="ce_increase").mean(axis=1)
+            mean = rows["ce_increase"].mean()
+            ends = interval(mean, draws.to_numpy(), first["confidence"])
+            row |= dict(zip(INCREASE, (mean, *map(float, ends)), strict=True))
         found.append(row | {name: first[name] for name in LEVELS})
     return pd.DataFrame(found)
 
@@ -96,16 +97,20 @@ def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
 
 def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
     """At the left edge, as high as their loss is, or at the top where that is beyond the panel."""
-    at_edge = axis.get_yaxis_transform()
     top = axis.get_ylim()[1]
-    for ce, mine in rows.groupby(rows["ce_replaced"].round(3)):
-        beyond = ce > top
+    placed = rows.assign(y=rows["ce_replaced"].clip(upper=top))
+    where: dict[str, Any] = {
+        "xycoords": axis.get_yaxis_transform(),
+        "textcoords": "offset points",
+        "va": "center",
+        "fontsize": 6,
+    }
+    for y, mine in placed.groupby("y"):
         for name in mine["series"]:
-            mark = looks[str(name)].line | {"linestyle": "", "transform": at_edge, "clip_on": False, "zorder": 4}
-            axis.plot([0], [top if beyond else ce], **mark)
-        text = f"↑ L0 = 0, at {ce:.3f}" if beyond else "L0 = 0"
-        where = {"xycoords": at_edge, "textcoords": "offset points", "va": "center", "fontsize": 6}
-        axis.annotate(text, (0, top if beyond else ce), (5, -4 if beyond else 0), **where)
+            mark = looks[str(name)].line | {"linestyle": "", "clip_on": False, "zorder": 4}
+            axis.plot([0], [y], **mark, transform=axis.get_yaxis_transform())
+        beyond = ", ".join(f"{ce:.3f}" for ce in sorted(set(mine["ce_replaced"].round(3))) if ce > top)
+        axis.annotate(f"↑ L0 = 0, at {beyond}" if beyond else "L0 = 0", (0, y), (5, -4 if beyond else 0), **where)
 
 
 def _levels(axis: Axes, rows: pd.DataFrame) -> None:
@@ -186,7 +191,7 @@ def _matched(
     """
     found = []
     for place, rows in data.table.groupby("place", sort=False):
-        draws, confidence = data.draws(rows), rows["confidence"].iloc[0]
+        draws, confidence = data.resamples_of(rows), rows["confidence"].iloc[0]
         groups = [(str(name), group) for name, group in rows.groupby("series", sort=False)]
         for (name, one), (other_name, other) in itertools.combinations(groups, 2):
             for positions, suffix in (("all", ""), ("without BOS", "_without_bos")):

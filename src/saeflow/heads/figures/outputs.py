@@ -213,7 +213,7 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.legend(loc="upper left")
         at = np.arange(dataset.sizes["pair"])
         for place, suffix, colour, label in ((-0.2, "", COLOURS[1], "heads"), (0.2, "_rotated", NULL, "rotated heads")):
-            weight = dataset["weight" + suffix].values
+            weight = dataset["weight" + suffix].where(lambda w: w > 0).values  # 0: of a head that never fires
             right.bar(at + place, dataset["total" + suffix] / weight, 0.36, color=colour, label=label)
             means = dataset["from_means" + suffix].values / weight
             right.plot(at + place, means, "_", color="black", markersize=8, label=None if suffix else "if independent")

@@ -36,6 +36,13 @@ def jacobian_layers(data: Studies) -> tuple[Figure, pd.DataFrame]:
     return _measures(table, "layer", "layer", series)
 
 
+def _in_units(table: pd.DataFrame, name: str) -> str:
+    """The measure `name` for a unit step of what the MLP reads, where all studies have that: layers and sites whose
+    norms have other gains are compared in it."""
+    own = f"{name}_unit"
+    return own if own in table and table[own].notna().all() else name
+
+
 _MEASURES = {
     "mean_absolute": "mean |J|",
     "fraction_above_0.01": "share of |J| > 0.01",
@@ -50,7 +57,8 @@ def _measures(
     table: pd.DataFrame, by: str, label: str, series: list[tuple[str, pd.DataFrame, Look]]
 ) -> tuple[Figure, pd.DataFrame]:
     """A panel a measure, its values at equal steps along `by`; `series`: label, rows and look."""
-    measures = {name: text for name, text in _MEASURES.items() if name in table}  # thresholds are configured
+    # thresholds are configured
+    measures = {_in_units(table, name): text for name, text in _MEASURES.items() if name in table}
     values = sorted(table[by].unique())
     figure, grid = subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
     for axis, (name, text) in zip(grid.flat, measures.items(), strict=False):
@@ -78,7 +86,8 @@ def jacobian_pareto(data: Studies) -> tuple[Figure, pd.DataFrame]:
     table = data.summaries
     colours = studies.coefficient_colours(table)
     measures = {"fraction_above_0.01": "share of |J| > 0.01", "effective_inputs": "effective inputs per output"}
-    measures = {name: label for name, label in (measures | {"hoyer": "Hoyer sparsity"}).items() if name in table}
+    measures |= {"hoyer": "Hoyer sparsity"}
+    measures = {_in_units(table, name): label for name, label in measures.items() if name in table}
     figure, grid = subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
     for axis, label in zip(grid[-1], measures.values(), strict=True):
         axis.set_xlabel(label)
@@ -109,7 +118,7 @@ _COMPARED = {
     "fraction_above_0.01": "|J| > 0.01 (%)",
     "fraction_above_0.015": "|J| > 0.015 (%)",
     "fraction_above_0.02": "|J| > 0.02 (%)",
-    "absolute_linear": "linear functions (%)",
+    "absolute_linear_or_flat": "linear functions (%)",
     "absolute_jumprelu": "JumpReLU-like (%)",
     "absolute_other": "other (%)",
     "on_line": "|J + Δ| < 0.1 (%)",
@@ -130,8 +139,10 @@ _PAPER = {  # model or control, study: the same measures in percent; of its figu
 def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """The paper's numbers beside ours: every study with the L1 penalty, means over seeds.
 
-    arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, position 0 left out, taken at the true input;
-    its trained models' weights were folded for the analysis and not for the training, its random models' were not.
+    Ours are for a unit step of what the MLP reads (the paper's units) where f begins after the norm's division.
+    Functions that are flat count as linear, as there. arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of
+    training, position 0 left out, taken at the true input; its trained models' weights were folded for the analysis and
+    not for the training, its random models' were not.
     """
     rows: list[dict[str, Any]] = [
         {"source": "paper", "control": control, "study": study} | dict(zip(_COMPARED, values, strict=True))
@@ -143,7 +154,7 @@ def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     for (kind, layer, panel, coefficient), mine in ours.groupby(by, sort=False):
         rest = [part for part in str(panel).split(", ") if part not in ("", f"layer {layer}", kind)]
         study = ", ".join(["ours", f"layer {layer}", *rest, f"λ = {coefficient:g}"])
-        values = {name: 100 * mine[name].mean() for name in held}
+        values = {name: 100 * mine[_in_units(mine, name)].mean() for name in held}
         rows.append({"source": "ours", "control": kind, "study": study} | values)
     order = list(dict.fromkeys(row["control"] for row in rows))
     table = pd.DataFrame(rows).sort_values("control", key=lambda column: column.map(order.index), kind="stable")
