@@ -105,7 +105,8 @@ def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -
         "va": "center",
         "fontsize": 6,
     }
-    for y, mine in placed.groupby("y"):
+    for _, mine in placed.groupby("y"):
+        y = float(mine["y"].iloc[0])
         for name in mine["series"]:
             mark = looks[str(name)].line | {"linestyle": "", "clip_on": False, "zorder": 4}
             axis.plot([0], [y], **mark, transform=axis.get_yaxis_transform())
