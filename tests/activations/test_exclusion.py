@@ -7,6 +7,7 @@ from stores import write_store
 
 from saeflow.activations import exclusion
 from saeflow.activations.exclusion import find_left_out, kept_statistics, measure_massive
+from saeflow.activations.reader import open_rows
 from saeflow.activations.store import StoreError
 from saeflow.config.training import ExcludeConfig
 
@@ -84,22 +85,35 @@ def test_statistics_are_those_of_the_tokens_that_are_kept(columns, held, monkeyp
         assert float(found.mean_norm) == pytest.approx(np.linalg.norm(x, axis=1).mean(), rel=1e-12)
 
 
+def massive(column, left_out):
+    return measure_massive(open_rows(column), column.n_tokens, CONTEXT, left_out)
+
+
 def test_massive_first_tokens_are_found_until_they_are_left_out(columns):
-    first, others, n = measure_massive(columns[0], CONTEXT, None)
+    first, others, n = massive(columns[0], None)
     assert 300 < first < 700 and others == 0 and n == N
-    ordinary, others, _ = measure_massive(columns[1], CONTEXT, None)
+    ordinary, others, _ = massive(columns[1], None)
     assert 0.5 < ordinary < 2 and others == 1
     left_out = find_left_out(columns, ExcludeConfig(positions=(0,)), CONTEXT)
-    assert np.isnan(measure_massive(columns[0], CONTEXT, left_out).first)
-    assert measure_massive(columns[1], CONTEXT, left_out).n_others == 1
+    assert np.isnan(massive(columns[0], left_out).first)
+    assert massive(columns[1], left_out).n_others == 1
     both = find_left_out(columns, ExcludeConfig(norm_above=10.0), CONTEXT)
-    assert measure_massive(columns[1], CONTEXT, both).n_others == 0
+    assert massive(columns[1], both).n_others == 0
 
 
 def test_a_store_in_which_nothing_is_left_is_refused(columns):
     exclude = ExcludeConfig(token_ids=tuple(range(9)))
     with pytest.raises(StoreError, match=rf"leaves out all {N} tokens .* name fewer"):
         find_left_out(columns, exclude, CONTEXT)
+
+
+def test_a_median_of_zero_leaves_nothing_out(tmp_path, tokens):
+    x = torch.zeros(N, 3)
+    x[: N // 2 - 1] = 1
+    (column,) = write_store(tmp_path / "zeros", {HOOK: x}, tokens, **SHARDS)
+    with pytest.raises(StoreError, match="half of the tokens or more are 0"):
+        find_left_out([column], ExcludeConfig(norm_above=10.0), CONTEXT)
+    assert np.isnan(massive(column, None).first) and massive(column, None).n_others == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove chunk", "remove array"])

@@ -90,12 +90,18 @@ def test_the_penalty_makes_the_jacobian_smaller() -> None:
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
 @pytest.mark.parametrize("penalty", ["l1", "scad", "l1_over_l2"])
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
-def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, penalty: str, fraction: float) -> None:
-    """The loss of the paper (reference 1.2), from raw activations by plain operations, differentiated by autograd."""
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_gradients_are_those_of_the_loss_as_written(
+    at: str, normalize: str, penalty: str, fraction: float, subtracts: bool
+) -> None:
+    """The loss of the paper (reference 1.2), from raw activations by plain operations, differentiated by autograd;
+    with its encoder, and with one that subtracts b_dec from its input."""
     config = replace(PAIR, jacobian_at=at, normalize_activations=normalize, jacobian_penalty=penalty)
+    config = replace(config, apply_b_dec_to_input=subtracts)
     trainer = trainer_of(config, replace(TRAINING, jacobian_fraction=fraction))
     for part in trainer.parts.values():  # so that pre-activations are well apart, and float64 picks the same latents
         part.weights = type(part.weights)(*(None if t is None else t.double() for t in part.weights))
+        part.weights.b_dec.add_(0.1)
     trainer.block = block_of(torch.float64)
     x, y = (t.double() for t in batch_of(0, block_of()))
     y = trainer.block(x)
@@ -117,7 +123,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
     loss = torch.zeros((), dtype=torch.float64)
     latents, decoded = [], []
     for value, scale, (encoder, b_enc, W_dec, b_dec) in zip((x, y), scales, leaves.values(), strict=True):
-        pre = (value * scale - b_dec) @ encoder.T + b_enc
+        pre = (value * scale - subtracts * b_dec) @ encoder.T + b_enc
         f = torch.relu(torch.where(pre >= pre.topk(K, dim=1).values[:, -1:], pre, 0.0))
         error = f @ W_dec + b_dec - value * scale
         loss = loss + error.square().mean()
@@ -125,7 +131,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
         decoded.append((f @ W_dec + b_dec) / scale)
     place = decoded[0] if at == "reconstruction" else x
     (_, _, W_dec_in, _), (encoder_out, b_enc_out, _, b_dec_out) = leaves.values()
-    pre_out = (trainer.block(place) * scales[1] - b_dec_out) @ encoder_out.T + b_enc_out
+    pre_out = (trainer.block(place) * scales[1] - subtracts * b_dec_out) @ encoder_out.T + b_enc_out
     on_out = (pre_out > 0) & (pre_out >= pre_out.topk(K, dim=1).values[:, -1:])
     whole = torch.func.vmap(torch.func.jacrev(lambda v: trainer.block(v[None])[0]))(place)
     J = torch.einsum("nd,tde,me->tnm", encoder_out * scales[1], whole, W_dec_in / scales[0])

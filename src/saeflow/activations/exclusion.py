@@ -52,7 +52,7 @@ def find_left_out(columns: list[Column], exclude: ExcludeConfig, context_size: i
     """The tokens of row-aligned columns of one store that `exclude` names. Takes one byte a token of memory, and with
     `norm_above` eight more and a read of each column.
 
-    Raises `StoreError` where no token is kept, or the store does not say which token is where.
+    Raises `StoreError` where no token is kept, the median norm is 0, or the store does not say which token is where.
     """
     n = columns[0].n_tokens
     out = np.zeros(n, dtype=bool)
@@ -73,8 +73,13 @@ def find_left_out(columns: list[Column], exclude: ExcludeConfig, context_size: i
         kept = ~out
         for column in columns:
             norms = np.concatenate([_norms(rows) for rows in _slabs(column)])
-            medians[column.hook_name] = float(np.median(norms[kept]))
-            leave_out("norm_above", norms > exclude.norm_above * medians[column.hook_name])
+            median = medians[column.hook_name] = float(np.median(norms[kept]))
+            if median == 0:
+                raise StoreError(
+                    f"training.exclude.norm_above: at {column.hook_name} half of the tokens or more are 0, and "
+                    "with them the median norm; leave tokens out by positions or token_ids"
+                )
+            leave_out("norm_above", norms > exclude.norm_above * median)
     if out.all():
         raise StoreError(
             f"training.exclude={exclude.identity()} leaves out all {n} tokens of {columns[0].folder}: nothing is left "
@@ -118,17 +123,19 @@ class Massive(NamedTuple):
     """of so many."""
 
 
-def measure_massive(column: Column, context_size: int, left_out: LeftOut | None) -> Massive:
-    """Looks at the first rows of a column, some `SAMPLE_TOKENS` tokens."""
-    n = min(max(1, SAMPLE_TOKENS // context_size) * context_size, column.n_tokens)
+def measure_massive(rows: Any, n_tokens: int, context_size: int, left_out: LeftOut | None) -> Massive:
+    """Looks at the first rows of an opened column of `n_tokens` (`reader.open_rows`), some `SAMPLE_TOKENS` tokens."""
+    n = min(max(1, SAMPLE_TOKENS // context_size) * context_size, n_tokens)
     numbers = np.arange(n)
     if left_out is not None:
         numbers = np.setdiff1d(numbers, left_out.tokens, assume_unique=True)
     is_first = numbers % context_size == 0
     if not len(numbers) or is_first.all():
         return Massive(np.nan, 0, len(numbers))
-    norms = _norms(open_rows(column).take(numbers))
-    median = max(float(np.median(norms)), float(np.finfo(np.float32).tiny))
+    norms = _norms(rows.take(numbers))
+    median = float(np.median(norms))
+    if median == 0:
+        return Massive(np.nan, 0, len(numbers))
     first = float(np.median(norms[is_first])) / median if is_first.any() else np.nan
     return Massive(first, int((norms[~is_first] > MASSIVE * median).sum()), len(numbers))
 

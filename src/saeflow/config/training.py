@@ -104,11 +104,18 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         names = "batch_size dead_after_tokens resample_batches log_every together keep_checkpoints"
         at_least(1, self, "training", names)
+        names = "shuffle_seed lr_warm_up_steps lr_decay_steps l1_warm_up_steps resample_warm_up_steps "
+        at_least(0, self, "training", names + "jacobian_warm_up_steps auxk_coefficient")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 or more and below 1")
+        require(self.checkpoint_seconds > 0, "training.checkpoint_seconds", self.checkpoint_seconds, "more than 0")
         require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
         require(self.lr > 0, "training.lr", self.lr, "more than 0")
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
         require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
         fraction = self.jacobian_fraction
         require(0 < fraction <= 1, "training.jacobian_fraction", fraction, "above 0 and at most 1")
+        legal = all(step >= 0 for step in self.resample_steps)
+        require(legal, "training.resample_steps", list(self.resample_steps), "a list of steps, of which the first is 0")
         legal = (self.revive == "resample") == bool(self.resample_steps)
         require(legal, "training.resample_steps", self.resample_steps, "a list of steps with revive=resample, else []")

@@ -38,8 +38,8 @@ class Front(NamedTuple):
 
     points: pd.DataFrame
     """`x` and `y` of each point, `point`, `seeds` (how many dictionaries it is of)."""
-    draws: dict[str, np.ndarray]
-    """`x`, `y`: of each resample of the documents, (draws, points)."""
+    resampled: dict[str, np.ndarray]
+    """`x`, `y`: of each resample of the documents, (resamples, points)."""
     alone: list[tuple[np.ndarray, np.ndarray]]
     """x and y of each seed's own front, of those that have all points; empty where there is one seed."""
 
@@ -101,9 +101,10 @@ def _matched(
     a, b = (_extended(scale(f.points["x"].to_numpy()), f.points["y"].to_numpy(), at) for f in fronts)
     grid["difference"] = b - a
     one, other = (
-        np.stack([_extended(scale(u), v, at) for u, v in zip(f.draws["x"], f.draws["y"], strict=True)]) for f in fronts
+        np.stack([_extended(scale(u), v, at) for u, v in zip(f.resampled["x"], f.resampled["y"], strict=True)])
+        for f in fronts
     )
-    grid["low"], grid["high"] = interval(b - a, other - one, confidence)
+    grid["low"], grid["high"] = interval(grid["difference"].to_numpy(), other - one, confidence)
     grid["seeds_low"], grid["seeds_high"] = _over_seeds(fronts, at, scale)
     return grid.rename(columns={"x": x})[columns].reset_index(drop=True)
 
@@ -119,14 +120,14 @@ def front(rows: pd.DataFrame, resamples: pd.DataFrame, x: str, y: str) -> Front:
     rows = rows.assign(point=rows.get("point", rows["dictionary_key"]), repeat=rows.get("repeat", ""))
     names = {"x": (x, "mean"), "y": (y, "mean"), "seeds": (y, "size")}
     points = rows.groupby("point", sort=False).agg(**names).reset_index()
-    draws = {}
+    resampled = {}
     for name, column in (("x", x), ("y", y)):
         wide = resamples.pivot(columns="dictionary_key", values=column)
         each = [wide[rows.loc[rows["point"] == p, "dictionary_key"]].mean(axis=1) for p in points["point"]]
-        draws[name] = np.stack(each, axis=1) if each else np.empty((len(wide), 0))
+        resampled[name] = np.stack(each, axis=1) if each else np.empty((len(wide), 0))
     by_seed = [one.set_index("point").reindex(points["point"])[[x, y]] for _, one in rows.groupby("repeat")]
     whole = [(one[x].to_numpy(float), one[y].to_numpy(float)) for one in by_seed if one.notna().all(axis=None)]
-    return Front(points, draws, whole if points["seeds"].max() > 1 else [])
+    return Front(points, resampled, whole if points["seeds"].max() > 1 else [])
 
 
 def _over_seeds(fronts: list[Front], at: np.ndarray, scale: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -154,8 +155,8 @@ def _extended(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 def paired_differences(evaluations: pd.DataFrame, resamples: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Metric of `other` minus that of `one`, for every pair of dictionaries of one place; one row a pair and metric.
 
-    `evaluations`, and the resamples of each, are of one place: of one model and the same held-out tokens, so
-    that resample r left the same documents out for all. Raises `ValueError` for several tokens.
+    `evaluations`, and the resampled metrics of each (`resamples`), are of one place: of one model and the same held-out
+    tokens, so that resample r left the same documents out for all. Raises `ValueError` for several tokens.
     """
     if evaluations["tokens_key"].nunique() > 1:
         raise ValueError(f"evaluated on other tokens: {', '.join(sorted(evaluations['tokens_key'].unique()))}")

@@ -31,7 +31,7 @@ from saeflow.heads.study import by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 
 log = logging.getLogger("saeflow")
@@ -48,7 +48,7 @@ def heads_job(job: Job) -> dict[str, Any]:
     rows = open_tokens(job.input("tokens"))
     n_rows = min(rows.n_rows, -(-config.n_tokens // rows.context_size))
     sequence, (tokens, document, _) = rows.spread_rows(n_rows, config.seed)
-    model = open_model(job)
+    model = open_model(job, rows.context_size)
     attention = read_attention(model, int(hook.split(".")[1]))
     log.info("%d dictionaries, %d tokens", len(dictionaries), tokens.size)
     measurements = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
@@ -65,7 +65,7 @@ def heads_job(job: Job) -> dict[str, Any]:
         "left_out": left_out,
         "dictionaries": {},
     }
-    tokenizer = load_tokenizer(folder).tokenizer
+    tokenizer = open_tokenizer(folder)
 
     def text(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))

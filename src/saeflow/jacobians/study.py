@@ -32,7 +32,7 @@ from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_tabl
 from saeflow.jobs.job import Job
 from saeflow.models.blocks import Block, input_gain, read_block
 from saeflow.models.folder import Span, block_of_hooks, read_geometry
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _write_statistics(out: Path, tally: Tally, pairs: Pairs, config: JacobianCon
 
 
 def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
-    tokenizer = load_tokenizer(model_folder).tokenizer
+    tokenizer = open_tokenizer(model_folder)
 
     @functools.cache
     def text(token: int) -> str:

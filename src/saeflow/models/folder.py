@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeflow.config import ConfigError, ModelConfig
+from saeflow.config.checks import where
 from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.text.tokenizer import read_json, special_tokens, tokenizer_file
 
@@ -25,6 +26,7 @@ MODEL_FILES = (
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ROPE = {"LlamaForCausalLM": ("llama3",)}  # beyond those that change nothing within the model's context
 SUPPORTED = (*RMS_NORM, "GPTNeoXForCausalLM", "GPT2LMHeadModel", GROUND_TRUTH, HOOKED)
 
 
@@ -94,6 +96,12 @@ class Geometry:
         sizes |= {"hook_embed": (self.d_model,), "ln_final.hook_normalized": (self.d_model,)}
         if hook_name in sizes:
             return sizes[hook_name]
+        if self.parallel and hook_name == f"blocks.{layer}.hook_resid_mid":
+            raise ConfigError(
+                f"the model has no hook {hook_name!r}: its attention and MLP are parallel, both read the stream before "
+                f"the block, so that there is none between them; for the MLP with its norm use site=mlp_before_norm "
+                f"site.hook_name=blocks.{layer}.hook_resid_pre, for the MLP alone site=mlp"
+            )
         near = difflib.get_close_matches(hook_name, list(sizes), n=3, cutoff=0.3)
         raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or sizes)}")
 
@@ -151,7 +159,7 @@ def resolve_folder(model: ModelConfig) -> Path:
     if model.path is not None:
         folder = Path(model.path)
         if not folder.is_dir():
-            raise ModelError(f"model.path={folder}: no such folder")
+            raise ModelError(f"model.path={folder}: no such folder{where(folder)}")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -182,7 +190,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def model_digest(folder: Path, cache: DigestCache) -> str:
     """Hash of a model's weights and `config.json` by content, 32 hexadecimal digits."""
-    return cache.files(folder, [config_file(folder), *weight_files(folder)])
+    digest = cache.files(folder, [config_file(folder), *weight_files(folder)])
+    if read_keys(config_file(folder)).get("use_sliding_window"):  # of Qwen2; what was computed without it is stale
+        digest = short_hash([digest, "sliding_window"], 32)
+    return digest
 
 
 def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
@@ -210,6 +221,7 @@ def read_geometry(folder: Path) -> Geometry:
             f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2, "
             "and TransformerLens's own format"
         )
+    _check_settings(folder, architecture, config)
     d_model, n_heads = get("hidden_size", "n_embd", "d_model"), get("num_attention_heads", "n_head", "n_heads")
     return Geometry(
         architecture=architecture,
@@ -224,6 +236,30 @@ def read_geometry(folder: Path) -> Geometry:
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
         d_vocab=config.get("vocab_size", config.get("d_vocab")),
     )
+
+
+def _check_settings(folder: Path, architecture: str, config: dict[str, Any]) -> None:
+    """Raises `ModelError` for settings that TransformerLens is known to leave out; `conversion` finds the others."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    left_out = {f"rope_type={kind}": kind not in ("default", "dynamic", *ROPE.get(architecture, ()))}
+    if architecture == "LlamaForCausalLM":
+        left_out |= {f"{name}=true": bool(config.get(name)) for name in ("attention_bias", "mlp_bias")}
+    for setting, wrong in left_out.items():
+        if wrong:
+            raise ModelError(
+                f"{folder}: config.json has {setting}, which TransformerLens leaves out of {architecture}, so that it "
+                "would compute something else than transformers; this model cannot be used here"
+            )
+
+
+def check_processing(folder: Path, geometry: Geometry, model: ModelConfig) -> None:
+    """Raises `ModelError` for processing of the weights that would change what the model computes."""
+    if geometry.architecture in RMS_NORM and model.center_writing_weights:
+        raise ModelError(
+            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
+            "root mean square, which sees the mean; set model.center_writing_weights=false"
+        )
 
 
 def _own_format(folder: Path, config: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Stage:
     expand: Callable[["Expansion"], None]
     """Adds its instances to the plan, after all stages that it needs have done so."""
     reads: tuple[str, ...] = ()
-    """Dotted paths of the point that enter its key."""
+    """Dotted paths of the point that enter its key; one that ends in `?` does so where it is not null."""
     version: int = 1
     """Raise it when the code changes what the stage computes: above all that `version_of` says."""
     version_of: Callable[[dict[str, Any]], int | None] = lambda config: None

@@ -63,8 +63,8 @@ class Selection:
 
     def warn_of_massive(self, columns: Sequence[Column]) -> None:
         """Says in the log where norms of tokens that are trained on are so large that they are all that counts."""
-        for column in columns:
-            found = measure_massive(column, self.context_size, self.left_out)
+        for column, rows in zip(columns, self.batches.columns, strict=True):
+            found = measure_massive(rows, column.n_tokens, self.context_size, self.left_out)
             if found.first > MASSIVE:
                 log.warning(
                     "%s: the first token of a row has %.0f times the median norm, and training would serve it alone; "

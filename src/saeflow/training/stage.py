@@ -15,11 +15,13 @@ from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedDictionary, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.training.loggers import check_loggers
 
 HOW_IT_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
 
 
 def expand(expansion: Expansion) -> None:
+    loggers = set[str]()
     for planned in expansion.points:
         point, site, config = planned.point, planned.point.site, planned.point.dictionary
         training = planned.tree["training"]
@@ -47,10 +49,13 @@ def expand(expansion: Expansion) -> None:
                 sources={"training": canonical(how)},
             )
             keys.append(key)
+            if not expansion.plan.done("train", key):
+                loggers.update(how["loggers"])
         n_heads = planned.geometry.hook_size(site.hook_name)[0]
         for part in config.parts(site, n_heads) if keys else ():
             found = PlannedDictionary("train", keys[part.training], part.hook_name, part.name, part.head)
             planned.dictionaries.append(found)
+    check_loggers(loggers)
 
 
 def config_of(instance: Instance) -> DictionaryConfig:

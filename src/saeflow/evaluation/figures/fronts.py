@@ -69,10 +69,10 @@ def points(data: Evaluations) -> pd.DataFrame:
             row |= {name: rows[name].mean(), f"{name}_least": rows[name].min(), f"{name}_most": rows[name].max()}
         row |= {name: first[name] for name in INCREASE}
         if len(rows) > 1:
-            draws = data.resamples_of(rows).pivot(columns="dictionary_key", values="ce_increase").mean(axis=1)
+            resampled = data.resamples_of(rows).pivot(columns="dictionary_key", values="ce_increase").mean(axis=1)
             mean = rows["ce_increase"].mean()
-            ends = interval(mean, draws.to_numpy(), first["confidence"])
-            row |= dict(zip(INCREASE, (mean, *map(float, ends)), strict=True))
+            low, high = interval(mean, resampled.to_numpy(), first["confidence"])
+            row |= dict(zip(INCREASE, (mean, float(low), float(high)), strict=True))
         found.append(row | {name: first[name] for name in LEVELS})
     return pd.DataFrame(found)
 

@@ -36,9 +36,13 @@ def jacobian_layers(data: Studies) -> tuple[Figure, pd.DataFrame]:
     return _measures(table, "layer", "layer", series)
 
 
+def _between_layers(table: pd.DataFrame, name: str) -> str:
+    """The measure `name`, where there are several layers in units that do not move with the gains of their norms."""
+    return _in_units(table, name) if table["layer"].nunique() > 1 else name
+
+
 def _in_units(table: pd.DataFrame, name: str) -> str:
-    """The measure `name` for a unit step of what the MLP reads, where all studies have that: layers and sites whose
-    norms have other gains are compared in it."""
+    """The measure `name` for a unit step of what the MLP reads, where all studies have that."""
     own = f"{name}_unit"
     return own if own in table and table[own].notna().all() else name
 
@@ -58,7 +62,7 @@ def _measures(
 ) -> tuple[Figure, pd.DataFrame]:
     """A panel a measure, its values at equal steps along `by`; `series`: label, rows and look."""
     # thresholds are configured
-    measures = {_in_units(table, name): text for name, text in _MEASURES.items() if name in table}
+    measures = {_between_layers(table, name): text for name, text in _MEASURES.items() if name in table}
     values = sorted(table[by].unique())
     figure, grid = subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
     for axis, (name, text) in zip(grid.flat, measures.items(), strict=False):
@@ -87,7 +91,7 @@ def jacobian_pareto(data: Studies) -> tuple[Figure, pd.DataFrame]:
     colours = studies.coefficient_colours(table)
     measures = {"fraction_above_0.01": "share of |J| > 0.01", "effective_inputs": "effective inputs per output"}
     measures |= {"hoyer": "Hoyer sparsity"}
-    measures = {_in_units(table, name): label for name, label in measures.items() if name in table}
+    measures = {_between_layers(table, name): label for name, label in measures.items() if name in table}
     figure, grid = subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
     for axis, label in zip(grid[-1], measures.values(), strict=True):
         axis.set_xlabel(label)
