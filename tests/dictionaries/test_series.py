@@ -85,8 +85,8 @@ def test_widths_given_in_two_ways_are_compared_by_what_they_come_to(home: Path) 
         (["tokens.held_out_tokens=[2048,4096]"],
          ["layer 2, mlp_out, 2,048 held-out tokens", "layer 2, mlp_out, 4,096 held-out tokens"]),
         (["tokens.context_size=[64,128]"], ["layer 2, mlp_out, context of 64", "layer 2, mlp_out, context of 128"]),
-        (["evaluation.resamples=[500,1000]"],
-         ["layer 2, mlp_out, resamples = 500", "layer 2, mlp_out, resamples = 1000"]),
+        (["evaluation.confidence=[0.9,0.95]"],
+         ["layer 2, mlp_out, confidence = 0.9", "layer 2, mlp_out, confidence = 0.95"]),
     ],
 )  # fmt: skip
 def test_models_tokens_and_hooks_make_places(home: Path, overrides: list[str], places: list[str]) -> None:  # noqa: F811

@@ -131,9 +131,9 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
             copies.append(copy)
     studies = read_studies(copies, pd.DataFrame({"train_key": []}))
     assert list(dict.fromkeys(studies.summaries["panel"])) == [
-        "layer 1",
+        "layer 1, trained model",
         "layer 1, re-initialised model",
-        "layer 2",
+        "layer 2, trained model",
     ]
     figure, _ = jacobian_thresholds(studies)
     assert [axis.get_title() for axis in figure.axes[:3]] == list(dict.fromkeys(studies.summaries["panel"]))
