@@ -6,11 +6,13 @@ from functools import cache, partial
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
+from saeflow.figures.whereabouts import whereabouts
 from saeflow.planning.batches import resources
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
 from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
+from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 
 RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
@@ -20,14 +22,15 @@ RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
 # Which that is, Snakemake tells every job, wherever it runs, as a variable of the environment.
 if workflow.is_main_process:
     try:
-        PLAN = compose(
-            config.get("conf", f"{workflow.basedir}/conf"),
-            shlex.split(config.get("hydra", "")),
-            digests=".snakemake/digests.json",
-        )
+        OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
+        PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=".snakemake/digests.json")
         check_disk(PLAN)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
+    for handler in workflow.logger_manager.get_log_handlers():
+        handler.ending = partial(whereabouts, PLAN, OVERRIDES)  # of those of our logger, the last words of a run
+        handler.there = sum(map(len, PLAN.found.values()))
+        handler.together = PLAN.together
     os.environ["SAEFLOW_PLAN"] = str(plan_file(PLAN))
 else:
     try:
@@ -94,5 +97,5 @@ def resources_of_key(stage):
 # ended: so the stage is a resource, which, unlike a parameter, is never a reason to rerun.
 JOB = (
     f"{RUN}/job.py {{resources.stage}} --plan {shlex.quote(os.environ['SAEFLOW_PLAN'])} --job {{wildcards.key:q}}"
-    " --device {resources.device} --threads {threads} --log {log:q}"
+    " --device {resources.device} --threads {threads} --log {log:q} --quiet"
 )

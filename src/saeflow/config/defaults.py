@@ -29,10 +29,16 @@ def defaults(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
-            found[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+            found[field.name] = _plain(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
+            found[field.name] = _plain(field.default_factory())
     return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def defaults_of(group: str, tree: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.config.checks import where
 from saeflow.config.labels import file_safe
 from saeflow.dictionaries.kinds.foreign import ForeignConfig
 from saeflow.dictionaries.layouts import foreign_files, foreign_format
@@ -27,7 +28,7 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     if config.path is not None:
         path = Path(config.path)
         if not path.exists():
-            raise ConfigError(f"dictionary.path={path}: no such file or folder")
+            raise ConfigError(f"dictionary.path={path}: no such file or folder{where(path)}")
         form = config.format or foreign_format(path)
         content = short_hash([planned.digests.file(file) for file in foreign_files(path, form)], 32)
         identity |= {"format": form, "content": content}
@@ -39,6 +40,12 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     key = planned.add("foreign", base, {}, extra, sources=sources | {"label": label})
     written = site.hook_name_out or site.hook_name
     planned.dictionaries.append(PlannedDictionary("foreign", key, written, base, head=site.head))
+
+
+def version_of(config: dict[str, Any]) -> int | None:
+    """2: a transcoder that only SAELens computes lost where it writes."""
+    may_be = config["hook_name_out"] is not None and config["format"] in (None, "saelens")
+    return 2 if may_be else None
 
 
 def work(jobs: list[Job]) -> str:
@@ -58,6 +65,7 @@ STAGES = (
         work,
         expand,
         reads=("model",),
+        version_of=version_of,
         after=("train",),
         drawn="where_there",
     ),

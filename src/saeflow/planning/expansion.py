@@ -111,6 +111,8 @@ class Expansion:
     figures: list[str]
     stacks: list[Any]
     blind: dict[str, Any] | None
+    figures_asked: bool = False
+    """Whether `figures` were named for this run: all of them have to be possible."""
 
 
 def compose(
@@ -128,7 +130,7 @@ def compose(
     plan = Plan(sweep.experiment, {name: {} for name in stages()}, sweep.device, results=results)
     tells: dict[str, dict[str, str]] = {}
     points = [_planned(build(PointConfig, tree), plan, cache, tells) for tree in sweep.points()]
-    expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind)
+    expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind, sweep.figures_asked)
     for stage in stages().values():
         stage.expand(expansion)
     look(plan)
@@ -156,21 +158,23 @@ def add_instance(
     says: Mapping[str, list[Any]] | None = None,
 ) -> str:
     """Adds an instance, unless an equal one is there; returns its key. Settings at their defaults are not in it."""
-    version = stages()[stage].version
+    declared = stages()[stage]
+    version = declared.version_of(config) or declared.version
     key = f"{label}-{short_hash([stage, version, set_apart(config), needs])}"
     plan.stages[stage].setdefault(key, Instance(stage, key, config, needs, sources, version, dict(says or {})))
     return key
 
 
 def project(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """The part of a tree at some dotted paths."""
+    """The part of a tree at some dotted paths; one that ends in `?` is left out where it is null."""
     out: dict[str, Any] = {}
     for path in paths:
-        *parents, leaf = path.split(".")
+        *parents, leaf = path.removesuffix("?").split(".")
         source, node = tree, out
         for part in parents:
             source, node = source[part], node.setdefault(part, {})
-        node[leaf] = source[leaf]
+        if source[leaf] is not None or not path.endswith("?"):
+            node[leaf] = source[leaf]
     return out
 
 

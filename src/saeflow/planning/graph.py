@@ -122,6 +122,12 @@ class Plan:
         """Receipts of the jobs that make some artifacts, each once."""
         return list(dict.fromkeys(self.receipt(stage, self.leaders.get((stage, key), key)) for key in keys))
 
+    @property
+    def together(self) -> dict[str, list[str]]:
+        """Receipts of all that jobs make which make several, by the one that each is known by."""
+        receipts = ([self.receipt(s, key) for key in batch] for s, found in self.batches.items() for batch in found)
+        return {several[0]: several for several in receipts}
+
     def torn(self, stage: str) -> list[str]:
         """Receipts of artifacts that are to be made though they have one: some of their files are gone."""
         receipts = (self.receipt(stage, key) for key in self.to_make.get(stage, ()))

@@ -29,8 +29,8 @@ class Prediction(NamedTuple):
 
 
 def record(plan: Plan, instance: Instance, work: float, device: str, seconds: float) -> None:
-    """Adds a line for an artifact that took `seconds` for its `work_of` on a device; one write, so that several jobs may
-    do so at once."""
+    """Adds a line for an artifact that took `seconds` for its `work_of` on a device; in one write, so that several jobs
+    may do so at once."""
     line = {
         "stage": instance.stage,
         "key": instance.key,

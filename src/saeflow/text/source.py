@@ -2,15 +2,18 @@
 names that it knows them by."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
-from saeflow.config import ConfigError, CorpusConfig
+from saeflow.config import CorpusConfig
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import file_safe
 from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.corpus import corpus_files, file_format
+from saeflow.text.files import corpus_parts, file_format
+
+log = logging.getLogger(__name__)
 
 
 def identify(planned: PlannedPoint) -> None:
@@ -31,9 +34,10 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     if corpus.path is None:
         return tree
     path = Path(corpus.path)
-    if not path.exists():
-        raise ConfigError(f"corpus.path={path}: no such file or folder")
-    files = [[file_format(file), file.suffix.lower(), digests.file(file)] for file in corpus_files(path)]
+    parts = corpus_parts(path)
+    if parts.left_out:
+        log.warning("corpus %s: not read: %s", path, parts.left_out_in_words())
+    files = [[file_format(file), file.suffix.lower(), digests.file(file)] for file in parts.read]
     content = short_hash(files, 32)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
