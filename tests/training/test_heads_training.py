@@ -20,6 +20,7 @@ from saeflow.training.checkpoints import Checkpoints
 from saeflow.training.heads import HeadsTrainer
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import HookStatistics
+from saeflow.training.selection import hook_statistics
 from saeflow.training.trainer import Trainer
 
 HOOK, H, D = "blocks.0.attn.hook_z", 3, 6
@@ -181,7 +182,7 @@ def test_a_job_writes_a_dictionary_a_head_that_opens_as_one(results, z, name):
     # its batches and its sides are those of the store
     column = open_column(results / "activations" / TRAINING_STORE / f"{HOOK}-1000")
     _, more = CASES[name]
-    again = HeadsTrainer(training.specs_of_job(job, [column]), options(**more), training._hook_statistics(column))
+    again = HeadsTrainer(training.specs_of_job(job, [column]), options(**more), hook_statistics(column))
     run(again, BatchReader([column], BATCH, 0))
     for mine, head in zip(whole.heads, again.heads, strict=True):
         assert mine.spec.hook_head_index is not None and torch.equal(mine.W_dec, head.finished().W_dec)

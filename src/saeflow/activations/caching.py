@@ -60,7 +60,9 @@ def cache_jobs(jobs: list[Job]) -> str:
     with store.locked():
         rows = longest_rows(job.input("tokens") for job in jobs)
         attributes = {"model": config["model"]["weights"], "processing": processing, "context_size": context_size}
-        statistics = cache(store, columns, rows, lambda: load_model(source, model, device), device, attributes)
+        statistics = cache(
+            store, columns, rows, lambda: load_model(source, model, device, context_size), device, attributes
+        )
         for job, column in zip(jobs, columns, strict=True):
             with job.writing() as folder:
                 receipt = Column(folder, column.hook_name, column.n_tokens, column.size, store.config.dtype)

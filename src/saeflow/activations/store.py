@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from saeflow.activations.moments import Moments, Statistics
 from saeflow.activations.shards import ITEMSIZE, Layout, shard_path
 from saeflow.config import ActivationsConfig
+from saeflow.jobs.modes import share
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
+    share(partial)
     partial.replace(path)
 
 

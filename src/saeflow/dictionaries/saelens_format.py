@@ -22,6 +22,7 @@ from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.dictionaries.layouts import head_folders
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
+from saeflow.jobs.modes import share
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load
@@ -44,6 +45,7 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
         return save_saelens(dictionary.sae, dictionary.spec, folder)
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in dictionary.tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
+    share(folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_config(dictionary.spec), indent=1, sort_keys=True) + "\n")
 
 
@@ -52,6 +54,7 @@ def save_saelens(sae: Any, spec: Spec, folder: Path) -> None:
     if spec.hook_name.endswith("hook_z") and spec.hook_head_index is None:
         sae.cfg.reshape_activations = "hook_z"
     sae.save_model(folder)
+    share(folder / WEIGHTS_FILE)
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["device"] = "cpu"
     config["metadata"] |= _metadata(spec)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.config.checks import where
 from saeflow.dictionaries.kinds.foreign import ForeignConfig
 from saeflow.dictionaries.layouts import foreign_files, foreign_format
 from saeflow.jobs.job import Job
@@ -26,7 +27,7 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     if config.path is not None:
         path = Path(config.path)
         if not path.exists():
-            raise ConfigError(f"dictionary.path={path}: no such file or folder")
+            raise ConfigError(f"dictionary.path={path}: no such file or folder{where(path)}")
         form = config.format or foreign_format(path)
         content = planned.digests.files(path.parent if path.is_file() else path, foreign_files(path, form))
         identity |= {"format": form, "content": content}

@@ -25,7 +25,7 @@ from saeflow.evaluation.sums import Rows, token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import flattened, read_hooks
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def blind_job(job: Job) -> int:
     settings = BlindConfig(**job.config["blind"])
     rows = open_tokens(job.input("tokens"))
     model = open_model(job)
-    tokenizer = load_tokenizer(job.source("model")).tokenizer
+    tokenizer = open_tokenizer(job.source("model"))
     shown, key = [], []
     folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
     for evaluated in job.inputs("evaluate"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saeflow.jobs.modes import share
 from saeflow.jobs.provenance import provenance
 from saeflow.planning.graph import RECEIPT, Instance, Plan
 
@@ -68,5 +69,6 @@ class Job:
         self.instance.write_config(partial / "config.yaml")
         about = provenance(self.instance, self.device, time.perf_counter() - self.started, partial)
         (partial / RECEIPT).write_text(json.dumps(about, indent=1) + "\n")
+        share(partial)
         shutil.rmtree(self.path, ignore_errors=True)
         partial.rename(self.path)

@@ -1,12 +1,15 @@
 """The job of the stage `tokens`: packs one split of a corpus into rows of tokens."""
 
+import logging
 import pkgutil
 
 from saeflow.jobs.job import Job
 from saeflow.text.corpus import read_documents, stream_dataset
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.files import corpus_parts
+from saeflow.text.tokenizer import LoadedTokenizer, load_tokenizer
 from saeflow.text.tokens import write_tokens
 
+log = logging.getLogger(__name__)
 CASE_ROWS = "saeflow.groundtruth.job:write_case_rows"
 """Writes the rows of a case instead; by reference, as cases stand above text."""
 
@@ -17,11 +20,14 @@ def tokens_job(job: Job) -> str:
         return str(pkgutil.resolve_name(CASE_ROWS)(job))
     if job.instance.sources["corpus"]:
         fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
+        if left_out := corpus_parts(job.source("corpus")).left_out_in_words():
+            log.warning("not read: %s", left_out)
         documents = read_documents(job.source("corpus"), **fields)
     else:
         names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
         documents = stream_dataset(*(corpus[name] for name in names))
-    tokenizer = load_tokenizer(job.source("model"), packing["bos_token"])
+    tokenizer = load_tokenizer(job.source("model"), packing["bos_token"], packing.get("eos_token"))
+    _tell(tokenizer, packing["prepend_bos"])
     with job.writing() as folder:
         n_documents = write_tokens(
             folder,
@@ -33,3 +39,11 @@ def tokens_job(job: Job) -> str:
         )
     rows, size = config["n_rows"], packing["context_size"]
     return f"wrote {rows:,} rows of {size} tokens from {n_documents:,} documents to {job.path}/"
+
+
+def _tell(tokenizer: LoadedTokenizer, prepend_bos: bool) -> None:
+    """Logs which tokens end documents and begin rows: a chat model's EOS ends a turn."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id if prepend_bos else None
+    end = f"{tokenizer.tokenizer.id_to_token(eos)!r} (id {eos}) ends a document (tokens.eos_token)"
+    front = f"{tokenizer.tokenizer.id_to_token(bos)!r} (id {bos})" if bos is not None else "nothing"
+    log.info("%s; %s stands in front of every row (tokens.bos_token, tokens.prepend_bos)", end, front)

@@ -169,8 +169,10 @@ class Trainer:
 
     def summary(self) -> str:
         row = self.metrics.rows[-1]
+        others = 1 - row.get("fvu_without_first", row["fvu"])
+        apart = f" ({others:.3f} without the first of rows)" if abs(others - row["explained_variance"]) > 0.01 else ""
         return (
-            f"L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, {row['dead']} of "
+            f"L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}{apart}, {row['dead']} of "
             f"{self.spec.d_sae} latents dead"
         )
 
