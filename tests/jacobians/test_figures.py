@@ -126,7 +126,8 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
                 (copy / file.name).symlink_to(file)
             summary = json.loads((copy / "summary.json").read_text())
             (copy / "summary.json").unlink()
-            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0}
+            hooks = {n: summary[n].replace("blocks.1.", f"blocks.{layer}.") for n in ("hook_name", "hook_name_out")}
+            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0} | hooks
             (copy / "summary.json").write_text(json.dumps(summary))
             copies.append(copy)
     studies = read_studies(copies, pd.DataFrame({"train_key": []}))
