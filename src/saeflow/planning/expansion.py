@@ -157,11 +157,15 @@ def add_instance(
     sources: dict[str, str],
     says: Mapping[str, list[Any]] | None = None,
 ) -> str:
-    """Adds an instance, unless an equal one is there; returns its key. Settings at their defaults are not in it."""
+    """Adds an instance, unless an equal one is there; returns its key. Settings at their defaults are not in it, nor are
+    the labels of what it needs."""
     declared = stages()[stage]
     version = declared.version_of(config) or declared.version
-    key = f"{label}-{short_hash([stage, version, set_apart(config), needs])}"
-    plan.stages[stage].setdefault(key, Instance(stage, key, config, needs, sources, version, dict(says or {})))
+    needed = {other: [plan.stages[other][key].identity for key in keys] for other, keys in needs.items()}
+    identity = short_hash([stage, version, set_apart(config), needed], 32)
+    key = f"{label}-{identity[:8]}"
+    made = Instance(stage, key, config, needs, sources, version, dict(says or {}), identity)
+    plan.stages[stage].setdefault(key, made)
     return key
 
 

@@ -2,9 +2,9 @@
 
 A *point* is one combination of a sweep. A *stage* declares the config paths that it reads (`stages`). For every point
 each stage is instantiated with that projection and nothing else, and with the instances that it needs; the hash of
-(stage, stage version, projection, keys of the needed) ends its key, `<label>-<hash8>`, which names its folder below
-`results/<stage>/`. Equal instances of different points are one. So the keys are a Merkle chain: what is not read cannot
-make anything stale, what is read always does.
+(stage, stage version, projection, hashes of the needed) ends its key, `<label>-<hash8>`, which names its folder below
+`results/<stage>/`; labels are in no hash. Equal instances of different points are one. So the keys are a Merkle chain:
+what is not read cannot make anything stale, what is read always does.
 
 What only says *how* to run (devices, threads, paths) is kept beside the projection and never enters a hash; the model's
 weights, its tokenizer and the corpus enter by content.
@@ -38,6 +38,8 @@ class Instance:
     """Of the stage."""
     says: dict[str, list[Any]] = field(default_factory=dict)
     """The setting that an entry of `config` follows from, and its value: `n_rows` from tokens.train_tokens, 307200."""
+    identity: str = ""
+    """The whole hash of which the key ends in the first digits: what the hashes of others that need it are made from."""
 
     def write_config(self, path: Path) -> None:
         """Writes what this instance read, for people and for `explain`."""
