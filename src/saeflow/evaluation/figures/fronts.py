@@ -74,7 +74,7 @@ def points(data: Evaluations) -> pd.DataFrame:
             low, high = interval(mean, resampled.to_numpy(), first["confidence"])
             row |= dict(zip(INCREASE, (mean, float(low), float(high)), strict=True))
         found.append(row | {name: first[name] for name in LEVELS})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).astype(dict.fromkeys(INCREASE, float))  # none where documents are too few: NaN
 
 
 def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
