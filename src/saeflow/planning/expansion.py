@@ -157,8 +157,8 @@ def add_instance(
     sources: dict[str, str],
     says: Mapping[str, list[Any]] | None = None,
 ) -> str:
-    """Adds an instance, unless an equal one is there; returns its key. Settings at their defaults are not in it, nor are
-    the labels of what it needs."""
+    """Adds an instance, unless an equal one is there; returns its key. Settings at their defaults are not in its hash,
+    nor are the labels of what it needs."""
     declared = stages()[stage]
     version = declared.version_of(config) or declared.version
     needed = {other: [plan.stages[other][key].identity for key in keys] for other, keys in needs.items()}

@@ -39,7 +39,7 @@ class Instance:
     says: dict[str, list[Any]] = field(default_factory=dict)
     """The setting that an entry of `config` follows from, and its value: `n_rows` from tokens.train_tokens, 307200."""
     identity: str = ""
-    """The whole hash of which the key ends in the first digits: what the hashes of others that need it are made from."""
+    """The whole hash of which the key has the first digits: what the hashes of others that need it are made from."""
 
     def write_config(self, path: Path) -> None:
         """Writes what this instance read, for people and for `explain`."""
