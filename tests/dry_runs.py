@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def dry_run(home: Path, hydra: str, forced: Iterable[str] = (), until: Iterable[str] = ()) -> dict[str, list[str]]:
     """Keys of each stage that a run in `home` would make, as the rules' own plan says what each job makes."""
+    config = {"hydra": hydra, "conf": str(home / "conf")}
     before = os.environ.get("SAEFLOW_PLAN")
     settings = DAGSettings(
         forcerun=frozenset(forced), until=frozenset(until), rerun_triggers=frozenset({RerunTrigger.MTIME})
@@ -24,7 +25,7 @@ def dry_run(home: Path, hydra: str, forced: Iterable[str] = (), until: Iterable[
         api = stack.enter_context(SnakemakeApi(OutputSettings(quiet={Quietness.ALL})))
         workflow = api.workflow(
             resource_settings=ResourceSettings(cores=1),
-            config_settings=ConfigSettings(config={"hydra": hydra, "conf": str(home / "conf")}),
+            config_settings=ConfigSettings(config=config, config_args=[f"{k}={v}" for k, v in config.items()]),
             snakefile=ROOT / "Snakefile",
             workdir=home,
         )

@@ -51,7 +51,8 @@ def say(to: LogHandler, event: LogEvent | None = None, msg: str = "", **extra: o
 
 
 def job(to: LogHandler, log: Path, event: LogEvent = LogEvent.JOB_INFO) -> None:
-    say(to, event, jobid=3, rule_name="train", output=OUTPUTS, log=[str(log)], input=["x" * 5000])
+    to.together = {OUTPUTS[0]: OUTPUTS}
+    say(to, event, jobid=3, rule_name="train", output=OUTPUTS[:1], log=[str(log)], input=["x" * 5000])
 
 
 def shown(of: LogHandler) -> list[str]:

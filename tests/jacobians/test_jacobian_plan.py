@@ -8,6 +8,7 @@ from conftest import write_plain_model
 from tests.planning.test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
+from saeflow.config.defaults import set_apart
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.spec import DictionaryError
@@ -123,7 +124,7 @@ def test_an_encoder_that_subtracts_b_dec_has_the_key_that_it_always_had(home: Pa
     assert changed(plain, plan_of(home, *PAIRS, "dictionary.apply_b_dec_to_input=false"))["train"] == 1
     for kind in ("pair", "jacobian"):
         for planned in plan_of(home, f"dictionary={kind}", "site=mlp").stages["train"].values():
-            assert "apply_b_dec_to_input" not in planned.config["dictionary"]
+            assert "apply_b_dec_to_input" not in set_apart(planned.config)["dictionary"]
     sae = plan_of(home, "dictionary=topk", "dictionary.sparsity=unit_norm", "site=mlp_in", "dictionary.k=4")
     pair = plan_of(home, "dictionary=pair", "site=mlp", "dictionary.k=4")
     assert set(sae.stages["train"]) < set(pair.stages["train"])

@@ -75,7 +75,7 @@ def test_a_release_that_adds_settings_makes_nothing_stale(home: Path, monkeypatc
     before = keys(plan_of(home, "dictionary=topk,relu,saelens/gated", "model.randomise=[none,reinit]"))
     grown = dataclasses.make_dataclass(
         "TrainingConfig",
-        [("of_a_later_release", tuple[int, ...], dataclasses.field(default=()))],
+        [("added", tuple[int, ...], dataclasses.field(default=()))],
         bases=(TrainingConfig,),
         frozen=True,
     )
@@ -85,7 +85,7 @@ def test_a_release_that_adds_settings_makes_nothing_stale(home: Path, monkeypatc
     after = plan_of(home, "dictionary=topk,relu,saelens/gated", "model.randomise=[none,reinit]")
     assert keys(after) == before
     (first, *_) = after.stages["train"].values()
-    assert first.config["training"]["of_a_later_release"] == []  # though a job reads it
+    assert first.config["training"]["added"] == []  # though a job reads it
 
 
 # -------------------------------------------------------------------- names are no content
