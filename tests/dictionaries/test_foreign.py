@@ -263,7 +263,7 @@ def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file
     learned(tmp_path / "other", "AutoEncoder", scaled, lm_name="tiny")
     chosen = ["model=local", f"model.path={neox_folder}", "corpus=local", f"corpus.path={corpus_file}", *TINY]
     sweep = f"sweep={{dictionary:foreign,site:mlp_out,dictionary.path:[{one},{other}]}}"
-    figures = "figures=[sparsity_faithfulness,training_curves,paired_differences]"
+    figures = "figures=[sparsity_faithfulness,paired_differences]"
     plan = compose(ROOT / "conf", [sweep, figures, *chosen], results=str(tmp_path / "results"))
     assert {s: len(t) for s, t in plan.stages.items() if t} == {
         "tokens": 2, "activations": 1, "foreign": 2, "baseline": 1, "evaluate": 2, "figures": 1,

@@ -344,7 +344,7 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
     shown = ["l0", "recovery", "recovery_random", "mixtures", "mixtures_random"]
     assert list(pd.read_csv(folder / "recovery.csv")) == [*identity, *shown]
     assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", "jacobian_cosine"]
-    assert len(pd.read_csv(folder / "stability.csv").columns) == 10
+    assert len(pd.read_csv(folder / "stability.csv").columns) == 11
     table = pd.read_csv(folder / "recoveries.csv")
     assert sorted(table["part"].dropna()) == ["input", "input", "output", "output"] and len(table) == 2 + 1 + 4
     assert set(table["train_key"]) == set(plan.stages["train"])

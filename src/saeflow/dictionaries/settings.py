@@ -49,6 +49,9 @@ def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
         config = instance.config
         held = {name: value for name, value in config.items() if name in _POINT or isinstance(value, dict)}
         found |= {path: value for path, value in _flat(held).items() if path not in found}
+        for source in ("model", "corpus"):  # what people call them now; it tells nothing apart
+            if f"{source}_name" in instance.sources:
+                found.setdefault(f"{source}.name", instance.sources[f"{source}_name"])
         if made_by == "tokens":
             found[f"tokens.{config['split']}_tokens"] = config["n_rows"] * config["tokens"]["context_size"]
         if made_by == "foreign":

@@ -22,7 +22,7 @@ def identify(planned: PlannedPoint) -> None:
     if corpus.case is None:  # else its model's name says it
         name = corpus.dataset.rsplit("/", 1)[-1] if corpus.dataset and not corpus.path else "text"
         planned.labels["corpus"] = f"{file_safe(name)}.{short_hash(set_apart({'corpus': tree}), 4)}"
-    planned.sources["corpus"] = corpus.path or ""
+    planned.sources |= {"corpus": corpus.path or "", "corpus_name": corpus.name}
 
 
 def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
