@@ -52,7 +52,7 @@ def say(to: LogHandler, event: LogEvent | None = None, msg: str = "", **extra: o
 
 def job(to: LogHandler, log: Path, event: LogEvent = LogEvent.JOB_INFO) -> None:
     to.together = {OUTPUTS[0]: OUTPUTS}
-    say(to, event, jobid=3, rule_name="train", output=OUTPUTS[:1], log=[str(log)], input=["x" * 5000])
+    say(to, event, jobid=3, rule_name="train", output=[f"{OUTPUTS[0]} (update)"], log=[str(log)], input=["x" * 5000])
 
 
 def shown(of: LogHandler) -> list[str]:

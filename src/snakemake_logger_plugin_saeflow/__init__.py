@@ -27,6 +27,7 @@ NOISE = (
     "Rules claiming more threads", "Provided resources", "Conda environments: ignored", "Select jobs to execute",
     "Execute ", "Complete log(s)", "Elapsed time", "Removing output files of failed job", "host: ",
 )  # fmt: skip
+UPDATED = " (update)"  # what Snakemake says behind an output that it does not delete before its job
 NOTHING = "Nothing to be done"
 OF_THE_JOB = "RuleException:\nCalledProcessError"  # with the whole command; that the job failed is told apart
 GAVE_UP = ("Exiting because a job execution failed", "WorkflowError:\nAt least one job did not complete")
@@ -123,7 +124,8 @@ class LogHandler(LogHandlerBase):
         return f"would run {work}" if self.common_settings.dryrun and work.outputs else None
 
     def work(self, said: dict[str, Any]) -> Work:
-        outputs = (one for file in said["output"] or () for one in self.together.get(str(file), [str(file)]))
+        files = [str(file).removesuffix(UPDATED) for file in said["output"] or ()]
+        outputs = (one for file in files for one in self.together.get(file, [file]))
         return Work(said["rule_name"], tuple(outputs), tuple(said["log"] or ()))
 
     def finished(self, work: Work | None) -> str | None:
