@@ -148,9 +148,9 @@ def test_only_what_was_saved_in_another_order_has_a_new_version(home: Path) -> N
     plan = plan_of(home, "dictionary=[topk,batchtopk,relu,heads_topk]", "site=attn_z", per_head)
     alone = plan_of(home, "dictionary=topk", "site=attn_z", per_head, "site.head=1")
     scaled = plan_of(home, "dictionary=topk", "site=attn_z", "dictionary.normalize_activations=none")
-    for p, instance in ((p, i) for p in (plan, alone, scaled) for i in p.stages["train"].values()):
+    for made, instance in ((p, i) for p in (plan, alone, scaled) for i in p.stages["train"].values()):
         config = instance.config["dictionary"]
-        needed = {stage: [p.stages[stage][key].identity for key in keys] for stage, keys in instance.needs.items()}
+        needed = {stage: [made.stages[stage][key].identity for key in keys] for stage, keys in instance.needs.items()}
         mended = (config["kind"], config["activation"], config["normalize_activations"]) == ("sae", "topk", "per_head")
         assert (instance.version > version) is (mended and "head" not in instance.config)
         assert instance.identity == short_hash(["train", instance.version, set_apart(instance.config), needed], 32)
