@@ -301,7 +301,7 @@ def test_all_stand_in_one_table_and_in_every_figure(
         assert (folder / f"{figure}.png").stat().st_size > 5000
     histograms, table = (pd.read_csv(folder / f"{name}.csv") for name in ("l0_histograms", "notebook_004"))
     assert histograms["dictionary_key"].nunique() == len(paths)
-    assert {"standard", "by_runner"} <= {key.split("-")[0] for key in table["dictionary_key"]}
+    assert {"standard", "by_runner"} <= {series.split(" ")[0] for series in table["series"]}
 
 
 def test_figures_of_heads_and_stacks_of_foreign_dictionaries(
