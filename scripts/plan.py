@@ -29,12 +29,13 @@ def main() -> None:
         return print(graph())
 
     from saeflow.config import ConfigError
+    from saeflow.planning.digests import DIGESTS_FILE
     from saeflow.planning.expansion import compose
     from saeflow.planning.explain import check_disk, explain, sentence
 
     overrides = [o for text in args.overrides for o in text.split()]
     try:
-        plan = compose(args.conf, overrides, digests=".snakemake/digests.json")
+        plan = compose(args.conf, overrides, digests=DIGESTS_FILE)
         if args.keys:
             for stage, table in plan.stages.items():
                 for key in table:

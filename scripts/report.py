@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
-from saeflow.planning.graph import RECEIPT
+from saeflow.storage.receipts import RECEIPT
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="the Hydra overrides of the run")
     args = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
-    plan = compose(root / "conf", args.overrides, digests=".snakemake/digests.json")
+    plan = compose(root / "conf", args.overrides, digests=DIGESTS_FILE)
     (key,) = plan.stages["figures"]
     folder, report = plan.folder("figures", key), Path(plan.results) / "report.html"
     if not plan.done("figures", key):

@@ -1,5 +1,6 @@
 """Small stores of tokens and activations for tests."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from saeflow.activations.store import ActivationStore, Column, TokenRows, open_c
 from saeflow.activations.writer import ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig
 from saeflow.planning.graph import Instance, Plan
+from saeflow.storage import receipts
 
 TRAINING_STORE = "tiny-gpt2-float32-01234567"
 TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
@@ -43,9 +45,17 @@ def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> l
             column = Column(folder / f"{hook}-{n_tokens}", *wanted[:1], n_tokens, wanted.size, store.config.dtype)
             column.folder.mkdir()
             write_column(column, writer.statistics[wanted])
+            write_receipt(column.folder)
             columns.append(open_column(column.folder))
         store.commit(dict.fromkeys(hooks, n_tokens), rows, {})
     return columns
+
+
+def write_receipt(folder: Path, stage: str = "any") -> None:
+    """Makes a folder an artifact, as far as jobs that read it ask."""
+    (folder / "config.yaml").touch()
+    receipt = {"stage": stage, "key": folder.name, "blake2s": {}, **receipts.contents(folder)}
+    (folder / receipts.RECEIPT).write_text(json.dumps(receipt))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,7 +24,8 @@ from saeflow.jobs.job import Job
 from saeflow.models.blocks import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks
-from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.planning.graph import Instance, Plan
+from saeflow.storage.receipts import RECEIPT
 
 LAYER = 1
 IN, OUT = f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.hook_mlp_out"

@@ -1,6 +1,8 @@
 """What every job does around its work."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,12 +91,17 @@ def test_failed_job_keeps_the_artifact_that_was_there(plan: Plan) -> None:
 
 def test_what_a_killed_job_left_is_not_taken_over(plan: Plan) -> None:
     job = Job(plan.instance("train", "good"), plan, "cpu")
-    left = job.path.with_name(job.path.name + ".partial")
-    left.mkdir(parents=True)
-    (left / "stale.txt").write_text("stale")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = job.path.with_name(f"good.{socket.gethostname()}-{dead.pid}.partial")
+    alive = job.path.with_name(f"good.{socket.gethostname()}-{os.getppid()}.partial")
+    for folder in (left, alive):
+        folder.mkdir(parents=True)
+        (folder / "stale.txt").write_text("stale")
     with job.writing() as folder:
         (folder / "a.txt").write_text("fresh")
     assert not (job.path / "stale.txt").exists() and not left.exists()
+    assert alive.exists()  # another process is at work there: its own folder is in nobody's way
 
 
 def test_key_that_the_plan_does_not_have(plan: Plan, tmp_path: Path) -> None:

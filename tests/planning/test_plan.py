@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from stores import write_receipt
 
 from saeflow.config import ConfigError
 from saeflow.planning.batches import assign_batches
@@ -210,9 +211,8 @@ def test_frozen_plan_is_the_plan(home: Path) -> None:
 def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path) -> None:
     def finish(plan: Plan, stage: str, keys: list[str]) -> None:
         for key in keys:
-            receipt = Path(plan.receipt(stage, key))
-            receipt.parent.mkdir(parents=True, exist_ok=True)
-            receipt.write_text("{}")
+            plan.folder(stage, key).mkdir(parents=True, exist_ok=True)
+            write_receipt(plan.folder(stage, key), stage)
 
     first = plan_of(home)
     assign_batches(first, None)

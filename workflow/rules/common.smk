@@ -1,13 +1,15 @@
 import os
 import shlex
 import sys
+import time
 from functools import partial
 
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
+from saeflow.jobs.claims import PLANNED
 from saeflow.planning.batches import assign_batches, resources
-from saeflow.planning.digests import short_hash
+from saeflow.planning.digests import DIGESTS_FILE, short_hash
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
 from saeflow.planning.graph import Plan
@@ -23,8 +25,10 @@ if workflow.is_main_process:
         PLAN = compose(
             config.get("conf", f"{workflow.basedir}/conf"),
             shlex.split(config.get("hydra", "")),
-            digests=".snakemake/digests.json",
+            digests=DIGESTS_FILE,
         )
+        os.environ[PLANNED] = str(time.time())  # jobs inherit it: what another run finishes from now on, they leave
+        PLAN.set_aside_broken()
         assign_batches(PLAN, Plan.load_if_valid(PLAN_FILE))
         check_disk(PLAN)
     except (ConfigError, ValueError, OSError) as error:

@@ -9,7 +9,7 @@ from saeflow.dictionaries.saelens_format import load_dictionary
 from saeflow.jobs.job import Job
 from saeflow.models.folder import Geometry, read_geometry
 from saeflow.models.loading import load_model
-from saeflow.models.source import PROCESSING
+from saeflow.models.source import PROCESSING, reading_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -27,8 +27,8 @@ def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
 
 def open_model(job: Job) -> "HookedTransformer":
     """The model of a job, on its device."""
-    folder = job.source("model")
-    return load_model(folder, model_config(folder, job.config["model"]), job.device)
+    with reading_model(job) as folder:
+        return load_model(folder, model_config(folder, job.config["model"]), job.device)
 
 
 def open_dictionary(folder: Path, job: Job) -> Dictionary:

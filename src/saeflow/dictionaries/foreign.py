@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.layouts import foreign_format
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.saelens_format import (
     CONFIG_FILE,
@@ -267,8 +267,9 @@ def foreign_job(job: Job) -> Dictionary:
     config = job.config
     site = Site(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
     if config["release"] is None:
-        source = job.source("foreign")
-        dictionary = read_foreign(source, site, config["format"])
+        form = config["format"]
+        with job.reading("foreign", lambda path, d: foreign_digest(path, form, d), config["content"]) as source:
+            dictionary = read_foreign(source, site, form)
     else:
         source = Path(config["release"]) / config["sae_id"]
         dictionary = read_release(config["release"], config["sae_id"], site)

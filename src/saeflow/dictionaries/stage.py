@@ -6,7 +6,7 @@ from typing import Any
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries.kinds.foreign import ForeignConfig
-from saeflow.dictionaries.layouts import foreign_files, foreign_format
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
 from saeflow.planning.stages import Stage
@@ -28,8 +28,7 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
         if not path.exists():
             raise ConfigError(f"dictionary.path={path}: no such file or folder")
         form = config.format or foreign_format(path)
-        content = planned.digests.files(path.parent if path.is_file() else path, foreign_files(path, form))
-        identity |= {"format": form, "content": content}
+        identity |= {"format": form, "content": foreign_digest(path, form, planned.digests)}
         label = config.label or path.stem
         sources = {"foreign": str(path)}
     name = re.sub(r"[^\w.]+", "_", label)

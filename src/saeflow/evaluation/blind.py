@@ -24,6 +24,7 @@ from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.evaluation.sums import Rows, token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
+from saeflow.models.source import reading_model
 from saeflow.models.splicing import flattened, read_hooks
 from saeflow.text.tokenizer import load_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
@@ -153,7 +154,8 @@ def blind_job(job: Job) -> int:
     settings = BlindConfig(**job.config["blind"])
     rows = open_tokens(job.input("tokens"))
     model = open_model(job)
-    tokenizer = load_tokenizer(job.source("model")).tokenizer
+    with reading_model(job) as folder:
+        tokenizer = load_tokenizer(folder).tokenizer
     shown, key = [], []
     folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
     for evaluated in job.inputs("evaluate"):

@@ -45,6 +45,7 @@ def read_recoveries(job: Job) -> Recoveries:
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
     live = (pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover"))
+    trained = {folder.name: folder for folder in job.inputs("train")}
     latents = dict(zip(table["train_key"], live, strict=True))
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
     table = table[table["part"].isna()]
@@ -52,7 +53,7 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     for names, rows in table.groupby(same, dropna=False):
         if len(rows) > 1:
             decoders = [
-                load_dictionary(job.plan.folder("train", key)).tensors["W_dec"].double().numpy()[latents[key]]
+                load_dictionary(trained[key]).tensors["W_dec"].double().numpy()[latents[key]]
                 for key in rows["train_key"]
             ]
             found.append(dict(zip(same, names, strict=True)) | {"n": len(rows), "stability": stability(decoders)})

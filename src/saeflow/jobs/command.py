@@ -6,11 +6,13 @@ import os
 import random
 import sys
 
+from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.signals import Preempted
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
+from saeflow.storage.receipts import DamagedError
 
 log = logging.getLogger("saeflow")
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
@@ -34,13 +36,17 @@ def main() -> None:
         plan = Plan.load(args.plan)
         jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in args.key]
         random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
-        last_line = stages()[args.stage].work(jobs)
+        with claimed(jobs) as left:
+            last_line = stages()[args.stage].work(left) if left else "another run has made it meanwhile"
     except Preempted as stop:
         log.warning("%s", stop)
         print(f"{args.stage} {stop}", file=sys.stderr)
         sys.exit(TEMPORARY_FAILURE)
     except Exception as error:
         log.exception("failed")
+        if isinstance(error, DamagedError):
+            for folder in error.set_aside():
+                log.warning("%s counts as missing from now on", folder)
         if args.log:
             print(f"{args.stage} failed: {error}\n(log: {args.log})", file=sys.stderr)
         sys.exit(1)

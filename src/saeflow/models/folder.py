@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError, ModelConfig
-from saeflow.planning.digests import DigestCache, short_hash
-from saeflow.text.tokenizer import read_json, special_tokens, tokenizer_file
+from saeflow.planning.digests import DigestCache
+from saeflow.text.tokenizer import read_json
 
 # What a folder is read for: no pickles, and no second copy of the weights in another format.
 MODEL_FILES = (
@@ -165,12 +165,6 @@ def weight_files(folder: Path) -> list[Path]:
 def model_digest(folder: Path, cache: DigestCache) -> str:
     """Hash of a model's weights and `config.json` by content, 32 hexadecimal digits."""
     return cache.files(folder, [config_file(folder), *weight_files(folder)])
-
-
-def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
-    """Hash of what decides token ids, 32 hexadecimal digits."""
-    special = {k: v for k, v in special_tokens(folder).items() if k in ("bos_token", "eos_token")}
-    return short_hash([cache.file(tokenizer_file(folder)), special], 32)
 
 
 def read_geometry(folder: Path) -> Geometry:

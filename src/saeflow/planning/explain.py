@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow.config import ConfigError
-from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import stages
+from saeflow.storage.receipts import RECEIPT
 
 MAX_REASONS = 6
 
@@ -111,9 +112,11 @@ def _configs_on_disk(plan: Plan, stage: str) -> list[dict[str, Any]]:
     found = []
     for receipt in sorted((Path(plan.results) / stage).glob(f"**/{RECEIPT}")):
         file = receipt.with_name("config.yaml")
-        if file.is_file():
-            tree = yaml.load(file.read_text(), Loader=loader)
+        try:
+            tree = yaml.load(file.read_bytes(), Loader=loader)
             found.append(_flat({"version": tree["version"], **tree["config"]}))
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            continue  # no whole artifact: nothing to compare with
     return found
 
 

@@ -12,6 +12,7 @@ weights, its tokenizer and the corpus enter by content.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 
 from saeflow.config import ConfigError
 from saeflow.planning.digests import canonical, short_hash
+from saeflow.storage.publish import publish_text, remove_leftovers
+from saeflow.storage.receipts import RECEIPT, problem, read_receipt, set_aside
 
-RECEIPT = "provenance.json"
+log = logging.getLogger("saeflow")
 
 
 @dataclass
@@ -73,7 +76,17 @@ class Plan:
         return f"{self.results}/{stage}/{key}/{RECEIPT}"
 
     def done(self, stage: str, key: str) -> bool:
-        return Path(self.receipt(stage, key)).is_file()
+        """Whether an artifact is there: it has a whole receipt, and every file that this names, of the right size."""
+        folder = self.folder(stage, key)
+        return problem(folder, read_receipt(folder)) is None
+
+    def set_aside_broken(self) -> None:
+        """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each."""
+        for stage, table in self.stages.items():
+            for key in table:
+                folder = self.folder(stage, key)
+                if (found := problem(folder, read_receipt(folder))) and set_aside(folder):
+                    log.warning("%s: %s; %s counts as missing", *found, folder)
 
     def inputs(self, stage: str, *keys: str) -> list[str]:
         """Receipts of everything that the instances need, each once."""
@@ -98,26 +111,28 @@ class Plan:
     # ---------------------------------------------------------------- freezing
     def freeze(self, path: str | Path) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self)))
-        partial.replace(path)
+        publish_text(path, json.dumps(dataclasses.asdict(self)))
+        remove_leftovers(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
+        again = f"run the workflow, or python scripts/plan.py --freeze {path}"
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = json.loads(Path(path).read_bytes())
+            raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
+            return cls(**raw)
         except FileNotFoundError:
-            raise ConfigError(
-                f"no frozen plan at {path}: run the workflow, or python scripts/plan.py --freeze {path}"
-            ) from None
-        raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
-        return cls(**raw)
+            raise ConfigError(f"no frozen plan at {path}: {again}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path} is no whole plan of this version of saeflow ({error}): {again}") from error
 
     @classmethod
     def load_if_valid(cls, path: str | Path) -> "Plan | None":
-        """The plan of the previous run, or None where there is none or another version of saeflow wrote it."""
+        """The plan of the previous run, or None where there is none, or it is torn or of another version of saeflow."""
+        if not Path(path).is_file():
+            return None
         try:
             return cls.load(path)
-        except (ConfigError, TypeError, KeyError, json.JSONDecodeError):
+        except ConfigError as error:
+            log.warning("%s; going on without it", str(error).partition(":")[0])
             return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from saeflow.config import ConfigError
+from saeflow.planning.digests import DigestCache
 
 # Twice the King James Bible. A tokenizer needs a hundred bytes a character, and a longer "document" is most likely a
 # file read with the wrong `sample_by`.
@@ -58,6 +59,11 @@ def corpus_files(path: str | Path) -> list[Path]:
     if not files:
         raise CorpusError(f"corpus {path}: no .txt, .jsonl, .json or .parquet file in this folder")
     return files
+
+
+def corpus_digest(path: Path, digests: DigestCache) -> str:
+    """Hash of the files that a corpus is, 32 hexadecimal digits."""
+    return digests.files(path.parent if path.is_file() else path, corpus_files(path))
 
 
 def read_documents(

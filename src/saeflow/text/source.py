@@ -7,7 +7,7 @@ from saeflow.config import ConfigError, CorpusConfig
 from saeflow.planning.digests import DigestCache
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.corpus import corpus_files
+from saeflow.text.corpus import corpus_digest
 
 
 def identify(planned: PlannedPoint) -> None:
@@ -27,7 +27,7 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     path = Path(corpus.path)
     if not path.exists():
         raise ConfigError(f"corpus.path={path}: no such file or folder")
-    content = digests.files(path.parent if path.is_file() else path, corpus_files(path))
+    content = corpus_digest(path, digests)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
 

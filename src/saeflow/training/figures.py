@@ -23,10 +23,11 @@ def read_curves(job: Job) -> pd.DataFrame:
     The latter stands in the summaries of what judged the dictionaries, evaluations or comparisons with a known
     algorithm, so that no dictionary has to be opened.
     """
-    summaries = [json.loads((f / "summary.json").read_text()) for f in job.inputs("evaluate") + job.inputs("recover")]
+    judged = [folder for stage in ("evaluate", "recover") for folder in job.inputs(stage, "summary.json")]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in judged]
     specs = pd.DataFrame([{name: s.get(name) for name in _SPEC} | {"part": s["part"] or ""} for s in summaries])
     curves = []
-    for trained in job.inputs("train"):
+    for trained in job.inputs("train", "metrics.parquet"):
         for folder in part_folders(trained):
             part = "" if folder == trained else folder.name
             curves.append(pd.read_parquet(folder / "metrics.parquet", columns=["step", "tokens", "fvu", "l0"]))
