@@ -17,7 +17,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo plan figures test lint bench pretrain clean distclean
+.PHONY: help env demo plan verify figures test lint bench pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: $(INSTALLED) ## the small study: from text to figures and results/report.h
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
 	@set -f; $(BIN)/python scripts/plan.py $(HYDRA)
+
+verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
+	@$(BIN)/python scripts/verify.py $(if $(SET_ASIDE),--set-aside)
 
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures

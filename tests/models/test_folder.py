@@ -12,6 +12,7 @@ from conftest import save_model
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.models import folder as models
+from saeflow.models import loading
 from saeflow.models.folder import Geometry, ModelError, hook_layer, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.planning.digests import DigestCache
@@ -335,6 +336,7 @@ def test_what_the_plan_asks_imports_nothing_heavy(neox_folder):
 import sys
 from pathlib import Path
 from saeflow.models import folder as models
+from saeflow.models import loading
 from saeflow.planning.digests import DigestCache
 folder = Path({str(neox_folder)!r})
 models.read_geometry(folder).hook_size("blocks.0.hook_mlp_out")
@@ -343,3 +345,17 @@ print(sorted({{"torch", "transformers", "transformer_lens", "tokenizers", "numpy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_code_of_a_model_folder_is_refused_by_name_and_never_run(tmp_path, neox_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(neox_folder, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ModelError, match="auto_map"):
+        read_geometry(folder)
+    with pytest.raises(ValueError, match="trust_remote_code"):  # nor where transformers alone is asked
+        loading._load_original(folder)
+    assert not (tmp_path / "ran").exists()

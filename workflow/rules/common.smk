@@ -1,13 +1,11 @@
 import os
 import shlex
 import sys
-import time
 from functools import partial
 
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
-from saeflow.jobs.claims import PLANNED
 from saeflow.planning.batches import assign_batches, resources
 from saeflow.planning.digests import DIGESTS_FILE, short_hash
 from saeflow.planning.expansion import compose
@@ -27,7 +25,6 @@ if workflow.is_main_process:
             shlex.split(config.get("hydra", "")),
             digests=DIGESTS_FILE,
         )
-        os.environ[PLANNED] = str(time.time())  # jobs inherit it: what another run finishes from now on, they leave
         PLAN.set_aside_broken()
         assign_batches(PLAN, Plan.load_if_valid(PLAN_FILE))
         check_disk(PLAN)

@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 
 from saeflow.storage.publish import beside, make_folder, publish
-from saeflow.storage.receipts import DamagedError, set_aside
+from saeflow.storage.receipts import DamagedError
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 CRC = struct.Struct("<I")
@@ -35,12 +35,15 @@ class ShardError(DamagedError):
         self.array = next(p for p in (path, *path.parents) if p.parent.suffix == ".zarr" or p == p.parent)
         super().__init__(path, problem, self.array)
 
+    def affected(self) -> list[Path]:
+        """The columns of its hook, which lie beside `activations.zarr`."""
+        columns = sorted(file.parent for file in self.array.parents[1].glob("*/column.json"))
+        return [column for column in columns if _hook_of(column) in (self.array.name, None)]
+
     def set_aside(self) -> list[Path]:
-        """Removes the damaged file, and makes the columns of its hook count as missing, which lie beside
-        `activations.zarr`: they are made again of the rows that are intact and of that file's, computed anew."""
+        """Also removes the damaged file: its rows are computed anew, and all others kept."""
         (self.path / "zarr.json" if self.path.is_dir() else self.path).unlink(missing_ok=True)
-        columns = (file.parent for file in self.array.parents[1].glob("*/column.json"))
-        return [column for column in columns if _hook_of(column) in (self.array.name, None) and set_aside(column)]
+        return super().set_aside()
 
 
 def _hook_of(column: Path) -> str | None:

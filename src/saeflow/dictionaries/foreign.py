@@ -52,6 +52,9 @@ class Site(NamedTuple):
         return "sae" if self.hook_name == self.hook_name_out else "transcoder"
 
 
+_NOT_WHOLE = (KeyError, TypeError, AttributeError, RecursionError)
+
+
 def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     """Reads a dictionary from disk; the format is known by the files where `form` is None.
 
@@ -60,7 +63,15 @@ def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     form = form or foreign_format(path)
     try:
         return _READERS[form](path, site)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError, OSError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+        SafetensorError,
+        OSError,
+    ) as error:
         raise DictionaryError(
             f"{path} is not a whole {form} dictionary: {type(error).__name__} {error}; if it is of another library, "
             f"set dictionary.format to one of {', '.join(_READERS)}"

@@ -19,6 +19,7 @@ import torch
 from scipy.stats import fisher_exact
 
 from saeflow.config import BlindConfig, ConfigError
+from saeflow.config.checks import escape_controls
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.evaluation.sums import Rows, token_batches
@@ -143,7 +144,7 @@ def example(tokens: list[str], values: np.ndarray, at: int, largest: float) -> s
     for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
         shade = "" if value <= 0 else "s" if value < largest / 3 else "t" if value < 2 * largest / 3 else "u"
         classes = " ".join(c for c in (shade, "at" if i == at else "") if c)
-        text = html.escape(token.replace("\n", "↵"))
+        text = html.escape(escape_controls(token.replace("\n", "↵")))
         parts.append(f'<span class="{classes}">{text}</span>' if classes else text)
     return "".join(parts)
 

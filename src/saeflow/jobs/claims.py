@@ -1,17 +1,14 @@
 """Artifacts are made by one process at a time: two runs that want the same one share what the first of them makes."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from saeflow.jobs.job import Job
 from saeflow.storage.locks import Lock
-from saeflow.storage.receipts import RECEIPT, DamagedError, verify
+from saeflow.storage.receipts import DamagedError, verify
 
 log = logging.getLogger("saeflow")
-PLANNED = "SAEFLOW_PLANNED"
-"""In the environment of a workflow's jobs: when it was planned, in seconds since 1970."""
 
 
 @contextmanager
@@ -19,8 +16,8 @@ def claimed(jobs: list[Job]) -> Iterator[list[Job]]:
     """Gives those of the jobs that are still to be done, when no other process makes an artifact of them, and keeps
     others from making them.
 
-    Done is what another process finished while this one waited for it, or after the workflow was planned that this
-    job belongs to. What was there before is made again: that is what was asked for.
+    What another process finished while this one waited for it is done. What was there before is made again: that is
+    what was asked for.
     """
     with ExitStack() as held:
         done = set()
@@ -28,20 +25,16 @@ def claimed(jobs: list[Job]) -> Iterator[list[Job]]:
             job.lock = Lock(job.path.with_name(job.path.name + ".lock"))
             waited = job.lock.acquire(str(job.path))
             held.callback(job.lock.release)
-            if _made_meanwhile(job, waited):
+            if waited and _is_there(job):
                 log.info("%s was made by another run meanwhile", job.path)
                 job.lock.release()
                 done.add(job.path)
         yield [job for job in jobs if job.path not in done]
 
 
-def _made_meanwhile(job: Job, waited: bool) -> bool:
-    planned = os.environ.get(PLANNED)
+def _is_there(job: Job) -> bool:
     try:
-        finished = (job.path / RECEIPT).stat().st_mtime
-        if not waited and (planned is None or finished < float(planned)):
-            return False
         verify(job.path)
-    except (FileNotFoundError, DamagedError):
+    except DamagedError:
         return False
     return True

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 
+from saeflow.config.checks import escape_controls
 from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
@@ -48,10 +49,10 @@ def main() -> None:
             for folder in error.set_aside():
                 log.warning("%s counts as missing from now on", folder)
         if args.log:
-            print(f"{args.stage} failed: {error}\n(log: {args.log})", file=sys.stderr)
+            print(escape_controls(f"{args.stage} failed: {error}\n(log: {args.log})"), file=sys.stderr)
         sys.exit(1)
     log.info(last_line)
-    print(last_line, flush=True)
+    print(escape_controls(last_line), flush=True)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)  # all is written and renamed; taking the libraries down would cost another second

@@ -179,6 +179,11 @@ def read_geometry(folder: Path) -> Geometry:
             raise ModelError(f"{folder}/config.json has none of the keys {', '.join(names)}")
         return default
 
+    if "auto_map" in config:  # transformers would ask in the middle of a job whether to run it
+        raise ModelError(
+            f"{folder}/config.json names code of its own (auto_map), and code of a model folder is never run: if the "
+            "model is of a supported architecture, remove auto_map from a copy of the folder"
+        )
     named = config.get("architectures")
     architecture = named[0] if named else _own_format(folder, config)
     if architecture not in SUPPORTED:

@@ -25,9 +25,13 @@ class DamagedError(ValueError):
         self.file, self.artifact = file, artifact
         super().__init__(f"{file} is damaged ({problem}); run the workflow again, it makes {artifact} anew")
 
+    def affected(self) -> list[Path]:
+        """The artifacts that are to be made again."""
+        return [self.artifact]
+
     def set_aside(self) -> list[Path]:
-        """Makes what is damaged count as missing; returns the artifacts that do so from now on."""
-        return [self.artifact] if set_aside(self.artifact) else []
+        """Makes them count as missing; returns those that did not."""
+        return [folder for folder in self.affected() if set_aside(folder)]
 
 
 def contents(folder: Path) -> dict[str, Any]:
