@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from stores import write_receipt
 
 from saeflow.figures import registry
 from saeflow.figures.job import draw
@@ -62,6 +63,7 @@ def figures_job(results: Path, figures: list[str]) -> Job:
     folder = results / "evaluate/one"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps({"dictionary": "one", "l0": 3.0}))
+    write_receipt(folder, "evaluate")
     instance = Instance("figures", "drawn", {"figures": figures}, {"evaluate": ["one"]}, {})
     return Job(instance, Plan("test", {"figures": {"drawn": instance}}, {}, results=str(results)), "cpu")
 
