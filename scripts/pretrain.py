@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from saeflow.jobs.log import limit_threads, start_log
+from saeflow.storage.modes import share
 
 CARD = """# The embedded language model
 
@@ -69,6 +70,7 @@ def main() -> None:
     facts |= {"predictions": held_out.rows[:, 1:].size, "epochs": curve[-1]["tokens"] / train.stream.size}
     marked = (f"> **{prompt}**{sample[len(prompt) :]}" for prompt, sample in zip(prompts, samples, strict=True))
     (partial / "README.md").write_text(CARD.format(**facts, samples="\n\n".join(marked)))
+    share(partial)
     shutil.rmtree(args.out, ignore_errors=True)
     partial.rename(args.out)
     print(f"wrote a model of {facts['loss']:.3f} nats per held-out token to {args.out}/")

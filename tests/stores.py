@@ -28,11 +28,14 @@ def write_rows(folder: Path, tokens: np.ndarray) -> TokenRows:
     return TokenRows(folder)
 
 
-def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> list[Column]:
-    """A store that holds given activations, (N, *size) a hook, written by the writer that caching uses."""
+def write_store(
+    folder: Path, hooks: dict[str, Tensor], tokens: np.ndarray | None = None, **geometry: object
+) -> list[Column]:
+    """A store that holds given activations, (N, *size) a hook, written by the writer that caching uses; of `tokens`
+    (rows, context_size), or of rows of one token 0."""
     store = ActivationStore(folder, ActivationsConfig(**geometry))
     n_tokens = len(next(iter(hooks.values())))
-    rows = write_rows(folder / "tokens", np.zeros((n_tokens, 1), dtype=np.int32))
+    rows = write_rows(folder / "tokens", np.zeros((n_tokens, 1), dtype=np.int32) if tokens is None else tokens)
     columns = []
     with store.locked(), ThreadPoolExecutor(1) as thread:
         for hook, values in hooks.items():

@@ -42,9 +42,17 @@ class Workflow:
             self.command(*options, hydra=hydra, sweep=sweep), cwd=self.home, capture_output=True, text=True
         )
 
-    def run(self, hydra: str = "", sweep: str = SWEEP) -> None:
+    def run(self, hydra: str = "", sweep: str = SWEEP) -> str:
+        """Runs it, and returns what the terminal showed."""
         done = self.call(hydra=hydra, sweep=sweep)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
+        """Calls one of scripts/ from another folder, for this directory."""
+        command = [sys.executable, str(ROOT / "scripts" / name), "--conf", str(self.home / "conf")]
+        command += ["--directory", str(self.home), *arguments]
+        return subprocess.run(command, cwd="/", capture_output=True, text=True)
 
     def would_run(self, *options: str, hydra: str = "", sweep: str = SWEEP) -> dict[str, int]:
         """Jobs of a dry run by stage, without the collecting rule."""
@@ -73,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, corpus
     """A working directory in which the tiny experiment has run once; never written to by a test."""
     home = tmp_path_factory.mktemp("workflow")
     fill(home, neox_folder, corpus_file)
-    Workflow(home).run()
+    (home / "terminal.txt").write_text(Workflow(home).run())
     return home
 
 
@@ -169,6 +177,76 @@ def test_plan_script_says_what_would_run_and_why(home: Path) -> None:
     assert "0 activation columns, 0 bytes to cache" in said
     said = subprocess.run([*script, f"{SWEEP} {TINY}"], cwd=home, capture_output=True, text=True, check=True).stdout
     assert "nothing to do" in said
+
+
+def test_the_terminal_shows_a_line_a_job_and_where_to_look(finished: Path) -> None:
+    lines = (finished / "terminal.txt").read_text().splitlines()
+    (figures,) = (finished / "results/figures").iterdir()
+    assert max(map(len, lines)) < 1000 and len(lines) < 25  # SWEEP and TINY stand in the last one
+    jobs = [line for line in lines if line.startswith("[")]
+    assert "8 jobs to do: 2 tokens, 1 " in "\n".join(lines)
+    assert [line.partition("]")[0] for line in jobs] == [f"[{n + 1} of 8" for n in range(8)]
+    assert any(
+        re.search(r"\] train 4 \(sae seed0\): .*: 4,096 tokens, L0 4\.0 to [\d.]+, .*\(\d", line) for line in jobs
+    )
+    assert any(
+        re.search(r"\] tokens tiny-ctx32-train: wrote 128 rows of 32 tokens from \d+ documents \(", j) for j in jobs
+    )
+    assert lines[-4].startswith("done in ")
+    assert lines[-3].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
+    assert lines[-2].startswith("tables:  ") and "evaluations.csv" in lines[-2]
+    assert lines[-1].startswith(f"report:  none of these yet: make report DIRECTORY={finished} HYDRA='sweep=")
+
+
+def test_files_have_the_mode_that_the_umask_leaves(finished: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [p for p in (finished / "results").rglob("*") if p.is_file()]
+    assert any(p.suffix == ".safetensors" for p in files)
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {oct(0o666 & ~mask)}
+
+
+def test_the_reason_of_a_failure_comes_once_and_last(finished: Path, home: Path) -> None:
+    (home / "results").unlink()
+    shutil.copytree(finished / "results", home / "results")
+    done = Workflow(home).call(hydra="tokens.held_out_tokens=9_000_000")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in said and "job.py" not in said
+    assert said.count("the corpus is too short") == 1
+    *_, before, last = said.strip().splitlines()
+    assert before.startswith("1 of ") and before.endswith("the same command goes on from here")
+    assert last.startswith("tokens failed: the corpus is too short: ") and "(log: logs/tokens/" in last
+
+
+def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> None:
+    (home / "results").unlink()
+    shutil.copytree(finished / "results", home / "results")
+    done = Workflow(home).script("report.py", f"{SWEEP} {TINY}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (home / "results/report.html").is_file() and done.stdout.splitlines()[-1] == "report:  results/report.html"
+
+
+def test_relative_paths_and_odd_names_are_read_alike_by_all(home: Path) -> None:
+    """Relative to the directory of the run; `make plan`, the scripts and Snakemake take one text."""
+    folder = home / "it's (a) b=c,d#e ~ä {x} & more"
+    (home / "resources").rename(folder)
+    corpus = next(folder.glob("corpus*")).name
+    name = folder.name.replace("'", "\\'")
+    paths = f"model.path='{name}/model' corpus.path='{name}/{corpus}'"
+    assert Workflow(home).would_run(hydra=paths) == {}
+    done = Workflow(home).script("plan.py", f"{SWEEP} {TINY} {paths}")
+    assert "nothing to do" in done.stdout, done.stdout + done.stderr
+    bare = f"corpus.path={folder.name.replace(' ', '')}/{corpus}"
+    for done in (Workflow(home).call("-n", hydra=bare), Workflow(home).script("plan.py", f"{SWEEP} {TINY} {bare}")):
+        assert done.returncode != 0 and "needs quotes around it: corpus.path=" in done.stdout + done.stderr
+
+
+def test_what_fell_outside_of_the_quotes_stops_before_any_job(home: Path) -> None:
+    for stray in ("dictionary=topk", "dictionary.k=8"):
+        command = Workflow(home).command("-n")
+        done = subprocess.run([*command, stray], cwd=home, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "inside the quotes" in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 
 def test_bad_configuration_stops_before_any_job(home: Path) -> None:

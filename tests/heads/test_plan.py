@@ -6,6 +6,7 @@ import pytest
 from tests.planning.test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
+from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -138,3 +139,17 @@ def test_layers_of_heads_stack(home: Path) -> None:  # noqa: F811
 def test_what_cannot_be_trained_by_heads_is_refused(home: Path, overrides: list[str], message: str) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match=message):
         plan_of(home, "site=attn_z", *overrides)
+
+
+def test_only_what_was_saved_in_another_order_has_a_new_version(home: Path) -> None:  # noqa: F811
+    """TopK over all heads, each with a scale of its own, ranked latents in other units than those it was saved in."""
+    per_head, version = "dictionary.normalize_activations=per_head", stages()["train"].version
+    plan = plan_of(home, "dictionary=[topk,batchtopk,relu,heads_topk]", "site=attn_z", per_head)
+    alone = plan_of(home, "dictionary=topk", "site=attn_z", per_head, "site.head=1")
+    scaled = plan_of(home, "dictionary=topk", "site=attn_z", "dictionary.normalize_activations=none")
+    for instance in (i for p in (plan, alone, scaled) for i in p.stages["train"].values()):
+        config, given = instance.config["dictionary"], (instance.version, instance.config, instance.needs)
+        mended = (config["kind"], config["activation"], config["normalize_activations"]) == ("sae", "topk", "per_head")
+        assert (instance.version > version) is (mended and "head" not in instance.config)
+        assert instance.key.endswith(f"-{short_hash(['train', *given])}")
+    assert len(plan.stages["train"]) == 4

@@ -94,7 +94,7 @@ SMALL = Geometry("GPTNeoXForCausalLM", 2, 32, 4, 4, 8, 64, parallel=True, gated=
         ("blocks.2.hook_mlp_out", "layer 2 is out of range; the model has 2 layers, 0 to 1"),
         ("blocks.1.hook_mlp_ot", "no hook 'blocks.1.hook_mlp_ot'; the nearest that it has: blocks.1.hook_mlp_out"),
         ("blocks.1.mlp.hook_out", "the nearest that it has: .*blocks.1.hook_mlp_out"),
-        ("blocks.1.hook_resid_mid", "nearest that it has: blocks.1.hook_resid_p"),  # blocks are parallel
+        ("blocks.1.hook_resid_mid", "attention and MLP are parallel.*site.hook_name=blocks.1.hook_resid_pre"),
         ("block.1.hook_mlp_out", "the nearest that it has: blocks.0.hook_mlp_out"),
         ("ln_final.hook_normalised", "the nearest that it has: ln_final.hook_normalized"),
         ("???", "the nearest that it has: blocks.0.hook_resid_pre, .*ln_final.hook_normalized"),
@@ -194,11 +194,24 @@ def test_rotary_base_of_a_neox_is_kept(neox_folder, tmp_path, key):
 
 
 # -------------------------------------------------------------------- folders that cannot be used
-def test_conversion_that_would_be_wrong_is_refused(llama_folder, tmp_path):
-    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}
-    folder = edit_config(llama_folder, tmp_path / "m", rope_parameters=rope)
-    with pytest.raises(ModelError, match=r"computes something else from .*/m than transformers .*rope scaling"):
-        load_model(folder, PLAIN, "cpu")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}},
+            "rope_type=linear, which",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type=yarn, which"),
+        ({"attention_bias": True}, "attention_bias=true, which"),
+        ({"mlp_bias": True}, "mlp_bias=true, which"),
+    ],
+)
+def test_settings_that_transformerlens_leaves_out_are_refused_from_the_config(
+    llama_folder, tmp_path, settings, message
+):
+    folder = edit_config(llama_folder, tmp_path / "m", **settings)
+    with pytest.raises(ModelError, match=rf"/m: config.json has {message} TransformerLens leaves out"):
+        read_geometry(folder)
 
 
 def test_centering_a_model_with_rms_norm_is_refused(llama_folder):
@@ -313,6 +326,16 @@ def test_model_digest_is_of_content(neox_folder, tmp_path):
     data[-1] ^= 1
     (moved / "model.safetensors").write_bytes(data)
     assert models.model_digest(moved, DigestCache(None)) != digest
+
+
+def test_what_was_computed_without_the_window_of_a_qwen2_has_another_key(tmp_path):
+    fake_folder(tmp_path / "m", use_sliding_window=False)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    cache = DigestCache(None)
+    files = [tmp_path / "m" / "config.json", tmp_path / "m" / "model.safetensors"]
+    assert models.model_digest(tmp_path / "m", cache) == cache.files(tmp_path / "m", files)
+    fake_folder(tmp_path / "m", use_sliding_window=True)
+    assert models.model_digest(tmp_path / "m", cache) != cache.files(tmp_path / "m", files)
 
 
 def test_tokenizer_digest_is_of_what_decides_token_ids(tokenizer_folder, tmp_path):

@@ -6,11 +6,13 @@ from functools import partial
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
+from saeflow.figures.whereabouts import whereabouts
 from saeflow.planning.batches import assign_batches, resources
 from saeflow.planning.digests import DIGESTS_FILE, short_hash
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
 from saeflow.planning.graph import Plan
+from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import stages
 
 PLAN_FILE = ".snakemake/plan.json"
@@ -20,16 +22,16 @@ RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
 # again) loads what was frozen at its start, so that an edit of conf/ meanwhile can neither change nor lose it.
 if workflow.is_main_process:
     try:
-        PLAN = compose(
-            config.get("conf", f"{workflow.basedir}/conf"),
-            shlex.split(config.get("hydra", "")),
-            digests=DIGESTS_FILE,
-        )
+        OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
+        PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
         PLAN.set_aside_broken()
         assign_batches(PLAN, Plan.load_if_valid(PLAN_FILE))
         check_disk(PLAN)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
+    for handler in workflow.logger_manager.get_log_handlers():
+        handler.ending = partial(whereabouts, PLAN, OVERRIDES)  # of those of our logger, the last words of a run
+        handler.there = sum(PLAN.done(name, key) for name, table in PLAN.stages.items() for key in table)
 else:
     PLAN = Plan.load(PLAN_FILE)
 
@@ -62,5 +64,5 @@ def resources_of_key(stage):
 # ended: so the stage is a resource, which, unlike a parameter, is never a reason to rerun.
 JOB = (
     f"{RUN}/job.py {{resources.stage}} --plan {PLAN_FILE} {{params.select}}"
-    " --device {resources.device} --threads {threads} --log {log:q}"
+    " --device {resources.device} --threads {threads} --log {log:q} --quiet"
 )

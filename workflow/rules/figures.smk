@@ -1,4 +1,5 @@
 from saeflow.figures.registry import caption
+from saeflow.planning.stages import listed
 
 # One job draws all figures of the experiment.
 for key, instance in PLAN.stages["figures"].items():
@@ -18,6 +19,15 @@ for key, instance in PLAN.stages["figures"].items():
                     labels={"figure": figure.replace("_", " ")},
                 )
                 for figure in instance.config["figures"]
+            ],
+            [
+                report(
+                    f"results/figures/{key}/table.html",
+                    caption=f"{workflow.basedir}/workflow/report/table.rst",
+                    category=PLAN.experiment,
+                    labels={"figure": "table of all dictionaries"},
+                )
+                for _ in listed(instance.needs)[:1]
             ],
         log:
             f"logs/figures/{key}.log",

@@ -60,7 +60,7 @@ def cache_jobs(jobs: list[Job]) -> str:
 
     def load() -> "HookedTransformer":
         with reading_model(jobs[0]) as source:
-            return load_model(source, model, device)
+            return load_model(source, model, device, context_size)
 
     with store.locked():
         rows = longest_rows(job.input("tokens") for job in jobs)

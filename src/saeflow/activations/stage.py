@@ -39,6 +39,11 @@ def _check(planned: PlannedPoint) -> None:
         if hook is None:
             continue
         size = planned.geometry.hook_size(hook)
+        if hook.endswith("mlp.hook_in") and planned.point.model.fold_ln:
+            raise ConfigError(
+                f"{hook} is behind the norm's gain and bias, which model.fold_ln=true folds into the MLP's weights; "
+                "set model.fold_ln=false, or use site=mlp, which then reads the same"
+            )
         if len(size) == 1 and needs_heads:
             legal = ", ".join(name for name, held in planned.geometry.block_hooks().items() if len(held) == 2)
             raise ConfigError(f"{needs_heads} needs a hook with heads, and {hook} has none; these have: {legal}")

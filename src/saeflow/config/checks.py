@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
@@ -37,6 +38,11 @@ def at_least(least: int, config: Any, group: str, names: str) -> None:
     """Raises `ConfigError` for an option of a group, of those named, that is less than `least`."""
     for name in names.split():
         require(getattr(config, name) >= least, f"{group}.{name}", getattr(config, name), f"{least} or more")
+
+
+def where(path: str | Path) -> str:
+    """What to add to a path that is not there: the folder that a relative one was looked for in."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, where the run is (--directory)"
 
 
 def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:

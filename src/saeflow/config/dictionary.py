@@ -172,6 +172,11 @@ class DictionaryConfig:
         """The setting that only a hook with heads allows; None where there is none."""
         return None
 
+    @property
+    def ranks_in_scaled_units(self) -> bool:
+        """Whether, of a whole hook, it ranks latents in units that differ from raw ones by a factor for each head."""
+        return False
+
     def trainer_class(self) -> Any:
         """Its trainer, which does what `saeflow.training.protocol.DictionaryTrainer` says; imports torch."""
         return pkgutil.resolve_name(self.trainer)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.config.checks import where
 from saeflow.dictionaries.kinds.foreign import ForeignConfig
 from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.jobs.job import Job
@@ -26,7 +27,7 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     if config.path is not None:
         path = Path(config.path)
         if not path.exists():
-            raise ConfigError(f"dictionary.path={path}: no such file or folder")
+            raise ConfigError(f"dictionary.path={path}: no such file or folder{where(path)}")
         form = config.format or foreign_format(path)
         identity |= {"format": form, "content": foreign_digest(path, form, planned.digests)}
         label = config.label or path.stem
@@ -36,6 +37,12 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     extra = identity | places | {"label": label}
     key = planned.add("foreign", f"{name}-{short_hook(site.hook_name)}", {}, extra, sources=sources)
     planned.dictionaries.append(PlannedDictionary("foreign", key, site.hook_name_out or site.hook_name, head=site.head))
+
+
+def version_of(config: dict[str, Any]) -> int | None:
+    """2: a transcoder that only SAELens computes lost where it writes."""
+    may_be = config["hook_name_out"] is not None and config["format"] in (None, "saelens")
+    return 2 if may_be else None
 
 
 def work(jobs: list[Job]) -> str:
@@ -55,6 +62,7 @@ STAGES = (
         work,
         expand,
         reads=("model",),
+        version_of=version_of,
         after=("train",),
         drawn="where_there",
     ),

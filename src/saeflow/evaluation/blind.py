@@ -27,7 +27,7 @@ from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.source import reading_model
 from saeflow.models.splicing import flattened, read_hooks
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def blind_job(job: Job) -> int:
     rows = open_tokens(job.input("tokens"))
     model = open_model(job)
     with reading_model(job) as folder:
-        tokenizer = load_tokenizer(folder).tokenizer
+        tokenizer = open_tokenizer(folder)
     shown, key = [], []
     folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
     for evaluated in job.inputs("evaluate"):

@@ -18,7 +18,8 @@ def expand_baseline(expansion: Expansion) -> None:
         for found in planned.dictionaries:
             label = short_hook(found.hook_name) + (f".{found.head}" if found.head is not None else "")
             needs = _held_out(planned) | {"activations": [planned.keys["activations"][found.hook_name]]}
-            planned.add("baseline", label, needs, {"head": found.head}, name=f"{found.hook_name} {found.head}")
+            extra = {"head": found.head} | _scope(planned)
+            planned.add("baseline", label, needs, extra, name=f"{found.hook_name} {found.head}")
 
 
 def expand_evaluate(expansion: Expansion) -> None:
@@ -27,7 +28,7 @@ def expand_evaluate(expansion: Expansion) -> None:
             baseline = planned.keys["baseline"][f"{found.hook_name} {found.head}"]
             needs = {found.stage: [found.key], "baseline": [baseline]} | _held_out(planned)
             part = {"part": found.part} if found.part else {}
-            planned.add("evaluate", found.label, needs, part, name=f"{found.key} {found.part}")
+            planned.add("evaluate", found.label, needs, part | _scope(planned), name=f"{found.key} {found.part}")
 
 
 def expand_stack(expansion: Expansion) -> None:
@@ -39,7 +40,7 @@ def expand_stack(expansion: Expansion) -> None:
             continue
         rest = {name: value for name, value in planned.tree.items() if name not in ("site", "jacobian")}
         hooks = [hook and hook.replace(f"blocks.{site.layer}.", "") for hook in (site.hook_name, site.hook_name_out)]
-        by_layer = groups.setdefault(canonical([rest, hooks, site.head]), {})
+        by_layer = groups.setdefault(canonical([rest, hooks, site.head, *_scope(planned)]), {})
         other = by_layer.setdefault(site.layer, planned)
         if other is None or other.dictionaries[0].key != planned.dictionaries[0].key:
             by_layer[site.layer] = None  # several, such as foreign ones: which belongs to the stack?
@@ -62,7 +63,7 @@ def _add_stack(wanted: Any, by_layer: dict[int, PlannedPoint | None]) -> None:
         dictionaries[0].stage: [found.key for found in dictionaries],
         "activations": [p.keys["activations"][d.hook_name] for p, d in zip(points, dictionaries, strict=True)],
     }
-    extra = {"group": label, "stack": name, "layers": layers}
+    extra = {"group": label, "stack": name, "layers": layers} | _scope(points[0])
     points[0].add("stack", f"{label}-{name}", needs | _held_out(points[0]), extra, name=name)
 
 
@@ -107,13 +108,22 @@ def _on_text(expansion: Expansion) -> list[PlannedPoint]:
     return [planned for planned in expansion.points if planned.point.model.tracr is None]
 
 
+def _scope(planned: PlannedPoint) -> dict[str, Any]:
+    """What of the evaluation's scope enters keys: nothing where first tokens are replaced too, as they were always
+    before there was a choice."""
+    planned.tree["evaluation"].pop("replace_first", None)
+    return {} if planned.point.evaluation.replace_first else {"replace_first": False}
+
+
 def _held_out(planned: PlannedPoint) -> dict[str, list[str]]:
     return {"tokens": [planned.keys["tokens"]["held_out"]]}
 
 
 def together(plan: Plan, instance: Instance) -> list[Any]:
     """Those of one model that are evaluated on the same tokens share the clean pass."""
-    return [instance.config["model"], instance.config.get("evaluation"), instance.needs["tokens"]]
+    config = instance.config
+    scope = [config["replace_first"]] if "replace_first" in config else []
+    return [config["model"], config.get("evaluation"), instance.needs["tokens"], *scope]
 
 
 def work_baseline(jobs: list[Job]) -> str:
@@ -178,10 +188,11 @@ STAGES = (
         work_evaluate,
         expand_evaluate,
         reads=("evaluation", "model"),
-        version=4,
+        version=5,
         needs=("train", "foreign", "baseline", "tokens"),
         together=together,
         drawn="always",
+        listed="saeflow.evaluation.overview:overview",
     ),
     Stage(
         "stack",
@@ -189,6 +200,7 @@ STAGES = (
         work_stack,
         expand_stack,
         reads=("evaluation", "model"),
+        version=2,
         needs=("train", "foreign", "activations", "tokens"),
         after=("evaluate",),
         drawn="where_there",

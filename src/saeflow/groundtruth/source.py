@@ -25,7 +25,7 @@ def config_of(tracr: TracrConfig) -> dict[str, Any]:
 
 def geometry_of_case(tracr: TracrConfig) -> Geometry:
     c = config_of(tracr)
-    sizes = {name: c[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx")}
+    sizes = {name: c[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")}
     return Geometry(architecture=GROUND_TRUTH, n_key_value_heads=c["n_heads"], parallel=False, gated=False, **sizes)
 
 

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or cuda:1")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--log", help="file for the log; default: stderr")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but in the log, which the workflow reads")
     args = parser.parse_args()
     start_log(args.log)
     limit_threads(args.threads)
@@ -40,19 +41,23 @@ def main() -> None:
         with claimed(jobs) as left:
             last_line = stages()[args.stage].work(left) if left else "another run has made it meanwhile"
     except Preempted as stop:
-        log.warning("%s", stop)
-        print(f"{args.stage} {stop}", file=sys.stderr)
+        log.warning("%s %s", args.stage, stop)
+        if args.log and not args.quiet:
+            print(f"{args.stage} {stop}", file=sys.stderr)
         sys.exit(TEMPORARY_FAILURE)
     except Exception as error:
         log.exception("failed")
+        reason = escape_controls(f"{args.stage} failed: {error or type(error).__name__}")
         if isinstance(error, DamagedError):
             for folder in error.set_aside():
                 log.warning("%s counts as missing from now on", folder)
-        if args.log:
-            print(escape_controls(f"{args.stage} failed: {error}\n(log: {args.log})"), file=sys.stderr)
+        log.error(reason)  # after the traceback: the last record is the reason in one sentence
+        if args.log and not args.quiet:
+            print(f"{reason}\n(log: {args.log})", file=sys.stderr)
         sys.exit(1)
     log.info(last_line)
-    print(escape_controls(last_line), flush=True)
+    if not args.quiet:
+        print(escape_controls(last_line), flush=True)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)  # all is written and renamed; taking the libraries down would cost another second

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.jobs.job import Job
-from saeflow.models.folder import Geometry, model_digest, read_geometry, resolve_folder
+from saeflow.models.folder import Geometry, check_processing, model_digest, read_geometry, resolve_folder
+from saeflow.models.weights import n_embeddings, read_shapes
 from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.graph import Instance
 from saeflow.planning.stages import Source
 from saeflow.storage.receipts import verify
-from saeflow.text.tokenizer import tokenizer_digest
+from saeflow.text.tokenizer import check_tokenizer, tokenizer_digest
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
 CONTROL = ("randomise", "randomise_seed")
@@ -20,16 +21,20 @@ CONTROL = ("randomise", "randomise_seed")
 
 def identify(planned: PlannedPoint) -> None:
     model = planned.point.model
-    folder, geometry, weights, tokenizer = planned.digests.once(
+    folder, geometry, n_tokens, weights, tokenizer = planned.digests.once(
         ("model", model.path, model.hub, model.revision), lambda: _read(planned)
     )
+    check_processing(folder, geometry, model)
+    tokens = planned.point.tokens
+    special = (tokens.prepend_bos, tokens.bos_token, tokens.eos_token)
+    planned.digests.once(("tokenizer", folder, special), lambda: check_tokenizer(folder, tokens, n_tokens))
     set_model(planned, folder, geometry, weights, tokenizer)
 
 
-def _read(planned: PlannedPoint) -> tuple[Path, Geometry, str, str]:
+def _read(planned: PlannedPoint) -> tuple[Path, Geometry, int | None, str, str]:
     folder, digests = resolve_folder(planned.point.model), planned.digests
-    weights, tokenizer = model_digest(folder, digests), tokenizer_digest(folder, digests)
-    return folder, read_geometry(folder), weights, tokenizer
+    geometry, n_tokens = read_geometry(folder), n_embeddings(read_shapes(folder))
+    return folder, geometry, n_tokens, model_digest(folder, digests), tokenizer_digest(folder, digests)
 
 
 def set_model(planned: PlannedPoint, folder: Path, geometry: Geometry, weights: str, tokenizer: str) -> None:

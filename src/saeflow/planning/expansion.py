@@ -86,6 +86,8 @@ class Expansion:
     figures: list[str]
     stacks: list[Any]
     blind: dict[str, Any] | None
+    figures_asked: bool = False
+    """Whether `figures` were named for this run: all of them have to be possible."""
 
 
 def compose(
@@ -101,7 +103,7 @@ def compose(
     check_device(sweep.device, stages())
     plan = Plan(sweep.experiment, {name: {} for name in stages()}, sweep.device, results=results)
     points = [_planned(build(PointConfig, tree), plan, cache) for tree in sweep.points()]
-    expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind)
+    expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind, sweep.figures_asked)
     for stage in stages().values():
         stage.expand(expansion)
     cache.save()
@@ -122,21 +124,23 @@ def add_instance(
     plan: Plan, stage: str, label: str, config: dict[str, Any], needs: dict[str, list[str]], sources: dict[str, str]
 ) -> str:
     """Adds an instance, unless an equal one is there; returns its key."""
-    version = stages()[stage].version
+    declared = stages()[stage]
+    version = declared.version_of(config) or declared.version
     key = f"{label}-{short_hash([stage, version, config, needs])}"
     plan.stages[stage].setdefault(key, Instance(stage, key, config, needs, sources, version))
     return key
 
 
 def project(tree: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """The part of a tree at some dotted paths."""
+    """The part of a tree at some dotted paths; one that ends in `?` is left out where it is null."""
     out: dict[str, Any] = {}
     for path in paths:
-        *parents, leaf = path.split(".")
+        *parents, leaf = path.removesuffix("?").split(".")
         source, node = tree, out
         for part in parents:
             source, node = source[part], node.setdefault(part, {})
-        node[leaf] = source[leaf]
+        if source[leaf] is not None or not path.endswith("?"):
+            node[leaf] = source[leaf]
     return out
 
 

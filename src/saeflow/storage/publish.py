@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from saeflow.storage.modes import share
+
 ABANDONED_AFTER = 24 * 3600  # seconds without a change, of what a process of another host was writing
 
 
@@ -24,6 +26,7 @@ def beside(path: Path) -> Path:
 
 def publish(partial: Path, path: Path) -> None:
     """Moves a file or folder, written beside its place, into it; a folder that was there is replaced."""
+    share(partial)
     flush(partial)
     if partial.is_dir() and path.exists():
         old = beside(path.with_name(path.name + ".old"))

@@ -1,13 +1,16 @@
 """The corpus: local files enter keys by content, datasets of the hub by the names that it knows them by."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
-from saeflow.config import ConfigError, CorpusConfig
+from saeflow.config import CorpusConfig
 from saeflow.planning.digests import DigestCache
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.corpus import corpus_digest
+from saeflow.text.files import corpus_digest, corpus_parts
+
+log = logging.getLogger(__name__)
 
 
 def identify(planned: PlannedPoint) -> None:
@@ -25,8 +28,9 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     if corpus.path is None:
         return tree
     path = Path(corpus.path)
-    if not path.exists():
-        raise ConfigError(f"corpus.path={path}: no such file or folder")
+    parts = corpus_parts(path)
+    if parts.left_out:
+        log.warning("corpus %s: not read: %s", path, parts.left_out_in_words())
     content = corpus_digest(path, digests)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 

@@ -23,10 +23,7 @@ class SAEConfig(TrainedConfig, kind="sae"):
     studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})
 
     def identity(self) -> dict[str, Any]:
-        tree = super().identity()
-        if self.apply_b_dec_to_input:  # as always before there was a choice: old keys stay what they are
-            del tree["apply_b_dec_to_input"]
-        return tree
+        return before_there_was_a_choice(super().identity())
 
     def check(self, point: "PointConfig") -> None:
         super().check(point)
@@ -34,6 +31,11 @@ class SAEConfig(TrainedConfig, kind="sae"):
             scaling = self.normalize_activations
             wanted = "none or per_head with site.head"
             require(scaling != "expected_average_only_in", "dictionary.normalize_activations", scaling, wanted)
+
+
+def before_there_was_a_choice(tree: dict[str, Any]) -> dict[str, Any]:
+    """An identity as it was when every SAE subtracted `b_dec`, where this one does: old keys stay what they are."""
+    return {name: value for name, value in tree.items() if (name, value) != ("apply_b_dec_to_input", True)}
 
 
 def alone(several: TrainedConfig) -> SAEConfig:

@@ -85,6 +85,10 @@ class TrainedConfig(DictionaryConfig):
             return f"dictionary.kind={self.kind}"
         return "dictionary.normalize_activations=per_head" if self.normalize_activations == "per_head" else None
 
+    @property
+    def ranks_in_scaled_units(self) -> bool:
+        return self.activation == "topk" and self.normalize_activations == "per_head" and not self.by_head
+
     # -------------------------------------------------------------------- what training asks
     def spec(
         self,
