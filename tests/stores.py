@@ -11,8 +11,11 @@ from torch import Tensor
 from saeflow.activations.store import ActivationStore, Column, TokenRows, open_column, write_column
 from saeflow.activations.writer import ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig
+from saeflow.models.folder import model_digest
+from saeflow.planning.digests import DigestCache
 from saeflow.planning.graph import Instance, Plan
 from saeflow.storage import receipts
+from saeflow.text.tokenizer import tokenizer_digest
 
 TRAINING_STORE = "tiny-gpt2-float32-01234567"
 TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
@@ -52,6 +55,16 @@ def write_store(
             columns.append(open_column(column.folder))
         store.commit(dict.fromkeys(hooks, n_tokens), rows, {})
     return columns
+
+
+def weights_of(folder: Path) -> str:
+    """What identifies a model's weights."""
+    return model_digest(folder, DigestCache(None))
+
+
+def tokens_instance(key: str, model: Path) -> Instance:
+    """As the plan has it, as far as jobs that read the tokens ask."""
+    return Instance("tokens", key, {"tokenizer": tokenizer_digest(model, DigestCache(None))}, {}, {})
 
 
 def write_receipt(folder: Path, stage: str = "any") -> None:

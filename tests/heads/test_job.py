@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 import xarray as xr
-from stores import contents
+from stores import contents, write_receipt
 from tests.models.test_architectures import TINY, run_all
 from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
@@ -292,6 +292,7 @@ def test_a_study_without_live_dictionaries_of_heads(plan: Plan, study: Path, dea
             one.b_enc -= 1e6
             (plan.folder("train", "dead") / f"head_{h}").mkdir(parents=True)
             save_dictionary(one, plan.folder("train", "dead") / f"head_{h}")
+        write_receipt(plan.folder("train", "dead"), "train")
     alone = dataclasses.replace(instance, key=f"alone{dead}", needs=instance.needs | {"train": keys})
     summary = heads_job(Job(alone, plan, "cpu"))
     folder = plan.folder("heads", alone.key)

@@ -15,7 +15,7 @@ from saeflow.models.source import reading_model
 from saeflow.planning import digests as digests_module
 from saeflow.planning.digests import DIGESTS_FILE, DigestCache, short_hash
 from saeflow.planning.graph import Instance, Plan
-from saeflow.text.corpus import corpus_digest
+from saeflow.text.files import corpus_digest
 from saeflow.text.job import tokens_job
 from saeflow.text.tokenizer import tokenizer_digest
 
