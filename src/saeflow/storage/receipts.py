@@ -36,7 +36,8 @@ class DamagedError(ValueError):
 
 def contents(folder: Path) -> dict[str, Any]:
     """The part of a receipt that says what the files of `folder` hold."""
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    own = (folder / RECEIPT, folder / SET_ASIDE)
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and p not in own}
     return {
         "sizes": {name: file.stat().st_size for name, file in files.items()},
         "crc32c": {name: crc32c(file) for name, file in files.items()},
