@@ -67,10 +67,11 @@ def tokens_instance(key: str, model: Path) -> Instance:
     return Instance("tokens", key, {"tokenizer": tokenizer_digest(model, DigestCache(None))}, {}, {})
 
 
-def write_receipt(folder: Path, stage: str = "any") -> None:
-    """Makes a folder an artifact, as far as jobs that read it ask."""
+def write_receipt(folder: Path, stage: str = "any", needs: dict[str, list[str]] | None = None) -> None:
+    """Makes a folder an artifact, as far as jobs that read it and plans ask."""
     (folder / "config.yaml").touch()
-    receipt = {"stage": stage, "key": folder.name, "blake2s": {}, **receipts.contents(folder)}
+    about = {"stage": stage, "key": folder.name, "needs": needs or {}, "blake2s": {}}
+    receipt = {**about, **receipts.contents(folder)}
     (folder / receipts.RECEIPT).write_text(json.dumps(receipt))
 
 

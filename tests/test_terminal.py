@@ -10,7 +10,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.tests import TestLogHandlerBase
 
 from snakemake_logger_plugin_saeflow import LogHandler, LogHandlerSettings
-from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence, stage_of
+from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence
 
 LOG = """2026-11-28 20:22:10,744 INFO training 2 dictionaries on batches of 256 tokens
 2026-11-28 20:22:51,500 INFO sae-L1.mlp_out-k4-seed0-106cc3d9: 4,096 tokens, L0 4.0: results/train/sae-L1
@@ -51,7 +51,8 @@ def say(to: LogHandler, event: LogEvent | None = None, msg: str = "", **extra: o
 
 
 def job(to: LogHandler, log: Path, event: LogEvent = LogEvent.JOB_INFO) -> None:
-    say(to, event, jobid=3, rule_name="train_1fcc17ce", output=OUTPUTS, log=[str(log)], input=["x" * 5000])
+    to.together = {OUTPUTS[0]: OUTPUTS}
+    say(to, event, jobid=3, rule_name="train", output=[f"{OUTPUTS[0]} (update)"], log=[str(log)], input=["x" * 5000])
 
 
 def shown(of: LogHandler) -> list[str]:
@@ -66,7 +67,7 @@ def test_a_job_is_one_line_with_what_it_found_and_what_is_left(tmp_path: Path) -
     terminal = handler()
     terminal.there, terminal.ending = 5, lambda: "figures: there"
     say(terminal, None, "Building DAG of jobs...")
-    say(terminal, LogEvent.RUN_INFO, stats={"train_1fcc17ce": 1, "figures": 1, "all": 1, "total": 3})
+    say(terminal, LogEvent.RUN_INFO, stats={"train": 1, "figures": 1, "all": 1, "total": 3})
     job(terminal, log)
     say(terminal, LogEvent.JOB_FINISHED, job_id=3)
     say(terminal, LogEvent.JOB_INFO, jobid=0, rule_name="all", output=[], log=[])
@@ -84,7 +85,7 @@ def test_a_failure_is_said_once_and_last_without_traceback_or_command(tmp_path: 
     log.write_text(FAILED)
     terminal = handler()
     terminal.ending = lambda: "figures: there"
-    say(terminal, LogEvent.RUN_INFO, stats={"train_1fcc17ce": 1, "evaluate_1fcc17ce": 1, "figures": 1, "total": 3})
+    say(terminal, LogEvent.RUN_INFO, stats={"train": 1, "evaluate": 1, "figures": 1, "total": 3})
     job(terminal, log)
     say(
         terminal,
@@ -118,9 +119,9 @@ def test_nothing_to_do_ends_with_where_it_is_and_a_dry_run_does_not() -> None:
 
 def test_a_dry_run_is_a_line_a_job_and_the_table_of_all(tmp_path: Path) -> None:
     terminal = handler(dryrun=True)
-    say(terminal, LogEvent.RUN_INFO, "Job stats:\ntrain_1fcc17ce 1", stats={"train_1fcc17ce": 1})
+    say(terminal, LogEvent.RUN_INFO, "Job stats:\ntrain 1", stats={"train": 1})
     job(terminal, tmp_path / "none.log")
-    assert shown(terminal) == ["Job stats:", "train_1fcc17ce 1", "would run train 2 (sae L1.mlp_out seed0): k4, k16"]
+    assert shown(terminal) == ["Job stats:", "train 1", "would run train 2 (sae L1.mlp_out seed0): k4, k16"]
 
 
 def test_a_terminal_shows_what_runs_now(tmp_path: Path) -> None:
@@ -153,7 +154,6 @@ def test_names_of_many_artifacts_are_told_by_what_differs() -> None:
     assert str(Work("train", outputs, ())) == "train 5 (sae k4 seed0): L0.mlp_out, L1.mlp_out, L2.mlp_out and 2 more"
     assert str(Work("train", outputs[:1], ())) == "train sae-L0.mlp_out-k4-seed0"
     assert str(Work("tokens", (), ())) == "tokens"
-    assert stage_of("train_1fcc17ce") == "train" and stage_of("jacobian_tables") == "jacobian_tables"
 
 
 def test_refusals_are_one_sentence_without_the_place_in_the_rules() -> None:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,11 +58,9 @@ class Workflow:
         done = self.call("-n", *options, hydra=hydra, sweep=sweep)
         assert done.returncode == 0, done.stdout + done.stderr
         table = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE))  # it is printed twice
-        counts: Counter[str] = Counter()
-        for rule in table.keys() - {"all", "total"}:
-            counts[rule.split("_")[0]] += int(table[rule])
+        counts = {rule: int(n) for rule, n in table.items() if rule not in ("all", "total")}
         assert counts or "Nothing to be done" in done.stdout + done.stderr
-        return dict(counts)
+        return counts
 
 
 def contents(home: Path) -> dict[str, bytes]:
@@ -72,7 +69,7 @@ def contents(home: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(root)): p.read_bytes()
         for p in sorted(root.rglob("*"))
-        if p.is_file() and p.name != "provenance.json"
+        if p.is_file() and p.name not in ("provenance.json", "made.jsonl") and p.suffix != ".lock"
     }
 
 
@@ -187,10 +184,10 @@ def test_the_terminal_shows_a_line_a_job_and_where_to_look(finished: Path) -> No
     assert "8 jobs to do: 2 tokens, 1 " in "\n".join(lines)
     assert [line.partition("]")[0] for line in jobs] == [f"[{n + 1} of 8" for n in range(8)]
     assert any(
-        re.search(r"\] train 4 \(sae seed0\): .*: 4,096 tokens, L0 4\.0 to [\d.]+, .*\(\d", line) for line in jobs
+        re.search(r"\] train 4 \(sae .*seed0.*\): .*: 4,096 tokens, L0 4\.0 to [\d.]+, .*\(\d", line) for line in jobs
     )
     assert any(
-        re.search(r"\] tokens tiny-ctx32-train: wrote 128 rows of 32 tokens from \d+ documents \(", j) for j in jobs
+        re.search(r"\] tokens train-128rows-\S+: wrote 128 rows of 32 tokens from \d+ documents \(", j) for j in jobs
     )
     assert lines[-4].startswith("done in ")
     assert lines[-3].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
@@ -262,6 +259,30 @@ def test_plan_that_the_disk_cannot_hold_is_refused(home: Path) -> None:
     assert "the disk cannot hold this plan" in done.stderr + done.stdout
 
 
+def test_two_runs_at_once_share_what_both_want(tmp_path: Path, neox_folder: Path, corpus_file: Path) -> None:
+    """One folder, two experiments: the second starts while the first works, and neither does what the other has."""
+    fill(tmp_path, neox_folder, corpus_file)
+    sweeps = [f"sweep={{dictionary:topk,dictionary.k:[{k}]}}" for k in ("2,4", "4,8")]
+    commands = [
+        Workflow(tmp_path, cores=1).command(hydra=f"experiment_name={name}", sweep=sweep)
+        for name, sweep in zip(("one", "two"), sweeps, strict=True)
+    ]
+    runs = []
+    for command in commands:
+        runs.append(
+            subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+        while runs[0].poll() is None and not list((tmp_path / "logs").rglob("*.log")):
+            time.sleep(0.1)
+    told = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(told)
+    made = [json.loads(line) for line in (tmp_path / "results/made.jsonl").read_text().splitlines()]
+    assert len(made) == len({(m["stage"], m["key"]) for m in made}) == 2 + 1 + 3 + 1 + 3 + 2
+    plans = list((tmp_path / ".snakemake/plans").glob("*.json"))
+    assert len(plans) == 2
+    assert {lock.name for lock in (tmp_path / "results").rglob("*.lock")} == {".lock"}  # of the store
+
+
 def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     finished: Path, tmp_path: Path, neox_folder: Path, corpus_file: Path
 ) -> None:
@@ -275,10 +296,10 @@ def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     reached = set()
     for stage in ("tokens", "activations", "train", "jacobian", "baseline", "evaluate", "figures"):
         process = subprocess.Popen(
-            workflow.command("--nolock"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            workflow.command(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        while process.poll() is None and not list((tmp_path / "logs" / stage).glob("*.log")):
+        while process.poll() is None and not list((tmp_path / "logs" / stage).rglob("*.log")):
             time.sleep(0.02)
         time.sleep(moments.uniform(0, {"tokens": 1.0, "train": 4.0, "figures": 2.0}.get(stage, 8.0)))
         if process.poll() is None:

@@ -9,8 +9,9 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from snakemake.logging import DefaultFormatter
@@ -18,7 +19,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
 
-from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence, stage_of
+from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence
 
 # Snakemake says these at every run, whatever it does.
 NOISE = (
@@ -26,6 +27,7 @@ NOISE = (
     "Rules claiming more threads", "Provided resources", "Conda environments: ignored", "Select jobs to execute",
     "Execute ", "Complete log(s)", "Elapsed time", "Removing output files of failed job", "host: ",
 )  # fmt: skip
+UPDATED = " (update)"  # what Snakemake says behind an output that it does not delete before its job
 NOTHING = "Nothing to be done"
 OF_THE_JOB = "RuleException:\nCalledProcessError"  # with the whole command; that the job failed is told apart
 GAVE_UP = ("Exiting because a job execution failed", "WorkflowError:\nAt least one job did not complete")
@@ -47,6 +49,8 @@ class LogHandler(LogHandlerBase):
     """What to say after a run in which all went well; the rules set it, who know the plan."""
     there: int = 0
     """Artifacts of the plan that are there already; of the rules too."""
+    together: Mapping[str, list[str]] = MappingProxyType({})
+    """Receipts of all that a job makes, by the one that it is known by; of the rules too."""
 
     def __post_init__(self) -> None:
         self.stream = sys.stdout if self.common_settings.dryrun else sys.stderr
@@ -108,16 +112,21 @@ class LogHandler(LogHandlerBase):
         counts: Counter[str] = Counter()
         for rule, count in stats.items():
             if rule not in ("all", "total"):
-                counts[stage_of(rule)] += count
+                counts[rule] += count
         self.total = counts.total()
         what = ", ".join(f"{count} {stage}" for stage, count in counts.items())
         there = f"; {self.there} artifacts are there already" if self.there else ""
         return f"{self.total} job{'s' * (self.total != 1)} to do: {what}{there}" if counts else None
 
     def begun(self, said: dict[str, Any]) -> str | None:
-        work = Work(stage_of(said["rule_name"]), tuple(said["output"] or ()), tuple(said["log"] or ()))
+        work = self.work(said)
         self.running[said["jobid"]] = work
         return f"would run {work}" if self.common_settings.dryrun and work.outputs else None
+
+    def work(self, said: dict[str, Any]) -> Work:
+        files = [str(file).removesuffix(UPDATED) for file in said["output"] or ()]
+        outputs = (one for file in files for one in self.together.get(file, [file]))
+        return Work(said["rule_name"], tuple(outputs), tuple(said["log"] or ()))
 
     def finished(self, work: Work | None) -> str | None:
         if work is None or not work.outputs:
@@ -129,7 +138,7 @@ class LogHandler(LogHandlerBase):
     def failed(self, said: dict[str, Any]) -> str:
         """A line now; what went wrong is said at the end, when nothing more comes after it."""
         known = self.running.pop(said["jobid"], None)
-        work = known or Work(stage_of(said["rule_name"]), tuple(said["output"] or ()), tuple(said["log"] or ()))
+        work = known or self.work(said)
         self.failures.append(f"{sentence(work)} (log: {', '.join(work.logs) or 'none'})")
         return f"failed: {work}; the reason stands at the end"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 RECEIPT = "provenance.json"
 _RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) (.*)$")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-_HASH = re.compile(r"_[0-9a-f]{8}$")
 NAMES = 3
 """Of several artifacts, the names that are told."""
 
@@ -41,11 +40,6 @@ class Work:
         told = ", ".join(own[:NAMES]) + (f" and {len(own) - NAMES} more" if len(own) > NAMES else "")
         common = " ".join([*parts[0][:front], *parts[0][len(parts[0]) - back :]])
         return f"{self.stage} {len(labels)}{f' ({common})' if common else ''}: {told}"
-
-
-def stage_of(rule: str) -> str:
-    """Rules of jobs that several artifacts share end in a hash."""
-    return _HASH.sub("", rule)
 
 
 def duration(seconds: float) -> str:

@@ -116,7 +116,7 @@ def test_built_config_builds_itself_again():
         ({"training__auxk_coefficient": -1.0}, "training.auxk_coefficient=-1.0 is out of range"),
         ({"training__adam_beta2": 1.0}, "training.adam_beta2=1.0 is out of range: it must be 0 or more and below 1"),
         ({"training__checkpoint_seconds": 0}, "training.checkpoint_seconds=0.0 is out of range"),
-        ({"evaluation__bootstrap_seed": -1}, "evaluation.bootstrap_seed=-1 is out of range"),
+        ({"evaluation__resamples": 4}, "evaluation.resamples=4 is out of range"),
         ({"site__layer": -1}, "site.layer=-1 is out of range: it must be 0 or more"),
         ({"training__lr": 0}, "training.lr=0.0 is out of range: it must be more than 0"),
         ({"jacobian__bins": 0}, "jacobian.bins=0 is out of range"),

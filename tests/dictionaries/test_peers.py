@@ -6,6 +6,7 @@ SAELens is there. sparsify and dictionary_learning train only where `make bench 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -124,7 +125,10 @@ def by_runner(model: Any, tokens: np.ndarray, x: Tensor, tmp_path_factory: pytes
     dataset = Dataset.from_dict({"tokens": tokens.tolist()})
     with warnings.catch_warnings():  # of few tokens, and of its own tensors
         warnings.simplefilter("ignore", UserWarning)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         LanguageModelSAETrainingRunner(config, override_dataset=dataset, override_model=model).run()
+        for number, handler in handlers.items():  # it leaves its own
+            signal.signal(number, handler)
     with torch.no_grad():
         return Trained(folder, x, SAE.load_from_disk(folder)(x))
 

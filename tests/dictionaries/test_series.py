@@ -78,19 +78,20 @@ def test_widths_given_in_two_ways_are_compared_by_what_they_come_to(home: Path) 
     ("overrides", "places"),
     [
         (["site.layer=[2,3]"], ["layer 2, mlp_out", "layer 3, mlp_out"]),
-        (["site=[resid_pre,mlp_out]"], ["layer 2, mlp_out", "layer 2, resid_pre"]),
+        (["site=resid_pre,mlp_out"], ["layer 2, mlp_out", "layer 2, resid_pre"]),
         (["model.randomise=[none,reinit]"],
          ["layer 2, mlp_out, trained model", "layer 2, mlp_out, re-initialised model, seed 0 of it"]),
         (["model.fold_ln=[false,true]"], ["layer 2, mlp_out, fold_ln = false", "layer 2, mlp_out, fold_ln = true"]),
         (["tokens.held_out_tokens=[2048,4096]"],
          ["layer 2, mlp_out, 2,048 held-out tokens", "layer 2, mlp_out, 4,096 held-out tokens"]),
         (["tokens.context_size=[64,128]"], ["layer 2, mlp_out, context of 64", "layer 2, mlp_out, context of 128"]),
-        (["evaluation.bootstrap_seed=[0,1]"],
-         ["layer 2, mlp_out, bootstrap_seed = 0", "layer 2, mlp_out, bootstrap_seed = 1"]),
+        (["evaluation.confidence=[0.9,0.95]"],
+         ["layer 2, mlp_out, confidence = 0.9", "layer 2, mlp_out, confidence = 0.95"]),
     ],
 )  # fmt: skip
 def test_models_tokens_and_hooks_make_places(home: Path, overrides: list[str], places: list[str]) -> None:  # noqa: F811
-    table = named(home, *TOPK, "dictionary.k=[4,16]", "seed=[0,1]", *overrides)
+    given = [one for one in TOPK if one.split("=")[0] not in overrides[0].split("=")[0]]
+    table = named(home, *given, "dictionary.k=[4,16]", "seed=[0,1]", *overrides)
     assert joined(table) == {(place, "TopK SAE"): [2, 2] for place in places}
 
 
@@ -102,17 +103,19 @@ def test_two_models_and_two_corpora_are_named(home: Path) -> None:  # noqa: F811
     assert table["place"].tolist() == ["layer 2, mlp_out, trained model"] + [
         f"layer 2, mlp_out, re-initialised model, seed {n} of it" for n in (0, 1)
     ]
-    rows = (
-        read_summaries(job, "evaluate").head(2).assign(tokens_key=["books-ctx64-held_out-1a", "news-ctx64-held_out-2b"])
-    )
-    held = {"model.weights": "w", "corpus.content": "c"}
-    rows["settings"] = pd.Series([held, held | {"corpus.content": "d"}], dtype=object)
-    assert sorted(with_names(rows)["place"]) == ["layer 2, mlp_out, on books", "layer 2, mlp_out, on news"]
-    alike = with_names(rows.assign(tokens_key=["books-ctx64-held_out-1a", "books-ctx64-held_out-2b"]))
-    assert alike["place"].is_unique and alike["place"].str.startswith("layer 2, mlp_out, ").all()
-    models = rows.assign(tokens_key="books-ctx64-held_out-1a", model_name=["pythia", "gelu"])
-    models["settings"] = pd.Series([held, held | {"model.weights": "v"}], dtype=object)
-    assert sorted(with_names(models)["place"]) == ["layer 2, mlp_out, gelu", "layer 2, mlp_out, pythia"]
+    rows = read_summaries(job, "evaluate").head(2).assign(tokens_key=["held_out-1a", "held_out-2b"])
+    held = {"model.weights": "w", "model.name": "pythia", "corpus.content": "c", "corpus.name": "books"}
+
+    def places(**other: str) -> list[str]:
+        rows["settings"] = pd.Series([held, held | {p.replace("_", "."): v for p, v in other.items()}], dtype=object)
+        return sorted(with_names(rows)["place"])
+
+    assert places(corpus_content="d", corpus_name="news") == ["layer 2, mlp_out, on books", "layer 2, mlp_out, on news"]
+    alike = places(corpus_content="d")
+    assert len(set(alike)) == 2 and all(place.startswith("layer 2, mlp_out, ") for place in alike)
+    rows["tokens_key"] = "held_out-1a"
+    assert set(places(corpus_name="renamed")) == {"layer 2, mlp_out"}
+    assert places(model_weights="v", model_name="gelu") == ["layer 2, mlp_out, gelu", "layer 2, mlp_out, pythia"]
 
 
 def test_kinds_of_saelens_and_pairs_and_transcoders_are_series(home: Path) -> None:  # noqa: F811
@@ -157,11 +160,9 @@ def test_what_was_made_elsewhere_is_a_point_each_unless_the_user_gives_one_label
         paths.append(str(folder))
     foreign = ["dictionary=foreign", "site=mlp_out", "site.layer=2", f"dictionary.path=[{','.join(paths)}]"]
     apart = named(home, *foreign)
-    assert joined(apart) == {
-        ("layer 2, mlp_out", f"dictionary_learning (ReLU + L1 SAE), {name}"): [1] for name in ("a", "b")
-    }
+    assert joined(apart) == {("layer 2, mlp_out", f"{name} (ReLU + L1 SAE)"): [1] for name in ("a", "b")}
     one = named(home, *foreign, "dictionary.label=mine")
-    assert joined(one) == {("layer 2, mlp_out", "dictionary_learning (ReLU + L1 SAE)"): [1, 1]}
+    assert joined(one) == {("layer 2, mlp_out", "mine (ReLU + L1 SAE)"): [1, 1]}
 
 
 def test_dictionaries_that_nothing_tells_apart_are_not_joined() -> None:

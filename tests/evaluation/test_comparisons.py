@@ -16,7 +16,7 @@ def front(kind: str) -> pd.DataFrame:
 def test_matched_differences_are_those_of_the_reference() -> None:
     """At the SAEs' L0 of 31.5, 55 and 110 (not 505) the transcoders lie lower by 0.0034, 0.0067 and 0.0046 nats."""
     fronts = [front("sae"), front("transcoder")]
-    table = matched_l0(*fronts, draws(fronts, np.zeros(3)), 0.9)
+    table = matched_l0(*fronts, draws(fronts, np.zeros(8)), 0.9)
     at_sae = table[table["at_point_of"] == "one"]
     np.testing.assert_allclose(at_sae["l0"], [31.498, 55.069, 109.873], atol=1e-3)
     np.testing.assert_allclose(-at_sae["difference"], [0.0034, 0.0067, 0.0046], atol=6e-5)
@@ -67,7 +67,7 @@ def test_the_interval_of_a_matched_difference_is_paired() -> None:
 
 def test_fronts_that_share_no_l0_are_not_compared() -> None:
     one, other = front("sae"), front("transcoder").assign(l0=lambda t: t["l0"] / 100)
-    assert matched_l0(one, other, draws([one, other], np.zeros(3)), 0.9).empty
+    assert matched_l0(one, other, draws([one, other], np.zeros(8)), 0.9).empty
 
 
 SEEDED = ["dictionary_key", "point", "repeat", "l0", "ce_replaced"]
@@ -104,7 +104,7 @@ def test_seeds_are_their_mean_within_the_range_of_their_pairs() -> None:
     """Seeds of one front lie 0.001 and 0.003 higher than the other's two, which differ by 0.002: by hand."""
     one, other = seeded("sae", {"a": 0.0, "b": 0.002}), seeded("sae", {"a": 0.003, "b": 0.005})
     other = other.assign(dictionary_key=other["dictionary_key"] + "-other")
-    table = matched_l0(one, other, draws([one, other], np.zeros(3)), 0.9)
+    table = matched_l0(one, other, draws([one, other], np.zeros(8)), 0.9)
     np.testing.assert_allclose(table["difference"], 0.003, atol=1e-12)
     np.testing.assert_allclose(table["low"], 0.003, atol=1e-12)  # these draws have no spread
     np.testing.assert_allclose(table[["seeds_low", "seeds_high"]].drop_duplicates(), [[0.001, 0.005]], atol=1e-12)
@@ -112,9 +112,9 @@ def test_seeds_are_their_mean_within_the_range_of_their_pairs() -> None:
 
 def test_seeds_of_other_sparsity_are_averaged_in_both() -> None:
     one, other = seeded("sae", {"a": 0.0, "b": 0.001}, scale=1.01), front("transcoder")
-    table = matched_l0(one, other, draws([one, other], np.zeros(3)), 0.9)
+    table = matched_l0(one, other, draws([one, other], np.zeros(8)), 0.9)
     mean = front("sae").assign(l0=lambda t: t["l0"] * 1.005, ce_replaced=lambda t: t["ce_replaced"] + 5e-4)
-    wanted = matched_l0(mean, other, draws([mean, other], np.zeros(3)), 0.9)
+    wanted = matched_l0(mean, other, draws([mean, other], np.zeros(8)), 0.9)
     np.testing.assert_allclose(table["difference"], wanted["difference"], atol=1e-9)
     assert (table["seeds_low"] < table["difference"]).all() and (table["seeds_high"] > table["difference"]).all()
 
@@ -124,7 +124,7 @@ def test_what_never_fires_is_on_no_front() -> None:
     dead = pd.concat([one, pd.DataFrame([{"dictionary_key": "dead", "l0": 0.0, "ce_replaced": 3.8}])])
     for compare in (matched_l0, matched_ce):
         with_increase = [f.assign(ce_increase=f["ce_replaced"] - 3.3) for f in (one, dead, other)]
-        noise = np.zeros(3)
+        noise = np.zeros(8)
         tables = [compare(f, with_increase[2], draws([f, with_increase[2]], noise), 0.9) for f in with_increase[:2]]
         pd.testing.assert_frame_equal(*tables)
 
@@ -132,7 +132,7 @@ def test_what_never_fires_is_on_no_front() -> None:
 def test_fronts_of_other_tokens_are_refused() -> None:
     one = front("sae").assign(tokens_key=["t", "t", "t", "u"])
     with pytest.raises(ValueError, match="evaluated on t, u"):
-        matched_l0(one, front("transcoder"), draws([one, front("transcoder")], np.zeros(3)), 0.9)
+        matched_l0(one, front("transcoder"), draws([one, front("transcoder")], np.zeros(8)), 0.9)
 
 
 def test_pairs_are_of_the_same_tokens() -> None:

@@ -17,7 +17,6 @@ from saeflow.config import EvaluationConfig
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation.scope import warn_of_untrained_first
 from saeflow.evaluation.stack import Member, evaluate_stack
-from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
 
 ROWS = np.random.default_rng(1).integers(1, 300, (7, 20))
@@ -142,7 +141,6 @@ def test_the_scope_is_in_keys_only_where_it_is_not_the_default(home: Path) -> No
     assert plan_of(home, "evaluation.replace_first=true").stages["evaluate"].keys() == plain.stages["evaluate"].keys()
     assert changed(plain, kept) == {"baseline": 1, "evaluate": 2, "figures": 1}
     both = plan_of(home, "evaluation.replace_first=[true,false]")
-    assign_batches(both, None)
     for stage in ("baseline", "evaluate"):
         scopes = [{both.stages[stage][k].config.get("replace_first") for k in b} for b in both.batches[stage]]
         assert len(scopes) == 2 and {None} in scopes and {False} in scopes

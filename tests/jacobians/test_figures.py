@@ -126,14 +126,15 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
                 (copy / file.name).symlink_to(file)
             summary = json.loads((copy / "summary.json").read_text())
             (copy / "summary.json").unlink()
-            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0}
+            hooks = {n: summary[n].replace("blocks.1.", f"blocks.{layer}.") for n in ("hook_name", "hook_name_out")}
+            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0} | hooks
             (copy / "summary.json").write_text(json.dumps(summary))
             copies.append(copy)
     studies = read_studies(copies, pd.DataFrame({"train_key": []}))
     assert list(dict.fromkeys(studies.summaries["panel"])) == [
-        "layer 1",
+        "layer 1, trained model",
         "layer 1, re-initialised model",
-        "layer 2",
+        "layer 2, trained model",
     ]
     figure, _ = jacobian_thresholds(studies)
     assert [axis.get_title() for axis in figure.axes[:3]] == list(dict.fromkeys(studies.summaries["panel"]))

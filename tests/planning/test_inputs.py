@@ -158,7 +158,7 @@ def test_a_relative_path_says_where_it_begins(tmp_path: Path, monkeypatch: pytes
     shutil.copytree(write_plain_model(tmp_path / "a" / "m", CONFIG), tmp_path / "b" / "n")
     monkeypatch.chdir(tmp_path / "b")
     plan_of(Path("n"))
-    with pytest.raises(ConfigError, match=rf"model.path=m: no such folder in {tmp_path}/b, where relative paths begin"):
+    with pytest.raises(ConfigError, match=rf"model.path=m: no such folder in {tmp_path}/b, where the run is"):
         plan_of(Path("m"))
     with pytest.raises(ConfigError, match=rf"model.path={tmp_path}/m: no such folder$"):
         plan_of(tmp_path / "m")

@@ -1,6 +1,7 @@
 """The plan alone: which edits change which keys. That Snakemake agrees is in test_workflow.py."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ from conftest import write_plain_model
 from stores import write_receipt
 
 from saeflow.config import ConfigError
-from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -37,6 +37,15 @@ def home(tmp_path: Path) -> Path:
 
 def plan_of(home: Path, *overrides: str) -> Plan:
     return compose(home / "conf", [SWEEP, *overrides], results=str(home / "results"), digests=home / "digests.json")
+
+
+def finish(plan: Plan, stage: str, keys: Iterable[str]) -> None:
+    """Receipts of artifacts that were never made: the plan asks for no more."""
+    for key in keys:
+        instance, folder = plan.stages[stage][key], plan.folder(stage, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        instance.write_config(folder / "config.yaml")
+        write_receipt(folder, stage, instance.needs)
 
 
 def changed(before: Plan, after: Plan) -> dict[str, int]:
@@ -204,33 +213,15 @@ def test_frozen_plan_is_the_plan(home: Path) -> None:
     assert Plan.load(home / "plan.json") == plan
 
 
-def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path) -> None:
-    def finish(plan: Plan, stage: str, keys: list[str]) -> None:
-        for key in keys:
-            plan.folder(stage, key).mkdir(parents=True, exist_ok=True)
-            write_receipt(plan.folder(stage, key), stage)
-
+def test_batches_hold_what_is_to_be_made_apart_from_what_is_there(home: Path) -> None:
     first = plan_of(home)
-    assign_batches(first, None)
     (batch,) = first.batches["evaluate"]
-    assert sorted(batch) == sorted(first.stages["evaluate"])
-    finish(first, "evaluate", batch)
-
-    more = compose(home / "conf", [SWEEP.replace("0.003", "0.003,0.01")], results=str(home / "results"))
-    assign_batches(more, first)
-    new = sorted(more.stages["evaluate"].keys() - set(batch))
-    assert more.batches["evaluate"] == [batch, new]
-    other = plan_of(home, "seed=5")
-    assign_batches(other, first)
+    assert sorted(batch) == sorted(first.stages["evaluate"]) == sorted(first.to_make["evaluate"])
+    finish(first, "evaluate", batch[:1])
     again = plan_of(home)
-    assign_batches(again, other)  # the plan in between does not want the batch, but remembers it
-    assert again.batches["evaluate"] == [batch]
-
-    assign_batches(more, None)  # the previous plan is lost: what is there stays, with no rule
-    assert more.batches["evaluate"] == [new]
-
+    assert again.batches["evaluate"] == [batch[1:], batch[:1]] and again.found["evaluate"] == batch[:1]
+    assert again.members("evaluate", batch[0]) == batch[:1] and again.leaders["evaluate", batch[1]] == batch[1]
     small = plan_of(home, "device.batch.evaluate=1", "seed=5")
-    assign_batches(small, first)
     assert sorted(map(len, small.batches["evaluate"])) == [1, 1]
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.planning.test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError, TrainingConfig, build
-from saeflow.planning.batches import assign_batches, resources
+from saeflow.planning.batches import resources
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 
@@ -61,7 +61,6 @@ def test_sets_are_swept_and_the_empty_one_is_the_default(home: Path) -> None:  #
 def test_dictionaries_share_a_job_only_where_they_train_on_the_same_tokens(home: Path) -> None:  # noqa: F811
     def sizes(*overrides: str) -> list[int]:
         plan = plan_of(home, *overrides)
-        assign_batches(plan, None)
         return sorted(map(len, plan.batches["train"]))
 
     two_k, two_hooks = "dictionary.k=[4,8]", "site=mlp_in,mlp_out"

@@ -8,9 +8,9 @@ for key, instance in PLAN.stages["figures"].items():
         name:
             "figures"
         input:
-            PLAN.inputs("figures", key),
+            inputs_of("figures", key),
         output:
-            PLAN.outputs("figures", [key]),
+            update(PLAN.outputs("figures", [key])),
             [
                 report(
                     f"results/figures/{key}/{figure}.png",
@@ -37,7 +37,6 @@ for key, instance in PLAN.stages["figures"].items():
         resources:
             **resources(PLAN, "figures", [key]),
         params:
-            select=key_options([key]),
-            config=PLAN.param("figures", key),
+            key=shlex.quote(key),
         shell:
-            JOB
+            JOB.replace("{wildcards.key:q}", "{params.key}")

@@ -131,7 +131,7 @@ class DictionaryConfig:
         return f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
 
     def identity(self) -> dict[str, Any]:
-        """What enters the key of a training."""
+        """What enters the key of a training, apart from what is at its default."""
         return dataclasses.asdict(self)
 
     def hooks(self, site: SiteConfig) -> list[str]:

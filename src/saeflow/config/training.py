@@ -108,7 +108,7 @@ class TrainingConfig:
         at_least(0, self, "training", names + "jacobian_warm_up_steps auxk_coefficient")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 or more and below 1")
-        require(self.checkpoint_seconds > 0, "training.checkpoint_seconds", self.checkpoint_seconds, "more than 0")
+        require(self.checkpoint_seconds >= 0, "training.checkpoint_seconds", self.checkpoint_seconds, "0 or more")
         require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
         require(self.lr > 0, "training.lr", self.lr, "more than 0")
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0

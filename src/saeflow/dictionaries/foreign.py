@@ -306,7 +306,7 @@ def foreign_job(job: Job) -> Dictionary:
         source = Path(config["release"]) / config["sae_id"]
         dictionary = read_release(config["release"], config["sae_id"], site)
     dictionary.spec = dataclasses.replace(
-        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=config["label"])
+        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=job.instance.sources["label"])
     )
     folder = job.source("model")
     check_fit(dictionary, source, folder, config["model"], read_geometry(folder))

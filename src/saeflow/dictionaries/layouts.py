@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saeflow.config import ConfigError
-from saeflow.planning.digests import DigestCache
+from saeflow.planning.digests import DigestCache, short_hash
 
 LAYOUTS = {
     "saelens": ("cfg.json", "sae_weights.safetensors"),
@@ -49,4 +49,4 @@ def foreign_files(path: Path, form: str) -> list[Path]:
 
 def foreign_digest(path: Path, form: str, digests: DigestCache) -> str:
     """Hash of the files that a dictionary consists of, 32 hexadecimal digits."""
-    return digests.files(path.parent if path.is_file() else path, foreign_files(path, form))
+    return short_hash([digests.file(file) for file in foreign_files(path, form)], 32)

@@ -29,6 +29,8 @@ SEEDS = ("seed", "training.shuffle_seed")
 """What makes no series: draws of the same settings."""
 _WIDTH = ("dictionary.expansion", "dictionary.d_sae", "d_sae")
 _OF_PLACE = re.compile(r"(model|corpus|tokens|tracr|evaluation)\..*|tokenizer")
+NAMES = ("model.name", "corpus.name")
+"""What people call things: it says which is which, but tells nothing apart."""
 _SAID_BY_KIND = ("dictionary.saelens", "dictionary.skip", "dictionary.content", "dictionary.release")
 
 
@@ -137,9 +139,10 @@ def _places(rows: list[dict[Hashable, Any]], held: list[Settings], where: list[s
     found, models = [], dict[Any, str]()
     for row, s in zip(rows, held, strict=True):  # what was made elsewhere may not know what its model is called here
         models.setdefault(s.get("model.weights"), "")
-        models[s.get("model.weights")] = models[s.get("model.weights")] or str(row.get("model_name") or "")
+        name = s.get("model.name") or row.get("model_name") or ""
+        models[s.get("model.weights")] = models[s.get("model.weights")] or str(name)
     for row, s in zip(rows, held, strict=True):
-        about = about_place(s, models[s.get("model.weights")], str(row.get("tokens_key") or ""))
+        about = about_place(s, models[s.get("model.weights")])
         found.append((about, same([s_of_place(s), row.get("tokens_key"), row.get("model_key")])))
     distinct = {exact: about for about, exact in found}
     told = dict(zip(distinct, tell_apart(list(distinct.values())), strict=True))
@@ -155,17 +158,17 @@ def _places(rows: list[dict[Hashable, Any]], held: list[Settings], where: list[s
 
 def s_of_place(held: Settings) -> dict[str, Any]:
     """The settings that make a place: of the model, the held-out tokens, and the evaluation."""
-    return {p: v for p, v in held.items() if _OF_PLACE.fullmatch(p) and p != "tokens.train_tokens"}
+    apart = ("tokens.train_tokens", *NAMES)
+    return {p: v for p, v in held.items() if _OF_PLACE.fullmatch(p) and p not in apart}
 
 
-def about_place(held: Settings, model: str, tokens_key: str) -> dict[str, Any]:
+def about_place(held: Settings, model: str) -> dict[str, Any]:
     """What people call the model and the tokens of a place, in the order in which it is said."""
     control = held.get("model.randomise") or "none"
     own = {"model": model, "control": CONTROLS[control]}
     if control != "none":
         own["control_seed"] = held["model.randomise_seed"]
-    corpus = tokens_key.rsplit("-", 1)[0].split("-ctx")[0]
-    own |= {"corpus": f"on {corpus}"} if corpus else {}
+    own |= {"corpus": f"on {held['corpus.name']}"} if held.get("corpus.name") else {}
     content = re.compile(r"model\.(weights|randomise.*)|corpus\..*|tokenizer")  # of these, hashes
     return own | {path: value for path, value in s_of_place(held).items() if not content.fullmatch(path)}
 

@@ -15,7 +15,7 @@ import pandas as pd
 from saeflow.config import PointConfig
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import canonical, short_hash
-from saeflow.planning.graph import Plan
+from saeflow.planning.graph import Instance, Plan
 
 Settings = Mapping[str, Any]
 MOST_SAID = 3
@@ -45,13 +45,18 @@ _ABSENT = object()
 def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
     """Of an artifact and all that it is made from. Raises `ConfigError` for one that the plan has not."""
     found: dict[str, Any] = {}
-    for made_by, config in _lineage(plan, stage, key).values():
+    for made_by, instance in _lineage(plan, stage, key).values():
+        config = instance.config
         held = {name: value for name, value in config.items() if name in _POINT or isinstance(value, dict)}
         found |= {path: value for path, value in _flat(held).items() if path not in found}
+        for source in ("model", "corpus"):  # what people call them now; it tells nothing apart
+            if f"{source}_name" in instance.sources:
+                found.setdefault(f"{source}.name", instance.sources[f"{source}_name"])
         if made_by == "tokens":
             found[f"tokens.{config['split']}_tokens"] = config["n_rows"] * config["tokens"]["context_size"]
         if made_by == "foreign":
-            found |= {f"dictionary.{name}": config[name] for name in ("label", "content", "release", "sae_id")}
+            found |= {f"dictionary.{name}": config[name] for name in ("content", "release", "sae_id")}
+            found["dictionary.label"] = instance.sources["label"]  # as it is now
     return found
 
 
@@ -60,18 +65,22 @@ def read_summaries(job: Job, stage: str) -> pd.DataFrame:
     folders = job.inputs(stage)
     rows = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     held = [{"settings": settings(job.plan, stage, folder.name), "folder": str(folder)} for folder in folders]
-    return pd.DataFrame([row | more for row, more in zip(rows, held, strict=True)])
+    for row, more in zip(rows, held, strict=True):
+        row |= more
+        if "dictionary.label" in row["settings"]:  # as it is now, whatever it was when it was evaluated
+            row["source"] = row["settings"]["dictionary.label"]
+    return pd.DataFrame(rows)
 
 
-def _lineage(plan: Plan, stage: str, key: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Stage and configuration by key: the artifact's first, then of what it needs, the nearest first."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+def _lineage(plan: Plan, stage: str, key: str) -> dict[str, tuple[str, Instance]]:
+    """Stage and instance by key: the artifact's first, then of what it needs, the nearest first."""
+    found: dict[str, tuple[str, Instance]] = {}
     nearest = [(stage, key)]
     while nearest:
         at, name = nearest.pop(0)
         if f"{at} {name}" not in found:
             instance = plan.instance(at, name)
-            found[f"{at} {name}"] = (at, instance.config)
+            found[f"{at} {name}"] = (at, instance)
             nearest += [(needed, k) for needed, keys in instance.needs.items() for k in keys]
     return found
 

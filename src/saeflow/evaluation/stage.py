@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from saeflow.config import BlindConfig, ConfigError, build
+from saeflow.config.labels import file_safe
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, add_instance, short_hook
@@ -18,7 +19,7 @@ def expand_baseline(expansion: Expansion) -> None:
         for found in planned.dictionaries:
             label = short_hook(found.hook_name) + (f".{found.head}" if found.head is not None else "")
             needs = _held_out(planned) | {"activations": [planned.keys["activations"][found.hook_name]]}
-            extra = {"head": found.head} | _scope(planned)
+            extra, label = {"head": found.head} | _scope(planned), label + _told(planned)
             planned.add("baseline", label, needs, extra, name=f"{found.hook_name} {found.head}")
 
 
@@ -28,7 +29,8 @@ def expand_evaluate(expansion: Expansion) -> None:
             baseline = planned.keys["baseline"][f"{found.hook_name} {found.head}"]
             needs = {found.stage: [found.key], "baseline": [baseline]} | _held_out(planned)
             part = {"part": found.part} if found.part else {}
-            planned.add("evaluate", found.label, needs, part | _scope(planned), name=f"{found.key} {found.part}")
+            extra, label = part | _scope(planned), found.label + _told(planned)
+            planned.add("evaluate", label, needs, extra, name=f"{found.key} {found.part}")
 
 
 def expand_stack(expansion: Expansion) -> None:
@@ -58,13 +60,14 @@ def _add_stack(wanted: Any, by_layer: dict[int, PlannedPoint | None]) -> None:
         raise ConfigError(f"stacks: {wanted} has several dictionaries of a layer that differ in nothing else")
     dictionaries = [point.dictionaries[0] for point in points]
     label = re.sub(r"-L\d+\.", "-", dictionaries[0].label)
+    group = re.sub(r"-L\d+\.", "-", dictionaries[0].key.rsplit("-", 1)[0])
     name = "_".join(map(str, layers)) if isinstance(wanted, list) else wanted
     needs = {
         dictionaries[0].stage: [found.key for found in dictionaries],
         "activations": [p.keys["activations"][d.hook_name] for p, d in zip(points, dictionaries, strict=True)],
     }
-    extra = {"group": label, "stack": name, "layers": layers} | _scope(points[0])
-    points[0].add("stack", f"{label}-{name}", needs | _held_out(points[0]), extra, name=name)
+    extra = {"group": group, "stack": name, "layers": layers} | _scope(points[0])
+    points[0].add("stack", f"{label}-{name}{_told(points[0])}", needs | _held_out(points[0]), extra, name=name)
 
 
 def _layers(wanted: Any, there: list[int]) -> list[int]:
@@ -100,7 +103,7 @@ def expand_blind(expansion: Expansion) -> None:
     needs = {stage: keys for stage, keys in needs.items() if keys}
     needs |= {"evaluate": [e.key for e in evaluations], "tokens": first.needs["tokens"]}
     config = {"model": first.config["model"], "blind": dataclasses.asdict(blind)}
-    add_instance(plan, "blind", plan.experiment, config, needs, first.sources)
+    add_instance(plan, "blind", file_safe(plan.experiment), config, needs, first.sources)
 
 
 def _on_text(expansion: Expansion) -> list[PlannedPoint]:
@@ -113,6 +116,10 @@ def _scope(planned: PlannedPoint) -> dict[str, Any]:
     before there was a choice."""
     planned.tree["evaluation"].pop("replace_first", None)
     return {} if planned.point.evaluation.replace_first else {"replace_first": False}
+
+
+def _told(planned: PlannedPoint) -> str:
+    return "" if planned.point.evaluation.replace_first else "-no_replace_first"
 
 
 def _held_out(planned: PlannedPoint) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.config.labels import file_safe
 from saeflow.figures.registry import declared
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, add_instance
@@ -28,7 +29,9 @@ def expand(expansion: Expansion) -> None:
             f"nothing; from what it has can be drawn: {possible or 'none'}"
         )
     figures = [figure for figure in expansion.figures if figure not in left_out]
-    add_instance(plan, "figures", plan.experiment, {"figures": figures}, needs, {})
+    labels = {k: i.sources["label"] for table in plan.stages.values() for k, i in table.items() if "label" in i.sources}
+    config = {"figures": figures} | ({"labels": labels} if labels else {})
+    add_instance(plan, "figures", file_safe(plan.experiment), config, needs, {})
 
 
 def check_names(figures: list[Any], known: Collection[str]) -> None:

@@ -14,7 +14,7 @@ def expand(expansion: Expansion) -> None:
             continue
         pair = len(planned.dictionaries) == 2
         _check(planned, pair)
-        label = f"{short_hook(point.site.hook_name)}-{config.amount_label}"
+        label = f"{short_hook(point.site.hook_name, point.site.hook_name_out)}-{config.amount_label}"
         needs = planned.needed("train") | {"tokens": [planned.keys["tokens"]["held_out"]]}
         planned.add("jacobian", label if pair else f"{config.kind_label}-{label}", needs)
 

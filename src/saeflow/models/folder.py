@@ -102,7 +102,7 @@ class Geometry:
                 f"the block, so that there is none between them; for the MLP with its norm use site=mlp_before_norm "
                 f"site.hook_name=blocks.{layer}.hook_resid_pre, for the MLP alone site=mlp"
             )
-        near = difflib.get_close_matches(hook_name, list(sizes), n=3, cutoff=0.3)
+        near = difflib.get_close_matches(hook_name, list(sizes), n=4, cutoff=0.3)
         raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or sizes)}")
 
 

@@ -37,18 +37,22 @@ def _read(planned: PlannedPoint) -> tuple[Path, Geometry, int | None, str, str]:
     return folder, geometry, n_tokens, model_digest(folder, digests), tokenizer_digest(folder, digests)
 
 
-def set_model(planned: PlannedPoint, folder: Path, geometry: Geometry, weights: str, tokenizer: str) -> None:
-    """Puts the model into the point: what identifies it, and where it lies. A control has weights of its own."""
+def set_model(
+    planned: PlannedPoint, folder: Path, geometry: Geometry, weights: str, tokenizer: str, label: str = ""
+) -> None:
+    """Puts the model into the point: what identifies it, where it lies and how it is called. A control has weights of
+    its own."""
     model, tree = planned.point.model, planned.tree["model"]
     of_control = {}
-    planned.model_label = model.name
+    name = label or f"{geometry.n_layers}L{geometry.d_model}.{weights[:4]}"
     if model.randomise != "none":  # other weights: what was made for the trained ones does not fit
         of_control = {name: tree[name] for name in CONTROL}
         weights = _identity(weights, of_control)
-        planned.model_label += f"-{model.randomise}{model.randomise_seed}"
+        name += f"-{model.randomise}{model.randomise_seed}"
     planned.tree["model"] = {"weights": weights, **{name: tree[name] for name in PROCESSING}, **of_control}
     planned.tree["tokenizer"] = tokenizer
-    planned.geometry, planned.sources["model"] = geometry, str(folder)
+    planned.geometry, planned.labels["model"] = geometry, name
+    planned.sources |= {"model": str(folder), "model_name": model.name}
 
 
 def _identity(weights: str, control: dict[str, Any]) -> str:

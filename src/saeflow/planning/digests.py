@@ -22,7 +22,12 @@ def canonical(value: Any) -> str:
 
 def short_hash(value: Any, digits: int = 8) -> str:
     """Hexadecimal digits of the BLAKE2s of a plain value's canonical JSON."""
-    return hashlib.blake2s(canonical(value).encode(), digest_size=digits // 2).hexdigest()
+    return text_hash(canonical(value), digits)
+
+
+def text_hash(text: str, digits: int = 16) -> str:
+    """Hexadecimal digits of the BLAKE2s of a text."""
+    return hashlib.blake2s(text.encode(), digest_size=digits // 2).hexdigest()
 
 
 DIGESTS_FILE = ".snakemake/digests.json"

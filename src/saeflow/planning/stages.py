@@ -7,7 +7,7 @@ looking, so nothing here knows which there are. Both are imported by every plan 
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,6 +106,15 @@ def in_order(found: list[Stage]) -> dict[str, Stage]:
         first = min(free, key=lambda stage: (stage.says_all, stage.name))
         ordered[first.name] = left.pop(first.name)
     return ordered
+
+
+def downstream(names: Iterable[str]) -> set[str]:
+    """Stages, and all that need them, directly or not; what is of all others follows from any."""
+    found = set(names)
+    for stage in stages().values():  # in the order of the data flow
+        if found & {*stage.needs} or (found and stage.says_all):
+            found.add(stage.name)
+    return found
 
 
 @cache

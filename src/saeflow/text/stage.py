@@ -19,8 +19,9 @@ def expand(expansion: Expansion) -> None:
         if point.corpus.path is not None:
             _look(planned)
         for split, n_tokens in (("train", point.tokens.train_tokens), ("held_out", point.tokens.held_out_tokens)):
-            label = f"{point.corpus.name}-ctx{size}-{split}"
-            planned.add("tokens", label, {}, {"split": split, "n_rows": n_tokens // size}, name=split)
+            n_rows, says = n_tokens // size, {"n_rows": f"tokens.{split}_tokens"}
+            extra = {"split": split, "n_rows": n_rows}
+            planned.add("tokens", f"{split}-{n_rows}rows", {}, extra, name=split, says=says)
 
 
 def _look(planned: PlannedPoint) -> None:

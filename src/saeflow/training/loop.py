@@ -217,12 +217,11 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     if len({c.n_tokens for c in columns}) > 1:
         sizes = [c.n_tokens for c in columns]
         raise ConfigError(f"the columns of {column_hooks} hold {sizes} tokens; they must be the same")
-    store = job.instance.needs["activations"][0]
     activations = _origin_of(job)
     tokens = job.plan.instance("tokens", activations.needs["tokens"][0])
     model = activations.config["model"]
     origin = Origin(
-        model_name=store.split("/")[0].rsplit("-", 2)[0],  # a store is called <model>-<dtype>-<hash>
+        model_name=job.instance.sources.get("model_name"),
         model_weights=model["weights"],
         **{name: model[name] for name in PROCESSING},
         context_size=activations.config["tokens"]["context_size"],

@@ -23,37 +23,38 @@ HOW_IT_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints") 
 def expand(expansion: Expansion) -> None:
     loggers = set[str]()
     for planned in expansion.points:
-        point, site, config = planned.point, planned.point.site, planned.point.dictionary
+        site, config = planned.point.site, planned.point.dictionary
         training = planned.tree["training"]
         how = {name: training.pop(name) for name in HOW_IT_RUNS}
-        exclude = point.training.exclude
-        exclude.check(point.tokens.context_size, planned.geometry.d_vocab)
+        exclude = planned.point.training.exclude
+        exclude.check(planned.point.tokens.context_size, planned.geometry.d_vocab)
         training["exclude"] = json.loads(canonical(exclude.identity()))
         if not training["exclude"]:
             del training["exclude"]
         for name in {name for kind in kinds().values() for name in kind.training_options} - {*config.training_options}:
             del training[name]  # what does not concern a dictionary is not in its key
         head = {} if site.head is None else {"head": site.head}
-        keys = []
+        keys, bases = [], []
         for number, (dictionary, hook, hook_out) in enumerate(config.trainings(site)):
-            label = "-".join(
-                [config.kind_label, short_hook(hook), config.amount_label, *(f"head{h}" for h in head.values())]
-            )
+            place, heads = short_hook(hook, hook_out), [f"head{h}" for h in head.values()]
+            label = "-".join([config.kind_label, place, config.amount_label, *heads])
             columns = [planned.keys["activations"][h] for h in (hook, hook_out) if h]
             key = planned.add(
                 "train",
-                f"{label}-seed{point.seed}",
+                label,
                 {"activations": columns},
                 {"dictionary": json.loads(canonical(dictionary)), "hook_name": hook, "hook_name_out": hook_out} | head,
                 name=str(number),
                 sources={"training": canonical(how)},
             )
             keys.append(key)
+            bases.append(label)
             if not expansion.plan.done("train", key):
                 loggers.update(how["loggers"])
         n_heads = planned.geometry.hook_size(site.hook_name)[0]
         for part in config.parts(site, n_heads) if keys else ():
-            found = PlannedDictionary("train", keys[part.training], part.hook_name, part.name, part.head)
+            key, base = keys[part.training], bases[part.training]
+            found = PlannedDictionary("train", key, part.hook_name, base, part.name, part.head)
             planned.dictionaries.append(found)
     check_loggers(loggers)
 

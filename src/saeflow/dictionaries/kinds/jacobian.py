@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from saeflow.config.checks import require
 from saeflow.config.dictionary import Columns, Part
 from saeflow.config.site import SiteConfig
-from saeflow.dictionaries.kinds.sae import alone, before_there_was_a_choice
+from saeflow.dictionaries.kinds.sae import alone
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 
@@ -42,9 +42,6 @@ class JacobianPairConfig(TrainedConfig, kind="jacobian"):
         # or a latent could shrink its Jacobian by growing
         wanted = "unit_norm with kind=jacobian"
         require(self.sparsity == "unit_norm", "dictionary.sparsity", self.sparsity, wanted)
-
-    def identity(self) -> dict[str, Any]:
-        return before_there_was_a_choice(super().identity())
 
     @property
     def amount_label(self) -> str:

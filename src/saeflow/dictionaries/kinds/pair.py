@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from saeflow.config.dictionary import Part, Training
 from saeflow.config.site import SiteConfig
-from saeflow.dictionaries.kinds.sae import alone, before_there_was_a_choice
+from saeflow.dictionaries.kinds.sae import alone
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.spec import DictionaryError, Spec
 
@@ -19,9 +19,6 @@ class PairConfig(TrainedConfig, kind="pair"):
     two_hooks: ClassVar[bool] = True
     activations: ClassVar[tuple[str, ...]] = ("topk",)
     studies: ClassVar[frozenset[str]] = frozenset({"jacobian"})
-
-    def identity(self) -> dict[str, Any]:
-        return before_there_was_a_choice(super().identity())
 
     @property
     def kind_label(self) -> str:

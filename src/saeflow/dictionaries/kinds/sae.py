@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from saeflow.config.checks import require
 from saeflow.dictionaries.kinds.trained import TrainedConfig
@@ -22,20 +22,12 @@ class SAEConfig(TrainedConfig, kind="sae"):
     relu_cost: ClassVar[float] = 2.7
     studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})
 
-    def identity(self) -> dict[str, Any]:
-        return before_there_was_a_choice(super().identity())
-
     def check(self, point: "PointConfig") -> None:
         super().check(point)
         if point.site.head is not None:
             scaling = self.normalize_activations
             wanted = "none or per_head with site.head"
             require(scaling != "expected_average_only_in", "dictionary.normalize_activations", scaling, wanted)
-
-
-def before_there_was_a_choice(tree: dict[str, Any]) -> dict[str, Any]:
-    """An identity as it was when every SAE subtracted `b_dec`, where this one does: old keys stay what they are."""
-    return {name: value for name, value in tree.items() if (name, value) != ("apply_b_dec_to_input", True)}
 
 
 def alone(several: TrainedConfig) -> SAEConfig:

@@ -18,7 +18,7 @@ class Evaluations(NamedTuple):
     table: pd.DataFrame
     """One row a dictionary: its `summary.json`, with its names (`saeflow.dictionaries.series.with_names`)."""
     resamples: pd.DataFrame
-    """One row a draw of the documents and dictionary: `resamples.parquet` with `dictionary_key`."""
+    """One row a resample of the documents and dictionary: `resamples.parquet` with `dictionary_key`."""
     l0: pd.DataFrame
     """One row a number of active latents and dictionary: `l0.parquet` with `dictionary_key`."""
 
@@ -27,11 +27,9 @@ class Evaluations(NamedTuple):
         """All metrics of all dictionaries."""
         return {"evaluations": self.table.drop(columns=["point", "repeat"])}
 
-    def draws(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The draws of some rows of the table, which must be of one place: draw r then took the same documents for all.
-
-        Dictionaries that were evaluated twice, on other tokens or by other draws, have the draws of that place.
-        """
+    def resamples_of(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The resamples of some rows of the table, which must be of one place: resample r then left the same documents
+        out for all. Dictionaries that were evaluated twice, on other tokens say, have those of that place."""
         (place,) = rows["place"].unique()
         mine = self.resamples[self.resamples["dictionary_key"].isin(rows["dictionary_key"])]
         return mine[mine["place"] == place] if "place" in mine else mine

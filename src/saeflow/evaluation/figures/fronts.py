@@ -69,12 +69,12 @@ def points(data: Evaluations) -> pd.DataFrame:
             row |= {name: rows[name].mean(), f"{name}_least": rows[name].min(), f"{name}_most": rows[name].max()}
         row |= {name: first[name] for name in INCREASE}
         if len(rows) > 1:
-            resampled = data.draws(rows).pivot(columns="dictionary_key", values="ce_increase").mean(axis=1)
+            resampled = data.resamples_of(rows).pivot(columns="dictionary_key", values="ce_increase").mean(axis=1)
             mean = rows["ce_increase"].mean()
             low, high = interval(mean, resampled.to_numpy(), first["confidence"])
             row |= dict(zip(INCREASE, (mean, float(low), float(high)), strict=True))
         found.append(row | {name: first[name] for name in LEVELS})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).astype(dict.fromkeys(INCREASE, float))  # none where documents are too few: NaN
 
 
 def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
@@ -97,16 +97,21 @@ def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
 
 def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
     """At the left edge, as high as their loss is, or at the top where that is beyond the panel."""
-    at_edge = axis.get_yaxis_transform()
     top = axis.get_ylim()[1]
-    for ce, mine in rows.groupby(rows["ce_replaced"].round(3)):
-        beyond = ce > top
+    placed = rows.assign(y=rows["ce_replaced"].clip(upper=top))
+    where: dict[str, Any] = {
+        "xycoords": axis.get_yaxis_transform(),
+        "textcoords": "offset points",
+        "va": "center",
+        "fontsize": 6,
+    }
+    for _, mine in placed.groupby("y"):
+        y = float(mine["y"].iloc[0])
         for name in mine["series"]:
-            mark = looks[str(name)].line | {"linestyle": "", "transform": at_edge, "clip_on": False, "zorder": 4}
-            axis.plot([0], [top if beyond else ce], **mark)
-        text = f"↑ L0 = 0, at {ce:.3f}" if beyond else "L0 = 0"
-        where: dict[str, Any] = {"xycoords": at_edge, "textcoords": "offset points", "va": "center", "fontsize": 6}
-        axis.annotate(text, (0, top if beyond else ce), (5, -4 if beyond else 0), **where)
+            mark = looks[str(name)].line | {"linestyle": "", "clip_on": False, "zorder": 4}
+            axis.plot([0], [y], **mark, transform=axis.get_yaxis_transform())
+        beyond = ", ".join(f"{ce:.3f}" for ce in sorted(set(mine["ce_replaced"].round(3))) if ce > top)
+        axis.annotate(f"↑ L0 = 0, at {beyond}" if beyond else "L0 = 0", (0, y), (5, -4 if beyond else 0), **where)
 
 
 def _levels(axis: Axes, rows: pd.DataFrame) -> None:
@@ -187,7 +192,7 @@ def _matched(
     """
     found = []
     for place, rows in data.table.groupby("place", sort=False):
-        draws, confidence = data.draws(rows), rows["confidence"].iloc[0]
+        draws, confidence = data.resamples_of(rows), rows["confidence"].iloc[0]
         groups = [(str(name), group) for name, group in rows.groupby("series", sort=False)]
         for (name, one), (other_name, other) in itertools.combinations(groups, 2):
             for positions, suffix in (("all", ""), ("without BOS", "_without_bos")):

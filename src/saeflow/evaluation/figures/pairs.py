@@ -37,7 +37,7 @@ def paired_differences_all(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
 def _paired(data: Evaluations, most: int) -> tuple[Figure, pd.DataFrame]:
     by_place = [(str(place), rows) for place, rows in data.table.groupby("place", sort=False)]
     found = [
-        comparisons.paired_differences(rows, data.draws(rows), rows["confidence"].iloc[0]).assign(place=place)
+        comparisons.paired_differences(rows, data.resamples_of(rows), rows["confidence"].iloc[0]).assign(place=place)
         for place, rows in by_place
     ]
     table = pd.concat(found, ignore_index=True)

@@ -138,7 +138,7 @@ def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.
 def _about(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[str, Any]:
     """What tells a study from others, but for its coefficient and its seeds, those of a control among them."""
     prefix = f"blocks.{summary['layer']}."
-    own: dict[str, Any] = {"layer": summary["layer"]} | about_place(held, model, "")
+    own: dict[str, Any] = {"layer": summary["layer"]} | about_place(held, model)
     own |= {"control": control(summary), "dictionary.k": summary.get("k"), "d_sae": summary["d_sae"]}
     said = {"jacobian.at": "at", "jacobian.norm": "norm", "dictionary.jacobian_penalty": "jacobian_penalty"}
     own |= {path: summary[name] for path, name in said.items() if summary.get(name) is not None}
