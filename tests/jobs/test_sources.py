@@ -60,12 +60,13 @@ def test_what_only_moved_or_was_touched_is_the_same(job: Job, corpus: Path) -> N
     expected = contents(job.path)
     file = corpus / "a.jsonl"
     file.write_bytes(file.read_bytes())
+    file.rename(corpus / "another name.jsonl")
     Path(DIGESTS_FILE).unlink()
     tokens_job(job)
     assert {n for n, held in contents(job.path).items() if held != expected[n]} <= {"provenance.json"}
 
 
-@pytest.mark.parametrize("how", ["another text", "one more file", "one file less", "another name"])
+@pytest.mark.parametrize("how", ["another text", "one more file", "one file less", "another format"])
 def test_a_corpus_that_was_replaced_is_refused(job: Job, corpus: Path, how: str) -> None:
     if how == "another text":
         write_jsonl(corpus / "a.jsonl", make_texts(120, seed=1))
@@ -75,7 +76,7 @@ def test_a_corpus_that_was_replaced_is_refused(job: Job, corpus: Path, how: str)
         write_jsonl(corpus / "b.txt", ["x"])
         (corpus / "a.jsonl").unlink()
     else:
-        (corpus / "a.jsonl").rename(corpus / "c.jsonl")
+        (corpus / "a.jsonl").rename(corpus / "a.txt")
     with pytest.raises(SourceError, match="does not hold what it held when the plan was made") as error:
         tokens_job(job)
     assert str(corpus) in str(error.value) and not job.path.exists()
