@@ -206,13 +206,14 @@ def test_files_have_the_mode_that_the_umask_leaves(finished: Path) -> None:
 def test_the_reason_of_a_failure_comes_once_and_last(finished: Path, home: Path) -> None:
     (home / "results").unlink()
     shutil.copytree(finished / "results", home / "results")
-    done = Workflow(home).call(hydra="tokens.held_out_tokens=9_000_000")
+    sweep = "sweep={dictionary:relu,site:mlp_out,dictionary.l1_coefficient:0.001}"
+    done = Workflow(home).call(sweep=sweep, hydra="training.lr=1e30")
     said = done.stdout + done.stderr
     assert done.returncode != 0 and "Traceback" not in said and "job.py" not in said
-    assert said.count("the corpus is too short") == 1
+    assert said.count("lower training.lr") == 1
     *_, before, last = said.strip().splitlines()
     assert before.startswith("1 of ") and before.endswith("the same command goes on from here")
-    assert last.startswith("tokens failed: the corpus is too short: ") and "(log: logs/tokens/" in last
+    assert last.startswith("train failed: ") and "(log: logs/train/" in last
 
 
 def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> None:
@@ -253,8 +254,15 @@ def test_bad_configuration_stops_before_any_job(home: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_plan_that_the_disk_cannot_hold_is_refused(home: Path) -> None:
-    done = Workflow(home).call("-n", hydra="tokens.train_tokens=1_000_000_000_000")
+def test_plan_that_the_disk_cannot_hold_is_refused(
+    home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path_factory.mktemp("full")
+    (full / "sitecustomize.py").write_text(
+        "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(1, 1, 0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(full), os.environ.get("PYTHONPATH", "")]))
+    done = Workflow(home).call("-n", hydra="tokens.context_size=16")
     assert done.returncode != 0
     assert "the disk cannot hold this plan" in done.stderr + done.stdout
 

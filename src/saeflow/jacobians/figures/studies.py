@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.dictionaries.series import CONTROLS, SEEDS, about_place, natural
+from saeflow.dictionaries.series import CONTROLS, NAMES, SEEDS, about_place, natural
 from saeflow.dictionaries.settings import Settings, by_one_width, read_summaries, settings, tell_apart
 from saeflow.figures.axes import PANELS_BESIDE, labelled, legend_below, subplots
 from saeflow.figures.style import sequence, track
@@ -138,14 +138,14 @@ def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.
 def _about(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[str, Any]:
     """What tells a study from others, but for its coefficient and its seeds, those of a control among them."""
     prefix = f"blocks.{summary['layer']}."
-    own: dict[str, Any] = {"layer": summary["layer"]} | about_place(held, model)
+    own: dict[str, Any] = {"layer": summary["layer"]} | about_place(held, str(held.get("model.name") or model))
     own |= {"control": control(summary), "dictionary.k": summary.get("k"), "d_sae": summary["d_sae"]}
     said = {"jacobian.at": "at", "jacobian.norm": "norm", "dictionary.jacobian_penalty": "jacobian_penalty"}
     own |= {path: summary[name] for path, name in said.items() if summary.get(name) is not None}
     own |= {name: str(summary[name]).removeprefix(prefix) for name in ("hook_name", "hook_name_out")}
     hashed = ("model.weights", "tokenizer")  # of a model, which has a name
     seeds = (*SEEDS, "model.randomise", "model.randomise_seed", "tracr.seed", "dictionary.jacobian_coefficient")
-    own |= {path: value for path, value in held.items() if path not in (*hashed, *seeds, *own)}
+    own |= {path: value for path, value in held.items() if path not in (*hashed, *seeds, *NAMES, *own)}
     own.pop("control_seed", None)
     if control(summary) == CONTROLS["none"] and "model.weights" in held:
         own["model.weights"] = held["model.weights"]
