@@ -275,8 +275,9 @@ def test_a_study_is_made_where_there_are_dictionaries_of_heads_or_a_figure_of_th
     assert studies("dictionary=concat", "site=attn_z", "figures=[heads_shares]") == 1
     assert studies("dictionary=heads", "site=attn_z", "site.layer=[1,2]") == 2
     assert studies("dictionary=heads", "site=attn_z", "site.hook_name=blocks.1.attn.hook_q") == 0
-    assert studies("dictionary=topk", "figures=[heads_shares]") == 0
-    assert studies("dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD, "figures=[heads_shares]") == 0
+    for overrides in (["dictionary=topk"], ["dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD]):
+        with pytest.raises(ConfigError, match="shows what the stage heads makes, of which this experiment has nothing"):
+            studies(*overrides, "figures=[heads_shares]")
 
 
 @pytest.mark.parametrize("dead", [False, True])
