@@ -34,7 +34,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan report figures test lint bench pretrain clean distclean
+.PHONY: help env demo run plan report verify figures test lint bench pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its rep
 
 report: $(INSTALLED) ## make results/report.html of a finished run, and say where figures and tables are
 	@$(REPORT) "$$HYDRA"
+
+verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
+	@$(BIN)/python scripts/verify.py --results "$(DIRECTORY)/results" $(if $(SET_ASIDE),--set-aside)
 
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures

@@ -33,6 +33,7 @@ def main() -> None:
         return print(graph())
 
     from saeflow.config import ConfigError
+    from saeflow.planning.digests import DIGESTS_FILE
     from saeflow.planning.expansion import compose
     from saeflow.planning.explain import check_disk, explain, sentence
     from saeflow.planning.overrides import split
@@ -41,7 +42,7 @@ def main() -> None:
         conf, freeze = Path(args.conf).resolve(), Path(args.freeze or "").resolve()
         if args.directory:
             os.chdir(args.directory)
-        plan = compose(conf, split(" ".join(args.overrides)), digests=".snakemake/digests.json")
+        plan = compose(conf, split(" ".join(args.overrides)), digests=DIGESTS_FILE)
         if args.keys:
             for stage, table in plan.stages.items():
                 for key in table:

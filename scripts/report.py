@@ -9,6 +9,7 @@ from pathlib import Path
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import ROOT, report_is_current, whereabouts
+from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.overrides import split
 
@@ -26,7 +27,7 @@ def main() -> None:
         if args.directory:
             os.chdir(args.directory)
         overrides = split(hydra)
-        plan = compose(conf, overrides, digests=".snakemake/digests.json")
+        plan = compose(conf, overrides, digests=DIGESTS_FILE)
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"report: {error}")
     (key,) = plan.stages["figures"]

@@ -62,6 +62,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_folder: Path) -> Path:
     """A tokens artifact: the first 64 rows of 32 tokens of the training split."""
+    from stores import write_receipt
+
     from saeflow.text.corpus import read_documents
     from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import write_tokens
@@ -78,6 +80,7 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, t
         held_out_fraction=0.3,
         tokenizer_digest="tiny",
     )
+    write_receipt(folder, "tokens")
     return folder
 
 

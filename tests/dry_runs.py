@@ -9,7 +9,8 @@ from snakemake.api import SnakemakeApi
 from snakemake.settings.enums import Quietness, RerunTrigger
 from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, ResourceSettings
 
-from saeflow.planning.graph import RECEIPT, Plan
+from saeflow.planning.graph import Plan
+from saeflow.storage.receipts import RECEIPT
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from stores import write_receipt
 
 from saeflow.dictionaries.spec import amount_of
 from saeflow.evaluation.comparisons import PAIRED
@@ -39,6 +40,7 @@ def write_evaluations(plan: Plan, values: Callable[[dict[str, Any]], dict[str, f
         pd.DataFrame(drawn, index=range(n_draws)).to_parquet(folder / "resamples.parquet", index=False)
         counts = {"l0": range(5), "tokens": [9, 20, 30, 20, 1], "tokens_without_bos": [0, 20, 30, 20, 1]}
         pd.DataFrame(counts).to_parquet(folder / "l0.parquet", index=False)
+        write_receipt(folder, "evaluate")
     (figures,) = plan.stages["figures"].values()
     return Job(figures, plan, "cpu")
 

@@ -1,5 +1,6 @@
 """Small stores of tokens and activations for tests."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from torch import Tensor
 from saeflow.activations.store import ActivationStore, Column, TokenRows, open_column, write_column
 from saeflow.activations.writer import ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig
+from saeflow.models.folder import model_digest
+from saeflow.planning.digests import DigestCache
 from saeflow.planning.graph import Instance, Plan
+from saeflow.storage import receipts
+from saeflow.text.tokenizer import tokenizer_digest
 
 TRAINING_STORE = "tiny-gpt2-float32-01234567"
 TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
@@ -46,9 +51,28 @@ def write_store(
             column = Column(folder / f"{hook}-{n_tokens}", *wanted[:1], n_tokens, wanted.size, store.config.dtype)
             column.folder.mkdir()
             write_column(column, writer.statistics[wanted])
+            write_receipt(column.folder)
             columns.append(open_column(column.folder))
         store.commit(dict.fromkeys(hooks, n_tokens), rows, {})
     return columns
+
+
+def weights_of(folder: Path) -> str:
+    """What identifies a model's weights."""
+    return model_digest(folder, DigestCache(None))
+
+
+def tokens_instance(key: str, model: Path) -> Instance:
+    """As the plan has it, as far as jobs that read the tokens ask."""
+    return Instance("tokens", key, {"tokenizer": tokenizer_digest(model, DigestCache(None))}, {}, {})
+
+
+def write_receipt(folder: Path, stage: str = "any", needs: dict[str, list[str]] | None = None) -> None:
+    """Makes a folder an artifact, as far as jobs that read it and plans ask."""
+    (folder / "config.yaml").touch()
+    about = {"stage": stage, "key": folder.name, "needs": needs or {}, "blake2s": {}}
+    receipt = {**about, **receipts.contents(folder)}
+    (folder / receipts.RECEIPT).write_text(json.dumps(receipt))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,8 +15,9 @@ from dry_runs import ROOT, dry_run
 from saeflow.planning.batches import look
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import freeze_run
-from saeflow.planning.graph import RECEIPT, Plan
+from saeflow.planning.graph import Plan
 from saeflow.planning.stages import downstream
+from saeflow.storage.receipts import RECEIPT
 
 SWEEP = (
     "sweep=[{dictionary:relu,site:mlp_out,dictionary.l1_coefficient:[1,2]},{dictionary:pair,site:mlp,dictionary.k:4}]"

@@ -151,8 +151,7 @@ def test_a_flipped_byte_is_found_before_its_values_are_used(columns, where):
     shard.write_bytes(data)
     with pytest.raises(ShardError) as error:
         BatchReader(columns, 64, seed=0).columns[0].take(np.arange(190, N))
-    assert str(shard) in str(error.value) and "delete this file" in str(error.value)
-    assert str(column.store) in str(error.value) and "blocks.0.hook_mlp_out" in str(error.value)
+    assert f"{shard} is damaged" in str(error.value) and "run the workflow again" in str(error.value)
 
 
 def test_undamaged_chunks_of_a_damaged_shard_can_still_be_read(columns, values):

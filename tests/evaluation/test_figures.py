@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from measured import write_evaluations
+from stores import write_receipt
 from tests.dictionaries.test_series import plan_of
 from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
@@ -304,6 +305,7 @@ def test_sets_of_layers_are_told_apart_by_what_their_dictionaries_are(home: Path
         folder = plan.folder("stack", key)
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps(row | {"ce_increase_low": 0.19, "ce_increase_high": 0.22}))
+        write_receipt(folder, "stack")
     figure, table = find("stacks").draw(read_stacks(job))
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
         f"layers {layers}, mlp_out: ReLU + L1 transcoder, expansion {width}, 2 seeds"

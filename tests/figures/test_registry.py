@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from stores import write_receipt
 
 from saeflow.figures import registry
 from saeflow.figures.axes import subplots
@@ -78,6 +79,7 @@ def figures_job(results: Path, figures: list[str]) -> Job:
     folder = results / "evaluate/one"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    write_receipt(folder, "evaluate")
     instance = Instance("figures", "drawn", {"figures": figures}, {"evaluate": ["one"]}, {})
     evaluated = Instance("evaluate", "one", {"evaluation": {"confidence": 0.95}}, {}, {})
     stages = {"figures": {"drawn": instance}, "evaluate": {"one": evaluated}}

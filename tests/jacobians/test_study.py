@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stores import contents
+from stores import contents, tokens_instance, weights_of, write_receipt
 from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, ModelConfig
@@ -24,7 +24,8 @@ from saeflow.jobs.job import Job
 from saeflow.models.blocks import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks, run_clean, run_spliced
-from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.planning.graph import Instance, Plan
+from saeflow.storage.receipts import RECEIPT
 
 LAYER = 1
 IN, OUT = f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.hook_mlp_out"
@@ -345,16 +346,23 @@ def make_job(tmp_path: Path, folder: Path, tokens: Path, pair: tuple[Dictionary,
     names = ["in", "out"][: len(pair)]
     for name, dictionary in zip(names, pair, strict=True):
         (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
-        save_dictionary(dictionary, tmp_path / "train" / name)
+        save_dictionary(_of_model(dictionary, folder), tmp_path / "train" / name)
+        write_receipt(tmp_path / "train" / name, "train")
     (tmp_path / "tokens").mkdir(exist_ok=True)
     if not (tmp_path / "tokens" / "held").exists():
         (tmp_path / "tokens" / "held").symlink_to(tokens)
     config = {
         "jacobian": {"n_tokens": 100, "bins": 200, "max_value": 0.5, "thresholds": [0.005, 0.02]} | jacobian,
-        "model": {"weights": "w", **PROCESSING},
+        "model": {"weights": weights_of(folder), **PROCESSING},
     }
     instance = Instance("jacobian", "j", config, {"train": names, "tokens": ["held"]}, {"model": str(folder)})
-    return Job(instance, Plan("tiny", {"jacobian": {"j": instance}}, {}, results=str(tmp_path)), "cpu")
+    stages = {"jacobian": {"j": instance}, "tokens": {"held": tokens_instance("held", folder)}}
+    return Job(instance, Plan("tiny", stages, {}, results=str(tmp_path)), "cpu")
+
+
+def _of_model(dictionary: Dictionary, folder: Path) -> Dictionary:
+    origin = replace(dictionary.spec.origin, model_weights=weights_of(folder))
+    return build(replace(dictionary.spec, origin=origin), **dictionary.tensors)
 
 
 def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
@@ -397,7 +405,8 @@ def test_a_jacobian_pair_lies_in_one_artifact(tmp_path: Path, neox_folder: Path,
     for side, dictionary in zip(("input", "output"), pair, strict=True):
         (both / side).mkdir(parents=True)
         spec = replace(dictionary.spec, options={"jacobian_coefficient": 0.25})
-        save_dictionary(build(spec, **dictionary.tensors), both / side)
+        save_dictionary(_of_model(build(spec, **dictionary.tensors), neox_folder), both / side)
+    write_receipt(both, "train")
     job.instance.needs["train"] = ["both"]
     found = jacobian_job(job)
     assert (found.pop("jacobian_coefficient"), wanted.pop("jacobian_coefficient")) == (0.25, 0.0)

@@ -12,10 +12,11 @@ from conftest import save_model
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.models import folder as models
+from saeflow.models import loading
 from saeflow.models.folder import Geometry, ModelError, hook_layer, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.planning.digests import DigestCache
-from saeflow.text.tokenizer import TokenizerError
+from saeflow.text.tokenizer import TokenizerError, tokenizer_digest
 
 PLAIN = ModelConfig("tiny", path="unused")
 # What fires in a block and is no vector of a token: scales, attention patterns, and queries and keys after rotation.
@@ -287,7 +288,7 @@ def test_config_that_cannot_be_used_is_named(tmp_path, config, message):
 
 def test_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match=r"has no tokenizer.json; save it there with AutoTokenizer"):
-        models.tokenizer_digest(tmp_path, DigestCache(None))
+        tokenizer_digest(tmp_path, DigestCache(None))
 
 
 def test_folder_that_is_not_there_is_named():
@@ -339,18 +340,18 @@ def test_what_was_computed_without_the_window_of_a_qwen2_has_another_key(tmp_pat
 
 def test_tokenizer_digest_is_of_what_decides_token_ids(tokenizer_folder, tmp_path):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "t")
-    digest = models.tokenizer_digest(folder, DigestCache(None))
+    digest = tokenizer_digest(folder, DigestCache(None))
     config = json.loads((folder / "tokenizer_config.json").read_text())
 
     def with_config(**values) -> str:
         (folder / "tokenizer_config.json").write_text(json.dumps(config | values))
-        return models.tokenizer_digest(folder, DigestCache(None))
+        return tokenizer_digest(folder, DigestCache(None))
 
     assert with_config(model_max_length=99) == digest
     assert with_config(eos_token="a") != digest and with_config(bos_token="a") != digest
     assert with_config() == digest
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    assert models.tokenizer_digest(folder, DigestCache(None)) != digest
+    assert tokenizer_digest(folder, DigestCache(None)) != digest
 
 
 def test_what_the_plan_asks_imports_nothing_heavy(neox_folder):
@@ -359,10 +360,25 @@ import sys
 from pathlib import Path
 from saeflow.models import folder as models
 from saeflow.planning.digests import DigestCache
+from saeflow.text.tokenizer import tokenizer_digest
 folder = Path({str(neox_folder)!r})
 models.read_geometry(folder).hook_size("blocks.0.hook_mlp_out")
-models.model_digest(folder, DigestCache(None)), models.tokenizer_digest(folder, DigestCache(None))
+models.model_digest(folder, DigestCache(None)), tokenizer_digest(folder, DigestCache(None))
 print(sorted({{"torch", "transformers", "transformer_lens", "tokenizers", "numpy", "zarr"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_code_of_a_model_folder_is_refused_by_name_and_never_run(tmp_path, neox_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(neox_folder, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ModelError, match="auto_map"):
+        read_geometry(folder)
+    with pytest.raises(ValueError, match="trust_remote_code"):  # nor where transformers alone is asked
+        loading._load_original(folder)
+    assert not (tmp_path / "ran").exists()

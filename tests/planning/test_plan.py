@@ -1,12 +1,12 @@
 """The plan alone: which edits change which keys. That Snakemake agrees is in test_workflow.py."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from conftest import write_plain_model
+from stores import write_receipt
 
 from saeflow.config import ConfigError
 from saeflow.planning.expansion import compose
@@ -42,11 +42,10 @@ def plan_of(home: Path, *overrides: str) -> Plan:
 def finish(plan: Plan, stage: str, keys: Iterable[str]) -> None:
     """Receipts of artifacts that were never made: the plan asks for no more."""
     for key in keys:
-        receipt = Path(plan.receipt(stage, key))
-        receipt.parent.mkdir(parents=True, exist_ok=True)
-        needs = plan.stages[stage][key].needs
-        receipt.write_text(json.dumps({"needs": needs, "blake2s": {"config.yaml": "0"}}))
-        plan.stages[stage][key].write_config(receipt.with_name("config.yaml"))
+        instance, folder = plan.stages[stage][key], plan.folder(stage, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        instance.write_config(folder / "config.yaml")
+        write_receipt(folder, stage, instance.needs)
 
 
 def changed(before: Plan, after: Plan) -> dict[str, int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from stores import write_receipt
 
 from saeflow.figures.job import draw_figure
 from saeflow.jobs.job import Job
@@ -36,6 +37,8 @@ def figures_job(results: Path, judged_by: str) -> Job:
                     spec.pop("source", None)
                 summary = spec | {"train_key": key, "part": part or None, "amount": k}
                 (folder / "summary.json").write_text(json.dumps(summary))
+                write_receipt(folder, judged_by)
+        write_receipt(results / "train" / key, "train")
     needs = {"train": list(trained), judged_by: judged}
     instance = Instance("figures", "drawn", {"figures": ["training_curves"]}, needs, {})
     stages = {"figures": {"drawn": instance}, judged_by: {key: Instance(judged_by, key, {}, {}, {}) for key in judged}}

@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
 from saeflow.planning.batches import resources
+from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
 from saeflow.planning.frozen import freeze_run, plan_file
@@ -23,7 +24,8 @@ RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
 if workflow.is_main_process:
     try:
         OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
-        PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=".snakemake/digests.json")
+        PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
+        PLAN.set_aside_broken()
         check_disk(PLAN)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
@@ -60,11 +62,9 @@ wildcard_constraints:
 def forced_stages():
     """Stages that Snakemake was told to force, and all that follow from them.
 
-    What else runs, the plan has decided. An artifact of which files are gone has a receipt that stands for nothing: its
-    job is forced too.
+    What else runs, the plan has decided.
     """
     settings = workflow.dag_settings
-    workflow.dag.forcefiles.update(receipt for name in stages() for receipt in PLAN.torn(name))
     asked = {*settings.forcerun, *(settings.targets if settings.forcetargets else ())}
     named = {part for name in asked for part in name.split("/")}
     return downstream(stages() if settings.forceall else named & stages().keys())

@@ -219,6 +219,27 @@ def open_rows(column: Column) -> MappedRows | ZarrRows:
         return ZarrRows(column)
 
 
+def damaged_shards(column: Column) -> Iterator[ShardError]:
+    """Reads all of a column's shards; nothing where another Zarr writer laid them out. A damaged chunk is found by
+    every reader that touches it: this is for who wants to know before."""
+    try:
+        layout = array_layout(column)
+    except ShardError as error:
+        yield error
+        return
+    for number, start in enumerate(range(0, column.n_tokens, layout.shard_tokens) if layout else ()):
+        assert layout
+        n_rows = min(column.n_tokens - start, layout.shard_tokens)
+        try:
+            shard = Shard(shard_path(column.array, number, len(column.size) + 1), layout, n_rows)
+            for c in range(layout.chunks_of(n_rows)):
+                shard.check(c)
+        except ShardError as error:
+            yield error
+        except LayoutError:
+            return
+
+
 def _float32(values: np.ndarray, column: Column) -> Tensor:
     """Stored bytes, (N, bytes) uint8, as an (N, d) float32 tensor."""
     return torch.from_numpy(values).view(getattr(torch, column.dtype)).float()

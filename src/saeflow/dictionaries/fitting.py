@@ -10,7 +10,7 @@ from saeflow.jobs.job import Job
 from saeflow.models.conversion import SHORT
 from saeflow.models.folder import Geometry, read_geometry
 from saeflow.models.loading import load_model
-from saeflow.models.source import PROCESSING
+from saeflow.models.source import PROCESSING, reading_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -32,8 +32,8 @@ def open_model(job: Job, context_size: int = SHORT) -> "HookedTransformer":
     Its conversion was checked on whole rows when the activations were cached that the job, or one before it, needs; a
     job without any says how long rows are.
     """
-    folder = job.source("model")
-    return load_model(folder, model_config(folder, job.config["model"]), job.device, context_size)
+    with reading_model(job) as folder:
+        return load_model(folder, model_config(folder, job.config["model"]), job.device, context_size)
 
 
 def open_dictionary(folder: Path, job: Job) -> Dictionary:

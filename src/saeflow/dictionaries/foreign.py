@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.layouts import foreign_format
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.saelens_format import (
     CONFIG_FILE,
@@ -52,6 +52,9 @@ class Site(NamedTuple):
         return "sae" if self.hook_name == self.hook_name_out else "transcoder"
 
 
+_NOT_WHOLE = (KeyError, TypeError, AttributeError, RecursionError)
+
+
 def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     """Reads a dictionary from disk; the format is known by the files where `form` is None.
 
@@ -60,7 +63,15 @@ def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     form = form or foreign_format(path)
     try:
         return _READERS[form](path, site)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError, OSError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+        SafetensorError,
+        OSError,
+    ) as error:
         raise DictionaryError(
             f"{path} is not a whole {form} dictionary: {type(error).__name__} {error}; if it is of another library, "
             f"set dictionary.format to one of {', '.join(_READERS)}"
@@ -288,8 +299,9 @@ def foreign_job(job: Job) -> Dictionary:
     config = job.config
     site = Site(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
     if config["release"] is None:
-        source = job.source("foreign")
-        dictionary = read_foreign(source, site, config["format"])
+        form = config["format"]
+        with job.reading("foreign", lambda path, d: foreign_digest(path, form, d), config["content"]) as source:
+            dictionary = read_foreign(source, site, form)
     else:
         source = Path(config["release"]) / config["sae_id"]
         dictionary = read_release(config["release"], config["sae_id"], site)

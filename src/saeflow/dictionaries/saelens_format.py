@@ -22,7 +22,7 @@ from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.dictionaries.layouts import head_folders
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
-from saeflow.jobs.modes import share
+from saeflow.storage.modes import share
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load

@@ -7,9 +7,8 @@ from saeflow.config import ConfigError
 from saeflow.config.checks import where
 from saeflow.config.labels import file_safe
 from saeflow.dictionaries.kinds.foreign import ForeignConfig
-from saeflow.dictionaries.layouts import foreign_files, foreign_format
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.jobs.job import Job
-from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
 from saeflow.planning.stages import Stage
 
@@ -30,7 +29,7 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
         if not path.exists():
             raise ConfigError(f"dictionary.path={path}: no such file or folder{where(path)}")
         form = config.format or foreign_format(path)
-        content = short_hash([planned.digests.file(file) for file in foreign_files(path, form)], 32)
+        content = foreign_digest(path, form, planned.digests)
         identity |= {"format": form, "content": content}
         label = config.label or path.stem
         sources = {"foreign": str(path)}

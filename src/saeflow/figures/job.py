@@ -21,7 +21,7 @@ def draw(jobs: list[Job]) -> str:
 def _draw(job: Job) -> str:
     wanted = job.config["figures"]
     figures = [find(name) for name in wanted]
-    possible = [one.name for one in declared().values() if job.inputs(one.stage)]
+    possible = [one.name for one in declared().values() if job.instance.needs.get(one.stage)]
     if impossible := [one.declared for one in figures if one.declared.name not in possible]:
         raise ValueError(
             f"this experiment has no artifacts of {', '.join(dict.fromkeys(one.stage for one in impossible))} for "

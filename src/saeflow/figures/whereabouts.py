@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from saeflow.planning.graph import RECEIPT, Plan
+from saeflow.planning.graph import Plan
+from saeflow.storage.receipts import RECEIPT
 
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout."""

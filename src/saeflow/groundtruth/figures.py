@@ -47,6 +47,7 @@ def read_recoveries(job: Job) -> Recoveries:
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
     live = (pd.read_parquet(f"{folder}/labels.parquet")["latent"].to_numpy() for folder in table["folder"])
+    trained = {folder.name: folder for folder in job.inputs("train")}
     latents = dict(zip(table["train_key"], live, strict=True))
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
     whole = table[table["part"].isna()]
@@ -56,7 +57,7 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     ):
         if len(rows) > 1:
             decoders = [
-                load_dictionary(job.plan.folder("train", key)).tensors["W_dec"].double().numpy()[latents[key]]
+                load_dictionary(trained[key]).tensors["W_dec"].double().numpy()[latents[key]]
                 for key in rows["train_key"]
             ]
             names = rows.iloc[0][[*same, "series"]].to_dict() | {"amount_name": rows["given"].iloc[0]}

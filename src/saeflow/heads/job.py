@@ -31,6 +31,7 @@ from saeflow.heads.study import by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
+from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 
@@ -39,8 +40,9 @@ log = logging.getLogger("saeflow")
 
 def heads_job(job: Job) -> dict[str, Any]:
     """Makes the study that a job names; returns its summary. Raises `FitError` for dictionaries of another model."""
-    folder, config = job.source("model"), HeadsConfig(**job.config["heads"])
-    geometry = read_geometry(folder)
+    config = HeadsConfig(**job.config["heads"])
+    with reading_model(job) as folder:
+        geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
     hook = job.config["hook_name"]
     if geometry.n_heads < 2:
         raise ConfigError(f"{folder} has {geometry.n_heads} head a layer, and heads are compared with one another")
@@ -65,7 +67,6 @@ def heads_job(job: Job) -> dict[str, Any]:
         "left_out": left_out,
         "dictionaries": {},
     }
-    tokenizer = open_tokenizer(folder)
 
     def text(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))

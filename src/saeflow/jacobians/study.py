@@ -32,10 +32,12 @@ from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_tabl
 from saeflow.jobs.job import Job
 from saeflow.models.blocks import Block, input_gain, read_block
 from saeflow.models.folder import Span, block_of_hooks, read_geometry
+from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformer_lens import HookedTransformer
 
 log = logging.getLogger("saeflow")
@@ -47,9 +49,11 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     Raises `FitError` where there is neither, and `ConfigError` where there are fewer held-out tokens than wanted.
     """
     config = build(JacobianConfig, job.config["jacobian"])
-    folder, folders = job.source("model"), job.dictionaries()
+    folders = job.dictionaries()
     dictionaries = [open_dictionary(path, job) for path in folders]
-    span = _check_around_mlp(dictionaries, folders, read_geometry(folder).parallel)
+    with reading_model(job) as folder:
+        geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
+    span = _check_around_mlp(dictionaries, folders, geometry.parallel)
     tokens = _open_tokens(job.input("tokens"), config)
 
     model = open_model(job)
@@ -65,7 +69,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
             tables["top_inputs"] = examples.top_inputs_table(pairs, config)
             wanted = examples.select_examples(tables.values(), *tops)
             activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
-            read = _reader(tokens, grid, folder)
+            read = _reader(tokens, grid, tokenizer)
             tables["contexts"] = examples.contexts_table(activity, grid, read)
             tables["pair_contexts"] = examples.pair_contexts_table(activity, grid, config.contexts, read)
             write_tables(out, **tables, linearity=linearity)
@@ -140,9 +144,7 @@ def _write_statistics(out: Path, tally: Tally, pairs: Pairs, config: JacobianCon
     }
 
 
-def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
-    tokenizer = open_tokenizer(model_folder)
-
+def _reader(tokens: Tokens, grid: Grid, tokenizer: "Tokenizer") -> Read:
     @functools.cache
     def text(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))

@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Iterable
 
+from saeflow.config.checks import escape_controls
+from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
-from saeflow.jobs.locks import held
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.signals import Preempted
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record, work_of
 from saeflow.planning.stages import stages
+from saeflow.storage.receipts import DamagedError
 
 log = logging.getLogger("saeflow")
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
@@ -46,17 +48,17 @@ def main() -> None:
     try:
         plan, stage = Plan.load(args.plan), stages()[args.stage]
         touch(args.plan)
-        wanted = plan.members(args.stage, args.job) if args.job else args.key
-        instances = {key: plan.instance(args.stage, key) for key in wanted}
-        with held(plan.folder(args.stage, key) for key in instances):
+        wanted = plan.members(args.stage, args.job) if args.job else list(dict.fromkeys(args.key))
+        jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in wanted]
+        with claimed(jobs) as left:
             keys = left_to_make(plan, args.stage, wanted) if args.job else wanted
-            jobs = [Job(instances[key], plan, args.device) for key in keys]
+            left = [job for job in left if job.instance.key in keys]
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
             started = time.perf_counter()
-            last_line = stage.work(jobs) if jobs else f"another run has made {args.stage} {args.job}"
-            for job in jobs:
+            last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
+            for job in left:
                 work = work_of(stage, plan, job.instance)
-                record(plan, job.instance, work, args.device, (time.perf_counter() - started) / len(jobs))
+                record(plan, job.instance, work, args.device, (time.perf_counter() - started) / len(left))
     except Preempted as stop:
         log.warning("%s %s", args.stage, stop)
         if args.log and not args.quiet:
@@ -64,14 +66,17 @@ def main() -> None:
         sys.exit(TEMPORARY_FAILURE)
     except Exception as error:
         log.exception("failed")
-        reason = f"{args.stage} failed: {error or type(error).__name__}"
+        reason = escape_controls(f"{args.stage} failed: {error or type(error).__name__}")
+        if isinstance(error, DamagedError):
+            for folder in error.set_aside():
+                log.warning("%s counts as missing from now on", folder)
         log.error(reason)  # after the traceback: the last record is the reason in one sentence
         if args.log and not args.quiet:
             print(f"{reason}\n(log: {args.log})", file=sys.stderr)
         sys.exit(1)
     log.info(last_line)
     if not args.quiet:
-        print(last_line, flush=True)
+        print(escape_controls(last_line), flush=True)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)  # all is written and renamed; taking the libraries down would cost another second

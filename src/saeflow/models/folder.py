@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.config.checks import where
 from saeflow.planning.digests import DigestCache, short_hash
-from saeflow.text.tokenizer import read_json, special_tokens, tokenizer_file
+from saeflow.text.tokenizer import read_json
 
 # What a folder is read for: no pickles, and no second copy of the weights in another format.
 MODEL_FILES = (
@@ -196,12 +196,6 @@ def model_digest(folder: Path, cache: DigestCache) -> str:
     return digest
 
 
-def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
-    """Hash of what decides token ids, 32 hexadecimal digits."""
-    special = {k: v for k, v in special_tokens(folder).items() if k in ("bos_token", "eos_token")}
-    return short_hash([cache.file(tokenizer_file(folder)), special], 32)
-
-
 def read_geometry(folder: Path) -> Geometry:
     """Reads the sizes that a folder's `config.json` states. Raises `ModelError` for an architecture not known here."""
     config = read_keys(config_file(folder))
@@ -214,6 +208,11 @@ def read_geometry(folder: Path) -> Geometry:
             raise ModelError(f"{folder}/config.json has none of the keys {', '.join(names)}")
         return default
 
+    if "auto_map" in config:  # transformers would ask in the middle of a job whether to run it
+        raise ModelError(
+            f"{folder}/config.json names code of its own (auto_map), and code of a model folder is never run: if the "
+            "model is of a supported architecture, remove auto_map from a copy of the folder"
+        )
     named = config.get("architectures")
     architecture = named[0] if named else _own_format(folder, config)
     if architecture not in SUPPORTED:

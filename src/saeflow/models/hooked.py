@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.config import ModelConfig
-from saeflow.jobs.modes import share
 from saeflow.models.folder import MODEL_FILES, ModelError, config_file, read_keys
+from saeflow.storage.modes import share
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

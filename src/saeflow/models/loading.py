@@ -134,7 +134,12 @@ def _load_original(folder: Path) -> Any:
     disable_progress_bar()
     try:
         original, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error

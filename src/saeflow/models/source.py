@@ -1,22 +1,22 @@
 """The language model: its weights, `config.json` and tokenizer enter keys by content, its processing by its flags."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from saeflow.models.folder import (
-    Geometry,
-    check_processing,
-    model_digest,
-    read_geometry,
-    resolve_folder,
-    tokenizer_digest,
-)
+from saeflow.jobs.job import Job
+from saeflow.models.folder import Geometry, check_processing, model_digest, read_geometry, resolve_folder
 from saeflow.models.weights import n_embeddings, read_shapes
-from saeflow.planning.digests import short_hash
+from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
+from saeflow.planning.graph import Instance
 from saeflow.planning.stages import Source
-from saeflow.text.tokenizer import check_tokenizer
+from saeflow.storage.receipts import verify
+from saeflow.text.tokenizer import check_tokenizer, tokenizer_digest
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
+CONTROL = ("randomise", "randomise_seed")
 
 
 def identify(planned: PlannedPoint) -> None:
@@ -46,13 +46,45 @@ def set_model(
     of_control = {}
     name = label or f"{geometry.n_layers}L{geometry.d_model}.{weights[:4]}"
     if model.randomise != "none":  # other weights: what was made for the trained ones does not fit
-        of_control = {name: tree[name] for name in ("randomise", "randomise_seed")}
-        weights = short_hash([weights, of_control], 32)
+        of_control = {name: tree[name] for name in CONTROL}
+        weights = _identity(weights, of_control)
         name += f"-{model.randomise}{model.randomise_seed}"
     planned.tree["model"] = {"weights": weights, **{name: tree[name] for name in PROCESSING}, **of_control}
     planned.tree["tokenizer"] = tokenizer
     planned.geometry, planned.labels["model"] = geometry, name
     planned.sources |= {"model": str(folder), "model_name": model.name}
+
+
+def _identity(weights: str, control: dict[str, Any]) -> str:
+    """Of weights that are replaced at random, as `control` says, from those with the digest `weights`."""
+    return short_hash([weights, control], 32) if control else weights
+
+
+@contextmanager
+def reading_model(job: Job, instance: Instance | None = None) -> Iterator[Path]:
+    """The folder of a job's model, while its files are opened: what is in it is what the plan read, by the config of
+    the job or of another `instance` that it needs.
+
+    Raises `SourceError` where it is not, and `DamagedError` where the workflow made the model and it is damaged.
+    """
+    instance = instance or job.instance
+    folder = job.source("model")
+    if folder.is_relative_to(job.plan.results):
+        verify(folder)
+        yield folder
+        return
+    model: dict[str, Any] = instance.config.get("model", {})
+    tokenizer = instance.config.get("tokenizer")
+    for key in instance.needs.get("tokens", ()):
+        tokenizer = job.plan.instance("tokens", key).config["tokenizer"]
+    control = {name: model[name] for name in CONTROL if name in model}
+
+    def digest(path: Path, digests: DigestCache) -> list[str | None]:
+        weights = _identity(model_digest(path, digests), control) if model else None
+        return [weights, tokenizer_digest(path, digests) if tokenizer else None]
+
+    with job.reading("model", digest, [model.get("weights"), tokenizer]):
+        yield folder
 
 
 SOURCES = (Source(lambda point: point.model.tracr is None, identify),)

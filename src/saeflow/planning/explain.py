@@ -1,6 +1,5 @@
 """What a plan would run, and why, in the words of the research; and whether the disk can hold it."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any, NamedTuple
 
 from saeflow.config import ConfigError
 from saeflow.config.defaults import with_defaults
-from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.history import START_SECONDS, Prediction, lines, predict
 from saeflow.planning.stages import stages
+from saeflow.storage.receipts import RECEIPT
 
 MAX_REASONS = 6
 
@@ -161,10 +161,11 @@ def _configs(receipts: list[Path]) -> list[dict[str, Any]]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found = []
     for file in (receipt.with_name("config.yaml") for receipt in receipts):
-        if file.is_file():
-            tree = yaml.load(file.read_text(), Loader=loader)
-            with contextlib.suppress(ConfigError):  # of a kind of dictionary that there is no longer
-                found.append(_flat({"version": tree["version"], **with_defaults(tree["config"])}))
+        try:
+            tree = yaml.load(file.read_bytes(), Loader=loader)
+            found.append(_flat({"version": tree["version"], **with_defaults(tree["config"])}))
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ConfigError):
+            continue  # no whole artifact, or of a kind of dictionary that there is no longer
     return found
 
 

@@ -25,7 +25,7 @@ def plan_file(plan: Plan) -> Path:
 def freeze_run(plan: Plan) -> Path:
     """Freezes a plan for a run, and removes those that no run has used for `KEPT_DAYS` days. Returns its file."""
     file = plan_file(plan)
-    if not file.exists():
+    if not file.is_file() or file.read_bytes() != plan.text.encode():  # none, or one that a power cut tore
         plan.freeze(file)
     touch(file)
     oldest = time.time() - KEPT_DAYS * 86400

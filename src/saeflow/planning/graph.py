@@ -12,7 +12,7 @@ weights, its tokenizer and the corpus enter by content.
 
 import dataclasses
 import json
-import os
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.storage.publish import publish_text, remove_leftovers
+from saeflow.storage.receipts import RECEIPT, is_whole, problem, read_receipt, set_aside
 
-RECEIPT = "provenance.json"
+log = logging.getLogger("saeflow")
 
 
 @dataclass
@@ -81,13 +83,16 @@ class Plan:
         return f"{self.results}/{stage}/{key}/{RECEIPT}"
 
     def done(self, stage: str, key: str) -> bool:
-        """Whether an artifact is there: its receipt can be read, and every file that it lists is there."""
-        folder = self.folder(stage, key)
-        try:
-            listed = json.loads((folder / RECEIPT).read_bytes()).get("blake2s", {})
-        except (OSError, ValueError, AttributeError):  # none, or empty, or torn
-            return False
-        return all((folder / name).is_file() for name in listed)
+        """Whether an artifact is there: it has a whole receipt, and every file that this names, of the right size."""
+        return is_whole(self.folder(stage, key))
+
+    def set_aside_broken(self) -> None:
+        """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each."""
+        for stage, table in self.stages.items():
+            for key in table:
+                folder = self.folder(stage, key)
+                if (found := problem(folder, read_receipt(folder))) and set_aside(folder):
+                    log.warning("%s: %s; %s counts as missing", *found, folder)
 
     def forget(self) -> None:
         """What was remembered of another look at the disk."""
@@ -130,11 +135,6 @@ class Plan:
         receipts = ([self.receipt(s, key) for key in batch] for s, found in self.batches.items() for batch in found)
         return {several[0]: several for several in receipts}
 
-    def torn(self, stage: str) -> list[str]:
-        """Receipts of artifacts that are to be made though they have one: some of their files are gone."""
-        receipts = (self.receipt(stage, key) for key in self.to_make.get(stage, ()))
-        return [receipt for receipt in receipts if Path(receipt).exists()]
-
     def device_of(self, stage: str) -> str:
         return str(self.device.get(stage, self.device["default"]))
 
@@ -148,18 +148,17 @@ class Plan:
 
     def freeze(self, path: str | Path) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(self.text)
-        partial.replace(path)
+        publish_text(path, self.text)
+        remove_leftovers(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
+        again = f"run the workflow, or python scripts/plan.py --freeze {path}"
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = json.loads(Path(path).read_bytes())
+            raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
+            return cls(**raw)
         except FileNotFoundError:
-            raise ConfigError(
-                f"no frozen plan at {path}: run the workflow, or python scripts/plan.py --freeze {path}"
-            ) from None
-        raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
-        return cls(**raw)
+            raise ConfigError(f"no frozen plan at {path}: {again}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path} is no whole plan of this version of saeflow ({error}): {again}") from error

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 from saeflow.config import ConfigError
 from saeflow.config.checks import where
+from saeflow.planning.digests import DigestCache, short_hash
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -44,6 +45,12 @@ class Parts(NamedTuple):
 def corpus_files(path: str | Path) -> list[Path]:
     """The files that a corpus is: `corpus_parts` without what is not read."""
     return corpus_parts(path).read
+
+
+def corpus_digest(path: Path, digests: DigestCache) -> str:
+    """Hash of the files that a corpus is, in their order, and how they are read; 32 hexadecimal digits."""
+    files = [[file_format(file), file.suffix.lower(), digests.file(file)] for file in corpus_files(path)]
+    return short_hash(files, 32)
 
 
 def corpus_parts(path: str | Path) -> Parts:

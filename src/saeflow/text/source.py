@@ -11,7 +11,7 @@ from saeflow.config.labels import file_safe
 from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.files import corpus_parts, file_format
+from saeflow.text.files import corpus_digest, corpus_parts
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,7 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     parts = corpus_parts(path)
     if parts.left_out:
         log.warning("corpus %s: not read: %s", path, parts.left_out_in_words())
-    files = [[file_format(file), file.suffix.lower(), digests.file(file)] for file in parts.read]
-    content = short_hash(files, 32)
+    content = corpus_digest(path, digests)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeflow.config import ConfigError, TokensConfig
+from saeflow.planning.digests import DigestCache, short_hash
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -137,6 +138,12 @@ def tokenizer_file(folder: Path) -> Path:
             "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
         )
     return file
+
+
+def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
+    """Hash of what decides token ids, 32 hexadecimal digits."""
+    special = {k: v for k, v in special_tokens(folder).items() if k in ("bos_token", "eos_token")}
+    return short_hash([cache.file(tokenizer_file(folder)), special], 32)
 
 
 def special_tokens(folder: Path) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def read_curves(job: Job) -> pd.DataFrame:
     """
     judged = pd.concat([read_summaries(job, stage) for stage in ("evaluate", "recover")], ignore_index=True)
     judged = judged.assign(part=judged["part"].fillna("")).drop_duplicates(["train_key", "part"])
-    trained = judged[judged["train_key"].isin([folder.name for folder in job.inputs("train")])]
+    trained = judged[judged["train_key"].isin([folder.name for folder in job.inputs("train", "metrics.parquet")])]
     curves = []
-    for folder_of_all in job.inputs("train"):
+    for folder_of_all in job.inputs("train", "metrics.parquet"):
         for folder in part_folders(folder_of_all):
             part = "" if folder == folder_of_all else folder.name
             curves.append(pd.read_parquet(folder / "metrics.parquet", columns=["step", "tokens", "fvu", "l0"]))

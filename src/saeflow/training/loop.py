@@ -30,7 +30,7 @@ from saeflow.jobs.job import Job
 from saeflow.jobs.log import progress
 from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
-from saeflow.models.source import PROCESSING
+from saeflow.models.source import PROCESSING, reading_model
 from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
@@ -200,8 +200,8 @@ def _block(job: Job) -> Block | ModuleBlock:
     """The block of the language model that a Jacobian pair is trained around."""
     from saeflow.models.loading import load_model  # ten seconds, and only pairs need it
 
-    folder = job.source("model")
-    model = load_model(folder, model_config(folder, _origin_of(job).config["model"]), job.device)
+    with reading_model(job, _origin_of(job)) as folder:
+        model = load_model(folder, model_config(folder, _origin_of(job).config["model"]), job.device)
     return read_block(model, job.config["hook_name"], job.config["hook_name_out"])
 
 
