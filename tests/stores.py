@@ -93,6 +93,8 @@ def training_plan(
     for key, dictionary in dictionaries.items():
         config = {"dictionary": dictionary, "training": training, "seed": seed}
         config |= {"hook_name": hooks[0], "hook_name_out": (*hooks, None)[1]}
-        jobs[key] = Instance("train", key, config, {"activations": columns}, {"training": how})
+        jobs[key] = Instance(
+            "train", key, config, {"activations": columns}, {"training": how, "model_name": "tiny-gpt2"}
+        )
     stages = {"tokens": {tokens.key: tokens}, "activations": activations, "train": jobs}
     return Plan("test", stages, {}, results=str(results))
