@@ -6,6 +6,23 @@ INSTALLED := .venv/.installed
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 WORKERS ?= 2
 HYDRA ?= experiment=demo
+DIRECTORY := .
+
+# Hydra reads what was typed: a $ in it is no variable of make, and a quote none of the shell's.
+override HYDRA := $(value HYDRA)
+export HYDRA
+
+# What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
+VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES
+STRAY := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v))))
+ifneq ($(STRAY),)
+$(error $(STRAY) is no variable here: overrides go inside the quotes, make run HYDRA="experiment=demo dictionary.k=[8,16]")
+endif
+
+# A linked .venv is another checkout's, whose code it would import.
+ifneq ($(shell readlink .venv),)
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
 
 # One benchmark if NAME is given to make; a NAME of the environment (some systems set one) is not meant.
 ifeq ($(origin NAME),command line)
@@ -17,19 +34,32 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo plan figures test lint bench pretrain clean distclean
+.PHONY: help env demo run plan report verify figures test lint bench pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 env: $(INSTALLED) ## set up .venv from requirements.lock
 
+RUN = $(BIN)/snakemake --cores $(CORES) --directory "$(DIRECTORY)" --logger-saeflow-no-ending --config hydra
+REPORT = $(BIN)/python scripts/report.py --directory "$(DIRECTORY)"
+
 demo: $(INSTALLED) ## the small study: from text to figures and results/report.html
-	@$(OFFLINE) $(BIN)/snakemake --cores $(CORES) --config hydra="experiment=demo"
-	@$(OFFLINE) $(BIN)/python scripts/report.py experiment=demo
+	@$(OFFLINE) $(RUN)="experiment=demo"
+	@$(OFFLINE) $(REPORT) experiment=demo
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
-	@set -f; $(BIN)/python scripts/plan.py $(HYDRA)
+	@$(BIN)/python scripts/plan.py --directory "$(DIRECTORY)" "$$HYDRA"
+
+run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its report: make run HYDRA="dictionary.k=[8,16]"
+	@$(RUN)="$$HYDRA"
+	@$(REPORT) "$$HYDRA"
+
+report: $(INSTALLED) ## make results/report.html of a finished run, and say where figures and tables are
+	@$(REPORT) "$$HYDRA"
+
+verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
+	@$(BIN)/python scripts/verify.py --results "$(DIRECTORY)/results" $(if $(SET_ASIDE),--set-aside)
 
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures
@@ -56,13 +86,11 @@ bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 pretrain: $(INSTALLED) ## train the embedded language model anew, into results/pretrain
 	@$(BIN)/snakemake --cores $(CORES) pretrain
 
-clean: ## remove results, logs and caches
-	rm -rf results/* logs .snakemake build .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## remove results, logs and caches; says what, and asks (YES=1: does not)
+	@bash scripts/clean.sh $(if $(YES),--yes)
 
 distclean: clean ## also remove .venv
 	rm -rf .venv .venv-bench src/saeflow.egg-info
 
 $(INSTALLED): requirements.lock pyproject.toml scripts/make_env.sh
 	@bash scripts/make_env.sh
-	@touch $@

@@ -33,14 +33,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         snakemake = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", directory]
         call([*snakemake, "--cores", str(os.cpu_count()), "--config", f"hydra={HYDRA}"], directory)
-        plan = json.loads((Path(directory) / ".snakemake/plan.json").read_text())
+        (file,) = (Path(directory) / ".snakemake/plans").glob("*.json")
+        plan = json.loads(file.read_text())
         for repeat in range(5):
             for stage, name in (("train", "train"), ("evaluate", "evaluate"), ("figures", "figure")):
                 (key,) = plan["stages"][stage]
                 threads = str(plan["device"]["threads"][stage])
                 started = time.perf_counter()
                 script = [sys.executable, str(ROOT / "scripts/job.py"), stage]
-                call([*script, "--key", key, "--threads", threads, "--log", "job.log"], directory)
+                call([*script, "--plan", str(file), "--key", key, "--threads", threads, "--log", "job.log"], directory)
                 found.setdefault(f"{name}_start_s", []).append(time.perf_counter() - started)
                 print(f"{stage}, repeat {repeat}: {found[f'{name}_start_s'][-1]:.2f} s", file=sys.stderr)
     print(json.dumps({name: round(statistics.median(values), 2) for name, values in found.items()}))

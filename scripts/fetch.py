@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from saeflow.models.folder import MODEL_FILES, ModelError, read_geometry, read_keys
-from saeflow.text.corpus import CorpusError, corpus_files
+from saeflow.text.files import COMPRESSED, CorpusError, corpus_files
 
-DATASET_FILES = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt", "*.txt.gz")  # what saeflow.text.corpus reads
+DATASET_FILES = ("*.parquet", *(f"*.{kind}{packed}" for kind in ("jsonl", "txt") for packed in ("", *COMPRESSED)))
 
 
 def fetch(name: str, dataset: bool, revision: str | None, to: str | None) -> str:

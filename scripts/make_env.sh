@@ -42,6 +42,13 @@ count_packages() {
   done
 }
 
+# What is linked here is another checkout's: to install into it would let that one run this one's code.
+if [ -L .venv ]; then
+  echo "make env: .venv is a link to $(readlink -f .venv), which another checkout has set up: it is used as it is, with
+  the code of this one first (PYTHONPATH=$PWD/src); for one of its own: rm .venv && make env" >&2
+  [ -x .venv/bin/python ] || stop "$(readlink .venv) has no bin/python: rm .venv && make env"
+  exit 0
+fi
 if [ -f $busy ] && kill -0 "$(cat $busy)" 2>/dev/null; then
   stop "process $(cat $busy) is setting up .venv already; try again when it has ended (else: rm $busy)"
 fi
@@ -56,3 +63,4 @@ echo $$ >$busy
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 .venv/bin/python -m saeflow.kernels # compiles, so that no job has to
 rm $busy
+touch .venv/.installed

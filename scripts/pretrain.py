@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from saeflow.jobs.log import limit_threads, start_log
+from saeflow.storage.publish import beside, publish
 
 CARD = """# The embedded language model
 
@@ -58,7 +59,7 @@ def main() -> None:
     prompts = ("It is a truth", "And the LORD said", "She had been")
     samples = [p.sample(model, tokenizer, prompt, 60, seed).replace("\n", " ") for seed, prompt in enumerate(prompts)]
 
-    partial = args.out.with_name(args.out.name + ".partial")
+    partial = beside(args.out)
     shutil.rmtree(partial, ignore_errors=True)
     p.save_tokenizer(tokenizer, partial, config.context_size)
     model.save_pretrained(partial)
@@ -69,8 +70,7 @@ def main() -> None:
     facts |= {"predictions": held_out.rows[:, 1:].size, "epochs": curve[-1]["tokens"] / train.stream.size}
     marked = (f"> **{prompt}**{sample[len(prompt) :]}" for prompt, sample in zip(prompts, samples, strict=True))
     (partial / "README.md").write_text(CARD.format(**facts, samples="\n\n".join(marked)))
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
+    publish(partial, args.out)
     print(f"wrote a model of {facts['loss']:.3f} nats per held-out token to {args.out}/")
 
 

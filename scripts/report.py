@@ -1,34 +1,46 @@
 """Makes results/report.html of a finished experiment, unless it shows its figures already; names what to look at."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from saeflow.config import ConfigError
+from saeflow.figures.whereabouts import ROOT, report_is_current, whereabouts
+from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
-from saeflow.planning.graph import RECEIPT
+from saeflow.planning.overrides import split
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="the Hydra overrides of the run")
+    parser.add_argument("--conf", default=ROOT / "conf", help="folder of the groups")
+    parser.add_argument(
+        "--directory", help="that of the run, as of snakemake: results/ and relative paths are below it"
+    )
     args = parser.parse_args()
-    root = Path(__file__).resolve().parent.parent
-    plan = compose(root / "conf", args.overrides, digests=".snakemake/digests.json")
+    hydra, conf = " ".join(args.overrides), Path(args.conf).resolve()
+    try:
+        if args.directory:
+            os.chdir(args.directory)
+        overrides = split(hydra)
+        plan = compose(conf, overrides, digests=DIGESTS_FILE)
+    except (ConfigError, ValueError, OSError) as error:
+        sys.exit(f"report: {error}")
     (key,) = plan.stages["figures"]
-    folder, report = plan.folder("figures", key), Path(plan.results) / "report.html"
     if not plan.done("figures", key):
-        sys.exit(f"report: {folder}/ is not there; run the workflow first")
-    receipt = folder / RECEIPT
-    if not report.exists() or report.stat().st_mtime < receipt.stat().st_mtime or key not in report.read_text():
-        hydra = " ".join(args.overrides)
-        command = [sys.executable, "-m", "snakemake", "-s", str(root / "Snakefile"), "--report", str(report), "--quiet"]
-        done = subprocess.run([*command, "--config", f"hydra={hydra}"], stderr=subprocess.PIPE, text=True)
+        sys.exit(f"report: {plan.folder('figures', key)}/ is not there; run the workflow first: make run HYDRA=...")
+    if not report_is_current(plan):
+        report = Path(plan.results) / "report.html"
+        command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--report", str(report), "--quiet"]
+        command += ["--config", f"conf={conf}", f"hydra={hydra}"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"report: {shlex.join(command)} failed:\n{done.stderr}")
-    figures = ", ".join(str(p) for p in sorted(folder.glob("*.png")))
-    print(f"report: {report}\nfigures: {figures} (with .pdf and .csv beside them)")
+    print(whereabouts(plan, overrides))
 
 
 main()

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models of three architectures, a corpus, packed tokens. What is heavy is imported late."""
 
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -61,6 +62,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_folder: Path) -> Path:
     """A tokens artifact: the first 64 rows of 32 tokens of the training split."""
+    from stores import write_receipt
+
     from saeflow.text.corpus import read_documents
     from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import write_tokens
@@ -77,6 +80,31 @@ def tokens_folder(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, t
         held_out_fraction=0.3,
         tokenizer_digest="tiny",
     )
+    write_receipt(folder, "tokens")
+    return folder
+
+
+def write_weights(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of zeros of these shapes, by name."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def write_plain_model(folder: Path, config: dict[str, Any], **tokenizer: Any) -> Path:
+    """A model folder as far as the plan reads it: sizes, an embedding of 300 zeros, a tokenizer of two words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_weights(folder / "model.safetensors", {"gpt_neox.embed_in.weight": (300, 1)})
+    model = {"type": "WordLevel", "vocab": {"<|endoftext|>": 0, "a": 1}, "unk_token": "a"}
+    words = {"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(words | {"added_tokens": []}))
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | tokenizer
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
 
 

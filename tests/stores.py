@@ -1,5 +1,6 @@
 """Small stores of tokens and activations for tests."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from torch import Tensor
 from saeflow.activations.store import ActivationStore, Column, TokenRows, open_column, write_column
 from saeflow.activations.writer import ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig
+from saeflow.models.folder import model_digest
+from saeflow.planning.digests import DigestCache
 from saeflow.planning.graph import Instance, Plan
+from saeflow.storage import receipts
+from saeflow.text.tokenizer import tokenizer_digest
 
 TRAINING_STORE = "tiny-gpt2-float32-01234567"
 TRAINING = {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2}
@@ -26,11 +31,14 @@ def write_rows(folder: Path, tokens: np.ndarray) -> TokenRows:
     return TokenRows(folder)
 
 
-def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> list[Column]:
-    """A store that holds given activations, (N, *size) a hook, written by the writer that caching uses."""
+def write_store(
+    folder: Path, hooks: dict[str, Tensor], tokens: np.ndarray | None = None, **geometry: object
+) -> list[Column]:
+    """A store that holds given activations, (N, *size) a hook, written by the writer that caching uses; of `tokens`
+    (rows, context_size), or of rows of one token 0."""
     store = ActivationStore(folder, ActivationsConfig(**geometry))
     n_tokens = len(next(iter(hooks.values())))
-    rows = write_rows(folder / "tokens", np.zeros((n_tokens, 1), dtype=np.int32))
+    rows = write_rows(folder / "tokens", np.zeros((n_tokens, 1), dtype=np.int32) if tokens is None else tokens)
     columns = []
     with store.locked(), ThreadPoolExecutor(1) as thread:
         for hook, values in hooks.items():
@@ -43,9 +51,28 @@ def write_store(folder: Path, hooks: dict[str, Tensor], **geometry: object) -> l
             column = Column(folder / f"{hook}-{n_tokens}", *wanted[:1], n_tokens, wanted.size, store.config.dtype)
             column.folder.mkdir()
             write_column(column, writer.statistics[wanted])
+            write_receipt(column.folder)
             columns.append(open_column(column.folder))
         store.commit(dict.fromkeys(hooks, n_tokens), rows, {})
     return columns
+
+
+def weights_of(folder: Path) -> str:
+    """What identifies a model's weights."""
+    return model_digest(folder, DigestCache(None))
+
+
+def tokens_instance(key: str, model: Path) -> Instance:
+    """As the plan has it, as far as jobs that read the tokens ask."""
+    return Instance("tokens", key, {"tokenizer": tokenizer_digest(model, DigestCache(None))}, {}, {})
+
+
+def write_receipt(folder: Path, stage: str = "any", needs: dict[str, list[str]] | None = None) -> None:
+    """Makes a folder an artifact, as far as jobs that read it and plans ask."""
+    (folder / "config.yaml").touch()
+    about = {"stage": stage, "key": folder.name, "needs": needs or {}, "blake2s": {}}
+    receipt = {**about, **receipts.contents(folder)}
+    (folder / receipts.RECEIPT).write_text(json.dumps(receipt))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,6 +93,8 @@ def training_plan(
     for key, dictionary in dictionaries.items():
         config = {"dictionary": dictionary, "training": training, "seed": seed}
         config |= {"hook_name": hooks[0], "hook_name_out": (*hooks, None)[1]}
-        jobs[key] = Instance("train", key, config, {"activations": columns}, {"training": how})
+        jobs[key] = Instance(
+            "train", key, config, {"activations": columns}, {"training": how, "model_name": "tiny-gpt2"}
+        )
     stages = {"tokens": {tokens.key: tokens}, "activations": activations, "train": jobs}
     return Plan("test", stages, {}, results=str(results))

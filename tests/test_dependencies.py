@@ -38,7 +38,7 @@ def imported(*folders: str) -> dict[str, str]:
     for path in paths:
         for name in _imports(path):
             found.setdefault(name, str(path.relative_to(ROOT)))
-    own = {"saeflow", *folders, *sys.stdlib_module_names, *(p.stem for p in paths)}
+    own = {"saeflow", "snakemake_logger_plugin_saeflow", *folders, *sys.stdlib_module_names, *(p.stem for p in paths)}
     return {name: path for name, path in found.items() if name not in own}
 
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,20 +41,26 @@ class Workflow:
             self.command(*options, hydra=hydra, sweep=sweep), cwd=self.home, capture_output=True, text=True
         )
 
-    def run(self, hydra: str = "", sweep: str = SWEEP) -> None:
+    def run(self, hydra: str = "", sweep: str = SWEEP) -> str:
+        """Runs it, and returns what the terminal showed."""
         done = self.call(hydra=hydra, sweep=sweep)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
+        """Calls one of scripts/ from another folder, for this directory."""
+        command = [sys.executable, str(ROOT / "scripts" / name), "--conf", str(self.home / "conf")]
+        command += ["--directory", str(self.home), *arguments]
+        return subprocess.run(command, cwd="/", capture_output=True, text=True)
 
     def would_run(self, *options: str, hydra: str = "", sweep: str = SWEEP) -> dict[str, int]:
         """Jobs of a dry run by stage, without the collecting rule."""
         done = self.call("-n", *options, hydra=hydra, sweep=sweep)
         assert done.returncode == 0, done.stdout + done.stderr
         table = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE))  # it is printed twice
-        counts: Counter[str] = Counter()
-        for rule in table.keys() - {"all", "total"}:
-            counts[rule.split("_")[0]] += int(table[rule])
+        counts = {rule: int(n) for rule, n in table.items() if rule not in ("all", "total")}
         assert counts or "Nothing to be done" in done.stdout + done.stderr
-        return dict(counts)
+        return counts
 
 
 def contents(home: Path) -> dict[str, bytes]:
@@ -64,7 +69,7 @@ def contents(home: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(root)): p.read_bytes()
         for p in sorted(root.rglob("*"))
-        if p.is_file() and p.name != "provenance.json"
+        if p.is_file() and p.name not in ("provenance.json", "made.jsonl") and p.suffix != ".lock"
     }
 
 
@@ -73,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, corpus
     """A working directory in which the tiny experiment has run once; never written to by a test."""
     home = tmp_path_factory.mktemp("workflow")
     fill(home, neox_folder, corpus_file)
-    Workflow(home).run()
+    (home / "terminal.txt").write_text(Workflow(home).run())
     return home
 
 
@@ -171,6 +176,77 @@ def test_plan_script_says_what_would_run_and_why(home: Path) -> None:
     assert "nothing to do" in said
 
 
+def test_the_terminal_shows_a_line_a_job_and_where_to_look(finished: Path) -> None:
+    lines = (finished / "terminal.txt").read_text().splitlines()
+    (figures,) = (finished / "results/figures").iterdir()
+    assert max(map(len, lines)) < 1000 and len(lines) < 25  # SWEEP and TINY stand in the last one
+    jobs = [line for line in lines if line.startswith("[")]
+    assert "8 jobs to do: 2 tokens, 1 " in "\n".join(lines)
+    assert [line.partition("]")[0] for line in jobs] == [f"[{n + 1} of 8" for n in range(8)]
+    assert any(
+        re.search(r"\] train 4 \(sae .*seed0.*\): .*: 4,096 tokens, L0 4\.0 to [\d.]+, .*\(\d", line) for line in jobs
+    )
+    assert any(
+        re.search(r"\] tokens train-128rows-\S+: wrote 128 rows of 32 tokens from \d+ documents \(", j) for j in jobs
+    )
+    assert lines[-4].startswith("done in ")
+    assert lines[-3].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
+    assert lines[-2].startswith("tables:  ") and "evaluations.csv" in lines[-2]
+    assert lines[-1].startswith(f"report:  none of these yet: make report DIRECTORY={finished} HYDRA='sweep=")
+
+
+def test_files_have_the_mode_that_the_umask_leaves(finished: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [p for p in (finished / "results").rglob("*") if p.is_file()]
+    assert any(p.suffix == ".safetensors" for p in files)
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {oct(0o666 & ~mask)}
+
+
+def test_the_reason_of_a_failure_comes_once_and_last(finished: Path, home: Path) -> None:
+    (home / "results").unlink()
+    shutil.copytree(finished / "results", home / "results")
+    sweep = "sweep={dictionary:relu,site:mlp_out,dictionary.l1_coefficient:0.001}"
+    done = Workflow(home).call(sweep=sweep, hydra="training.lr=1e30")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in said and "job.py" not in said
+    assert said.count("lower training.lr") == 1
+    *_, before, last = said.strip().splitlines()
+    assert before.startswith("1 of ") and before.endswith("the same command goes on from here")
+    assert last.startswith("train failed: ") and "(log: logs/train/" in last
+
+
+def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> None:
+    (home / "results").unlink()
+    shutil.copytree(finished / "results", home / "results")
+    done = Workflow(home).script("report.py", f"{SWEEP} {TINY}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (home / "results/report.html").is_file() and done.stdout.splitlines()[-1] == "report:  results/report.html"
+
+
+def test_relative_paths_and_odd_names_are_read_alike_by_all(home: Path) -> None:
+    """Relative to the directory of the run; `make plan`, the scripts and Snakemake take one text."""
+    folder = home / "it's (a) b=c,d#e ~ä {x} & more"
+    (home / "resources").rename(folder)
+    corpus = next(folder.glob("corpus*")).name
+    name = folder.name.replace("'", "\\'")
+    paths = f"model.path='{name}/model' corpus.path='{name}/{corpus}'"
+    assert Workflow(home).would_run(hydra=paths) == {}
+    done = Workflow(home).script("plan.py", f"{SWEEP} {TINY} {paths}")
+    assert "nothing to do" in done.stdout, done.stdout + done.stderr
+    bare = f"corpus.path={folder.name.replace(' ', '')}/{corpus}"
+    for done in (Workflow(home).call("-n", hydra=bare), Workflow(home).script("plan.py", f"{SWEEP} {TINY} {bare}")):
+        assert done.returncode != 0 and "needs quotes around it: corpus.path=" in done.stdout + done.stderr
+
+
+def test_what_fell_outside_of_the_quotes_stops_before_any_job(home: Path) -> None:
+    for stray in ("dictionary=topk", "dictionary.k=8"):
+        command = Workflow(home).command("-n")
+        done = subprocess.run([*command, stray], cwd=home, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "inside the quotes" in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
 def test_bad_configuration_stops_before_any_job(home: Path) -> None:
     done = Workflow(home).call("-n", hydra="dictionary.l1_coeficient=1")
     assert done.returncode != 0
@@ -178,10 +254,41 @@ def test_bad_configuration_stops_before_any_job(home: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_plan_that_the_disk_cannot_hold_is_refused(home: Path) -> None:
-    done = Workflow(home).call("-n", hydra="tokens.train_tokens=1_000_000_000_000")
+def test_plan_that_the_disk_cannot_hold_is_refused(
+    home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path_factory.mktemp("full")
+    (full / "sitecustomize.py").write_text(
+        "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(1, 1, 0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(full), os.environ.get("PYTHONPATH", "")]))
+    done = Workflow(home).call("-n", hydra="tokens.context_size=16")
     assert done.returncode != 0
     assert "the disk cannot hold this plan" in done.stderr + done.stdout
+
+
+def test_two_runs_at_once_share_what_both_want(tmp_path: Path, neox_folder: Path, corpus_file: Path) -> None:
+    """One folder, two experiments: the second starts while the first works, and neither does what the other has."""
+    fill(tmp_path, neox_folder, corpus_file)
+    sweeps = [f"sweep={{dictionary:topk,dictionary.k:[{k}]}}" for k in ("2,4", "4,8")]
+    commands = [
+        Workflow(tmp_path, cores=1).command(hydra=f"experiment_name={name}", sweep=sweep)
+        for name, sweep in zip(("one", "two"), sweeps, strict=True)
+    ]
+    runs = []
+    for command in commands:
+        runs.append(
+            subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+        while runs[0].poll() is None and not list((tmp_path / "logs").rglob("*.log")):
+            time.sleep(0.1)
+    told = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(told)
+    made = [json.loads(line) for line in (tmp_path / "results/made.jsonl").read_text().splitlines()]
+    assert len(made) == len({(m["stage"], m["key"]) for m in made}) == 2 + 1 + 3 + 1 + 3 + 2
+    plans = list((tmp_path / ".snakemake/plans").glob("*.json"))
+    assert len(plans) == 2
+    assert not list((tmp_path / "results").rglob("*.lock"))
 
 
 def test_run_killed_at_any_moment_ends_with_the_same_bytes(
@@ -197,10 +304,10 @@ def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     reached = set()
     for stage in ("tokens", "activations", "train", "jacobian", "baseline", "evaluate", "figures"):
         process = subprocess.Popen(
-            workflow.command("--nolock"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            workflow.command(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        while process.poll() is None and not list((tmp_path / "logs" / stage).glob("*.log")):
+        while process.poll() is None and not list((tmp_path / "logs" / stage).rglob("*.log")):
             time.sleep(0.02)
         time.sleep(moments.uniform(0, {"tokens": 1.0, "train": 4.0, "figures": 2.0}.get(stage, 8.0)))
         if process.poll() is None:

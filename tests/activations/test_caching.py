@@ -15,18 +15,22 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import contents, write_rows, write_store
+from stores import contents, write_receipt, write_rows, write_store
 
 from saeflow.activations.caching import DiskFullError, cache, cache_jobs, longest_rows
 from saeflow.activations.moments import Moments
 from saeflow.activations.reader import BatchReader, open_rows
-from saeflow.activations.shards import ShardWriter, predicted_bytes
+from saeflow.activations.shards import ShardError, ShardWriter, predicted_bytes
 from saeflow.activations.store import ActivationStore, StoreError, TokenRows, open_column
 from saeflow.activations.writer import ActivationError, ColumnRequest
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
+from saeflow.models.folder import model_digest
 from saeflow.models.loading import load_model
+from saeflow.planning.digests import DigestCache
 from saeflow.planning.graph import Instance, Plan
+from saeflow.storage.receipts import is_whole
+from saeflow.text.tokenizer import tokenizer_digest
 
 # Blocks of 96 tokens, chunks of 40 and shards of 200: no boundary of one kind is one of another.
 GEOMETRY = {"batch_rows": 3, "chunk_tokens": 40, "shard_tokens": 200}
@@ -379,7 +383,10 @@ def test_a_disk_that_fills_up_says_so_and_the_rerun_continues(fill, monkeypatch)
 def _jobs(results: Path, model: Path, tokens: dict[int, Path], columns: list[tuple[str, int]]) -> list[Job]:
     """Jobs as the plan makes them, for (hook, rows)."""
     processing = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
-    shared = {"model": {"weights": "0123", **processing}, "tokens": {"context_size": CONTEXT}}
+    shared = {
+        "model": {"weights": model_digest(model, DigestCache(None)), **processing},
+        "tokens": {"context_size": CONTEXT},
+    }
     shared["activations"] = dataclasses.asdict(ActivationsConfig(**GEOMETRY))
     plan = Plan("test", {"activations": {}, "tokens": {}}, {}, results=str(results))
     (results / "tokens").mkdir(parents=True, exist_ok=True)
@@ -389,6 +396,8 @@ def _jobs(results: Path, model: Path, tokens: dict[int, Path], columns: list[tup
         target = results / "tokens" / tokens[n_rows].name
         if not target.exists():
             target.symlink_to(tokens[n_rows])
+        tokenizer = {"tokenizer": tokenizer_digest(model, DigestCache(None))}
+        plan.stages["tokens"][target.name] = Instance("tokens", target.name, tokenizer, {}, {})
         needs, sources = {"tokens": [target.name]}, {"model": str(model)}
         instance = Instance("activations", f"tiny-store/{hook}-{n_rows}", config, needs, sources)
         jobs.append(Job(instance, plan, "cpu"))
@@ -397,7 +406,10 @@ def _jobs(results: Path, model: Path, tokens: dict[int, Path], columns: list[tup
 
 @pytest.fixture
 def tokens_by_rows(tmp_path, rows):
-    return {n: write_rows(tmp_path / f"tokens-{n}", rows.tokens(0, n)).folder for n in (20, 33)}
+    folders = {n: write_rows(tmp_path / f"tokens-{n}", rows.tokens(0, n)).folder for n in (20, 33)}
+    for folder in folders.values():
+        write_receipt(folder, "tokens")
+    return folders
 
 
 def test_jobs_write_receipts_that_open(tmp_path, neox_folder, tokens_by_rows):
@@ -426,22 +438,57 @@ def test_old_receipts_stay_valid_when_the_store_grows(tmp_path, neox_folder, tok
     assert torch.equal(BatchReader([open_column(early.path)], 64, seed=0).batch(3)[0], batch)
 
 
-def test_a_damaged_shard_is_rebuilt_as_its_message_says(tmp_path, neox_folder, tokens_by_rows, monkeypatch):
-    (job,) = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 33)])
-    cache_jobs([job])
-    expected = contents(job.path.parent / "activations.zarr")
-    shard = open_column(job.path).array / "c" / "2" / "0"
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 4
-    shard.write_bytes(data)
-    with pytest.raises(ValueError, match="does not match") as error:
-        list(BatchReader([open_column(job.path)], 64, seed=0).iterate(0, 20))
-    assert f"shard {shard}" in str(error.value)
-    shard.unlink()
-    shutil.rmtree(job.path)
-    cache_jobs([job])
-    assert contents(job.path.parent / "activations.zarr") == expected
-    list(BatchReader([open_column(job.path)], 64, seed=0).iterate(0, 20))
+@pytest.mark.parametrize("name", ["c/2/0", "zarr.json"])
+def test_a_damaged_file_of_an_array_is_made_anew(tmp_path, neox_folder, tokens_by_rows, name):
+    """Set aside, it makes the columns of its hook count as missing, and those of no other hook."""
+    jobs = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 33), (MLP_OUT, 20), (MLP_IN, 33)])
+    cache_jobs(jobs)
+    expected = contents(jobs[0].path.parent / "activations.zarr")
+    file = open_column(jobs[0].path).array / name
+    data = bytearray(file.read_bytes())
+    data[0 if name == "zarr.json" else 100] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ShardError, match="is damaged") as error:
+        list(BatchReader([open_column(jobs[0].path)], 64, seed=0).iterate(0, 20))
+    assert str(file) in str(error.value)
+    assert sorted(error.value.set_aside()) == sorted(job.path for job in jobs[:2])
+    assert [is_whole(job.path) for job in jobs] == [False, False, True]
+    cache_jobs(jobs[:2])
+    assert all(is_whole(job.path) for job in jobs)
+    assert contents(jobs[0].path.parent / "activations.zarr") == expected
+    list(BatchReader([open_column(jobs[0].path)], 64, seed=0).iterate(0, 20))
+
+
+@pytest.mark.parametrize("torn", ["", '{"shape": [', "[]"])
+def test_metadata_that_a_power_cut_tore_is_written_anew(tmp_path, neox_folder, tokens_by_rows, torn):
+    results = tmp_path / "results"
+    jobs = _jobs(results, neox_folder, tokens_by_rows, [(MLP_OUT, 33)])
+    cache_jobs(jobs)
+    store = jobs[0].path.parent / "activations.zarr"
+    expected = contents(store)
+    for name in ("zarr.json", f"{MLP_OUT}/zarr.json"):
+        (store / name).write_text(torn)
+        cache_jobs(jobs)
+        assert contents(store) == expected
+    (store / "document/c/0").write_bytes(b"no chunk")
+    cache_jobs(jobs)
+    assert contents(store) == expected
+
+
+def test_a_damaged_progress_file_is_not_taken_over(tmp_path, neox_folder, tokens_by_rows):
+    """Its moments would become the statistics of a longer column."""
+    results = tmp_path / "results"
+    wanted = _jobs(results / "undisturbed", neox_folder, tokens_by_rows, [(MLP_OUT, 33)])
+    cache_jobs(wanted)
+    jobs = _jobs(results / "damaged", neox_folder, tokens_by_rows, [(MLP_OUT, 33)])
+    cache_jobs(_jobs(results / "damaged", neox_folder, tokens_by_rows, [(MLP_OUT, 20)]))
+    file = jobs[0].path.parent / "progress" / f"{MLP_OUT}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 16
+    file.write_bytes(data)
+    cache_jobs(jobs)
+    statistics = [(job.path / "statistics.safetensors").read_bytes() for job in (*wanted, *jobs)]
+    assert statistics[0] == statistics[1]
 
 
 def test_a_folder_without_a_receipt_is_no_column(tmp_path):

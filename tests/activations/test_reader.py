@@ -2,6 +2,8 @@ import itertools
 import shutil
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,15 +60,38 @@ def test_seeds_and_epochs_give_different_orders():
     assert len(orders) == 25
 
 
-@given(st.integers(1, 300), st.integers(1, 100), st.integers(0, 100))
+class Unread:
+    """A column of which nothing but the length is asked."""
+
+    def __init__(self, n_tokens):
+        self.n_tokens, self.store, self.size = n_tokens, Path(), (1,)
+
+
+@given(st.integers(1, 300), st.integers(1, 100), st.integers(0, 100), st.data())
 @settings(deadline=None, max_examples=50)
-def test_batches_are_the_stream_of_epochs(n, batch_size, seed):
-    reader = BatchReader.__new__(BatchReader)
-    reader.n_tokens, reader.batch_size, reader.seed = n, batch_size, seed
-    n_steps = -(-2 * n // batch_size)
+def test_batches_are_the_stream_of_epochs_of_the_tokens_that_are_kept(n, batch_size, seed, data):
+    left_out = data.draw(st.sets(st.integers(0, n - 1), max_size=n - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "open_rows", lambda column: SimpleNamespace(column=column))
+        reader = BatchReader([Unread(n)], batch_size, seed, np.array(sorted(left_out), dtype=np.int64))
+        whole = BatchReader([Unread(n)], batch_size, seed)
+    kept = np.array([t for t in range(n) if t not in left_out])
+    n_steps = -(-2 * len(kept) // batch_size)
     stream = np.concatenate([reader.rows(s) for s in range(n_steps)])
+    assert all(len(reader.rows(s)) == batch_size for s in range(n_steps))
     for epoch in range(2):
-        assert np.array_equal(np.sort(stream[epoch * n : (epoch + 1) * n]), np.arange(n))
+        assert np.array_equal(np.sort(stream[epoch * len(kept) : (epoch + 1) * len(kept)]), kept)
+    if not left_out:
+        assert np.array_equal(stream, np.concatenate([whole.rows(s) for s in range(n_steps)]))
+
+
+def test_leaving_out_does_not_change_the_remembered_order_of_whole_epochs(columns):
+    before = [BatchReader(columns, 48, seed=0).rows(s) for s in range(9)]
+    without = BatchReader(columns, 48, seed=0, left_out=np.array([0, 7, 8, 199]))
+    assert not np.isin(np.concatenate([without.rows(s) for s in range(9)]), [0, 7, 8, 199]).any()
+    # an epoch of as many tokens as are kept there has its order in the same cache
+    again = [BatchReader(columns, 48, seed=0).rows(s) for s in range(9)]
+    assert all(map(np.array_equal, before, again))
 
 
 def test_batch_is_a_pure_function_of_seed_and_step(columns):
@@ -126,8 +151,7 @@ def test_a_flipped_byte_is_found_before_its_values_are_used(columns, where):
     shard.write_bytes(data)
     with pytest.raises(ShardError) as error:
         BatchReader(columns, 64, seed=0).columns[0].take(np.arange(190, N))
-    assert str(shard) in str(error.value) and "delete this file" in str(error.value)
-    assert str(column.store) in str(error.value) and "blocks.0.hook_mlp_out" in str(error.value)
+    assert f"{shard} is damaged" in str(error.value) and "run the workflow again" in str(error.value)
 
 
 def test_undamaged_chunks_of_a_damaged_shard_can_still_be_read(columns, values):

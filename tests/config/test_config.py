@@ -102,6 +102,22 @@ def test_built_config_builds_itself_again():
         ({"activations__shard_tokens": 5000}, "activations.shard_tokens=5000 .*a multiple of activations.chunk_tokens"),
         ({"activations__batch_rows": 0}, "activations.batch_rows=0 is out of range"),
         ({"training__n_tokens": 100}, "training.n_tokens=100 is out of range: it must be one batch or more"),
+        *(
+            ({f"training__{name}": -5}, f"training.{name}=-5 is out of range: it must be 0 or more")
+            for name in (
+                "lr_warm_up_steps",
+                "lr_decay_steps",
+                "l1_warm_up_steps",
+                "shuffle_seed",
+                "resample_warm_up_steps",
+                "jacobian_warm_up_steps",
+            )
+        ),
+        ({"training__auxk_coefficient": -1.0}, "training.auxk_coefficient=-1.0 is out of range"),
+        ({"training__adam_beta2": 1.0}, "training.adam_beta2=1.0 is out of range: it must be 0 or more and below 1"),
+        ({"training__checkpoint_seconds": -1}, "training.checkpoint_seconds=-1.0 is out of range"),
+        ({"evaluation__resamples": 4}, "evaluation.resamples=4 is out of range"),
+        ({"site__layer": -1}, "site.layer=-1 is out of range: it must be 0 or more"),
         ({"training__lr": 0}, "training.lr=0.0 is out of range: it must be more than 0"),
         ({"jacobian__bins": 0}, "jacobian.bins=0 is out of range"),
         ({"jacobian__max_value": 0}, "jacobian.max_value=0.0 is out of range"),

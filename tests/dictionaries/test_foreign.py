@@ -263,7 +263,7 @@ def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file
     learned(tmp_path / "other", "AutoEncoder", scaled, lm_name="tiny")
     chosen = ["model=local", f"model.path={neox_folder}", "corpus=local", f"corpus.path={corpus_file}", *TINY]
     sweep = f"sweep={{dictionary:foreign,site:mlp_out,dictionary.path:[{one},{other}]}}"
-    figures = "figures=[sparsity_faithfulness,training_curves,paired_differences]"
+    figures = "figures=[sparsity_faithfulness,paired_differences]"
     plan = compose(ROOT / "conf", [sweep, figures, *chosen], results=str(tmp_path / "results"))
     assert {s: len(t) for s, t in plan.stages.items() if t} == {
         "tokens": 2, "activations": 1, "foreign": 2, "baseline": 1, "evaluate": 2, "figures": 1,
@@ -275,7 +275,13 @@ def test_foreign_dictionaries_stand_in_the_tables(neox_folder: Path, corpus_file
     (key,) = plan.stages["figures"]
     table = (plan.folder("figures", key) / "sparsity_faithfulness.csv").read_text()
     assert "one (ReLU + L1 SAE)" in table and "other (ReLU + L1 SAE)" in table
-    learned(tmp_path / "one", "AutoEncoder", scaled, lm_name="tiny")
+    one.rename(tmp_path / "renamed")
+    renamed = compose(ROOT / "conf", [sweep.replace(str(one), f"{tmp_path}/renamed"), figures, *chosen])
+    changed = {stage for stage in plan.stages if plan.stages[stage].keys() != renamed.stages[stage].keys()}
+    assert changed == {"figures"}  # which show the new name
+    (figure,) = renamed.stages["figures"].values()
+    assert sorted(figure.config["labels"].values()) == ["other", "renamed"]
+    learned(one, "AutoEncoder", {name: 2 * t for name, t in scaled.items()}, lm_name="tiny")
     again = compose(ROOT / "conf", [sweep, figures, *chosen], results=str(tmp_path / "results"))
     assert len(again.stages["foreign"].keys() - plan.stages["foreign"].keys()) == 1
 

@@ -1,9 +1,8 @@
 """Names of dictionaries in figures: one a kind, in the order of their colours."""
 
-import pandas as pd
 import pytest
 
-from saeflow.dictionaries.naming import SERIES, amount_name, hook_title, place_name, series_name, with_names
+from saeflow.dictionaries.naming import SERIES, amount_name, hook_title, place_name, series_name
 
 
 @pytest.mark.parametrize(
@@ -33,12 +32,3 @@ def test_places_and_amounts_are_named() -> None:
     assert place_name("blocks.1.attn.hook_z", 2) == "layer 1, attn.z, head 2"
     names = [amount_name(name) for name in ("k", "l1_coefficient", "l0_coefficient", "some_other")]
     assert names == ["k", "L1", "L0 coefficient", "some other"]
-
-
-def test_a_table_says_norms_only_where_they_tell_two_apart() -> None:
-    row = {"kind": "sae", "activation": "topk", "skip": False, "saelens": None, "source": "", "amount_name": "k"}
-    row |= {"hook_name_out": "blocks.0.hook_mlp_out", "sparsity": "unit_norm"}
-    one = with_names(pd.DataFrame([row]))
-    assert one[["head", "place", "series"]].iloc[0].tolist() == [-1, "layer 0, mlp_out", "TopK SAE"]
-    two = with_names(pd.DataFrame([row, row | {"sparsity": "decoder_norm"}]).assign(hook_head_index=[None, None]))
-    assert two["series"].tolist() == ["TopK SAE, unit norm", "TopK SAE"]

@@ -1,5 +1,6 @@
 """Evaluation against full passes of the Hugging Face model with plain torch hooks, and against what must hold."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from evaluating import evaluate_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import tokens_instance, weights_of, write_receipt
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -412,7 +414,6 @@ def test_firing_counts_give_dead_and_dense_latents() -> None:
 
 # -------------------------------------------------------------------- fit
 def mutated(of: Dictionary, **changes: Any) -> Dictionary:
-    import dataclasses
 
     return build(dataclasses.replace(of.spec, **changes), of.W_enc, of.b_enc, of.W_dec, of.b_dec)
 
@@ -506,16 +507,21 @@ def make_jobs(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> Callabl
         root.mkdir(exist_ok=True)
         plan = Plan("tiny", {"evaluate": {}, "baseline": {}}, {}, results=str(root))
         (root / "tokens").symlink_to(tmp_path / "tokens")
-        model = {"weights": "w", **PROCESSING}
+        model = {"weights": weights_of(neox_folder), **PROCESSING}
+        plan.stages["tokens"] = {"held": tokens_instance("held", neox_folder)}
         for name, made in dictionaries.items():
             (root / "train" / name).mkdir(parents=True)
+            if made.spec.origin == ORIGIN:
+                made = mutated(made, origin=dataclasses.replace(ORIGIN, model_weights=weights_of(neox_folder)))
             save_dictionary(made, root / "train" / name)
+            write_receipt(root / "train" / name, "train")
             writes = hook or made.spec.hook_name_out
             column = root / "activations" / "store" / writes
             column.mkdir(parents=True, exist_ok=True)
             moments = Moments(D)
             moments.add(MEAN[None])
             write_column(Column(column, writes, 1, (D,), "float32"), moments.statistics())
+            write_receipt(column, "activations")
             for stage, key, config, needs in (
                 ("baseline", writes, {"batch_rows": 16}, {"activations": [f"store/{writes}"]}),
                 ("evaluate", name, {"batch_rows": 16, "resamples": 50}, {"train": [name], "baseline": [writes]}),
@@ -523,7 +529,8 @@ def make_jobs(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> Callabl
                 read = {"evaluation": config, "model": model} | ({"head": None} if stage == "baseline" else {})
                 made_of = needs | {"tokens": ["held"]}
                 plan.stages[stage][key] = Instance(stage, key, read, made_of, {"model": str(neox_folder)})
-        jobs = {s: [Job(instance, plan, "cpu") for instance in table.values()] for s, table in plan.stages.items()}
+        measured = ("baseline", "evaluate")
+        jobs = {s: [Job(instance, plan, "cpu") for instance in plan.stages[s].values()] for s in measured}
         baseline_jobs(jobs["baseline"])
         return jobs["evaluate"]
 

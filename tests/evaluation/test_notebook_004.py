@@ -1,12 +1,12 @@
 """Notebook 004's two loops, written again from its text, on the embedded model; and its settings as a plan."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_plain_model
 from evaluating import evaluate_all
 from torch import Tensor, nn
 
@@ -135,9 +135,7 @@ def test_the_notebooks_settings_are_a_plan(tmp_path: Path) -> None:
         "intermediate_size": 4096,
         "max_position_embeddings": 2048,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "tokenizer.json").write_text("{}")
+    write_plain_model(tmp_path, config)
     settings = ["experiment=notebook_004", f"+model.path={tmp_path}", "~model.hub", "~model.revision"]
     plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
     trained = [instance.config for instance in plan.stages["train"].values()]

@@ -7,19 +7,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from stores import write_receipt
 
 from saeflow.figures import registry
+from saeflow.figures.axes import subplots
 from saeflow.figures.job import draw
 from saeflow.figures.registry import caption, declared, figure, find
+from saeflow.figures.style import look, track
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"evaluate", "stack", "train", "jacobian", "heads", "recover"}
+SUMMARY = {
+    "train_key": "one",
+    "part": None,
+    "dictionary_key": "one",
+    "kind": "sae",
+    "activation": "topk",
+    "skip": False,
+}
+SUMMARY |= {
+    "saelens": None,
+    "hook_name": "blocks.0.hook_mlp_out",
+    "hook_name_out": "blocks.0.hook_mlp_out",
+    "d_sae": 64,
+}
+SUMMARY |= {"amount_name": "k", "amount": 4, "seed": 0, "tokens_key": "held", "l0": 3.0, "ce_replaced": 3.5}
 
 
 class Two(NamedTuple):
@@ -45,7 +62,7 @@ def draw_l0(data: Two) -> tuple[Figure, pd.DataFrame]:
 
     What else there is to say.
     """
-    made, axis = plt.subplots()
+    made, axis = subplots()
     axis.plot(data.table["l0"], "o")
     return made, data.table[["l0"]]
 
@@ -61,9 +78,12 @@ def own() -> Iterator[str]:
 def figures_job(results: Path, figures: list[str]) -> Job:
     folder = results / "evaluate/one"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps({"dictionary": "one", "l0": 3.0}))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    write_receipt(folder, "evaluate")
     instance = Instance("figures", "drawn", {"figures": figures}, {"evaluate": ["one"]}, {})
-    return Job(instance, Plan("test", {"figures": {"drawn": instance}}, {}, results=str(results)), "cpu")
+    evaluated = Instance("evaluate", "one", {"evaluation": {"confidence": 0.95}}, {}, {})
+    stages = {"figures": {"drawn": instance}, "evaluate": {"one": evaluated}}
+    return Job(instance, Plan("test", stages, {}, results=str(results)), "cpu")
 
 
 def test_all_figures_are_listed_without_drawing_libraries() -> None:
@@ -76,10 +96,34 @@ def test_all_figures_are_listed_without_drawing_libraries() -> None:
     listed, heavy = done.stdout.splitlines()
     assert not heavy
     found = {name: registry.Declared(*fields) for name, fields in json.loads(listed).items()}
-    assert found == declared() and len(found) == 33 and {one.stage for one in found.values()} == STAGES
+    assert found == declared() and len(found) == 34 and {one.stage for one in found.values()} == STAGES
     for name, one in found.items():
         known = find(name)
         assert known.declared == one and known.draw.__module__ == one.module and one.sentence.endswith(".")
+
+
+def test_importing_and_drawing_figures_leaves_the_backend_alone(tmp_path: Path) -> None:
+    """Of a notebook, say. A figure is an object that pyplot does not know."""
+    modules = sorted({one.module for one in declared().values()} | {"saeflow.figures.job"})
+    code = (
+        "import importlib, sys, matplotlib; matplotlib.use('svg');"
+        f"[importlib.import_module(name) for name in {modules}];"
+        "from saeflow.figures.axes import subplots; subplots()[0].savefig(sys.argv[1]);"
+        "print(matplotlib.get_backend(), 'matplotlib.pyplot' in sys.modules, matplotlib.rcParams['font.size'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "figure.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["svg", "False", "10.0"]
+
+
+def test_series_of_a_figure_never_look_alike() -> None:
+    looks = [look(i) for i in range(288)]
+    assert len(set(looks)) == 288 and len({one[1:] for one in looks[:24]}) == 24  # without colours too
+    lines = [tuple(track(n).values()) for n in range(48)]
+    assert len(set(lines)) == 48
+    for of, i in ((look, 288), (track, 48)):
+        with pytest.raises(ValueError, match="apart"):
+            of(i)
 
 
 def test_make_figures_lists_them() -> None:
@@ -107,10 +151,17 @@ def test_a_figure_that_is_registered_here_is_listed_found_and_drawn(own: str, tm
     finally:
         del registry._registered["again"]
     folder = tmp_path / "figures/drawn"
-    assert said == f"wrote of_a_test, again (.png, .pdf, .csv) and everything.csv to {folder}/"
+    assert (
+        said
+        == f"wrote of_a_test, again (.png, .pdf, .csv) and table.csv and table.html and everything.csv to {folder}/"
+    )
     assert calls == ["drawn"]  # read once for both
     assert pd.read_csv(folder / "of_a_test.csv").to_dict("list") == {"l0": [3.0]}
-    assert pd.read_csv(folder / "everything.csv").to_dict("list") == {"dictionary": ["one"], "l0": [3.0]}
+    assert pd.read_csv(folder / "everything.csv")["l0"].tolist() == [3.0]
+    table = pd.read_csv(folder / "table.csv")
+    assert table[["place", "series", "amount", "d_sae", "l0"]].values.tolist() == [
+        ["layer 0, mlp_out", "TopK SAE", 4, 64, 3.0]
+    ]  # fmt: skip
     assert {p.suffix for p in folder.glob("again.*")} == {".png", ".pdf", ".csv"}
 
 
@@ -136,7 +187,7 @@ def test_a_figure_of_a_stage_that_the_experiment_has_not_is_refused_with_those_t
 
 
 def test_a_taken_name_is_refused(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in ((own, __name__), ("matched_l0", "saeflow.evaluation.figures")):
+    for name, module in ((own, __name__), ("matched_l0", "saeflow.evaluation.figures.fronts")):
         with pytest.raises(ValueError, match=f"two figures are called '{name}': of {module} and of {__name__}"):
             figure(name, stage="train", reads=read)(another())
     figure(own, stage="evaluate", reads=read)(draw_l0)  # the same again, as when a module is loaded anew
@@ -195,4 +246,4 @@ def test_captions_are_written_by_hand_or_say_the_sentence(own: str, tmp_path: Pa
 
 
 def test_every_caption_is_of_a_figure() -> None:
-    assert {p.stem for p in (ROOT / "workflow/report").glob("*.rst")} - {"workflow"} <= declared().keys()
+    assert {p.stem for p in (ROOT / "workflow/report").glob("*.rst")} - {"workflow", "table"} <= declared().keys()

@@ -339,12 +339,12 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
     (folder,) = (plan.folder("figures", key) for key in plan.stages["figures"])
     for name in ("recovery", "true_jacobian", "training_curves"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
-    identity = ["place", "hook_name_out", "case", "method", "model_seed", "series", "amount_name", "amount"]
-    identity += ["d_sae", "seed", "train_key", "part"]
+    identity = ["place", "hook_name_out", "case", "method", "model", "model_seed", "series", "amount_name"]
+    identity += ["amount", "d_sae", "seed", "train_key", "part"]
     shown = ["l0", "recovery", "recovery_random", "mixtures", "mixtures_random"]
     assert list(pd.read_csv(folder / "recovery.csv")) == [*identity, *shown]
     assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", "jacobian_cosine"]
-    assert len(pd.read_csv(folder / "stability.csv").columns) == 10
+    assert len(pd.read_csv(folder / "stability.csv").columns) == 11
     table = pd.read_csv(folder / "recoveries.csv")
     assert sorted(table["part"].dropna()) == ["input", "input", "output", "output"] and len(table) == 2 + 1 + 4
     assert set(table["train_key"]) == set(plan.stages["train"])

@@ -1,6 +1,7 @@
 """Trained models of the cases, how their alignment is measured, and InterpBench's published folders."""
 
 import pickle  # noqa: TID251 -- to write what the reader must read, or refuse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,31 @@ def test_model_that_is_no_case_is_refused(tmp_path: Path, change: dict[str, Any]
     (folder / "ll_model.pth").unlink()
     with pytest.raises(InterpBenchError, match=r"has no ll_model\.pth"):
         read_interpbench(folder)
+
+
+@pytest.mark.parametrize("inner", ["tuple", "list", "dict", "key"])
+def test_a_pickle_that_only_costs_time_is_refused_at_once(tmp_path, inner):
+    """Sixty containers, each with the one before twice: 2^60 values of 426 bytes."""
+    file = tmp_path / "cfg.pkl"
+    twice = {  # of the memo's entry n - 1
+        "tuple": lambda n: b"h%ch%c\x86q%c" % (n - 1, n - 1, n),
+        "list": lambda n: b"](h%ch%ceq%c" % (n - 1, n - 1, n),
+        "dict": lambda n: b"}(K\x01h%cK\x02h%cuq%c" % (n - 1, n - 1, n),
+        "key": lambda n: b"h%ch%c\x86q%c}h%cNs0" % (n - 1, n - 1, n, n),
+    }[inner]
+    file.write_bytes(
+        b"\x80\x02" + (b")" if inner == "key" else b"]") + b"q\x00" + b"".join(map(twice, range(1, 61))) + b"."
+    )
+    started = time.monotonic()
+    with pytest.raises(InterpBenchError, match="refused"):
+        plain_pickle(file)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("content", [b"]q\x00h\x00a.", b"\x80\x02" + b"(" * 50_000 + b"t" * 50_000 + b"."])
+def test_a_pickle_without_an_end_is_refused_by_name(tmp_path, content):
+    """A list in itself; tuples fifty thousand deep."""
+    file = tmp_path / "cfg.pkl"
+    file.write_bytes(content)
+    with pytest.raises(InterpBenchError, match=r"cfg\.pkl"):
+        plain_pickle(file)

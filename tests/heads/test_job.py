@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 import xarray as xr
-from stores import contents
+from stores import contents, write_receipt
 from tests.models.test_architectures import TINY, run_all
 from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
@@ -275,8 +275,9 @@ def test_a_study_is_made_where_there_are_dictionaries_of_heads_or_a_figure_of_th
     assert studies("dictionary=concat", "site=attn_z", "figures=[heads_shares]") == 1
     assert studies("dictionary=heads", "site=attn_z", "site.layer=[1,2]") == 2
     assert studies("dictionary=heads", "site=attn_z", "site.hook_name=blocks.1.attn.hook_q") == 0
-    assert studies("dictionary=topk", "figures=[heads_shares]") == 0
-    assert studies("dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD, "figures=[heads_shares]") == 0
+    for overrides in (["dictionary=topk"], ["dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD]):
+        with pytest.raises(ConfigError, match="shows what the stage heads makes, of which this experiment has nothing"):
+            studies(*overrides, "figures=[heads_shares]")
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -292,6 +293,7 @@ def test_a_study_without_live_dictionaries_of_heads(plan: Plan, study: Path, dea
             one.b_enc -= 1e6
             (plan.folder("train", "dead") / f"head_{h}").mkdir(parents=True)
             save_dictionary(one, plan.folder("train", "dead") / f"head_{h}")
+        write_receipt(plan.folder("train", "dead"), "train")
     alone = dataclasses.replace(instance, key=f"alone{dead}", needs=instance.needs | {"train": keys})
     summary = heads_job(Job(alone, plan, "cpu"))
     folder = plan.folder("heads", alone.key)

@@ -1,9 +1,9 @@
 """The preset of notebook 001: its sizes and its recipes, as a plan."""
 
-import json
 from pathlib import Path
 
 import pytest
+from conftest import write_plain_model
 
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
@@ -19,10 +19,7 @@ GELU_2L = {  # the keys of the toy models on the hub that decide sizes
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    folder = tmp_path_factory.mktemp("gelu-2l")
-    (folder / "config.json").write_text(json.dumps(GELU_2L))
-    (folder / "model.safetensors").write_bytes(bytes(1000))
-    (folder / "tokenizer.json").write_text("{}")
+    folder = write_plain_model(tmp_path_factory.mktemp("gelu-2l"), GELU_2L)
     settings = ["experiment=notebook_001", f"model.path={folder}"]
     return compose(ROOT / "conf", settings, results=str(folder / "results"))
 

@@ -6,6 +6,8 @@ import pytest
 from tests.planning.test_plan import changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
+from saeflow.config.defaults import set_apart
+from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -69,7 +71,7 @@ def test_the_study_of_recipes_is_a_plan(home: Path) -> None:  # noqa: F811
 
 def test_the_keys_of_other_dictionaries_stay_what_they_were(home: Path) -> None:  # noqa: F811
     for instance in plan_of(home, "dictionary=relu").stages["train"].values():
-        assert "apply_b_dec_to_input" not in instance.config["dictionary"]
+        assert "apply_b_dec_to_input" not in set_apart(instance.config)["dictionary"]
     uncentred = plan_of(home, "dictionary=relu", "+dictionary.apply_b_dec_to_input=false")
     assert changed(plan_of(home, "dictionary=relu"), uncentred)["train"] == 1
 
@@ -137,4 +139,20 @@ def test_layers_of_heads_stack(home: Path) -> None:  # noqa: F811
 )
 def test_what_cannot_be_trained_by_heads_is_refused(home: Path, overrides: list[str], message: str) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match=message):
-        plan_of(home, "site=attn_z", *overrides)
+        plan_of(home, *([] if any(o.startswith("site=") for o in overrides) else ["site=attn_z"]), *overrides)
+
+
+def test_only_what_was_saved_in_another_order_has_a_new_version(home: Path) -> None:  # noqa: F811
+    """TopK over all heads, each with a scale of its own, ranked latents in other units than those it was saved in."""
+    per_head, version = "dictionary.normalize_activations=per_head", stages()["train"].version
+    plan = plan_of(home, "dictionary=[topk,batchtopk,relu,heads_topk]", "site=attn_z", per_head)
+    alone = plan_of(home, "dictionary=topk", "site=attn_z", per_head, "site.head=1")
+    scaled = plan_of(home, "dictionary=topk", "site=attn_z", "dictionary.normalize_activations=none")
+    for made, instance in ((p, i) for p in (plan, alone, scaled) for i in p.stages["train"].values()):
+        config = instance.config["dictionary"]
+        needed = {stage: [made.stages[stage][key].identity for key in keys] for stage, keys in instance.needs.items()}
+        mended = (config["kind"], config["activation"], config["normalize_activations"]) == ("sae", "topk", "per_head")
+        assert (instance.version > version) is (mended and "head" not in instance.config)
+        assert instance.identity == short_hash(["train", instance.version, set_apart(instance.config), needed], 32)
+        assert instance.key.endswith(f"-{instance.identity[:8]}")
+    assert len(plan.stages["train"]) == 4

@@ -16,7 +16,7 @@ from saeflow.jacobians.study import jacobian_job
 from saeflow.models.blocks import read_mlp
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks
-from saeflow.text.tokens import open_tokens
+from saeflow.text.tokens import open_tokens, spread
 
 CONFIG = JacobianConfig(top_pairs=5, top_inputs=3, min_count=4)
 
@@ -96,7 +96,11 @@ def test_contexts_show_what_the_model_does_there(tmp_path: Path, neox_folder: Pa
     job = make_job(tmp_path, neox_folder, tokens_folder, (input, output), **wanted)
     jacobian_job(job)
     model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
-    rows = open_tokens(tokens_folder)[0:21].astype(np.int64)
+    store = open_tokens(tokens_folder)
+    sequence = spread(len(store), 21)
+    assert sequence[-1] > 60 > len(sequence)  # of 64 rows, not the first 21
+    rows = store[0 : len(store)][sequence].astype(np.int64)
+    place_of = {int(number): i for i, number in enumerate(sequence)}
     x, y = (v[:, 1:].flatten(0, 1)[: wanted["n_tokens"]] for v in read_hooks(model, torch.from_numpy(rows), [IN, OUT]))
     sides = {"input": input.encode(x), "output": output.encode(y)}
     mlp = read_mlp(model, LAYER)
@@ -116,10 +120,10 @@ def test_contexts_show_what_the_model_does_there(tmp_path: Path, neox_folder: Pa
             best = sorted((v for v in by_window.values() if v > 0), reverse=True)[:3]
             np.testing.assert_allclose(found["max_activation"], best, rtol=1e-4)
     for row in contexts.itertuples():
-        ids = rows[row.sequence, row.position : row.position + len(row.token_ids)]
+        ids = rows[place_of[row.sequence], row.position : row.position + len(row.token_ids)]
         assert row.token_ids.tolist() == ids.tolist() and len(row.tokens) == len(row.activations) == len(ids)
         for place, value in enumerate(row.activations):
-            number = row.sequence * 31 + row.position + place - 1
+            number = place_of[row.sequence] * 31 + row.position + place - 1
             known = row.position + place > 0 and number < wanted["n_tokens"]
             assert value == pytest.approx(sides[row.side][number, row.latent].item() if known else 0, abs=1e-4)
 
@@ -127,7 +131,7 @@ def test_contexts_show_what_the_model_does_there(tmp_path: Path, neox_folder: Pa
     assert len(shown) > 10
     for row in shown.itertuples():
         place = int(np.argmax(np.abs(row.jacobian)))
-        number = row.sequence * 31 + row.position + place - 1
+        number = place_of[row.sequence] * 31 + row.position + place - 1
         J_f = torch.autograd.functional.jacobian(lambda v: mlp(v[None])[0], x[number])
         J = output.W_enc[:, row.output] @ J_f @ input.W_dec[row.input]
         assert row.largest_jacobian == row.jacobian[place] == pytest.approx(J.item(), rel=1e-3, abs=1e-5)

@@ -16,7 +16,12 @@ from saeflow.dictionaries.sae import build
 from saeflow.figures.job import draw_figure
 from saeflow.figures.registry import declared, find
 from saeflow.jacobians.figures.distributions import jacobian_thresholds
-from saeflow.jacobians.figures.measures import jacobian_pareto, jacobian_sweep
+from saeflow.jacobians.figures.measures import (
+    jacobian_layers,
+    jacobian_pareto,
+    jacobian_reproduction,
+    jacobian_sweep,
+)
 from saeflow.jacobians.figures.studies import Studies, control, read_histograms, read_studies
 from saeflow.jacobians.study import jacobian_job
 
@@ -97,6 +102,20 @@ def test_norm_matching_takes_away_what_scaling_did(studies: Studies) -> None:
     assert (thresholds["none", 0.0].to_numpy() > thresholds["none", 0.25].to_numpy()).all()
 
 
+def test_layers_are_compared_in_units_that_do_not_move_with_the_gain(studies: Studies) -> None:
+    """Decoder rows a quarter as long are a norm with a quarter of the gain: as the MLP sees it, nothing has changed."""
+    one, other = studies.summaries["mean_absolute_unit"]
+    assert one == pytest.approx(other, rel=1e-4)
+    assert studies.summaries["mean_absolute"].max() > 3 * studies.summaries["mean_absolute"].min()
+    _, table = jacobian_layers(studies._replace(summaries=studies.summaries.assign(layer=[0, 1])))
+    assert "mean_absolute" not in table and np.ptp(table["mean_absolute_unit"]) < 1e-4 * one
+    shares = {"fraction_above_0.01": [0.1, 0.2], "fraction_above_0.01_unit": [0.3, 0.4], "absolute_linear": 0.5}
+    shares["absolute_linear_or_flat"] = 0.75
+    _, table = jacobian_reproduction(studies._replace(summaries=studies.summaries.assign(**shares)))
+    ours = table[table["source"] == "ours"]
+    assert ours["fraction_above_0.01"].tolist() == [30, 40] and set(ours["absolute_linear_or_flat"]) == {75}
+
+
 def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], tmp_path: Path) -> None:
     copies = []
     for folder in folders:
@@ -107,14 +126,15 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
                 (copy / file.name).symlink_to(file)
             summary = json.loads((copy / "summary.json").read_text())
             (copy / "summary.json").unlink()
-            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0}
+            hooks = {n: summary[n].replace("blocks.1.", f"blocks.{layer}.") for n in ("hook_name", "hook_name_out")}
+            summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0} | hooks
             (copy / "summary.json").write_text(json.dumps(summary))
             copies.append(copy)
     studies = read_studies(copies, pd.DataFrame({"train_key": []}))
     assert list(dict.fromkeys(studies.summaries["panel"])) == [
-        "layer 1",
+        "layer 1, trained model",
         "layer 1, re-initialised model",
-        "layer 2",
+        "layer 2, trained model",
     ]
     figure, _ = jacobian_thresholds(studies)
     assert [axis.get_title() for axis in figure.axes[:3]] == list(dict.fromkeys(studies.summaries["panel"]))

@@ -1,19 +1,21 @@
 """Jacobian pairs in the plan: what a coefficient adds, and the paper's settings as presets."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_plain_model
 from tests.planning.test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
 
 from saeflow.config import ConfigError
+from saeflow.config.defaults import set_apart
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.spec import DictionaryError
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
+from saeflow.planning.stages import stages
 
 PAIRS = ["dictionary=jacobian", "site=mlp"]
 
@@ -66,9 +68,7 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
         "intermediate_size": 4 * d,
         "max_position_embeddings": 2048,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "tokenizer.json").write_text("{}")
+    write_plain_model(tmp_path, config)
     settings = [f"model={name}", "experiment=jsae_paper", f"site.layer={layer}"]
     settings += [f"dictionary.jacobian_coefficient={coefficients}".replace(" ", "")]
     settings += [f"+model.path={tmp_path}", "~model.hub", "~model.revision"]
@@ -85,14 +85,16 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
         assert (training["batch_size"], steps, training["lr"]) == (4096, 73_242, 5e-4)
         assert training["lr_warm_up_steps"] == steps // 100 and training["jacobian_warm_up_steps"] == steps // 20
         assert training["lr_decay_steps"] == steps // 5 and training["clip_grad_norm"] == 1.0
-        assert config["hook_name"] == f"blocks.{layer}.ln2.hook_normalized"
+        assert config["hook_name"] == f"blocks.{layer}.mlp.hook_in" and dictionary["apply_b_dec_to_input"] is False
     bytes_each = 300_000_000 // 2048 * 2048 * d * 2
     assert explain(plan).bytes_to_cache == pytest.approx(2 * bytes_each, rel=1e-3)
     found = explain(plan)
     assert "2 trainings, 2 Jacobian studies" in sentence(found) and "device.flops" in sentence(found)
     encoders, products = 2 * 2 * 4096 * d * d_sae, 2 * 2 * 2 * d * d_sae * 4 * d  # of a step; products and gradients
-    assert found.operations > 73_242 * (2 * encoders + products)
-    assert found.operations < 1.2 * 73_242 * (2 * encoders + products)
+    operations = sum(stages()["train"].operations(plan, instance) for instance in plan.stages["train"].values())
+    assert operations > 73_242 * (2 * encoders + products)
+    assert operations < 1.2 * 73_242 * (2 * encoders + products)
+    assert found.time.seconds > operations / 1e11
 
 
 def test_the_papers_first_weights() -> None:
@@ -106,3 +108,29 @@ def test_the_papers_first_weights() -> None:
     transcoder = Spec("transcoder", "topk", 64, 64, 128, "h", "g", k=4)
     with pytest.raises(DictionaryError, match=r"training\.initial=jsae is for SAEs"):
         initial_weights(transcoder, torch.ones(64), 0, "jsae")
+
+
+# -------------------------------------------------------------------- the paper's site and encoder
+def test_the_papers_experiment_reads_behind_the_gain_and_subtracts_no_b_dec() -> None:
+    plan = compose(ROOT / "conf", ["experiment=jsae"])
+    hooks = {pair.config["hook_name"] for pair in plan.stages["train"].values()}
+    assert hooks == {f"blocks.{layer}.mlp.hook_in" for layer in range(4)}
+    assert all(pair.config["dictionary"]["apply_b_dec_to_input"] is False for pair in plan.stages["train"].values())
+
+
+def test_an_encoder_that_subtracts_b_dec_has_the_key_that_it_always_had(home: Path) -> None:  # noqa: F811
+    plain = plan_of(home, *PAIRS)
+    assert changed(plain, plan_of(home, *PAIRS, "dictionary.apply_b_dec_to_input=true")) == {}
+    assert changed(plain, plan_of(home, *PAIRS, "dictionary.apply_b_dec_to_input=false"))["train"] == 1
+    for kind in ("pair", "jacobian"):
+        for planned in plan_of(home, f"dictionary={kind}", "site=mlp").stages["train"].values():
+            assert "apply_b_dec_to_input" not in set_apart(planned.config)["dictionary"]
+    sae = plan_of(home, "dictionary=topk", "dictionary.sparsity=unit_norm", "site=mlp_in", "dictionary.k=4")
+    pair = plan_of(home, "dictionary=pair", "site=mlp", "dictionary.k=4")
+    assert set(sae.stages["train"]) < set(pair.stages["train"])
+
+
+def test_behind_a_gain_that_was_folded_away_there_is_no_site(home: Path) -> None:  # noqa: F811
+    with pytest.raises(ConfigError, match=r"mlp.hook_in is behind .* model.fold_ln=true .* set model.fold_ln=false"):
+        plan_of(home, "dictionary=jacobian", "site=mlp_after_norm", "model.fold_ln=true")
+    plan_of(home, "dictionary=jacobian", "site=mlp_after_norm")

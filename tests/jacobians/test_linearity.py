@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from tests.jacobians.test_study import IN, OUT, rows_of_tokens, topk_sae
@@ -146,3 +147,22 @@ def test_tokens_without_active_latents_are_left_out() -> None:
     table = linearity_table(pair, samples)
     assert len(table) == 0 and table.schema == linearity_table(*linear_pair()).schema
     assert summarise_linearity(table, 10) == {}
+
+
+def test_the_papers_share_of_linear_functions_counts_flat_ones() -> None:
+    rows = []
+    for document, of_token in enumerate(["linear", "linear", "flat", "jumprelu", "other", "flat"]):
+        numbers = dict.fromkeys(("input", "output", "token"), document) | {"document": document}
+        numbers |= dict.fromkeys(("activation", "jacobian", "value", "delta_unit", "delta_ablation", "sweep_end"), 1.0)
+        numbers |= {
+            "residual": 0.0,
+            "range": 1.0,
+            "class_absolute": of_token,
+            "class_relative": of_token,
+            "curve": [0.0],
+        }
+        rows.append(numbers)
+    found = summarise_linearity(pa.Table.from_pylist(rows), 100)
+    assert found["absolute_linear"] == pytest.approx(2 / 6) and found["absolute_flat"] == pytest.approx(2 / 6)
+    assert found["absolute_linear_or_flat"] == pytest.approx(4 / 6) and found["linearity_documents"] == 6
+    assert found["absolute_linear_or_flat_low"] < 4 / 6 < found["absolute_linear_or_flat_high"] <= 1

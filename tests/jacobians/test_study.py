@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stores import contents
+from stores import contents, tokens_instance, weights_of, write_receipt
 from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, ModelConfig
@@ -18,16 +18,18 @@ from saeflow.dictionaries.fitting import FitError
 from saeflow.dictionaries.sae import build
 from saeflow.jacobians.maps import Pair, TranscoderMap
 from saeflow.jacobians.one_pass import Tokens, iterate_jacobians
-from saeflow.jacobians.statistics import Tally, histogram_table, notebook_lines, survival_table
+from saeflow.jacobians.statistics import Tally, histogram_table, notebook_lines, summarise, survival_table
 from saeflow.jacobians.study import jacobian_job, open_map
 from saeflow.jobs.job import Job
 from saeflow.models.blocks import ACTIVATIONS, MLP, Block, ModuleBlock, read_block, read_mlp
 from saeflow.models.loading import load_model
-from saeflow.models.splicing import read_hooks
-from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.models.splicing import read_hooks, run_clean, run_spliced
+from saeflow.planning.graph import Instance, Plan
+from saeflow.storage.receipts import RECEIPT
 
 LAYER = 1
 IN, OUT = f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.hook_mlp_out"
+INTO = f"blocks.{LAYER}.mlp.hook_in"
 PROCESSING = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
 
 
@@ -66,14 +68,14 @@ def test_unknown_activation_is_refused_by_name() -> None:
 
 # -------------------------------------------------------------------- against autograd through the model's own modules
 @pytest.mark.parametrize("fold_ln", [False, True])
-@pytest.mark.parametrize("site", ["after the norm", "before the norm", "with the residual stream"])
+@pytest.mark.parametrize("site", ["after the gain", "after the norm", "before the norm", "with the residual stream"])
 def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool, site: str) -> None:
     model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder), fold_ln=fold_ln), "cpu")
     model.to(torch.float64)
     block = model.blocks[LAYER]
     block.mlp.b_in.normal_(generator=torch.Generator().manual_seed(0))  # Llama itself has none
     before = f"blocks.{LAYER}.hook_resid_{'pre' if model.cfg.parallel_attn_mlp else 'mid'}"
-    hook_in = IN if site == "after the norm" else before
+    hook_in = {"after the norm": IN, "after the gain": INTO}.get(site, before)
     hook_out = f"blocks.{LAYER}.hook_resid_post" if site == "with the residual stream" else OUT
     if model.cfg.parallel_attn_mlp and hook_out != OUT:
         with pytest.raises(
@@ -89,6 +91,8 @@ def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool,
     def f(value: Tensor) -> Tensor:
         """The model's own modules from hook to hook: their forward with `value` put in."""
         value = value[None, None]
+        if site == "after the gain":
+            return block.apply_mlp(value)[0, 0]
         if site != "after the norm":
             out = block.apply_mlp(block.ln2(value))
             return (out + value if hook_out != OUT else out)[0, 0]
@@ -96,7 +100,7 @@ def test_closed_form_matches_autograd_float64(model_folder: Path, fold_ln: bool,
             return block.apply_mlp(block.ln2(torch.zeros_like(value)))[0, 0]
 
     closed = read_block(model, hook_in, hook_out)
-    by_modules = ModuleBlock(model, LAYER, site != "after the norm", hook_out != OUT)
+    by_modules = ModuleBlock(model, LAYER, not site.startswith("after"), hook_out != OUT, gain=site != "after the gain")
     torch.testing.assert_close(torch.stack([f(v) for v in x]), y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(closed(x), y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(by_modules(x), y, rtol=1e-12, atol=1e-12)
@@ -138,9 +142,91 @@ def test_folding_the_norm_changes_no_jacobian_along_directions_of_mean_zero(mode
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+# -------------------------------------------------------------------- units
+def unit_norm(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def test_units_of_the_mlps_input_are_the_papers_at_either_side_of_the_gain(model_folder: Path) -> None:
+    """The paper's J, from the weights of transformers alone, in float64: a pair before the gain whose directions behind
+    it are the same has it too, for a unit step of what the MLP reads, and no other one as it stands."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval().requires_grad_(False)
+    norm, mlp = norm_and_mlp(plain)
+    norm.weight.copy_(0.2 + torch.rand(32, generator=torch.Generator().manual_seed(7), dtype=torch.float64))
+    model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder)), "cpu").to(torch.float64)
+    model.blocks[LAYER].ln2.w.copy_(norm.weight)
+    seen: list[Tensor] = []
+    mlp.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]))
+    tokens = torch.from_numpy(rows_of_tokens(2)).long()
+    plain(tokens)
+    x, into, y = (v.flatten(0, 1) for v in read_hooks(model, tokens, [IN, INTO, OUT]))
+    torch.testing.assert_close(into, seen[0].flatten(0, 1), rtol=1e-3, atol=1e-5)  # their rotary angles are float32
+    torch.testing.assert_close(y, seen[1].flatten(0, 1), rtol=1e-3, atol=1e-5)
+
+    after, output = (topk_sae(hook, seed=s, dtype=torch.float64) for s, hook in ((1, INTO), (2, OUT)))
+    after.W_dec = unit_norm(after.W_dec)
+    before = topk_sae(IN, seed=1, dtype=torch.float64)
+    before.W_dec = unit_norm(after.W_dec / norm.weight)
+    bias = getattr(norm, "bias", None)
+    shift = 0 if bias is None else bias
+    before.W_enc = norm.weight[:, None] * after.W_enc  # so that it has the latents of `after`
+    before.b_enc = after.b_enc + (shift @ after.W_enc if bias is not None else 0)
+    found = {}
+    for hook, dictionary, values in ((IN, before, x), (INTO, after, into)):
+        pair = open_map(model, [dictionary, output], JacobianConfig())
+        assert isinstance(pair, Pair) and pair.lengths is not None
+        blocks = list(pair.blocks([values, y]))
+        tally = Tally(JacobianConfig(), 1)
+        for b in blocks:
+            tally.add(b.J, np.zeros(len(b.J), int), b.n_entries, pair.lengths[b.inputs])
+        found[hook] = summarise(tally)
+        active = blocks[0].inputs[0], blocks[0].outputs[0]
+        J_f = torch.autograd.functional.jacobian(lambda v: mlp(v[None, None])[0, 0], into[0])
+        wanted = (output.W_enc[:, active[1]].T @ J_f @ after.W_dec[active[0]].T).abs()
+        wanted *= (blocks[0].values_out[0] > 0)[:, None] * (blocks[0].values_in[0] > 0)
+        per_unit = blocks[0].J[0].abs() / pair.lengths[active[0]]
+        torch.testing.assert_close(per_unit, wanted, rtol=1e-9, atol=1e-9)
+        assert wanted.max() > 1e-3
+    for name in ("mean_absolute", "fraction_above_0.01", "fraction_above_0.02"):
+        assert found[IN][f"{name}_unit"] == pytest.approx(found[INTO][f"{name}_unit"], rel=1e-6)
+        assert found[INTO][f"{name}_unit"] == pytest.approx(found[INTO][name], rel=1e-6)
+    assert abs(found[IN]["mean_absolute"] / found[INTO]["mean_absolute"] - 1) > 0.05
+
+
+def norm_and_mlp(plain: Any) -> tuple[Any, Any]:
+    """The norm before the MLP of a block, and the MLP, of a transformers model."""
+    base = plain.base_model
+    block = (base.layers if hasattr(base, "layers") else base.h)[LAYER]
+    return (block.ln_2 if hasattr(block, "ln_2") else block.post_attention_layernorm), block.mlp
+
+
+def test_splices_at_the_mlps_input_are_behind_the_gain(model_folder: Path) -> None:
+    """Against transformers with the norm's output replaced."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval().requires_grad_(False)
+    model = load_model(model_folder, ModelConfig("tiny", path=str(model_folder)), "cpu").to(torch.float64)
+    tokens = torch.from_numpy(rows_of_tokens(2)).long()
+    value = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    clean = run_clean(model, tokens, [INTO], [INTO])
+    final = run_spliced(model, clean, INTO, value)
+    found = (final @ model.W_U + model.b_U).log_softmax(-1)
+    mlp = norm_and_mlp(plain)[1]
+    mlp.register_forward_pre_hook(lambda _, args: (value, *args[1:]))
+    torch.testing.assert_close(found, plain(tokens).logits.log_softmax(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_where_the_norm_is_inside_there_is_no_unit(neox_folder: Path) -> None:
+    model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
+    pair = open_map(model, [topk_sae("blocks.1.hook_resid_pre"), topk_sae(OUT)], JacobianConfig())
+    assert pair.lengths is None
+
+
 # -------------------------------------------------------------------- study
 def counted(model: Any, pair: Pair, rows: np.ndarray, config: JacobianConfig) -> Tally:
-    tokens = Tokens(rows, np.arange(config.n_tokens) // 31)
+    tokens = Tokens(rows, np.arange(len(rows)), np.arange(config.n_tokens) // 31)
     tally = Tally(config, tokens.n_documents)
     for part in iterate_jacobians(model, pair, tokens):
         tally.add(part.blocks.J, tokens.document[part.first : part.first + part.n_tokens], part.blocks.n_entries)
@@ -260,16 +346,23 @@ def make_job(tmp_path: Path, folder: Path, tokens: Path, pair: tuple[Dictionary,
     names = ["in", "out"][: len(pair)]
     for name, dictionary in zip(names, pair, strict=True):
         (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
-        save_dictionary(dictionary, tmp_path / "train" / name)
+        save_dictionary(_of_model(dictionary, folder), tmp_path / "train" / name)
+        write_receipt(tmp_path / "train" / name, "train")
     (tmp_path / "tokens").mkdir(exist_ok=True)
     if not (tmp_path / "tokens" / "held").exists():
         (tmp_path / "tokens" / "held").symlink_to(tokens)
     config = {
         "jacobian": {"n_tokens": 100, "bins": 200, "max_value": 0.5, "thresholds": [0.005, 0.02]} | jacobian,
-        "model": {"weights": "w", **PROCESSING},
+        "model": {"weights": weights_of(folder), **PROCESSING},
     }
     instance = Instance("jacobian", "j", config, {"train": names, "tokens": ["held"]}, {"model": str(folder)})
-    return Job(instance, Plan("tiny", {"jacobian": {"j": instance}}, {}, results=str(tmp_path)), "cpu")
+    stages = {"jacobian": {"j": instance}, "tokens": {"held": tokens_instance("held", folder)}}
+    return Job(instance, Plan("tiny", stages, {}, results=str(tmp_path)), "cpu")
+
+
+def _of_model(dictionary: Dictionary, folder: Path) -> Dictionary:
+    origin = replace(dictionary.spec.origin, model_weights=weights_of(folder))
+    return build(replace(dictionary.spec, origin=origin), **dictionary.tensors)
 
 
 def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
@@ -312,7 +405,8 @@ def test_a_jacobian_pair_lies_in_one_artifact(tmp_path: Path, neox_folder: Path,
     for side, dictionary in zip(("input", "output"), pair, strict=True):
         (both / side).mkdir(parents=True)
         spec = replace(dictionary.spec, options={"jacobian_coefficient": 0.25})
-        save_dictionary(build(spec, **dictionary.tensors), both / side)
+        save_dictionary(_of_model(build(spec, **dictionary.tensors), neox_folder), both / side)
+    write_receipt(both, "train")
     job.instance.needs["train"] = ["both"]
     found = jacobian_job(job)
     assert (found.pop("jacobian_coefficient"), wanted.pop("jacobian_coefficient")) == (0.25, 0.0)

@@ -1,14 +1,18 @@
 """What every job does around its work."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from saeflow.jobs.command import left_to_make
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.history import lines
 
 SCRIPT = """
 import dataclasses
@@ -25,7 +29,7 @@ def work(jobs):
         (folder / "rest.txt").write_text("rest")
     return f"wrote two files to {job.path}/"
 
-command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work)}
+command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work, operations=lambda *_: 2.0)}
 command.main()
 """
 
@@ -67,6 +71,35 @@ def test_artifact_is_whole_and_tells_where_it_came_from(plan: Plan, tmp_path: Pa
     assert (held["seed"], held["device"], held["needs"]) == (3, "cpu", {"tokens": ["t"]})
     assert held["bytes"] == sum((folder / n).stat().st_size for n in ("config.yaml", "half.txt", "rest.txt"))
     assert "wrote two files" in (tmp_path / "logs/job.log").read_text()
+    (line,) = lines(plan)
+    assert (line["stage"], line["key"], line["work"], line["device"]) == ("train", "good", 2.0, "cpu")
+    assert line["seconds"] > 0
+    assert not list((tmp_path / "results").rglob("*.lock"))
+
+
+def test_a_job_makes_what_no_other_run_has_made_meanwhile(plan: Plan, tmp_path: Path) -> None:
+    """All that share it; what was there when it was planned is made again, since only who forces it asks for that."""
+    assert left_to_make(plan, "train", ["good", "bad"]) == ["good", "bad"]
+    call(tmp_path, "good")
+    assert left_to_make(plan, "train", ["good", "bad"]) == ["bad"]
+    plan.found = {"train": ["good"]}
+    assert left_to_make(plan, "train", ["good", "bad"]) == ["good", "bad"]
+
+
+def test_who_makes_the_same_waits(tmp_path: Path) -> None:
+    """Eight processes count to eight in one file, each reading, waiting and writing."""
+    code = (
+        "import sys, time, pathlib\nfrom saeflow.jobs.claims import claimed\nfrom saeflow.jobs.job import Job\n"
+        "from saeflow.planning.graph import Instance, Plan\nhome = pathlib.Path(sys.argv[1])\n"
+        "plan = Plan('test', {}, {}, results=str(home))\n"
+        "jobs = [Job(Instance('train', key, {}, {}, {}), plan, 'cpu') for key in 'ba']\n"
+        "with claimed(jobs[::-1] if int(sys.argv[2]) % 2 else jobs):\n"
+        "    n = int((home / 'count').read_text())\n    time.sleep(0.02)\n    (home / 'count').write_text(str(n + 1))\n"
+    )
+    (tmp_path / "count").write_text("0")
+    several = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(8)]
+    assert [process.wait() for process in several] == [0] * 8
+    assert (tmp_path / "count").read_text() == "8" and not list((tmp_path / "train").iterdir())
 
 
 def test_failed_job_leaves_no_artifact_and_says_why(plan: Plan, tmp_path: Path) -> None:
@@ -89,12 +122,17 @@ def test_failed_job_keeps_the_artifact_that_was_there(plan: Plan) -> None:
 
 def test_what_a_killed_job_left_is_not_taken_over(plan: Plan) -> None:
     job = Job(plan.instance("train", "good"), plan, "cpu")
-    left = job.path.with_name(job.path.name + ".partial")
-    left.mkdir(parents=True)
-    (left / "stale.txt").write_text("stale")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = job.path.with_name(f"good.{socket.gethostname()}-{dead.pid}.partial")
+    alive = job.path.with_name(f"good.{socket.gethostname()}-{os.getppid()}.partial")
+    for folder in (left, alive):
+        folder.mkdir(parents=True)
+        (folder / "stale.txt").write_text("stale")
     with job.writing() as folder:
         (folder / "a.txt").write_text("fresh")
     assert not (job.path / "stale.txt").exists() and not left.exists()
+    assert alive.exists()  # another process is at work there: its own folder is in nobody's way
 
 
 def test_key_that_the_plan_does_not_have(plan: Plan, tmp_path: Path) -> None:

@@ -629,8 +629,25 @@ def test_token_weights_are_the_named_normalisations():
 
 
 @pytest.mark.parametrize("squared_error", ERRORS)
-def test_a_target_of_zeros_makes_no_infinity(squared_error):
+def test_targets_of_zeros_alone_make_no_infinity(squared_error):
     assert token_weights(torch.zeros(4, 3), squared_error).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12])
+@pytest.mark.parametrize(("activation", "sparse"), [("topk", True), ("relu", True), ("relu", False)])
+def test_a_target_of_zero_has_no_scale_and_moves_nothing(activation, sparse, size):
+    """The gradients are those of the other tokens alone; it counts in the mean."""
+    N, objective = 24, Objective(activation, 3, squared_error="target_norm")
+    weights, x, y = random_problem(0, N, 5, 6, 40, dtype=torch.float32)
+    y[-1] *= size
+    both, others = (take_step(objective, weights, x[:n], y[:n], 0.0, sparse) for n in (N, N - 1))
+    torch.testing.assert_close(both.loss, others.loss * ((N - 1) / N))
+    for mine, theirs in zip(both.gradients.parameters(), others.gradients.parameters(), strict=True):
+        theirs = theirs * ((N - 1) / N)
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+    heads = torch.stack([y, y + 1])
+    assert torch.equal(token_weights(heads, "target_norm")[0], token_weights(y, "target_norm"))
+    assert token_weights(heads, "target_norm").count_nonzero() == 2 * N - 1
 
 
 def test_gradient_without_its_parallel_part_leaves_norms_unchanged_to_first_order():

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from saeflow.jobs.job import Job
-from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -36,7 +35,6 @@ SWEEP = (
 
 
 def run_all(plan: Plan) -> None:
-    assign_batches(plan, None)
     for stage, table in plan.stages.items():
         for batch in plan.batches.get(stage) or [[key] for key in table]:
             stages()[stage].work([Job(plan.instance(stage, key), plan, "cpu") for key in batch])

@@ -12,10 +12,11 @@ from conftest import save_model
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.models import folder as models
+from saeflow.models import loading
 from saeflow.models.folder import Geometry, ModelError, hook_layer, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.planning.digests import DigestCache
-from saeflow.text.tokenizer import TokenizerError
+from saeflow.text.tokenizer import TokenizerError, tokenizer_digest
 
 PLAIN = ModelConfig("tiny", path="unused")
 # What fires in a block and is no vector of a token: scales, attention patterns, and queries and keys after rotation.
@@ -93,7 +94,7 @@ SMALL = Geometry("GPTNeoXForCausalLM", 2, 32, 4, 4, 8, 64, parallel=True, gated=
         ("blocks.2.hook_mlp_out", "layer 2 is out of range; the model has 2 layers, 0 to 1"),
         ("blocks.1.hook_mlp_ot", "no hook 'blocks.1.hook_mlp_ot'; the nearest that it has: blocks.1.hook_mlp_out"),
         ("blocks.1.mlp.hook_out", "the nearest that it has: .*blocks.1.hook_mlp_out"),
-        ("blocks.1.hook_resid_mid", "nearest that it has: blocks.1.hook_resid_p"),  # blocks are parallel
+        ("blocks.1.hook_resid_mid", "attention and MLP are parallel.*site.hook_name=blocks.1.hook_resid_pre"),
         ("block.1.hook_mlp_out", "the nearest that it has: blocks.0.hook_mlp_out"),
         ("ln_final.hook_normalised", "the nearest that it has: ln_final.hook_normalized"),
         ("???", "the nearest that it has: blocks.0.hook_resid_pre, .*ln_final.hook_normalized"),
@@ -193,11 +194,24 @@ def test_rotary_base_of_a_neox_is_kept(neox_folder, tmp_path, key):
 
 
 # -------------------------------------------------------------------- folders that cannot be used
-def test_conversion_that_would_be_wrong_is_refused(llama_folder, tmp_path):
-    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}
-    folder = edit_config(llama_folder, tmp_path / "m", rope_parameters=rope)
-    with pytest.raises(ModelError, match=r"computes something else from .*/m than transformers .*rope scaling"):
-        load_model(folder, PLAIN, "cpu")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}},
+            "rope_type=linear, which",
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type=yarn, which"),
+        ({"attention_bias": True}, "attention_bias=true, which"),
+        ({"mlp_bias": True}, "mlp_bias=true, which"),
+    ],
+)
+def test_settings_that_transformerlens_leaves_out_are_refused_from_the_config(
+    llama_folder, tmp_path, settings, message
+):
+    folder = edit_config(llama_folder, tmp_path / "m", **settings)
+    with pytest.raises(ModelError, match=rf"/m: config.json has {message} TransformerLens leaves out"):
+        read_geometry(folder)
 
 
 def test_centering_a_model_with_rms_norm_is_refused(llama_folder):
@@ -274,7 +288,7 @@ def test_config_that_cannot_be_used_is_named(tmp_path, config, message):
 
 def test_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match=r"has no tokenizer.json; save it there with AutoTokenizer"):
-        models.tokenizer_digest(tmp_path, DigestCache(None))
+        tokenizer_digest(tmp_path, DigestCache(None))
 
 
 def test_folder_that_is_not_there_is_named():
@@ -314,20 +328,30 @@ def test_model_digest_is_of_content(neox_folder, tmp_path):
     assert models.model_digest(moved, DigestCache(None)) != digest
 
 
+def test_what_was_computed_without_the_window_of_a_qwen2_has_another_key(tmp_path):
+    fake_folder(tmp_path / "m", use_sliding_window=False)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    cache = DigestCache(None)
+    files = [tmp_path / "m" / "config.json", tmp_path / "m" / "model.safetensors"]
+    assert models.model_digest(tmp_path / "m", cache) == cache.files(tmp_path / "m", files)
+    fake_folder(tmp_path / "m", use_sliding_window=True)
+    assert models.model_digest(tmp_path / "m", cache) != cache.files(tmp_path / "m", files)
+
+
 def test_tokenizer_digest_is_of_what_decides_token_ids(tokenizer_folder, tmp_path):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "t")
-    digest = models.tokenizer_digest(folder, DigestCache(None))
+    digest = tokenizer_digest(folder, DigestCache(None))
     config = json.loads((folder / "tokenizer_config.json").read_text())
 
     def with_config(**values) -> str:
         (folder / "tokenizer_config.json").write_text(json.dumps(config | values))
-        return models.tokenizer_digest(folder, DigestCache(None))
+        return tokenizer_digest(folder, DigestCache(None))
 
     assert with_config(model_max_length=99) == digest
     assert with_config(eos_token="a") != digest and with_config(bos_token="a") != digest
     assert with_config() == digest
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    assert models.tokenizer_digest(folder, DigestCache(None)) != digest
+    assert tokenizer_digest(folder, DigestCache(None)) != digest
 
 
 def test_what_the_plan_asks_imports_nothing_heavy(neox_folder):
@@ -336,10 +360,25 @@ import sys
 from pathlib import Path
 from saeflow.models import folder as models
 from saeflow.planning.digests import DigestCache
+from saeflow.text.tokenizer import tokenizer_digest
 folder = Path({str(neox_folder)!r})
 models.read_geometry(folder).hook_size("blocks.0.hook_mlp_out")
-models.model_digest(folder, DigestCache(None)), models.tokenizer_digest(folder, DigestCache(None))
+models.model_digest(folder, DigestCache(None)), tokenizer_digest(folder, DigestCache(None))
 print(sorted({{"torch", "transformers", "transformer_lens", "tokenizers", "numpy", "zarr"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_code_of_a_model_folder_is_refused_by_name_and_never_run(tmp_path, neox_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(neox_folder, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ModelError, match="auto_map"):
+        read_geometry(folder)
+    with pytest.raises(ValueError, match="trust_remote_code"):  # nor where transformers alone is asked
+        loading._load_original(folder)
+    assert not (tmp_path / "ran").exists()

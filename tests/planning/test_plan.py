@@ -1,13 +1,14 @@
 """The plan alone: which edits change which keys. That Snakemake agrees is in test_workflow.py."""
 
-import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from conftest import write_plain_model
+from stores import write_receipt
 
 from saeflow.config import ConfigError
-from saeflow.planning.batches import assign_batches
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -21,8 +22,6 @@ TRANSCODER = ["dictionary=transcoder", "site=mlp"]
 def home(tmp_path: Path) -> Path:
     """A copy of conf/ with a tiny model folder of its own, to edit. The plan reads sizes and bytes, not tensors."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    model = tmp_path / "resources" / "model"
-    model.mkdir(parents=True)
     config = {
         "architectures": ["GPTNeoXForCausalLM"],
         "num_hidden_layers": 4,
@@ -31,15 +30,22 @@ def home(tmp_path: Path) -> Path:
         "intermediate_size": 512,
         "max_position_embeddings": 256,
     }
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "model.safetensors").write_bytes(bytes(1000))
-    (model / "tokenizer.json").write_text("{}")
-    (tmp_path / "resources" / "corpus.jsonl.gz").write_bytes(b"some text")
+    write_plain_model(tmp_path / "resources" / "model", config)
+    shutil.copy(ROOT / "resources" / "corpus.jsonl.gz", tmp_path / "resources")
     return tmp_path
 
 
 def plan_of(home: Path, *overrides: str) -> Plan:
     return compose(home / "conf", [SWEEP, *overrides], results=str(home / "results"), digests=home / "digests.json")
+
+
+def finish(plan: Plan, stage: str, keys: Iterable[str]) -> None:
+    """Receipts of artifacts that were never made: the plan asks for no more."""
+    for key in keys:
+        instance, folder = plan.stages[stage][key], plan.folder(stage, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        instance.write_config(folder / "config.yaml")
+        write_receipt(folder, stage, instance.needs)
 
 
 def changed(before: Plan, after: Plan) -> dict[str, int]:
@@ -77,7 +83,7 @@ def test_one_more_l1_value_is_one_training_one_evaluation_and_the_figures(home: 
         ("device=cuda", set()),
         ("device.train=cuda:1", set()),
         ("device.threads.train=7", set()),
-        ("training.loggers=[wandb]", set()),
+        ("training.together=2", set()),
         ("dictionary.l1_coefficient=[1e-3,3.0e-3]", set()),
         ("evaluation.resamples=100", {"evaluate", "figures"}),
         ("evaluation.batch_rows=8", {"baseline", "evaluate", "figures"}),
@@ -207,34 +213,15 @@ def test_frozen_plan_is_the_plan(home: Path) -> None:
     assert Plan.load(home / "plan.json") == plan
 
 
-def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path) -> None:
-    def finish(plan: Plan, stage: str, keys: list[str]) -> None:
-        for key in keys:
-            receipt = Path(plan.receipt(stage, key))
-            receipt.parent.mkdir(parents=True, exist_ok=True)
-            receipt.write_text("{}")
-
+def test_batches_hold_what_is_to_be_made_apart_from_what_is_there(home: Path) -> None:
     first = plan_of(home)
-    assign_batches(first, None)
     (batch,) = first.batches["evaluate"]
-    assert sorted(batch) == sorted(first.stages["evaluate"])
-    finish(first, "evaluate", batch)
-
-    more = compose(home / "conf", [SWEEP.replace("0.003", "0.003,0.01")], results=str(home / "results"))
-    assign_batches(more, first)
-    new = sorted(more.stages["evaluate"].keys() - set(batch))
-    assert more.batches["evaluate"] == [batch, new]
-    other = plan_of(home, "seed=5")
-    assign_batches(other, first)
+    assert sorted(batch) == sorted(first.stages["evaluate"]) == sorted(first.to_make["evaluate"])
+    finish(first, "evaluate", batch[:1])
     again = plan_of(home)
-    assign_batches(again, other)  # the plan in between does not want the batch, but remembers it
-    assert again.batches["evaluate"] == [batch]
-
-    assign_batches(more, None)  # the previous plan is lost: what is there stays, with no rule
-    assert more.batches["evaluate"] == [new]
-
+    assert again.batches["evaluate"] == [batch[1:], batch[:1]] and again.found["evaluate"] == batch[:1]
+    assert again.members("evaluate", batch[0]) == batch[:1] and again.leaders["evaluate", batch[1]] == batch[1]
     small = plan_of(home, "device.batch.evaluate=1", "seed=5")
-    assign_batches(small, first)
     assert sorted(map(len, small.batches["evaluate"])) == [1, 1]
 
 
@@ -245,7 +232,7 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
         (["dictionnary=topk"], "unknown key 'dictionnary' .did you mean dictionary"),
         (
             ["dictionary=top"],
-            "no config 'dictionary/top'; dictionary can be: batchtopk, concat, foreign, heads, heads_topk, jacobian",
+            "no config dictionary=top .did you mean topk.*; dictionary can be: batchtopk, concat, foreign",
         ),
         (["experiment=none_such"], "experiment can be: "),
         (["site.layer=4"], "layer 4 is out of range; the model has 4 layers, 0 to 3"),
@@ -253,7 +240,41 @@ def test_batches_hold_what_is_missing_and_keep_what_was_made_together(home: Path
             ["site.hook_name=blocks.1.hook_mlp_outt"],
             "no hook 'blocks.1.hook_mlp_outt'; the nearest .* blocks.1.hook_mlp_out",
         ),
-        (["site.hook_name=blocks.1.hook_resid_mid"], "no hook 'blocks.1.hook_resid_mid'; the nearest"),
+        (
+            ["site.hook_name=blocks.1.hook_resid_mid"],
+            "no hook 'blocks.1.hook_resid_mid': its attention and MLP are parallel",
+        ),
+        (
+            ["sweep=null", "dictionary=transcoder", "site=mlp_with_residual"],
+            "parallel, .* use site=mlp_before_norm site.hook_name=blocks.2.hook_resid_pre, for the MLP alone site=mlp",
+        ),
+        (["dictionary=jumprelu"], "no config dictionary=jumprelu .did you mean saelens/jumprelu.*kissane/concat"),
+        (
+            ["sweep=null", "dictionary=relu", "dictionary.k=8"],
+            "dictionary.k is an option of .*topk.*, not of dictionary=relu, which has .*dictionary.l1_coefficient",
+        ),
+        (["experiment=demo", "experiment=stack"], "experiment is given twice; give one"),
+        (["dictionary=topk", "dictionary=relu"], "dictionary is given twice; list all in one, dictionary=a,b"),
+        (["experiment=demo,stack"], "one experiment can be given at a time"),
+        (["experiment=[demo,stack]"], "one experiment can be given at a time"),
+        (
+            ["figures=[sparsity_faithfullness]"],
+            "no figure is called sparsity_faithfullness; did you mean sparsity_faith",
+        ),
+        (["figures=[sparsity]"], "no figure is called sparsity; did you mean sparsity_faithfulness"),
+        (["figures=[stacks,stacks]"], "stacks is given twice"),
+        (["figures=sparsity_faithfulness"], r"a list belongs here: figures=\[sparsity_faithfulness\]"),
+        (["figures=a,b"], r"a list needs brackets here: figures=\[a,b\]"),
+        (["stacks=all"], r"a list belongs here: stacks=\[all\]"),
+        (
+            ["figures=[heads_norms]"],
+            "heads_norms. shows what the stage heads makes, of which .* nothing; .*can be drawn: sp",
+        ),
+        (["training.lr_warm_up_steps=-5"], "training.lr_warm_up_steps=-5 is out of range: it must be 0 or more"),
+        (["device.threads.train=0"], "device.threads.train=0 is out of range: it must be a whole number above 0"),
+        (["site.layer=-1"], "site.layer=-1 is out of range"),
+        (["experiment_name=a/b"], "experiment_name=a/b is out of range: it must be letters, digits"),
+        (["corpus.path=no_such.txt"], "corpus.path=no_such.txt: no such file or folder in /.*, where the run is"),
         (["dictionary.l1_coefficient=-1"], "dictionary.l1_coefficient=-1.0 is out of range"),
         (["sweep=null", "dictionary=topk", "dictionary.k=0"], "dictionary.k=0 is out of range"),
         (["sweep=null", "dictionary=topk", "dictionary.k=2000"], "dictionary.k=2000 is more than d_sae=1024"),
@@ -281,6 +302,27 @@ def test_what_cannot_run_is_refused_with_its_reason(home: Path, overrides: list[
         plan_of(home, *overrides)
 
 
+def test_experiment_without_its_first_line_is_refused_by_name(home: Path) -> None:
+    """Hydra would put all of it below `experiment`, and plan the default."""
+    (home / "conf/experiment/mine.yaml").write_text("experiment_name: mine\ndictionary: {k: 4}\n")
+    with pytest.raises(ConfigError, match=r"experiment/mine.yaml is read as a group .* `# @package _global_`"):
+        compose(home / "conf", ["experiment=mine"])
+
+
+def test_keys_of_an_experiment_that_nothing_reads_are_refused(home: Path) -> None:
+    (home / "conf/experiment/mine.yaml").write_text("# @package _global_\nsweeps: {seed: [0, 1]}\n")
+    with pytest.raises(ConfigError, match=r"a key 'sweeps' that nothing reads .did you mean sweep"):
+        compose(home / "conf", ["experiment=mine"])
+
+
+def test_figures_of_what_is_not_run_are_left_out_unless_asked_for(home: Path) -> None:
+    """Part of the demo has no pair."""
+    (drawn,) = compose(home / "conf", ["experiment=demo", "dictionary=relu"]).stages["figures"].values()
+    assert "sparsity_faithfulness" in drawn.config["figures"] and "jacobian_histogram" not in drawn.config["figures"]
+    with pytest.raises(ConfigError, match="jacobian_histogram"):
+        compose(home / "conf", ["experiment=demo", "dictionary=relu", "figures=[jacobian_histogram]"])
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -293,3 +335,19 @@ def test_model_folder_that_is_not_whole_is_refused(home: Path, file: str, messag
     (home / "resources" / "model" / file).unlink()
     with pytest.raises(ValueError, match=message):
         plan_of(home)
+
+
+def test_readme_adds_one_value_to_one_block_of_the_demo(home: Path) -> None:
+    one_more = "+sweep.relu.dictionary.l1_coefficient=4"
+    assert one_more in (ROOT / "README.md").read_text()
+    demo = compose(home / "conf", ["experiment=demo"])
+    assert changed(demo, compose(home / "conf", ["experiment=demo", one_more])) == {
+        "train": 1,
+        "evaluate": 1,
+        "figures": 1,
+    }
+    everywhere = compose(home / "conf", ["experiment=demo", "dictionary.l1_coefficient=[0.5]", one_more])
+    found = [i.config["dictionary"] for i in everywhere.stages["train"].values()]
+    assert sorted(d["l1_coefficient"] for d in found if d["kind"] == "transcoder") == [0.5]
+    relu = sorted(d["l1_coefficient"] for d in found if d["kind"] == "sae" and d["activation"] == "relu")
+    assert relu == [0.6, 1.0, 1.6, 2.5, 4.0]  # what is said of one block has the last word there

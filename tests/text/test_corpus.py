@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from saeflow.config import ConfigError
 from saeflow.text import corpus
-from saeflow.text.corpus import CorpusError, Document, corpus_files, document_hash, is_held_out, read_documents
+from saeflow.text.corpus import Document, document_hash, is_held_out, read_documents
+from saeflow.text.files import CorpusError, corpus_files, corpus_parts
 
 TEXTS = ["One.\n\nStill one.", "naïve 海 🌊", "  spaced  "]
 
@@ -23,7 +24,23 @@ def texts(path: Path, **options) -> list[str]:
 
 
 # -------------------------------------------------------------------- formats
-@pytest.mark.parametrize("name", ["c.jsonl", "c.json", "c.JSONL", "c.jsonl.gz", "c.parquet"])
+def compress(data: bytes, name: str) -> bytes:
+    """As the last suffix of a file's name says."""
+    import pyarrow
+
+    if name.endswith(".gz"):
+        return gzip.compress(data, mtime=0)
+    if not name.lower().endswith(".zst"):
+        return data
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["c.jsonl", "c.json", "c.JSONL", "c.jsonl.gz", "c.jsonl.zst", "c.JSON.ZST", "c.parquet"]
+)
 def test_every_format_gives_the_same_documents(tmp_path, name):
     file = tmp_path / name
     rows = [{"text": text, "source": f"s{i}"} for i, text in enumerate(TEXTS)]
@@ -33,15 +50,15 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
         pd.DataFrame(rows).to_parquet(file)
     else:
         data = "\n\n".join(map(json.dumps, rows)).encode()
-        file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        file.write_bytes(compress(data, name))
     assert list(read_documents(file)) == [Document(text, f"s{i}") for i, text in enumerate(TEXTS)]
 
 
-@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz", "c.txt.zst"])
 def test_text_is_a_document_a_paragraph_or_a_line(tmp_path, name):
     file = tmp_path / name
     data = b"\n\none\ntwo\n \t\n\n\nthree  \r\n\r\nfour"
-    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    file.write_bytes(compress(data, name))
     assert texts(file) == ["one\ntwo\n \t\n\n\nthree  \n\nfour"]
     assert texts(file, sample_by="paragraph") == ["one\ntwo", "three  ", "four"]
     assert texts(file, sample_by="line") == ["one", "two", "three  ", "four"]
@@ -91,6 +108,85 @@ def test_folder_of_stray_files_only_is_an_error(tmp_path):
         corpus_files(tmp_path)
 
 
+def test_links_are_followed_and_every_folder_is_read_once(tmp_path):
+    root, far = tmp_path / "root", tmp_path / "far"
+    for folder in (root / "part1", far / "deep"):
+        folder.mkdir(parents=True)
+    (root / "part1" / "a.txt").write_text("here")
+    (far / "b.txt").write_text("far")
+    (far / "deep" / "c.txt").write_text("deep")
+    (root / "a_link").symlink_to(root / "part1")  # comes before what it leads to
+    (root / "part2").symlink_to(far)
+    (root / "part3").symlink_to(far / "deep")
+    (far / "back").symlink_to(root)
+    (root / "d.txt").symlink_to(far / "b.txt")
+    (root / "loop").symlink_to(root / "loop")
+    assert texts(root) == ["far", "here", "far", "deep"]
+    parts = corpus_parts(root)
+    assert [f.relative_to(root).as_posix() for f in parts.read] == [
+        "d.txt",
+        "part1/a.txt",
+        "part2/b.txt",
+        "part2/deep/c.txt",
+    ]
+    read_already = {path.relative_to(root).as_posix() for path, why in parts.left_out.items() if "already" in why}
+    assert read_already == {"a_link", "part2/back", "part3"}
+
+
+def test_a_link_to_nothing_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(CorpusError, match=r"b.txt is a link to nothing; remove it"):
+        corpus_files(tmp_path)
+
+
+def test_what_is_no_text_is_left_alone_and_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    for name in ("README.txt", "readme_en.txt", "LICENSE.txt", "dataset_infos.json", "b.jsonl.bz2", "c.csv"):
+        (tmp_path / name).write_text("no text")
+    parts = corpus_parts(tmp_path)
+    assert texts(tmp_path) == ["a"] and [f.name for f in parts.read] == ["a.jsonl"]
+    assert parts.left_out_in_words() == (
+        "LICENSE.txt, README.txt, readme_en.txt (not text of a corpus); b.jsonl.bz2, c.csv (unknown format); "
+        "dataset_infos.json (metadata)"
+    )
+    assert texts(tmp_path / "README.txt") == ["no text"]  # by its own name it is read
+
+
+# -------------------------------------------------------------------- fields
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_fields_within_fields_are_read(tmp_path, name):
+    rows = [{"text": {"body": "one", "by": "x"}}, {"text": {"body": None, "by": "x"}}, {"text": None}]
+    rows.append({"text": {"body": "two", "by": None}})
+    if name.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    options = {"text_field": "text.body", "source_field": "text.by"}
+    assert list(read_documents(tmp_path / name, **options)) == [Document("one", "x"), Document("two", name)]
+    with pytest.raises(CorpusError, match=r"no (field|column) 'text\.boddy'; set corpus.text_field to one of text"):
+        texts(tmp_path / name, text_field="text.boddy")
+
+
+def test_a_field_whose_name_has_a_dot_comes_first(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text.body": "outer", "text": {"body": "inner"}}')
+    assert texts(tmp_path / "c.jsonl", text_field="text.body") == ["outer"]
+
+
+def test_records_without_text_are_counted(tmp_path, caplog):
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": " "}\n{"text": "b"}\n{"text": "c"}')
+    with caplog.at_level("INFO"):
+        documents = read_documents(tmp_path / "c.jsonl")
+        assert [next(documents).text, next(documents).text] == ["a", "b"]
+        documents.close()  # as the job does when it has enough
+    assert "2 of the first 4 records hold no text" in caplog.text
+
+
 # -------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("name", "data", "message"),
@@ -102,13 +198,20 @@ def test_folder_of_stray_files_only_is_an_error(tmp_path):
         ("c.txt.gz", gzip.compress(b"fine", mtime=0)[:-9], "is not a whole gzip file"),
         ("c.txt.gz", gzip.compress(b"fine" * 99, mtime=0)[:20] + b"\xff" * 30, "is not a whole gzip file"),
         ("c.txt.gz", b"not gzip", "is not a whole gzip file"),
+        ("c.txt.zst", compress(b"fine" * 99, ".zst")[:-3], "is not a whole zstd file .*copy it again"),
+        ("c.txt.zst", b"not zstd", "is not a whole zstd file .*copy it again"),
+        ("c.jsonl", b'{"text": "ok"}\n' + b"[" * 100_000, "line 2: JSON that is nested too deeply"),
+        ("c.jsonl", b'{"text": ' + b"9" * 6000 + b"}", "line 1: not a JSON object .*digits"),
+        ("c.jsonl", b'{"text": {"body": "x", "id": 1}}', "'text' holds a dict, .*within it: text.body, text.id"),
+        ("c.jsonl", b'{"\\u001b[31m": 1}', r"to one of '\\x1b\[31m'"),
+        ("c.txt.gz", gzip.compress(b"one\n" * (1 << 19) + b"\xff" + bytes(1 << 22)), r"\(line 524289: .*iconv"),
         ("c.csv", b"text\nx", "unknown format; use .txt, .jsonl, .json .* or .parquet"),
         ("c.jsonl", b'{"text": "ok"}\n\n{"text"', "line 3: not a JSON object .*each line must be one"),
         ("c.json", b'[{"text": "ok"}]', "line 1: not a JSON object but a list"),
         (
             "c.jsonl",
             b'{"content": "ok", "id": 1}',
-            r"line 1: no field 'text' \(corpus.text_field\); it has content, id",
+            r"line 1: no field 'text'; set corpus.text_field to one of content, id",
         ),
         ("c.jsonl", b'{"text": 7}', "line 1: 'text' holds a int, not text; set corpus.text_field"),
         ("c.jsonl", rb'{"text": "half \ud83d"}', "line 1: 'text' is no Unicode text"),
@@ -128,7 +231,7 @@ def test_missing_corpus_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"), [({"body": ["x"]}, "no column 'text'.*it has body"), ({"text": [1]}, "int")]
+    ("columns", "message"), [({"body": ["x"]}, "no column 'text'.*to one of body"), ({"text": [1]}, "int")]
 )
 def test_parquet_without_text_is_named(tmp_path, columns, message):
     import pandas as pd
@@ -199,8 +302,16 @@ def test_dataset_is_streamed_with_its_fields(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ["one", " ", "two"])
     found = list(corpus.stream_dataset(str(tmp_path), None, "train", None, "text", "source"))
     assert found == [Document("one", "a"), Document("two", "a")]
-    with pytest.raises(CorpusError, match=r"no field 'body'; it has source, text"):
+    with pytest.raises(CorpusError, match=r"no field 'body'; set corpus.text_field to one of source, text"):
         list(corpus.stream_dataset(str(tmp_path), None, "train", None, "body", "source"))
+
+
+def test_a_dataset_of_zstd_files_is_streamed(tmp_path):
+    (tmp_path / "train.jsonl.zst").write_bytes(compress(b'{"text": "one"}\n{"text": "two"}\n', ".zst"))
+    found = list(corpus.stream_dataset(str(tmp_path), None, "train", None, "text", "source"))
+    assert [document.text for document in found] == ["one", "two"]
+    with pytest.raises(CorpusError, match=r"cannot be read .*set corpus.subset, corpus.split"):
+        list(corpus.stream_dataset(str(tmp_path), None, "nosplit", None, "text", "source"))
 
 
 def test_unreachable_dataset_says_that_it_needs_the_network(monkeypatch):

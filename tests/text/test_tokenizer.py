@@ -7,7 +7,7 @@ import pytest
 
 from saeflow.config import ConfigError
 from saeflow.text.packing import encode_all
-from saeflow.text.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer, row_bos
+from saeflow.text.tokenizer import TokenizerError, load_tokenizer, read_vocabulary, row_bos
 
 
 def copy_tokenizer(folder: Path, to: Path, tokenizer: dict | None = None, **config) -> Path:
@@ -42,7 +42,12 @@ def test_special_tokens_are_read_as_text_and_as_mapping(tokenizer_folder, tmp_pa
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "a"}))
     loaded = load_tokenizer(folder)
     assert (loaded.eos_token_id, loaded.bos_token_id) == (0, loaded.tokenizer.token_to_id("a"))
-    assert load_tokenizer(folder, bos_token="b").bos_token_id == loaded.tokenizer.token_to_id("b")
+    named = load_tokenizer(folder, bos_token="b", eos_token="c")
+    assert (named.bos_token_id, named.eos_token_id) == tuple(map(loaded.tokenizer.token_to_id, "bc"))
+
+
+def test_the_vocabulary_is_the_one_of_the_library(tokenizer_folder):
+    assert read_vocabulary(tokenizer_folder) == load_tokenizer(tokenizer_folder).tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(
@@ -69,10 +74,10 @@ def test_folder_without_tokenizer_says_how_to_save_one(tmp_path):
 
 def test_bos_wanted_of_a_tokenizer_without_one_names_the_key(tokenizer_folder, tmp_path):
     loaded = load_tokenizer(copy_tokenizer(tokenizer_folder, tmp_path, eos_token="<|endoftext|>"))
-    assert row_bos(loaded, prepend_bos=False) is None
+    assert row_bos(loaded.bos_token_id, prepend_bos=False) is None
     with pytest.raises(TokenizerError, match=r"no BOS: name the token to use with tokens.bos_token"):
-        row_bos(loaded, prepend_bos=True)
-    assert row_bos(LoadedTokenizer(loaded.tokenizer, 5, 0), prepend_bos=True) == 5
+        row_bos(loaded.bos_token_id, prepend_bos=True)
+    assert row_bos(5, prepend_bos=True) == 5
 
 
 def test_a_damaged_file_of_special_tokens_is_named(tokenizer_folder, tmp_path):

@@ -14,12 +14,21 @@ import pytest
 from conftest import CONTEXT_SIZE, make_texts, write_jsonl
 
 from saeflow.config import ConfigError
+from saeflow.planning.digests import DigestCache
 from saeflow.planning.graph import Instance, Plan
 from saeflow.text import tokens
-from saeflow.text.corpus import CorpusError, Document, document_hash, is_held_out, read_documents, shuffle_documents
+from saeflow.text.corpus import (
+    CorpusError,
+    Document,
+    document_hash,
+    is_held_out,
+    read_documents,
+    shuffle_documents,
+)
+from saeflow.text.files import corpus_digest
 from saeflow.text.packing import NO_DOCUMENT
-from saeflow.text.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
-from saeflow.text.tokens import TokensError, open_tokens, write_tokens
+from saeflow.text.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer, tokenizer_digest
+from saeflow.text.tokens import TokensError, open_tokens, spread, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,9 +259,11 @@ def test_folder_without_tokens_is_named(tmp_path):
 
 # -------------------------------------------------------------------- the job
 def make_plan(tmp_path: Path, corpus: dict, corpus_path: str, model: Path, n_rows: int) -> Path:
+    if corpus_path:
+        corpus = {"content": corpus_digest(Path(corpus_path), DigestCache(None))}
     config = {
         "corpus": corpus | {"text_field": "text", "source_field": "source", "sample_by": "document"},
-        "tokenizer": "0123",
+        "tokenizer": tokenizer_digest(model, DigestCache(None)),
         "tokens": {"context_size": 16, "prepend_bos": True, "bos_token": None, "held_out_fraction": 0.3},
         "split": "train",
         "n_rows": n_rows,
@@ -269,13 +280,33 @@ def run_job(plan: Path) -> subprocess.CompletedProcess:
 
 
 def test_job_packs_a_local_corpus(tmp_path, corpus_file, tokenizer_folder):
-    done = run_job(make_plan(tmp_path, {"content": "x"}, str(corpus_file), tokenizer_folder, 25))
+    done = run_job(make_plan(tmp_path, {}, str(corpus_file), tokenizer_folder, 25))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "results/tokens/tiny-train-00"
     assert done.stdout.startswith("wrote 25 rows of 16 tokens from ") and f"to {folder}/" in done.stdout
     store = open_tokens(folder)
-    assert store.n_rows == 25 and store.attributes["tokenizer"] == "0123"
+    assert store.n_rows == 25 and store.attributes["tokenizer"] == tokenizer_digest(tokenizer_folder, DigestCache(None))
     assert (folder / "provenance.json").is_file() and (folder / "config.yaml").is_file()
+    assert (
+        "'<|endoftext|>' (id 0) ends a document (tokens.eos_token); '<|endoftext|>' (id 0) stands in fro" in done.stderr
+    )
+
+
+def test_job_ends_documents_with_the_named_token(tmp_path, corpus_file, tokenizer_folder):
+    plan = make_plan(tmp_path, {}, str(corpus_file), tokenizer_folder, 25)
+    frozen = json.loads(plan.read_text())
+    frozen["stages"]["tokens"]["tiny-train-00"]["config"]["tokens"] |= {"eos_token": "!", "prepend_bos": False}
+    plan.write_text(json.dumps(frozen))
+    done = run_job(plan)
+    assert done.returncode == 0, done.stderr
+    store = open_tokens(tmp_path / "results/tokens/tiny-train-00")
+    end = load_tokenizer(tokenizer_folder).tokenizer.token_to_id("!")
+    assert end and store.attributes["eos_token_id"] == end
+    rows = store.rows(0, 25)
+    lengths = pd.read_parquet(store.folder / "documents.parquet").set_index("document")["n_tokens"]
+    is_end = rows.offset == lengths.reindex(rows.document.ravel()).to_numpy().reshape(rows.document.shape)
+    assert is_end.any() and (rows.tokens[is_end] == end).all()
+    assert f"'!' (id {end}) ends a document (tokens.eos_token); nothing stands in front of every row" in done.stderr
 
 
 def test_job_packs_a_dataset_to_the_same_rows(tmp_path, corpus_file, documents, tokenizer, tokenizer_folder):
@@ -290,6 +321,25 @@ def test_job_packs_a_dataset_to_the_same_rows(tmp_path, corpus_file, documents, 
 
 
 def test_job_that_fails_leaves_no_artifact(tmp_path, corpus_file, tokenizer_folder):
-    done = run_job(make_plan(tmp_path, {"content": "x"}, str(corpus_file), tokenizer_folder, 10**6))
+    done = run_job(make_plan(tmp_path, {}, str(corpus_file), tokenizer_folder, 10**6))
     assert done.returncode == 1 and "set tokens.train_tokens=" in done.stderr
     assert not (tmp_path / "results/tokens/tiny-train-00").exists()
+
+
+@pytest.mark.parametrize(("n_rows", "n"), [(64, 21), (64, 64), (64, 1), (1000, 7)])
+def test_spread_rows_are_one_of_each_equal_run(n_rows: int, n: int) -> None:
+    chosen = spread(n_rows, n)
+    assert len(chosen) == n and (np.diff(chosen) > 0).all() and (chosen == spread(n_rows, n)).all()
+    edges = [i * n_rows // n for i in range(n + 1)]
+    assert all(a <= row < b for row, a, b in zip(chosen, edges[:-1], edges[1:], strict=True))
+    assert n in (1, 64) or (chosen != spread(n_rows, n, seed=1)).any()
+
+
+def test_spread_rows_are_read_as_they_stand_and_are_of_more_documents_than_the_first(tokens_folder):
+    store = open_tokens(tokens_folder)
+    numbers, rows = store.spread_rows(8)
+    whole = store.rows(0, store.n_rows)
+    for found, every in zip(rows, whole, strict=True):
+        np.testing.assert_array_equal(found, every[numbers])
+    first = store.rows(0, 8)
+    assert len(np.unique(rows.document)) > 1.5 * len(np.unique(first.document)) or numbers[-1] > 50

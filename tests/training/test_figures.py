@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from stores import write_receipt
 
 from saeflow.figures.job import draw_figure
 from saeflow.jobs.job import Job
@@ -20,7 +21,7 @@ def figures_job(results: Path, judged_by: str) -> Job:
     """An SAE with two values of k, and a pair; the last of them was not judged."""
     spec = {"kind": "sae", "activation": "topk", "skip": False, "saelens": None, "source": "", "seed": 0}
     spec |= {"hook_name": HOOK, "hook_name_out": HOOK, "amount_name": "k"}
-    trained = {"four": [("", 4)], "eight": [("", 8)], "pair": [("input", 4), ("output", 4)], "unknown": [("", 4)]}
+    trained = {"four": [("", 4)], "eight": [("", 8)], "pair": [("input", 16), ("output", 32)], "unknown": [("", 4)]}
     judged = []
     for key, parts in trained.items():
         for part, k in parts:
@@ -36,9 +37,12 @@ def figures_job(results: Path, judged_by: str) -> Job:
                     spec.pop("source", None)
                 summary = spec | {"train_key": key, "part": part or None, "amount": k}
                 (folder / "summary.json").write_text(json.dumps(summary))
+                write_receipt(folder, judged_by)
+        write_receipt(results / "train" / key, "train")
     needs = {"train": list(trained), judged_by: judged}
     instance = Instance("figures", "drawn", {"figures": ["training_curves"]}, needs, {})
-    return Job(instance, Plan("test", {"figures": {"drawn": instance}}, {}, results=str(results)), "cpu")
+    stages = {"figures": {"drawn": instance}, judged_by: {key: Instance(judged_by, key, {}, {}, {}) for key in judged}}
+    return Job(instance, Plan("test", stages, {}, results=str(results)), "cpu")
 
 
 @pytest.mark.parametrize("judged_by", ["evaluate", "recover"])
@@ -57,4 +61,9 @@ def test_curves_are_those_of_what_was_judged_and_drawn_alike_twice(tmp_path: Pat
     figure, _ = training_curves(data)
     (title,) = {axis.get_title() for axis in figure.axes} - {""}
     assert title == "TopK SAE\nlayer 2, mlp_out"
-    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["k = 4", "k = 8"]
+    assert [text.get_text() for text in figure.axes[2].get_legend().get_texts()] == [
+        "k = 4",
+        "k = 8",
+        "k = 16",
+        "k = 32",
+    ]

@@ -20,6 +20,7 @@ from saeflow.training.checkpoints import Checkpoints
 from saeflow.training.heads import HeadsTrainer
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import HookStatistics
+from saeflow.training.selection import hook_statistics
 from saeflow.training.trainer import Trainer
 
 HOOK, H, D = "blocks.0.attn.hook_z", 3, 6
@@ -181,7 +182,7 @@ def test_a_job_writes_a_dictionary_a_head_that_opens_as_one(results, z, name):
     # its batches and its sides are those of the store
     column = open_column(results / "activations" / TRAINING_STORE / f"{HOOK}-1000")
     _, more = CASES[name]
-    again = HeadsTrainer(training.specs_of_job(job, [column]), options(**more), training._hook_statistics(column))
+    again = HeadsTrainer(training.specs_of_job(job, [column]), options(**more), hook_statistics(column))
     run(again, BatchReader([column], BATCH, 0))
     for mine, head in zip(whole.heads, again.heads, strict=True):
         assert mine.spec.hook_head_index is not None and torch.equal(mine.W_dec, head.finished().W_dec)
@@ -247,11 +248,49 @@ def test_a_head_that_diverges_is_named(results):
     assert not (results / "train" / "it").exists()
 
 
-def test_a_head_without_activations_is_named(z):
-    silent = z.clone()
-    silent[:, 1] = 0
-    with pytest.raises(TrainingError, match=r"heads \[1\] of blocks.0.attn.hook_z are 0 on every token"):
-        HeadsTrainer(specs_of(TOPK), options(), side_of(silent))
+@pytest.mark.parametrize("name", CASES)
+def test_a_head_that_is_zero_stops_no_other(tmp_path, z, name, caplog):
+    """A pruned head is named; the others are what they are beside any head."""
+    pruned = z.clone()
+    pruned[:, 1] = 0
+    folders = {}
+    for case, held in (("whole", z), ("pruned", pruned)):
+        write_store(tmp_path / case / "activations" / TRAINING_STORE, {HOOK: held}, chunk_tokens=64, shard_tokens=256)
+        caplog.clear()
+        says = training.train([job_of(tmp_path / case, name)])
+        named = (
+            f"head 1 of {HOOK} is 0 on every token" in caplog.text,
+            "of head 1, 0 on every token, none fires" in says,
+        )
+        assert named == (case == "pruned",) * 2 and "nan" not in says
+        folders[case] = tmp_path / case / "train" / "it"
+    whole, found = (load_dictionary(folder) for folder in folders.values())
+    zeros = torch.zeros(5, D)
+    assert torch.equal(found.heads[1].encode(zeros), torch.zeros(5, 4 * D))
+    assert torch.equal(found.heads[1].forward(zeros), zeros)
+    for h in (0, 2):
+        for tensor, wanted in found.heads[h].tensors.items():
+            torch.testing.assert_close(wanted, whole.heads[h].tensors[tensor])
+    row = pd.read_parquet(folders["pruned"] / "head_1" / "metrics.parquet").iloc[-1]
+    assert row["l0"] == 0 and row["loss"] == 0
+
+
+def test_heads_that_are_all_zero_are_refused(z):
+    with pytest.raises(TrainingError, match=f"all heads of {HOOK} are 0 on every token: choose another site.layer"):
+        HeadsTrainer(specs_of(TOPK), options(), side_of(torch.zeros_like(z)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_concatenated_heads_are_trained_beside_one_that_is_zero(z, name):
+    """Scaled by head or not, it is left near 0."""
+    pruned = z.clone()
+    pruned[:, 1] = 0
+    config, x = build(DictionaryConfig, CASES[name][0] | {"kind": "sae"}), pruned.flatten(1)
+    spec, side = config.spec(H * D, H * D, HOOK, HOOK, 5, Origin()), side_of(pruned)
+    made, rows = training.fit(spec, options(), Rows(pruned), side, side)
+    assert rows[-1]["fvu"] < 1 and all(t.isfinite().all() for t in made.tensors.values())
+    y = made.forward(x).unflatten(1, (H, D)).abs().mean(dim=(0, 2))
+    assert y[1] < 0.3 * y[0]
 
 
 def test_the_state_of_another_number_of_heads_is_refused(z):

@@ -90,12 +90,18 @@ def test_the_penalty_makes_the_jacobian_smaller() -> None:
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
 @pytest.mark.parametrize("penalty", ["l1", "scad", "l1_over_l2"])
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
-def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, penalty: str, fraction: float) -> None:
-    """The loss of the paper (reference 1.2), from raw activations by plain operations, differentiated by autograd."""
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_gradients_are_those_of_the_loss_as_written(
+    at: str, normalize: str, penalty: str, fraction: float, subtracts: bool
+) -> None:
+    """The loss of the paper (reference 1.2), from raw activations by plain operations, differentiated by autograd;
+    with its encoder, and with one that subtracts b_dec from its input."""
     config = replace(PAIR, jacobian_at=at, normalize_activations=normalize, jacobian_penalty=penalty)
+    config = replace(config, apply_b_dec_to_input=subtracts)
     trainer = trainer_of(config, replace(TRAINING, jacobian_fraction=fraction))
     for part in trainer.parts.values():  # so that pre-activations are well apart, and float64 picks the same latents
         part.weights = type(part.weights)(*(None if t is None else t.double() for t in part.weights))
+        part.weights.b_dec.add_(0.1)
     trainer.block = block_of(torch.float64)
     x, y = (t.double() for t in batch_of(0, block_of()))
     y = trainer.block(x)
@@ -117,7 +123,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
     loss = torch.zeros((), dtype=torch.float64)
     latents, decoded = [], []
     for value, scale, (encoder, b_enc, W_dec, b_dec) in zip((x, y), scales, leaves.values(), strict=True):
-        pre = (value * scale - b_dec) @ encoder.T + b_enc
+        pre = (value * scale - subtracts * b_dec) @ encoder.T + b_enc
         f = torch.relu(torch.where(pre >= pre.topk(K, dim=1).values[:, -1:], pre, 0.0))
         error = f @ W_dec + b_dec - value * scale
         loss = loss + error.square().mean()
@@ -125,7 +131,7 @@ def test_gradients_are_those_of_the_loss_as_written(at: str, normalize: str, pen
         decoded.append((f @ W_dec + b_dec) / scale)
     place = decoded[0] if at == "reconstruction" else x
     (_, _, W_dec_in, _), (encoder_out, b_enc_out, _, b_dec_out) = leaves.values()
-    pre_out = (trainer.block(place) * scales[1] - b_dec_out) @ encoder_out.T + b_enc_out
+    pre_out = (trainer.block(place) * scales[1] - subtracts * b_dec_out) @ encoder_out.T + b_enc_out
     on_out = (pre_out > 0) & (pre_out >= pre_out.topk(K, dim=1).values[:, -1:])
     whole = torch.func.vmap(torch.func.jacrev(lambda v: trainer.block(v[None])[0]))(place)
     J = torch.einsum("nd,tde,me->tnm", encoder_out * scales[1], whole, W_dec_in / scales[0])
@@ -194,7 +200,9 @@ CONFIG = {"kind": "jacobian", "activation": "topk", "k": 4, "expansion": 2, "squ
           "sparsity": "unit_norm", "jacobian_coefficient": 0.3}  # fmt: skip
 
 
-def job_of(results: Path, model: Path, coefficient: float = 0.3, key: str = "pair") -> Job:
+def job_of(
+    results: Path, model: Path, coefficient: float = 0.3, key: str = "pair", options: dict[str, Any] | None = None
+) -> Job:
     store = "tiny-neox-float32-01234567"
     if not (results / "activations").exists():
         x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
@@ -211,7 +219,7 @@ def job_of(results: Path, model: Path, coefficient: float = 0.3, key: str = "pai
     }
     config = {
         "dictionary": CONFIG | {"jacobian_coefficient": coefficient},
-        "training": {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2},
+        "training": {"n_tokens": 4096, "batch_size": 128, "lr": 1e-2} | (options or {}),
         "seed": 5, "hook_name": HOOKS[0], "hook_name_out": HOOKS[1],
     }  # fmt: skip
     instance = Instance("train", key, config, {"activations": columns}, {"training": "{}", "model": str(model)})
@@ -256,6 +264,28 @@ def test_a_job_writes_both_saes_and_again_the_same_bytes(
     again = contents(job.path)
     assert {name for name in first if first[name] != again[name]} <= {"provenance.json"}
     assert json.loads(again["input/cfg.json"])["architecture"] == "topk"
+
+
+def test_a_pair_leaves_out_what_is_massive_at_either_of_its_sites(tmp_path: Path, neox_folder: Path) -> None:
+    x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    y = x.relu()
+    x[::64] *= 300
+    y[5::64] *= 300
+    store = tmp_path / "activations" / "tiny-neox-float32-01234567"
+    write_store(store, dict(zip(HOOKS, (x, y), strict=True)), chunk_tokens=64, shard_tokens=256)
+    seen = []
+    take = JacobianTrainer.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JacobianTrainer, "train_step", lambda t, batch: (seen.append(batch), take(t, batch)))
+        job = job_of(tmp_path, neox_folder, options={"exclude": {"norm_above": 10.0}})
+        jobs.train([job])
+    assert json.loads((job.path / "left_out.json").read_text())["left_out"] == {"norm_above": 32}
+    assert len(seen) == 32 and all(len(batch[0]) == len(batch[1]) == 128 for batch in seen)
+    for side, values in enumerate((x, y)):
+        norms = torch.cat([batch[side] for batch in seen]).norm(dim=1)
+        assert norms.max() < 10 * values.norm(dim=1).median()
+    table = pd.read_parquet(job.path / "output" / "metrics.parquet")
+    assert 0.05 < table["fvu_without_first"].iloc[-1] < 1
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
         kept.save(step, {"step": torch.tensor(step)})
     (tmp_path / "step-000000002.safetensors").write_bytes(b"half")
     assert kept.newest()["step"] == 1
-    assert "step-000000002.safetensors cannot be read" in caplog.text
+    assert "step-000000002.safetensors is damaged" in caplog.text
 
 
 def test_the_state_of_another_dictionary_is_refused(results, monkeypatch):

@@ -1,10 +1,12 @@
 """Training: what it learns, its units and schedules, that it repeats itself, and how it fails."""
 
+import dataclasses
 import importlib
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from saeflow.training import trainer
 from saeflow.training.loop import fit
 from saeflow.training.metrics import TrainingError, write_metrics
 from saeflow.training.protocol import HookStatistics
-from saeflow.training.trainer import l1_coefficient, learning_rate
+from saeflow.training.trainer import CACHED, DENSE_ABOVE, SPARSE_BELOW, l1_coefficient, learning_rate
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 
@@ -238,6 +240,29 @@ def test_statistics_that_are_not_finite_are_refused():
     spec = TOPK.spec(16, 16, HOOK, HOOK, 0, Origin())
     with pytest.raises(TrainingError, match=f"activations of {HOOK} have mean norm nan"):
         fit(spec, TrainingConfig(n_tokens=512, batch_size=256), InMemory(x), side(x * math.nan), side(x))
+
+
+def test_activations_of_zeros_are_refused_by_name():
+    x, _ = sparse_truth()
+    training, zeros = TrainingConfig(n_tokens=512, batch_size=256), torch.zeros(2000, 16)
+    for head, message in (
+        (None, f"^{HOOK} is 0 on every token: .* another site$"),
+        (2, f"head 2 of {HOOK} .*site.head"),
+    ):
+        spec = dataclasses.replace(TOPK.spec(16, 16, HOOK, HOOK, 0, Origin()), hook_head_index=head)
+        with pytest.raises(TrainingError, match=message):
+            fit(spec, training, InMemory(zeros), side(zeros), side(zeros))
+    spec = TranscoderConfig("transcoder", "topk", k=3, expansion=2).spec(16, 16, HOOK, HOOK_OUT, 0, Origin())
+    with pytest.raises(TrainingError, match=f"{HOOK_OUT} is 0 on every token"):
+        fit(spec, training, InMemory(x, zeros), side(x), side(zeros))
+
+
+def test_the_docs_state_the_densities_of_the_code():
+    text = " ".join((Path(__file__).parents[2] / "docs/training.md").read_text().split())
+    wide, small = ([100 * SPARSE_BELOW[cached], 100 * SPARSE_BELOW[cached] * DENSE_ABOVE] for cached in (False, True))
+    assert f"fewer than {wide[0]:.4g} % of its activations are above 0" in text
+    assert f"above {wide[1]:.4g} % ({small[0]:.4g} % and {small[1]:.4g} % where" in text
+    assert f"at most {CACHED:,} numbers" in text
 
 
 def test_k_above_d_sae_is_refused():

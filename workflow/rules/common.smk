@@ -1,65 +1,101 @@
 import os
 import shlex
 import sys
-from functools import partial
+from functools import cache, partial
 
 from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
-from saeflow.planning.batches import assign_batches, resources
-from saeflow.planning.digests import short_hash
+from saeflow.figures.whereabouts import whereabouts
+from saeflow.planning.batches import resources
+from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
+from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
-from saeflow.planning.stages import stages
+from saeflow.planning.overrides import of_snakemake
+from saeflow.planning.stages import downstream, stages
 
-PLAN_FILE = ".snakemake/plan.json"
 RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
 
 # The scheduling process composes conf/; a job of a running workflow (on a cluster, where each job parses this file
-# again) loads what was frozen at its start, so that an edit of conf/ meanwhile can neither change nor lose it.
+# again) loads what was frozen at its start, so that an edit of conf/ or another run can neither change nor lose it.
+# Which that is, Snakemake tells every job, wherever it runs, as a variable of the environment.
 if workflow.is_main_process:
     try:
-        PLAN = compose(
-            config.get("conf", f"{workflow.basedir}/conf"),
-            shlex.split(config.get("hydra", "")),
-            digests=".snakemake/digests.json",
-        )
-        assign_batches(PLAN, Plan.load_if_valid(PLAN_FILE))
+        OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
+        PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
+        PLAN.set_aside_broken()
         check_disk(PLAN)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
+    for handler in workflow.logger_manager.get_log_handlers():
+        handler.ending = partial(whereabouts, PLAN, OVERRIDES)  # of those of our logger, the last words of a run
+        handler.there = sum(map(len, PLAN.found.values()))
+        handler.together = PLAN.together
+    os.environ["SAEFLOW_PLAN"] = str(plan_file(PLAN))
 else:
-    PLAN = Plan.load(PLAN_FILE)
+    try:
+        PLAN = Plan.load(os.environ["SAEFLOW_PLAN"])
+    except KeyError:
+        raise WorkflowError("a job has no plan: let the executor pass SAEFLOW_PLAN of the environment on to it")
+    except ConfigError as error:
+        raise WorkflowError(str(error))
+
+
+envvars:
+    "SAEFLOW_PLAN",
+
+
+MAKING = {PLAN.receipt(stage, key) for stage, keys in PLAN.to_make.items() for key in keys}
 
 
 onstart:
-    PLAN.freeze(PLAN_FILE)
+    freeze_run(PLAN)
 
 
 wildcard_constraints:
-    key="[^/]+",
+    key=".+",  # of a column of activations it has a store in front
 
 
-def key_options(keys):
-    """Options of scripts/job.py that name the artifacts to make."""
-    return " ".join(f"--key {shlex.quote(key)}" for key in keys)
+@cache
+def forced_stages():
+    """Stages that Snakemake was told to force, and all that follow from them.
+
+    What else runs, the plan has decided.
+    """
+    settings = workflow.dag_settings
+    asked = {*settings.forcerun, *(settings.targets if settings.forcetargets else ())}
+    named = {part for name in asked for part in name.split("/")}
+    return downstream(stages() if settings.forceall else named & stages().keys())
 
 
-def of_key(find):
-    """`find` of the artifact that a job makes, as a function of its wildcards."""
-    return lambda wildcards: find(wildcards.key)
+def inputs_of(stage, key=None):
+    """Receipts that the job of an artifact waits for, as a function of its wildcards. Those that are there are
+    `ancient`: their times make nothing stale."""
+
+    def find(wildcards):
+        forced = forced_stages()
+        follows = tuple(f"{PLAN.results}/{name}/" for name in forced)
+        receipts = PLAN.inputs(stage, key or wildcards.key, again=stage in forced)
+        return [r if r.startswith(follows) or r in MAKING else ancient(r) for r in receipts]
+
+    return find
 
 
 def resources_of_key(stage):
-    """What `resources` says of the artifact that a job makes; device and GPU are those of all of a stage."""
+    """What `resources` says of the job of an artifact; device and GPU are those of all of a stage."""
+
+    def find(wildcards, unit):
+        return resources(PLAN, stage, PLAN.members(stage, wildcards.key)).get(unit)
+
     units = resources(PLAN, stage, list(PLAN.stages[stage])[:1]).keys()
-    return {unit: of_key(lambda key, unit=unit: resources(PLAN, stage, [key]).get(unit)) for unit in units}
+    return {unit: partial(find, unit=unit) for unit in units}
 
 
 # Command line of every stage's jobs. Shell lines are put together when a job starts, when loops over stages have long
 # ended: so the stage is a resource, which, unlike a parameter, is never a reason to rerun.
 JOB = (
-    f"{RUN}/job.py {{resources.stage}} --plan {PLAN_FILE} {{params.select}}"
-    " --device {resources.device} --threads {threads} --log {log:q}"
+    f"{RUN}/job.py {{resources.stage}} --plan {shlex.quote(os.environ['SAEFLOW_PLAN'])} --job {{wildcards.key:q}}"
+    " --device {resources.device} --threads {threads} --log {log:q} --quiet"
 )

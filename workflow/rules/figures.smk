@@ -1,4 +1,5 @@
 from saeflow.figures.registry import caption
+from saeflow.planning.stages import listed
 
 # One job draws all figures of the experiment.
 for key, instance in PLAN.stages["figures"].items():
@@ -7,9 +8,9 @@ for key, instance in PLAN.stages["figures"].items():
         name:
             "figures"
         input:
-            PLAN.inputs("figures", key),
+            inputs_of("figures", key),
         output:
-            PLAN.outputs("figures", [key]),
+            update(PLAN.outputs("figures", [key])),
             [
                 report(
                     f"results/figures/{key}/{figure}.png",
@@ -19,6 +20,15 @@ for key, instance in PLAN.stages["figures"].items():
                 )
                 for figure in instance.config["figures"]
             ],
+            [
+                report(
+                    f"results/figures/{key}/table.html",
+                    caption=f"{workflow.basedir}/workflow/report/table.rst",
+                    category=PLAN.experiment,
+                    labels={"figure": "table of all dictionaries"},
+                )
+                for _ in listed(instance.needs)[:1]
+            ],
         log:
             f"logs/figures/{key}.log",
         conda:
@@ -27,7 +37,6 @@ for key, instance in PLAN.stages["figures"].items():
         resources:
             **resources(PLAN, "figures", [key]),
         params:
-            select=key_options([key]),
-            config=PLAN.param("figures", key),
+            key=shlex.quote(key),
         shell:
-            JOB
+            JOB.replace("{wildcards.key:q}", "{params.key}")

@@ -1,40 +1,16 @@
-# Every stage that a package of saeflow declares (its stage.py). Where artifacts share jobs there is a rule a job:
-# one forward pass fills many columns of activations, one read of them trains many dictionaries.
+# Every stage that a package of saeflow declares (its stage.py), by its name. Where artifacts share jobs (one forward
+# pass fills many columns of activations, one read of them trains many dictionaries), a job is known by one of them, whose
+# receipt stands for all. Figures have a rule of their own, that puts them into the report.
 for STAGE in stages().values():
-    for batch in PLAN.batches.get(STAGE.name, ()):
-
-        rule:
-            name:
-                f"{STAGE.name}_{short_hash(batch)}"
-            input:
-                PLAN.inputs(STAGE.name, *batch),
-            output:
-                PLAN.outputs(STAGE.name, batch),
-            log:
-                f"logs/{STAGE.name}/{short_hash(batch)}.log",
-            conda:
-                "../../environment.yml"
-            threads: PLAN.threads(STAGE.name)
-            resources:
-                **resources(PLAN, STAGE.name, batch),
-            params:
-                select=key_options(batch),
-                config=PLAN.param(STAGE.name, *batch),
-            shell:
-                JOB
-
-
-# Elsewhere every artifact has a job of its own. Figures have a rule that puts them into the report.
-for STAGE in stages().values():
-    if STAGE.together is None and not STAGE.says_all:
+    if not STAGE.says_all:
 
         rule:
             name:
                 STAGE.name
             input:
-                of_key(partial(PLAN.inputs, STAGE.name)),
+                inputs_of(STAGE.name),
             output:
-                f"results/{STAGE.name}/{{key}}/provenance.json",
+                update(f"results/{STAGE.name}/{{key}}/provenance.json"),  # another run may have made it meanwhile
             log:
                 f"logs/{STAGE.name}/{{key}}.log",
             conda:
@@ -42,9 +18,6 @@ for STAGE in stages().values():
             threads: PLAN.threads(STAGE.name)
             resources:
                 **resources_of_key(STAGE.name),
-            params:
-                select=of_key(lambda key: key_options([key])),
-                config=of_key(partial(PLAN.param, STAGE.name)),
             shell:
                 JOB
 

@@ -33,6 +33,7 @@ from saeflow.jobs.log import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
+from saeflow.models.source import reading_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -50,17 +51,21 @@ def cache_jobs(jobs: list[Job]) -> str:
     config, device = jobs[0].config, jobs[0].device
     context_size = config["tokens"]["context_size"]
     processing = {k: v for k, v in config["model"].items() if k != "weights"}
-    source = jobs[0].source("model")
-    model = ModelConfig(name=folders[0].name, path=str(source), **processing)
+    model = ModelConfig(name=folders[0].name, path=str(jobs[0].source("model")), **processing)
     asked = (job.config for job in jobs)
     columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
 
     store = ActivationStore(folders[0], ActivationsConfig(**config["activations"]))
     start = time.perf_counter()
+
+    def load() -> "HookedTransformer":
+        with reading_model(jobs[0]) as source:
+            return load_model(source, model, device, context_size)
+
     with store.locked():
         rows = longest_rows(job.input("tokens") for job in jobs)
         attributes = {"model": config["model"]["weights"], "processing": processing, "context_size": context_size}
-        statistics = cache(store, columns, rows, lambda: load_model(source, model, device), device, attributes)
+        statistics = cache(store, columns, rows, load, device, attributes)
         for job, column in zip(jobs, columns, strict=True):
             with job.writing() as folder:
                 receipt = Column(folder, column.hook_name, column.n_tokens, column.size, store.config.dtype)

@@ -4,7 +4,8 @@ The tokens of epoch e come in the order of a permutation that is computed, not s
 Z_a x Z_b, a b >= n, whose few results beyond n are put through it again (Black and Rogaway 2002, ciphers with
 arbitrary finite domains). So any batch can be asked for at any time, by any number of readers, without memory that
 grows with n. Batches straddle epochs: batch s holds the tokens s B to (s + 1) B - 1 of the endless stream of epochs, so
-every batch is full and every epoch has every token exactly once.
+every batch is full and every epoch has every token exactly once. With tokens left out the stream is of those that
+are kept: epochs are shorter, batches as full, and the order a function of the same and of what is left out.
 
 Rows are gathered from memory maps of the raw shards, in the order that they lie on disk. A chunk's checksum is compared
 when the chunk is first touched, before any of its values is used. A store that is not laid out as saeflow writes it
@@ -36,12 +37,18 @@ IN_MEMORY_BYTES = 16 << 20  # and float32 bytes a column, are kept in memory
 class BatchReader:
     """Shuffled batches of row-aligned columns of one store, in float32."""
 
-    def __init__(self, columns: list[Column], batch_size: int, seed: int) -> None:
-        """Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens."""
+    def __init__(self, columns: list[Column], batch_size: int, seed: int, left_out: np.ndarray | None = None) -> None:
+        """`left_out`: numbers of tokens that no batch has, (M,) int64, rising.
+
+        Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens.
+        """
         if len({c.store.resolve() for c in columns}) != 1 or len({c.n_tokens for c in columns}) != 1:
             what = ", ".join(f"{c.folder} ({c.n_tokens} tokens)" for c in columns)
             raise StoreError(f"only columns of one store and one length can be read together, not {what}")
-        self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens, batch_size, seed
+        left_out = np.zeros(0, dtype=np.int64) if left_out is None else left_out
+        self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens - len(left_out), batch_size, seed
+        self._kept_before = left_out - np.arange(len(left_out))
+        """How many tokens that are kept come before each that is left out, (M,)."""
         self.columns = [_in_memory(open_rows(column)) for column in columns]
 
     def rows(self, s: int) -> np.ndarray:
@@ -51,10 +58,11 @@ class BatchReader:
         bounds = [start, *(e * self.n_tokens for e in range(first + 1, last + 1)), stop]
         epochs = zip(range(first, last + 1), itertools.pairwise(bounds), strict=True)
         parts = [self._order(e, a - e * self.n_tokens, b - e * self.n_tokens) for e, (a, b) in epochs]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        kept = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return kept + np.searchsorted(self._kept_before, kept, side="right") if len(self._kept_before) else kept
 
     def _order(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Token numbers at places `start` to `stop - 1` of an epoch."""
+        """Numbers, counted among the tokens that are kept, at places `start` to `stop - 1` of an epoch."""
         if self.n_tokens > IN_MEMORY_TOKENS:
             return permute(np.arange(start, stop, dtype=np.int64), self.n_tokens, self.seed, epoch)
         return _short_epoch(self.n_tokens, self.seed, epoch)[start:stop]
@@ -209,6 +217,27 @@ def open_rows(column: Column) -> MappedRows | ZarrRows:
         return MappedRows(column)
     except LayoutError:
         return ZarrRows(column)
+
+
+def damaged_shards(column: Column) -> Iterator[ShardError]:
+    """Reads all of a column's shards; nothing where another Zarr writer laid them out. A damaged chunk is found by
+    every reader that touches it: this is for who wants to know before."""
+    try:
+        layout = array_layout(column)
+    except ShardError as error:
+        yield error
+        return
+    for number, start in enumerate(range(0, column.n_tokens, layout.shard_tokens) if layout else ()):
+        assert layout
+        n_rows = min(column.n_tokens - start, layout.shard_tokens)
+        try:
+            shard = Shard(shard_path(column.array, number, len(column.size) + 1), layout, n_rows)
+            for c in range(layout.chunks_of(n_rows)):
+                shard.check(c)
+        except ShardError as error:
+            yield error
+        except LayoutError:
+            return
 
 
 def _float32(values: np.ndarray, column: Column) -> Tensor:

@@ -7,6 +7,7 @@ two; but zarr assembles a shard in memory, copies it four times and reads random
 memory map, so the hot path goes around it. What is written here opens in zarr and xarray as any store does.
 """
 
+import json
 import math
 import os
 import struct
@@ -17,23 +18,40 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from saeflow.storage.publish import beside, make_folder, publish
+from saeflow.storage.receipts import DamagedError
+
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 CRC = struct.Struct("<I")
 NO_CHUNK = 2**64 - 1
 
 
-class ShardError(ValueError):
-    """A shard that is missing, short or damaged; the message names the file and how to rebuild it."""
+class ShardError(DamagedError):
+    """A shard, or the metadata of an array, that is missing, short or damaged; the message names the file."""
 
     def __init__(self, path: Path, problem: str) -> None:
         self.path = path
-        # <store>/activations.zarr/<hook>/c/<shard>/0...: the hook's receipts are the folders beside activations.zarr
-        hook = next((p for p in path.parents if p.parent.suffix == ".zarr"), path.parent)
-        super().__init__(
-            f"shard {path}: {problem}. To rebuild it, delete this file and the column folders of {hook.name} in "
-            f"{hook.parent.parent} (those whose column.json names this hook), then run the workflow again: rows that "
-            "are intact are kept"
-        )
+        # <store>/activations.zarr/<hook>/c/<shard>/0...
+        self.array = next(p for p in (path, *path.parents) if p.parent.suffix == ".zarr" or p == p.parent)
+        super().__init__(path, problem, self.array)
+
+    def affected(self) -> list[Path]:
+        """The columns of its hook, which lie beside `activations.zarr`."""
+        columns = sorted(file.parent for file in self.array.parents[1].glob("*/column.json"))
+        return [column for column in columns if _hook_of(column) in (self.array.name, None)]
+
+    def set_aside(self) -> list[Path]:
+        """Also removes the damaged file: its rows are computed anew, and all others kept."""
+        (self.path / "zarr.json" if self.path.is_dir() else self.path).unlink(missing_ok=True)
+        return super().set_aside()
+
+
+def _hook_of(column: Path) -> str | None:
+    """The hook of a column folder; None where its receipt is damaged too."""
+    try:
+        return str(json.loads((column / "column.json").read_bytes())["hook_name"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class LayoutError(ValueError):
@@ -96,15 +114,12 @@ def shard_path(array: Path, shard: int, n_dims: int) -> Path:
 
 
 class ShardWriter:
-    """Writes one shard, chunk by chunk, to `<file>.partial`; `close` moves it into place, whole.
-
-    Nothing is synced to the disk: a killed process leaves no torn shard; what a power cut leaves, the checksums tell.
-    """
+    """Writes one shard, chunk by chunk, beside its place; `close` publishes it, whole."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path, self.layout = path, layout
-        self.partial = path.with_name(path.name + ".partial")
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = beside(path)
+        make_folder(path.parent)
         self._file = open(self.partial, "wb")  # noqa: SIM115 (closed by close or discard)
         self._written = 0
 
@@ -122,7 +137,7 @@ class ShardWriter:
         index = struct.pack(f"<{len(entries)}Q", *entries)
         self._file.write(index + CRC.pack(google_crc32c.value(index)))
         self._file.close()
-        self.partial.replace(self.path)
+        publish(self.partial, self.path)
 
     def discard(self) -> None:
         """Gives up: closes the file and frees its space."""

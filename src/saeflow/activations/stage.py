@@ -6,6 +6,8 @@ from pathlib import Path
 
 from saeflow.activations.shards import predicted_bytes
 from saeflow.config import ConfigError
+from saeflow.config.defaults import set_apart
+from saeflow.config.labels import joined, unusual
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
@@ -19,15 +21,22 @@ def expand(expansion: Expansion) -> None:
     for planned in expansion.points:
         _check(planned)
         point = planned.point
-        packing = short_hash([tokens.version, project(planned.tree, tokens.reads)])
-        store = f"{planned.model_label}-{point.activations.dtype}-" + short_hash(
-            [declared.version, project(planned.tree, declared.reads), packing]
+        packing = short_hash([tokens.version, set_apart(project(planned.tree, tokens.reads))])
+        read = project(planned.tree, declared.reads)
+        told = {path: token for path, token in unusual(read, {"model": ""}).items() if path != "activations.dtype"}
+        store = (
+            joined(f"{planned.labels['model']}-{point.activations.dtype}", told)
+            + "-"
+            + short_hash([declared.version, set_apart(read), packing])
         )
         n_rows = point.tokens.train_tokens // point.tokens.context_size
         needs = {"tokens": [planned.keys["tokens"]["train"]]} | planned.needed("groundtruth")
         for hook in point.dictionary.hooks(point.site):
             size, label = list(planned.geometry.hook_size(hook)), f"{store}/{short_hook(hook)}-{n_rows}rows"
-            planned.add("activations", label, needs, {"hook_name": hook, "n_rows": n_rows, "size": size}, name=hook)
+            extra = {"hook_name": hook, "n_rows": n_rows, "size": size}
+            planned.add(
+                "activations", label, needs, extra, name=hook, says={"n_rows": "tokens.train_tokens"}, tells=False
+            )
 
 
 def _check(planned: PlannedPoint) -> None:
@@ -39,6 +48,11 @@ def _check(planned: PlannedPoint) -> None:
         if hook is None:
             continue
         size = planned.geometry.hook_size(hook)
+        if hook.endswith("mlp.hook_in") and planned.point.model.fold_ln:
+            raise ConfigError(
+                f"{hook} is behind the norm's gain and bias, which model.fold_ln=true folds into the MLP's weights; "
+                "set model.fold_ln=false, or use site=mlp, which then reads the same"
+            )
         if len(size) == 1 and needs_heads:
             legal = ", ".join(name for name, held in planned.geometry.block_hooks().items() if len(held) == 2)
             raise ConfigError(f"{needs_heads} needs a hook with heads, and {hook} has none; these have: {legal}")

@@ -9,10 +9,10 @@ All arrays have the length of the longest column, so that xarray opens them as o
 not hold reads as NaN there (attribute `n_tokens` says how much it holds). `Column` never reads past its own end.
 """
 
-import fcntl
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from saeflow.activations.moments import Moments, Statistics
-from saeflow.activations.shards import ITEMSIZE, Layout, shard_path
+from saeflow.activations.shards import ITEMSIZE, Layout, ShardError, shard_path
 from saeflow.config import ActivationsConfig
+from saeflow.storage.checksums import StateError, load_state, save_state, save_tensors
+from saeflow.storage.locks import locked
+from saeflow.storage.publish import flush
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
@@ -92,16 +95,14 @@ class ActivationStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Waits until no other process writes this store. The lock ends with the process, however that ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another job that writes %s", self.folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        """Waits until no other process writes this store."""
+        with locked(self.folder / ".lock", str(self.folder)):
             for leftover in self.zarr.rglob("*.partial"):
                 leftover.unlink()
+            for file in (self.zarr / "zarr.json", *self.zarr.glob("*/zarr.json")):
+                if file.is_file() and _is_torn(file):
+                    log.warning("%s is not whole: writing it anew", file)
+                    file.unlink()  # what it describes stays, and is described again
             yield
 
     # ---------------------------------------------------------------- Zarr metadata and coordinates
@@ -152,19 +153,32 @@ class ActivationStore:
         n_tokens = min(self.n_coordinates(), rows.n_rows * rows.context_size)
         for where, wanted in rows.coordinates(0, n_tokens // rows.context_size):
             for name, values in wanted.items():
-                if not np.array_equal(np.asarray(group[name][where]), values):  # type: ignore[index]
+                try:
+                    found = np.asarray(group[name][where])  # type: ignore[index]
+                except (KeyError, ValueError, RuntimeError) as error:
+                    log.warning("%s/%s is damaged (%s): writing it anew", self.zarr, name, error)
+                    return self._forget_coordinates()
+                if not np.array_equal(found, values):
                     raise StoreError(
                         f"{self.zarr} was made from other tokens than {rows.folder}: {name} differs between tokens "
                         f"{where.start} and {where.stop}. The rows of a store's columns must be the same, the shorter "
                         f"a beginning of the longer; remove {self.folder} to cache it anew"
                     )
 
+    def _forget_coordinates(self) -> None:
+        """So that `commit` writes them from the first token on."""
+        for name in COORDINATES:
+            shutil.rmtree(self.zarr / name, ignore_errors=True)
+        self.group().attrs.update({"n_tokens": 0})
+
     def commit(self, n_tokens: dict[str, int], rows: TokenRows, attributes: dict[str, Any]) -> None:
         """Makes what was written visible: coordinates first, then the arrays' lengths. May be repeated after a kill."""
         from zarr.codecs import Crc32cCodec, ZstdCodec
 
         group = self.group()
-        length = max(self.n_coordinates(), *n_tokens.values())
+        known, there = self.n_coordinates(), [array.shape[0] for _, array in group.arrays()]
+        length = max(known, *n_tokens.values(), *there)
+        described = max(known, min(length, rows.n_rows * rows.context_size))
         for name in COORDINATES:
             if name not in group:
                 group.create_array(
@@ -177,17 +191,20 @@ class ActivationStore:
                     dimension_names=("token",),
                 )
             group[name].resize((length,))  # type: ignore[union-attr]
-        known = self.n_coordinates() // rows.context_size
-        for where, values in rows.coordinates(known, length // rows.context_size):
+        for where, values in rows.coordinates(known // rows.context_size, described // rows.context_size):
             for name, part in values.items():
                 group[name][where] = part  # type: ignore[index]
+        for name in COORDINATES:
+            flush(self.zarr / name)
         for name, array in sorted(group.arrays()):
             if array.shape[0] < length:
                 array.resize((length, *array.shape[1:]))
             if n_tokens.get(name, 0) > cast(int, array.attrs.get("n_tokens", 0)):
                 array.attrs["n_tokens"] = n_tokens[name]
         # xarray takes the names in `coordinates` as coordinates of every array.
-        group.attrs.update({**attributes, "coordinates": " ".join(COORDINATES), "n_tokens": length})
+        group.attrs.update({**attributes, "coordinates": " ".join(COORDINATES), "n_tokens": described})
+        for file in (*self.zarr.glob("*/zarr.json"), self.zarr / "zarr.json"):
+            flush(file)
 
     # ---------------------------------------------------------------- progress
     def load_progress(self, hook_name: str, device: str) -> tuple[int, Moments] | None:
@@ -195,20 +212,24 @@ class ActivationStore:
         file = self.folder / "progress" / f"{hook_name}.safetensors"
         if not file.is_file():
             return None
-        state = load_file(file)
+        try:
+            state = load_state(file)
+        except StateError as error:
+            log.warning("%s: computing all of %s again", error, hook_name)
+            return None
         return int(state.pop("stored")), Moments.from_tensors(state, device)
 
     def save_progress(self, hook_name: str, stored: int, moments: Moments) -> None:
-        tensors = {k: v.cpu() for k, v in moments.tensors().items()} | {"stored": torch.tensor(stored)}
-        save_tensors(self.folder / "progress" / f"{hook_name}.safetensors", tensors)
+        state = moments.tensors() | {"stored": torch.tensor(stored)}
+        save_state(self.folder / "progress" / f"{hook_name}.safetensors", state)
 
 
-def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Writes a safetensors file that appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+def _is_torn(file: Path) -> bool:
+    """Whether a metadata file holds anything but a JSON object, as a power cut may leave it."""
+    try:
+        return not isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return True
 
 
 # -------------------------------------------------------------------- columns
@@ -254,10 +275,9 @@ def open_column(folder: str | Path) -> Column:
 def array_layout(column: Column) -> Layout | None:
     """Layout of a column's shards, from its array's metadata; None where it is not the one of `shards`."""
     file = column.array / "zarr.json"
-    if not file.is_file():
-        where = f"{column.folder} is a column of {column.array}"
-        raise StoreError(f"{where}, which is not there; remove the column's folder")
-    metadata = json.loads(file.read_text())
+    if not file.is_file() or _is_torn(file):
+        raise ShardError(file, "it is not whole" if file.is_file() else "it is missing")
+    metadata = json.loads(file.read_bytes())
     checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     size = list(column.size)
     try:

@@ -3,16 +3,30 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escape_controls(text: str) -> str:
+    """The text with characters spelled out that control the terminal or page that shows it: all but line feed and tab
+    of ASCII's and Latin-1's, line and paragraph separators, and those that turn the direction of writing."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, what is wrong and the legal values."""
+
+    def __str__(self) -> str:
+        return escape_controls(super().__str__())  # names of files and fields may hold anything
 
 
 def require(legal: bool, key: str, value: Any, wanted: str) -> None:
@@ -24,6 +38,11 @@ def at_least(least: int, config: Any, group: str, names: str) -> None:
     """Raises `ConfigError` for an option of a group, of those named, that is less than `least`."""
     for name in names.split():
         require(getattr(config, name) >= least, f"{group}.{name}", getattr(config, name), f"{least} or more")
+
+
+def where(path: str | Path) -> str:
+    """What to add to a path that is not there: the folder that a relative one was looked for in."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}, where the run is (--directory)"
 
 
 def build(cls: type[T], tree: dict[str, Any], where: str = "") -> T:

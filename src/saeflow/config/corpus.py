@@ -29,7 +29,10 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TokensConfig:
-    """How documents become rows of `context_size` tokens; both sizes count BOS and EOS."""
+    """How documents become rows of `context_size` tokens; both sizes count BOS and EOS.
+
+    `bos_token` and `eos_token` name the tokens in front of rows and between documents; null: the tokenizer's own.
+    """
 
     context_size: int
     train_tokens: int
@@ -37,6 +40,7 @@ class TokensConfig:
     held_out_fraction: float = 0.1
     prepend_bos: bool = True
     bos_token: str | None = None
+    eos_token: str | None = None
 
     def __post_init__(self) -> None:
         require(self.context_size >= 2, "tokens.context_size", self.context_size, "2 or more")

@@ -131,7 +131,7 @@ class DictionaryConfig:
         return f"k{value}" if name == "k" else f"{name.removesuffix('_coefficient')}_{value or 0:g}"
 
     def identity(self) -> dict[str, Any]:
-        """What enters the key of a training."""
+        """What enters the key of a training, apart from what is at its default."""
         return dataclasses.asdict(self)
 
     def hooks(self, site: SiteConfig) -> list[str]:
@@ -171,6 +171,11 @@ class DictionaryConfig:
     def needs_heads(self) -> str | None:
         """The setting that only a hook with heads allows; None where there is none."""
         return None
+
+    @property
+    def ranks_in_scaled_units(self) -> bool:
+        """Whether, of a whole hook, it ranks latents in units that differ from raw ones by a factor for each head."""
+        return False
 
     def trainer_class(self) -> Any:
         """Its trainer, which does what `saeflow.training.protocol.DictionaryTrainer` says; imports torch."""

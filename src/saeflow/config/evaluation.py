@@ -4,19 +4,25 @@ from dataclasses import dataclass
 
 from saeflow.config.checks import at_least, require
 
+FEWEST_DOCUMENTS = 5  # of which an interval is made: fewer do not tell how much documents differ
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals hold `confidence` of `resamples`
-    draws of the documents."""
+    """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals over documents hold the truth with a
+    probability of `confidence`; they are made from `resamples` resamples at most, each without one document, or without
+    one group of them where there are more documents than that. With `replace_first=false` the first token of each
+    row keeps the model's own activations, in ablations too, and counts nowhere: for dictionaries that were not trained
+    on it."""
 
     batch_rows: int = 16
     resamples: int = 1000
     confidence: float = 0.95
-    bootstrap_seed: int = 0
+    replace_first: bool = True
 
     def __post_init__(self) -> None:
-        at_least(1, self, "evaluation", "batch_rows resamples")
+        at_least(1, self, "evaluation", "batch_rows")
+        at_least(FEWEST_DOCUMENTS, self, "evaluation", "resamples")
         require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
 
 
@@ -35,3 +41,5 @@ class BlindConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "blind", "n_features n_examples window min_active batch_rows")
+        at_least(0, self, "blind", "seed")
+        require(0 <= self.min_frequency < 1, "blind.min_frequency", self.min_frequency, "0 or more and below 1")

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from saeflow.config.checks import at_least
+from saeflow.config.evaluation import FEWEST_DOCUMENTS
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """How a layer's heads and their dictionaries are studied, on the first `n_tokens` held-out tokens, `batch_rows`
-    rows at a time. The model is run without cross terms between heads on `loss_tokens` of them, with intervals from
-    `resamples` resamples of the documents.
+    """How a layer's heads and their dictionaries are studied, on `n_tokens` held-out tokens of rows that are spread
+    over all, `batch_rows` rows at a time. The model is run without cross terms between heads on `loss_tokens` of them,
+    spread alike, with intervals from `resamples` resamples of the documents at most.
 
     Of every two heads the `top_pairs` pairs of latents that interfere most are kept. Latents of a dictionary on all
     heads count where they are active on `min_active` tokens or more; `n_latents` of these, drawn at random, are
@@ -31,7 +32,8 @@ class HeadsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        names = "n_tokens batch_rows loss_tokens resamples top_pairs min_active n_latents max_atoms contexts window"
+        names = "n_tokens batch_rows loss_tokens top_pairs min_active n_latents max_atoms contexts window"
         at_least(1, self, "heads", names)
+        at_least(FEWEST_DOCUMENTS, self, "heads", "resamples")
         names = "dashboards seed"
         at_least(0, self, "heads", names)

@@ -21,6 +21,9 @@ class TracrConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.tracr", "n_steps batch_rows")
+        at_least(0, self, "model.tracr", "seed")
+        require(self.lr > 0, "model.tracr.lr", self.lr, "more than 0")
+        require(self.n_rows is None or self.n_rows > 0, "model.tracr.n_rows", self.n_rows, "1 or more, or null for all")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ class SiteConfig:
     layer: int | None = None
     head: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("layer", "head"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"site.{name}", value, "0 or more: the first is 0")
+
 
 @dataclass(frozen=True)
 class ActivationsConfig:

@@ -1,9 +1,51 @@
 """How dictionaries are trained."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from saeflow.config.checks import at_least, require
+from saeflow.config.checks import ConfigError, at_least, require
+
+
+@dataclass(frozen=True)
+class ExcludeConfig:
+    """Tokens that no dictionary is trained on: those at some `positions` of a row (0 is the first, where BOS is), those
+    with some `token_ids`, and those whose L2 norm is over `norm_above` times the median at a hook that the dictionary
+    reads or predicts. The median is that of the tokens that positions and ids keep; heads of a hook count together.
+    """
+
+    positions: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    norm_above: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "token_ids"):
+            values = getattr(self, name)
+            require(min(values, default=0) >= 0, f"training.exclude.{name}", list(values), "a list of 0 or more")
+            object.__setattr__(self, name, tuple(sorted(set(values))))  # equal sets are one key
+        above = self.norm_above
+        require(above is None or above > 1, "training.exclude.norm_above", above, "more than 1 (medians), or null")
+
+    def identity(self) -> dict[str, Any]:
+        """What enters the key of a training: the fields that are not at their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def check(self, context_size: int, d_vocab: int | None) -> None:
+        """Raises `ConfigError` for positions and token ids that rows of this length and vocabulary do not have, and
+        where no token is left."""
+        if self.token_ids and d_vocab is None:
+            raise ConfigError("training.exclude.token_ids: the model's config.json does not say its vocab_size; add it")
+        for name, n, what in (
+            ("positions", context_size, f"tokens.context_size={context_size}"),
+            ("token_ids", d_vocab or 0, f"a vocabulary of {d_vocab} tokens"),
+        ):
+            values = getattr(self, name)
+            if values and values[-1] >= n:
+                raise ConfigError(
+                    f"training.exclude.{name}={list(values)}: {values[-1]} is out of range; with {what} they are 0 to "
+                    f"{n - 1}"
+                )
+            if values and len(values) == n:
+                raise ConfigError(f"training.exclude.{name} names all {n} that there are: no token is left to train on")
 
 
 @dataclass(frozen=True)
@@ -23,6 +65,9 @@ class TrainingConfig:
 
     The penalty of a Jacobian pair rises over `jacobian_warm_up_steps`. With `jacobian_fraction` below 1 it is taken on
     that share of each batch's tokens, drawn anew at every step: the same on average, at a fraction of the cost.
+
+    `exclude` leaves tokens out of training, and out of all that it takes from the activations: batches, mean and
+    norms, metrics, `n_tokens`.
 
     The last four say how to run and never enter a hash: up to `together` dictionaries of one site train in one job that
     reads each batch once; a checkpoint is written about every `checkpoint_seconds`, and the newest `keep_checkpoints`
@@ -49,6 +94,7 @@ class TrainingConfig:
     resample_warm_up_steps: int = 1000
     jacobian_warm_up_steps: int = 0
     jacobian_fraction: float = 1.0
+    exclude: ExcludeConfig = ExcludeConfig()
     log_every: int = 10
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     together: int = 4
@@ -58,11 +104,18 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         names = "batch_size dead_after_tokens resample_batches log_every together keep_checkpoints"
         at_least(1, self, "training", names)
+        names = "shuffle_seed lr_warm_up_steps lr_decay_steps l1_warm_up_steps resample_warm_up_steps "
+        at_least(0, self, "training", names + "jacobian_warm_up_steps auxk_coefficient")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 or more and below 1")
+        require(self.checkpoint_seconds >= 0, "training.checkpoint_seconds", self.checkpoint_seconds, "0 or more")
         require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
         require(self.lr > 0, "training.lr", self.lr, "more than 0")
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
         require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
         fraction = self.jacobian_fraction
         require(0 < fraction <= 1, "training.jacobian_fraction", fraction, "above 0 and at most 1")
+        legal = all(step >= 0 for step in self.resample_steps)
+        require(legal, "training.resample_steps", list(self.resample_steps), "a list of steps, of which the first is 0")
         legal = (self.revive == "resample") == bool(self.resample_steps)
         require(legal, "training.resample_steps", self.resample_steps, "a list of steps with revive=resample, else []")

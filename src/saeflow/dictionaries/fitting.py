@@ -7,9 +7,10 @@ from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import load_dictionary
 from saeflow.jobs.job import Job
+from saeflow.models.conversion import SHORT
 from saeflow.models.folder import Geometry, read_geometry
 from saeflow.models.loading import load_model
-from saeflow.models.source import PROCESSING
+from saeflow.models.source import PROCESSING, reading_model
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -25,10 +26,14 @@ def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
     return ModelConfig(name=folder.name, path=str(folder), **fields)
 
 
-def open_model(job: Job) -> "HookedTransformer":
-    """The model of a job, on its device."""
-    folder = job.source("model")
-    return load_model(folder, model_config(folder, job.config["model"]), job.device)
+def open_model(job: Job, context_size: int = SHORT) -> "HookedTransformer":
+    """The model of a job, on its device.
+
+    Its conversion was checked on whole rows when the activations were cached that the job, or one before it, needs; a
+    job without any says how long rows are.
+    """
+    with reading_model(job) as folder:
+        return load_model(folder, model_config(folder, job.config["model"]), job.device, context_size)
 
 
 def open_dictionary(folder: Path, job: Job) -> Dictionary:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.layouts import foreign_format
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.saelens_format import (
     CONFIG_FILE,
@@ -52,6 +52,9 @@ class Site(NamedTuple):
         return "sae" if self.hook_name == self.hook_name_out else "transcoder"
 
 
+_NOT_WHOLE = (KeyError, TypeError, AttributeError, RecursionError)
+
+
 def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     """Reads a dictionary from disk; the format is known by the files where `form` is None.
 
@@ -60,7 +63,15 @@ def read_foreign(path: Path, site: Site, form: str | None = None) -> Dictionary:
     form = form or foreign_format(path)
     try:
         return _READERS[form](path, site)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError, OSError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+        SafetensorError,
+        OSError,
+    ) as error:
         raise DictionaryError(
             f"{path} is not a whole {form} dictionary: {type(error).__name__} {error}; if it is of another library, "
             f"set dictionary.format to one of {', '.join(_READERS)}"
@@ -82,25 +93,56 @@ def read_release(release: str, sae_id: str, site: Site) -> Dictionary:
 
 
 # -------------------------------------------------------------------- formats
+_IN_TRAINING = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures that SAELens has for training alone: it saves them for use as another."""
+
+
 def _saelens(path: Path, site: Site) -> Dictionary:
     config = json.loads((path / CONFIG_FILE).read_text())
-    if "metadata" in config:
-        dictionary = load_dictionary(path)
-        return _with_checked_site(dictionary, path, site, dictionary.spec.hook_name, dictionary.spec.hook_name_out)
-    from sae_lens import SAE
+    if "metadata" in config and config.get("architecture") not in _IN_TRAINING:
+        return _from_saelens_folder(path, path, site)
+    from sae_lens import SAE, TrainingSAE
 
-    return _through_saelens(SAE.load_from_disk(path, device="cpu"), str(path), site)
+    if "metadata" not in config:
+        return _through_saelens(SAE.load_from_disk(path, device="cpu"), path, site)
+    with TemporaryDirectory() as folder:  # as SAELens's trainer leaves it
+        TrainingSAE.load_from_disk(path, device="cpu").save_inference_model(folder)
+        return _from_saelens_folder(Path(folder), path, site)
 
 
-def _through_saelens(sae: Any, name: str, site: Site) -> Dictionary:
+def _through_saelens(sae: Any, name: str | Path, site: Site) -> Dictionary:
     """What SAELens opened, saved in its present format."""
-    metadata = sae.cfg.metadata
-    hook, out = metadata.hook_name or site.hook_name, metadata.hook_name_out or metadata.hook_name or site.hook_name_out
-    metadata.hook_name, metadata.hook_name_out = hook, None if out == hook else out
-    metadata.sae_lens_version = SAELENS_FORMAT
+    sae.cfg.metadata.sae_lens_version = SAELENS_FORMAT
     with TemporaryDirectory() as folder:
         sae.save_model(folder)
-        return _with_checked_site(load_dictionary(folder), name, site, hook, out)
+        return _from_saelens_folder(Path(folder), name, site)
+
+
+def _from_saelens_folder(folder: Path, name: str | Path, site: Site) -> Dictionary:
+    """One in SAELens's present format. Where it belongs is what its metadata says, which SAELens's runner fills in, and
+    for what they leave open (its trainer knows no hook) what the site says."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    scaling = config.get("normalize_activations")
+    if scaling in ("expected_average_only_in", "covariance_whitening"):
+        raise DictionaryError(
+            f"{name} takes activations scaled by normalize_activations={scaling}, and what by is not in its files: "
+            "fold that into its weights with SAELens (fold_activation_norm_scaling_factor), as the end of its training "
+            "does, and save it again"
+        )
+    said, transcodes = config["metadata"], config["architecture"].endswith("transcoder")
+    hook, out, head = (said.get(field) for field in Site._fields)
+    if hook is None:
+        _check_kind(name, site, "transcoder" if transcodes or out else "sae")
+        head = site.hook_head_index if head is None else head
+    hook = hook or site.hook_name
+    out = out or (site.hook_name_out if transcodes else hook)
+    where = Site(hook, out, head)
+    dictionary = load_dictionary(folder, hooks=where._asdict() | {"hook_name_out": None if out == hook else out})
+    _check_site(name, site, hook, out)
+    if head != site.hook_head_index:
+        of = "all heads" if head is None else f"head {head}"
+        raise DictionaryError(f"{name} is of {of}, but the site's is {site.hook_head_index}; set site.head to it")
+    return dictionary
 
 
 def _transcoder_circuits(path: Path, site: Site) -> Dictionary:
@@ -237,16 +279,6 @@ def _spec(site: Site, activation: Any, W_enc: Tensor, b_dec: Tensor, subtracts: 
     )
 
 
-def _with_checked_site(dictionary: Dictionary, name: str | Path, site: Site, hook: str, out: str) -> Dictionary:
-    _check_site(name, site, hook, out)
-    if dictionary.spec.hook_head_index != site.hook_head_index:
-        raise DictionaryError(
-            f"{name} is of head {dictionary.spec.hook_head_index}, but the site's is {site.hook_head_index}; "
-            "set site.head to it"
-        )
-    return dictionary
-
-
 def _check_kind(name: str | Path, site: Site, kind: str) -> None:
     if kind != site.kind:
         wanted = "a site with hook_name alone" if kind == "sae" else "a site with hook_name_out: site=mlp"
@@ -267,13 +299,14 @@ def foreign_job(job: Job) -> Dictionary:
     config = job.config
     site = Site(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
     if config["release"] is None:
-        source = job.source("foreign")
-        dictionary = read_foreign(source, site, config["format"])
+        form = config["format"]
+        with job.reading("foreign", lambda path, d: foreign_digest(path, form, d), config["content"]) as source:
+            dictionary = read_foreign(source, site, form)
     else:
         source = Path(config["release"]) / config["sae_id"]
         dictionary = read_release(config["release"], config["sae_id"], site)
     dictionary.spec = dataclasses.replace(
-        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=config["label"])
+        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=job.instance.sources["label"])
     )
     folder = job.source("model")
     check_fit(dictionary, source, folder, config["model"], read_geometry(folder))

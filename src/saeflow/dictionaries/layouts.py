@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from saeflow.config import ConfigError
+from saeflow.planning.digests import DigestCache, short_hash
 
 LAYOUTS = {
     "saelens": ("cfg.json", "sae_weights.safetensors"),
@@ -44,3 +45,8 @@ def foreign_files(path: Path, form: str) -> list[Path]:
         if not file.is_file():
             raise ConfigError(f"dictionary.path={path} lacks {file.name}, which dictionary.format={form} has")
     return files
+
+
+def foreign_digest(path: Path, form: str, digests: DigestCache) -> str:
+    """Hash of the files that a dictionary consists of, 32 hexadecimal digits."""
+    return short_hash([digests.file(file) for file in foreign_files(path, form)], 32)

@@ -1,6 +1,7 @@
-"""How figures name dictionaries: by kind (their series), by where they write (their place), by how sparse they are."""
+"""How figures name what a dictionary is: its kind, where it writes, how sparse it is.
 
-import pandas as pd
+`saeflow.dictionaries.series` names the dictionaries of an experiment with these.
+"""
 
 from saeflow.config.dictionary import kinds
 
@@ -15,9 +16,7 @@ _KINDS = {
 }
 _AMOUNTS = {"l1_coefficient": "L1", "l0_coefficient": "L0 coefficient"}
 SERIES = (*_KINDS.values(), *(f"skip {name}" for name in _KINDS.values()))
-"""In the order of their colours; other names follow."""
-IDENTITY = ["place", "hook_name", "hook_name_out", "series", "amount_name", "amount", "seed"]
-"""The first columns of a table of dictionaries; the key follows."""
+"""Names of kinds, in the order in which figures number them; other names follow."""
 
 
 def series_name(
@@ -47,19 +46,3 @@ def hook_title(hook_name: str) -> str:
 def place_name(hook_name: str, head: int = -1) -> str:
     """Where a dictionary writes, or reads, as a title."""
     return hook_title(hook_name) + (f", head {head}" if head >= 0 else "")
-
-
-def with_names(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds `head` (-1: all), `site` and `series` to a table of dictionaries, and names its amounts for people."""
-    head = table["hook_head_index"].fillna(-1).astype(int) if "hook_head_index" in table else -1
-    table = table.assign(head=head)
-    table["place"] = [place_name(*row) for row in zip(table["hook_name_out"], table["head"], strict=True)]
-    columns = (table[c] for c in ("kind", "activation", "skip", "saelens", "source", "head"))
-    table["series"] = [series_name(*row) for row in zip(*columns, strict=True)]
-    if "sparsity" in table:  # said where it is what tells two apart
-        for name, rows in table.groupby("series"):
-            if rows["sparsity"].nunique() > 1:
-                unit_norm = rows.index[rows["sparsity"] == "unit_norm"]
-                table.loc[unit_norm, "series"] = f"{name}, unit norm"
-    table["amount_name"] = table["amount_name"].map(amount_name)
-    return table

@@ -139,7 +139,8 @@ class Dictionary:
     def with_unit_decoder(self) -> "Dictionary":
         """The same function with decoder rows of norm 1: each norm moves into its latent's encoder.
 
-        A TopK that ranked latents by value times decoder norm then ranks them by value.
+        A TopK that ranked latents by value times decoder norm then ranks them by value; one that ranked them by value,
+        with rows of several norms, would become another.
         """
         norms = self.W_dec.norm(dim=1).clamp(min=1e-8)  # a row of zeros stays one
         scaled = {"W_enc": self.W_enc * norms, "b_enc": self.b_enc * norms, "W_dec": self.W_dec / norms[:, None]}

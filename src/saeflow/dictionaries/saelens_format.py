@@ -22,6 +22,7 @@ from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.dictionaries.layouts import head_folders
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
+from saeflow.storage.modes import share
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.54.12"  # the version of SAELens whose files these are; below 6 it would rewrite the config on load
@@ -44,6 +45,7 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
         return save_saelens(dictionary.sae, dictionary.spec, folder)
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in dictionary.tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
+    share(folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(_config(dictionary.spec), indent=1, sort_keys=True) + "\n")
 
 
@@ -52,14 +54,16 @@ def save_saelens(sae: Any, spec: Spec, folder: Path) -> None:
     if spec.hook_name.endswith("hook_z") and spec.hook_head_index is None:
         sae.cfg.reshape_activations = "hook_z"
     sae.save_model(folder)
+    share(folder / WEIGHTS_FILE)
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["device"] = "cpu"
-    config["metadata"] |= _metadata(spec) | {"hook_name_out": None}
+    config["metadata"] |= _metadata(spec)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
-    """Opens a dictionary of this project, or one of SAELens's architectures of the same kinds.
+def load_dictionary(folder: str | Path, device: str = "cpu", hooks: dict[str, Any] | None = None) -> Dictionary:
+    """Opens a dictionary of this project, or one of SAELens's architectures of the same kinds. `hooks`: `hook_name`,
+    `hook_name_out` and `hook_head_index`, where its metadata may lack them.
 
     Raises `DictionaryError` for a folder that does not hold a dictionary that can be used here.
     """
@@ -79,14 +83,14 @@ def load_dictionary(folder: str | Path, device: str = "cpu") -> Dictionary:
     if _needs_saelens(config):
         from saeflow.dictionaries.saelens_classes import SAELensDictionary
 
-        return SAELensDictionary.load(folder, _spec(config, folder), device)
+        return SAELensDictionary.load(folder, _spec(config, folder, hooks), device)
     missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - tensors.keys()
     if missing:
         raise DictionaryError(f"{folder}/{WEIGHTS_FILE} lacks {', '.join(sorted(missing))}")
     unknown = tensors.keys() - {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold"}
     if unknown:
         raise DictionaryError(f"{folder}/{WEIGHTS_FILE} holds {', '.join(sorted(unknown))}, which nothing here uses")
-    return build(_spec(config, folder), **tensors)
+    return build(_spec(config, folder, hooks), **tensors)
 
 
 _ARCHITECTURES = {  # SAELens's names for what computes the same; topk_transcoder and topk_skip_transcoder are ours
@@ -148,7 +152,7 @@ def _needs_saelens(config: dict[str, Any]) -> bool:
     return bool(scales) or config.get("architecture") in OPENED_BY_SAELENS
 
 
-def _spec(config: dict[str, Any], folder: Path) -> Spec:
+def _spec(config: dict[str, Any], folder: Path, hooks: dict[str, Any] | None = None) -> Spec:
     """The spec that a `cfg.json` describes. Raises `DictionaryError` for what is not supported."""
     architecture = str(config.get("architecture"))
     legal = (*_ARCHITECTURES.values(), *OPENED_BY_SAELENS)
@@ -158,7 +162,7 @@ def _spec(config: dict[str, Any], folder: Path) -> Spec:
         )
     activation: Any = next((name for name in ("topk", "jumprelu") if architecture.startswith(name)), "relu")
     try:
-        metadata = config["metadata"]
+        metadata = config["metadata"] | (hooks or {})
         held = metadata.get("saeflow") or {}
         out = metadata.get("hook_name_out")
         return Spec(

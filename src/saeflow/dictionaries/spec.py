@@ -96,6 +96,13 @@ class Spec:
         return self.activation == "relu" and self.sparsity == "decoder_norm"
 
     @property
+    def ranks_in_scaled_units(self) -> bool:
+        """Whether training ranked latents in units that differ from raw ones by more than one factor: by another for
+        each head. Norms of decoder rows then have to be folded before the scale, or TopK would keep other latents."""
+        by_head = self.normalize_activations == "per_head" and self.hook_head_index is None
+        return by_head and self.activation == "topk"
+
+    @property
     def random_seed(self) -> int:
         """Of all that training draws: heads of one seed do not start alike."""
         head = self.hook_head_index

@@ -1,12 +1,13 @@
 """The stage `foreign`: dictionaries that other libraries made, read instead of trained."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.config.checks import where
+from saeflow.config.labels import file_safe
 from saeflow.dictionaries.kinds.foreign import ForeignConfig
-from saeflow.dictionaries.layouts import foreign_files, foreign_format
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
 from saeflow.planning.stages import Stage
@@ -19,24 +20,31 @@ def expand(expansion: Expansion) -> None:
 
 
 def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
-    """It enters by content, or by the names of its release."""
+    """It enters by content, or by the names of its release; what figures call it enters nothing but theirs."""
     site, sources = planned.point.site, dict[str, str]()
     identity: dict[str, Any] = {"release": config.release, "sae_id": config.sae_id, "format": None, "content": None}
     label = config.label or f"{config.release} {config.sae_id}"
     if config.path is not None:
         path = Path(config.path)
         if not path.exists():
-            raise ConfigError(f"dictionary.path={path}: no such file or folder")
+            raise ConfigError(f"dictionary.path={path}: no such file or folder{where(path)}")
         form = config.format or foreign_format(path)
-        content = planned.digests.files(path.parent if path.is_file() else path, foreign_files(path, form))
+        content = foreign_digest(path, form, planned.digests)
         identity |= {"format": form, "content": content}
         label = config.label or path.stem
         sources = {"foreign": str(path)}
-    name = re.sub(r"[^\w.]+", "_", label)
-    places = {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
-    extra = identity | places | {"label": label}
-    key = planned.add("foreign", f"{name}-{short_hook(site.hook_name)}", {}, extra, sources=sources)
-    planned.dictionaries.append(PlannedDictionary("foreign", key, site.hook_name_out or site.hook_name, head=site.head))
+    made = file_safe(f"{form}.{content[:4]}" if config.path is not None else f"{config.release}.{config.sae_id}")
+    base = f"{made}-{short_hook(site.hook_name, site.hook_name_out)}"
+    extra = identity | {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
+    key = planned.add("foreign", base, {}, extra, sources=sources | {"label": label})
+    written = site.hook_name_out or site.hook_name
+    planned.dictionaries.append(PlannedDictionary("foreign", key, written, base, head=site.head))
+
+
+def version_of(config: dict[str, Any]) -> int | None:
+    """2: a transcoder that only SAELens computes lost where it writes."""
+    may_be = config["hook_name_out"] is not None and config["format"] in (None, "saelens")
+    return 2 if may_be else None
 
 
 def work(jobs: list[Job]) -> str:
@@ -56,6 +64,7 @@ STAGES = (
         work,
         expand,
         reads=("model",),
+        version_of=version_of,
         after=("train",),
         drawn="where_there",
     ),

@@ -24,6 +24,7 @@ from torch import Tensor
 from saeflow.activations.store import open_column
 from saeflow.dictionaries.fitting import open_model
 from saeflow.evaluation.metrics import squared_norm
+from saeflow.evaluation.scope import Scope
 from saeflow.evaluation.sums import Rows, SumAccumulator, Sums, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
@@ -56,13 +57,20 @@ class Baseline(NamedTuple):
 
 
 def measure_baselines(
-    model: "HookedTransformer", sites: list[AblationSite], rows: Rows, prepend_bos: bool, batch_rows: int
+    model: "HookedTransformer",
+    sites: list[AblationSite],
+    rows: Rows,
+    prepend_bos: bool,
+    batch_rows: int,
+    replace_first: bool = True,
 ) -> list[Baseline]:
-    """Runs `rows` (sequence, position) of token ids clean and with every hook ablated, each at every position."""
+    """Runs `rows` (sequence, position) of token ids clean and with every hook ablated, each at every position, or at
+    all but the first of rows."""
     accumulators = [SumAccumulator(prepend_bos) for _ in sites]
     for tokens, document in token_batches(rows, prepend_bos, batch_rows, model.cfg.device, "baselines"):
+        scope = Scope.of(tokens, replace_first)
         with fused_attention(model), torch.no_grad():
-            for accumulator, (values, centred) in zip(accumulators, _measure(model, sites, tokens), strict=True):
+            for accumulator, (values, centred) in zip(accumulators, _measure(model, sites, tokens, scope), strict=True):
                 accumulator.add(document, values, {"centred": centred})
     return [
         Baseline(a.hook_name, a.head, accumulator.sums()) for a, accumulator in zip(sites, accumulators, strict=True)
@@ -70,15 +78,17 @@ def measure_baselines(
 
 
 def _measure(
-    model: "HookedTransformer", sites: list[AblationSite], tokens: Tensor
+    model: "HookedTransformer", sites: list[AblationSite], tokens: Tensor, scope: Scope
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Of one batch `tokens` (B, P) and each hook: values (B, P) by name, and the centred target (B, P, p)."""
     B, P = tokens.shape
     clean = run_clean(model, tokens, [], {a.hook_name for a in sites})
     finals = []
     for hook, mean, head in sites:
+        y = flattened(clean.values[hook], head)
         for value in (torch.zeros_like(mean), mean):
-            finals.append(drop_last_position(run_spliced(model, clean, hook, value.expand(B * P, -1), head)))
+            ablated = scope.put(scope.part(value.expand(B * P, -1)), y)
+            finals.append(drop_last_position(run_spliced(model, clean, hook, ablated, head)))
     ce_clean, losses = model_losses(model, tokens, drop_last_position(clean.final), finals)
     n_predictions = at_positions(torch.ones_like(ce_clean), B)
     found = []
@@ -97,7 +107,8 @@ def _measure(
             "squared_norm": squared_norm(y).view(B, P),
             "squared_centred": squared_norm(centred).view(B, P),
         }
-        found.append((values, centred.view(B, P, -1)))
+        counted = {name: scope.counted(value.flatten()).view(B, P) for name, value in values.items()}
+        found.append((counted, scope.counted(centred).view(B, P, -1)))
     return found
 
 
@@ -131,7 +142,8 @@ def baseline_jobs(jobs: list[Job]) -> list[Baseline]:
     model = open_model(first)
     log.info("%d hooks, %d tokens", len(sites), rows.n_rows * rows.context_size)
     batch_rows = first.config["evaluation"]["batch_rows"]
-    found = measure_baselines(model, sites, rows, rows.attributes["prepend_bos"], batch_rows)
+    replace_first = first.config.get("replace_first", True)
+    found = measure_baselines(model, sites, rows, rows.attributes["prepend_bos"], batch_rows, replace_first)
     for job, baseline in zip(jobs, found, strict=True):
         with job.writing() as out:
             write_baseline(baseline, out)

@@ -19,13 +19,15 @@ import torch
 from scipy.stats import fisher_exact
 
 from saeflow.config import BlindConfig, ConfigError
+from saeflow.config.checks import escape_controls
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.evaluation.sums import Rows, token_batches
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
+from saeflow.models.source import reading_model
 from saeflow.models.splicing import flattened, read_hooks
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import TokenStore, open_tokens
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ def example(tokens: list[str], values: np.ndarray, at: int, largest: float) -> s
     for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
         shade = "" if value <= 0 else "s" if value < largest / 3 else "t" if value < 2 * largest / 3 else "u"
         classes = " ".join(c for c in (shade, "at" if i == at else "") if c)
-        text = html.escape(token.replace("\n", "↵"))
+        text = html.escape(escape_controls(token.replace("\n", "↵")))
         parts.append(f'<span class="{classes}">{text}</span>' if classes else text)
     return "".join(parts)
 
@@ -153,7 +155,8 @@ def blind_job(job: Job) -> int:
     settings = BlindConfig(**job.config["blind"])
     rows = open_tokens(job.input("tokens"))
     model = open_model(job)
-    tokenizer = load_tokenizer(job.source("model")).tokenizer
+    with reading_model(job) as folder:
+        tokenizer = open_tokenizer(folder)
     shown, key = [], []
     folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
     for evaluated in job.inputs("evaluate"):

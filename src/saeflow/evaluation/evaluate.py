@@ -5,10 +5,11 @@ which it writes. The ablations that it is compared with come from that hook's ba
 dictionary's numbers are does not depend on which others it is evaluated with.
 
 Scope: the replacement is made at every position, BOS too (as in notebook 004 and the transcoder paper), and so are the
-ablations. A dictionary of one head replaces that head, and its ablations are of that head. BOS's activations are unlike
-any other's, so every metric is also given `_without_bos`: over the tokens that are not BOS, and the predictions not
-made from it. Tokens without BOS (packed with prepend_bos=false) have the same numbers in both. `<metric>_low` and
-`<metric>_high` are its interval over documents (`saeflow.evaluation.bootstrap`).
+ablations; with `evaluation.replace_first=false` at all but the first of rows, which then count nowhere. A dictionary of
+one head replaces that head, and its ablations are of that head. BOS's activations are unlike any other's, so every
+metric is also given `_without_bos`: over the tokens that are not BOS, and the predictions not made from it. Tokens
+without BOS (packed with prepend_bos=false) have the same numbers in both. `<metric>_low` and `<metric>_high` are its
+interval over documents (`saeflow.evaluation.intervals`).
 """
 
 import json
@@ -26,8 +27,9 @@ from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
-from saeflow.evaluation.bootstrap import interval, resample
-from saeflow.evaluation.metrics import firing, reconstruct, summarise, target
+from saeflow.evaluation.intervals import entry, interval, resample
+from saeflow.evaluation.metrics import firing, limits, reconstruct, summarise, target
+from saeflow.evaluation.scope import Scope, bos_of, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, joined, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
@@ -58,7 +60,7 @@ class Evaluation(NamedTuple):
     by_l0: np.ndarray
     """(2, most + 1): how many tokens have an L0 of 0, 1, ...; first those of BOS, then the others."""
     resamples: dict[str, np.ndarray]
-    """Each metric, resampled over documents: (resamples,)."""
+    """Each metric without one of the documents, or one group of them: (resamples,)."""
     summary: dict[str, Any]
 
 
@@ -70,15 +72,15 @@ def evaluate(
     fired = [np.zeros((2, s.dictionary.d_sae), dtype=np.int64) for s in tasks]
     by_l0 = [np.zeros((2, s.dictionary.d_sae + 1), dtype=np.int64) for s in tasks]
     for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "evaluating"):
-        is_bos = torch.zeros_like(tokens, dtype=torch.bool)
-        is_bos[:, 0] = prepend_bos
-        is_bos = is_bos.flatten()
+        is_bos = bos_of(tokens, prepend_bos)
+        scope = Scope.of(tokens, config.replace_first)
         with fused_attention(model):
-            for i, (per_token, fired_now) in enumerate(_evaluate_batch(model, tasks, tokens, is_bos)):
+            for i, (per_token, fired_now) in enumerate(_evaluate_batch(model, tasks, tokens, is_bos, scope)):
                 accumulators[i].add(document, per_token)
                 fired[i] += fired_now.cpu().numpy()
                 l0 = per_token["l0"].flatten().long()
                 for counts, chosen in zip(by_l0[i], (is_bos, ~is_bos), strict=True):
+                    chosen = scope.counted(chosen)
                     counts += torch.bincount(l0[chosen], minlength=len(counts)).cpu().numpy()
     results = zip(tasks, accumulators, fired, by_l0, strict=True)
     return [_evaluation(s.baseline, accumulator, f, counts, config) for s, accumulator, f, counts in results]
@@ -86,7 +88,7 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate_batch(
-    model: "HookedTransformer", tasks: list[EvaluationTask], tokens: Tensor, is_bos: Tensor
+    model: "HookedTransformer", tasks: list[EvaluationTask], tokens: Tensor, is_bos: Tensor, scope: Scope
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Measures every task on `tokens` (B, P); `is_bos` (B P,).
 
@@ -96,21 +98,25 @@ def _evaluate_batch(
     splices = {s.baseline.hook_name for s in tasks}
     clean = run_clean(model, tokens, {s.dictionary.spec.hook_name for s in tasks}, splices)
     sites = {(s.baseline.hook_name, s.baseline.head) for s in tasks}
-    targets = {(hook, head): target(flattened(clean.values[hook], head)) for hook, head in sites}
+    values = {(hook, head): flattened(clean.values[hook], head) for hook, head in sites}
+    targets = {site: target(scope.part(value)) for site, value in values.items()}
     finals, reconstructions = [], []
     for dictionary, (hook, head, _) in tasks:
-        x = flattened(clean.values[dictionary.spec.hook_name], head)
-        reconstruction = reconstruct(dictionary, x, targets[hook, head], is_bos)
-        finals.append(drop_last_position(run_spliced(model, clean, hook, reconstruction.output, head)))
+        x = scope.part(flattened(clean.values[dictionary.spec.hook_name], head))
+        reconstruction = reconstruct(dictionary, x, targets[hook, head], scope.part(is_bos))
+        replaced = scope.put(reconstruction.output, values[hook, head])
+        finals.append(drop_last_position(run_spliced(model, clean, hook, replaced, head)))
         # not the output: it is as large as the final value
-        reconstructions.append((reconstruction.per_token, reconstruction.fired))
+        nothing = torch.zeros(len(is_bos), dtype=torch.float64, device=tokens.device)
+        per_token = {name: scope.put(v, nothing) for name, v in reconstruction.per_token.items()}
+        reconstructions.append((per_token, reconstruction.fired))
     B, P = tokens.shape
     _, losses = model_losses(model, tokens, drop_last_position(clean.final), finals)
     results = []
     for (per_token, fired), loss in zip(reconstructions, losses, strict=True):
-        replaced = {"ce_replaced": at_positions(loss.ce, B), "kl": at_positions(loss.kl, B)}
-        reshaped = {name: v.view(B, P) for name, v in per_token.items()}
-        results.append((replaced | reshaped, fired))
+        losses_by_name = {"ce_replaced": at_positions(loss.ce, B), "kl": at_positions(loss.kl, B)}
+        measured = {name: scope.counted(v.flatten()) for name, v in losses_by_name.items()} | per_token
+        results.append(({name: v.view(B, P) for name, v in measured.items()}, fired))
     return results
 
 
@@ -151,13 +157,10 @@ def _metrics(
     by_document = {name: np.bincount(group, values, len(present)) for name, values in sums.items()}
     centred_by_document = np.zeros((len(present), centred.shape[1]))
     np.add.at(centred_by_document, group, centred)
-    resampled = resample(by_document, centred_by_document, config.resamples, config.bootstrap_seed)
+    resampled = resample(by_document, centred_by_document, config.resamples)
     for name, values in resampled.items():
-        bounds = interval(values, config.confidence) if len(present) > 1 and summary[name] is not None else None
-        summary[f"{name}_low"], summary[f"{name}_high"] = bounds or (None, None)
-        if bounds is None and summary[name] is not None:
-            few = f"{len(present)} document" if len(present) == 1 else "some drawn documents give it no meaning"
-            summary[f"{name}_low_reason"] = f"no interval: {few}"
+        value = np.nan if summary[name] is None else summary[name]
+        summary |= entry(name, value, *interval(value, values, config.confidence, *limits(name)), len(present))
     return summary | {"n_documents": len(present)}, resampled
 
 
@@ -190,7 +193,8 @@ def evaluate_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
 
     rows = open_tokens(first.input("tokens"))
     log.info("%d dictionaries at %d hooks, %d tokens", len(tasks), len(baselines), rows.n_rows * rows.context_size)
-    config = EvaluationConfig(**first.config["evaluation"])
+    config = EvaluationConfig(**first.config["evaluation"], replace_first=first.config.get("replace_first", True))
+    warn_of_untrained_first([folder for job in jobs for folder in job.inputs("train")], config.replace_first)
     evaluations = evaluate(open_model(first), tasks, rows, rows.attributes["prepend_bos"], config)
     summaries = []
     for job, task, evaluation in zip(jobs, tasks, evaluations, strict=True):
@@ -225,4 +229,5 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     keys["dictionary_key"] = "/".join(key for key in keys.values() if key)
     keys |= {"tokens_key": job.input("tokens").name, "model_name": spec.origin.model_name or ""}
     pair = {"source": spec.origin.source or "", "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
-    return keys | pair | {"amount_name": name, "amount": amount} | identity
+    scope = {name: job.config[name] for name in ("replace_first",) if name in job.config}
+    return keys | pair | scope | {"amount_name": name, "amount": amount} | identity

@@ -147,6 +147,17 @@ def ratios(sums: Mapping[str, Any]) -> dict[str, Ratio]:
     }
 
 
+def limits(name: str) -> tuple[float, float]:
+    """What a metric cannot be below, and above."""
+    name = name.removesuffix("_without_bos")
+    if name == "cosine":
+        return -1.0, 1.0
+    if name in ("explained_variance", "explained_variance_legacy"):
+        return -math.inf, 1.0
+    signed = name == "ce_increase" or name.startswith("loss_recovered_") or name == "relative_reconstruction_bias"
+    return (-math.inf if signed else 0.0), math.inf
+
+
 def summarise(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics from sums over tokens. One that has no meaning is None, and `<metric>_reason` says why."""
     out: dict[str, Any] = {"n_tokens": int(sums["n_tokens"]), "n_predictions": int(sums["n_predictions"])}

@@ -19,8 +19,9 @@ from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
-from saeflow.evaluation.bootstrap import interval, resample
-from saeflow.evaluation.metrics import Ratio, loss_ratios, why_undefined
+from saeflow.evaluation.intervals import entry, interval, resample
+from saeflow.evaluation.metrics import Ratio, limits, loss_ratios, why_undefined
+from saeflow.evaluation.scope import Scope, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
@@ -62,7 +63,8 @@ def evaluate_stack(
     accumulator = SumAccumulator(prepend_bos)
     for tokens, document in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "stack"):
         with fused_attention(model), torch.no_grad():
-            accumulator.add(document, _measure(model, members, tokens))
+            scope = Scope.of(tokens, config.replace_first)
+            accumulator.add(document, _measure(model, members, tokens, scope))
     sums = accumulator.sums()
     sums_by_name = columns(sums.documents)
     owner = np.unique([row["document"] for row in sums.documents], return_inverse=True)[1]
@@ -73,13 +75,12 @@ def evaluate_stack(
         present, group = np.unique(owner[chosen], return_inverse=True)
         by_document = {n: np.bincount(group, v[chosen], len(present)) for n, v in sums_by_name.items()}
         total = {name: values.sum() for name, values in by_document.items()}
-        drawn = resample(by_document, None, config.resamples, config.bootstrap_seed, _ratios)
+        drawn = resample(by_document, None, config.resamples, _ratios)
         summary |= {f"{name}{suffix}": int(total[name]) for name in ("n_tokens", "n_predictions")}
         values = {name: float(ratio.value()) for name, ratio in _ratios(total).items()}
         for name, value in values.items():
-            bounds = interval(drawn[name], config.confidence) if len(present) > 1 else None
-            summary[f"{name}{suffix}"] = value if np.isfinite(value) else None
-            summary[f"{name}{suffix}_low"], summary[f"{name}{suffix}_high"] = bounds or (None, None)
+            ends = interval(value, drawn[name], config.confidence, *limits(name))
+            summary |= entry(f"{name}{suffix}", value, *ends, len(present))
             if not np.isfinite(value):
                 summary[f"{name}{suffix}_reason"] = why_undefined(name, values)
             resamples[f"{name}{suffix}"] = drawn[name]
@@ -92,7 +93,7 @@ def _ratios(sums: dict[str, Any]) -> dict[str, Ratio]:
     return loss_ratios(sums) | l0
 
 
-def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) -> dict[str, Tensor]:
+def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor, scope: Scope) -> dict[str, Tensor]:
     """Of one batch `tokens` (B, P): values (B, P) by name."""
     B, P = tokens.shape
     layer = min(hook_layer(m.dictionary.spec.hook_name, model.cfg.n_layers) for m in members) - 1
@@ -108,13 +109,15 @@ def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) 
 
     def replace(value: Tensor, hook: Any, dictionary: Dictionary) -> Tensor:
         spec = dictionary.spec
-        x = flattened(read.pop(spec.hook_name) if not spec.reconstructs else value, spec.hook_head_index)
+        head = spec.hook_head_index
+        x = scope.part(flattened(read.pop(spec.hook_name) if not spec.reconstructs else value, head))
         f = dictionary.encode(x)
-        l0[spec.hook_name_out] = (f != 0).sum(1).view(B, P)
-        return _put(value, dictionary.decode(f, x), spec.hook_head_index)
+        l0[spec.hook_name_out] = scope.put((f != 0).sum(1), torch.zeros(B * P, dtype=torch.int64, device=f.device))
+        return _put(value, scope.put(dictionary.decode(f, x), flattened(value, head)), head)
 
     def ablate(value: Tensor, hook: Any, dictionary: Dictionary, by: Tensor) -> Tensor:
-        return _put(value, by.expand(B * P, -1), dictionary.spec.hook_head_index)
+        head = dictionary.spec.hook_head_index
+        return _put(value, scope.put(scope.part(by.expand(B * P, -1)), flattened(value, head)), head)
 
     reading = [(m.dictionary.spec.hook_name, keep) for m in members if not m.dictionary.spec.reconstructs]
     writing: list[list[Any]] = [reading, [], []]
@@ -132,8 +135,10 @@ def _measure(model: "HookedTransformer", members: list[Member], tokens: Tensor) 
     for name, loss in (("replaced", replaced), ("zero", zero), ("mean", averaged)):
         values[f"ce_{name}"] = at_positions(loss.ce, B)
         values["kl" if name == "replaced" else f"kl_{name}"] = at_positions(loss.kl, B)
-    values["l0"] = torch.stack(list(l0.values())).sum(0)
-    return values | {f"l0.{hook}": count for hook, count in l0.items()}
+    values = {name: scope.counted(value.flatten()).view(B, P) for name, value in values.items()}
+    counts = {hook: count.view(B, P) for hook, count in l0.items()}
+    values["l0"] = torch.stack(list(counts.values())).sum(0)
+    return values | {f"l0.{hook}": count for hook, count in counts.items()}
 
 
 def _put(value: Tensor, new: Tensor, head: int | None) -> Tensor:
@@ -157,7 +162,9 @@ def stack_job(job: Job) -> dict[str, Any]:
     model = open_model(job)
     log.info("%d dictionaries at once, %d tokens", len(members), rows.n_rows * rows.context_size)
     prepend_bos = rows.attributes["prepend_bos"]
-    evaluation = evaluate_stack(model, members, rows, prepend_bos, EvaluationConfig(**config["evaluation"]))
+    options = EvaluationConfig(**config["evaluation"], replace_first=config.get("replace_first", True))
+    warn_of_untrained_first(job.inputs("train"), options.replace_first)
+    evaluation = evaluate_stack(model, members, rows, prepend_bos, options)
     hooks = [m.dictionary.spec.hook_name_out for m in members]
     names = {"stack": config["stack"], "group": config["group"], "train_keys": [p.name for p in folders]}
     summary = names | {"layers": config["layers"], "hooks": hooks} | evaluation.summary

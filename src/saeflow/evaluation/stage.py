@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from saeflow.config import BlindConfig, ConfigError, build
+from saeflow.config.labels import file_safe
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, add_instance, short_hook
@@ -18,7 +19,8 @@ def expand_baseline(expansion: Expansion) -> None:
         for found in planned.dictionaries:
             label = short_hook(found.hook_name) + (f".{found.head}" if found.head is not None else "")
             needs = _held_out(planned) | {"activations": [planned.keys["activations"][found.hook_name]]}
-            planned.add("baseline", label, needs, {"head": found.head}, name=f"{found.hook_name} {found.head}")
+            extra, label = {"head": found.head} | _scope(planned), label + _told(planned)
+            planned.add("baseline", label, needs, extra, name=f"{found.hook_name} {found.head}")
 
 
 def expand_evaluate(expansion: Expansion) -> None:
@@ -27,7 +29,8 @@ def expand_evaluate(expansion: Expansion) -> None:
             baseline = planned.keys["baseline"][f"{found.hook_name} {found.head}"]
             needs = {found.stage: [found.key], "baseline": [baseline]} | _held_out(planned)
             part = {"part": found.part} if found.part else {}
-            planned.add("evaluate", found.label, needs, part, name=f"{found.key} {found.part}")
+            extra, label = part | _scope(planned), found.label + _told(planned)
+            planned.add("evaluate", label, needs, extra, name=f"{found.key} {found.part}")
 
 
 def expand_stack(expansion: Expansion) -> None:
@@ -39,7 +42,7 @@ def expand_stack(expansion: Expansion) -> None:
             continue
         rest = {name: value for name, value in planned.tree.items() if name not in ("site", "jacobian")}
         hooks = [hook and hook.replace(f"blocks.{site.layer}.", "") for hook in (site.hook_name, site.hook_name_out)]
-        by_layer = groups.setdefault(canonical([rest, hooks, site.head]), {})
+        by_layer = groups.setdefault(canonical([rest, hooks, site.head, *_scope(planned)]), {})
         other = by_layer.setdefault(site.layer, planned)
         if other is None or other.dictionaries[0].key != planned.dictionaries[0].key:
             by_layer[site.layer] = None  # several, such as foreign ones: which belongs to the stack?
@@ -57,13 +60,14 @@ def _add_stack(wanted: Any, by_layer: dict[int, PlannedPoint | None]) -> None:
         raise ConfigError(f"stacks: {wanted} has several dictionaries of a layer that differ in nothing else")
     dictionaries = [point.dictionaries[0] for point in points]
     label = re.sub(r"-L\d+\.", "-", dictionaries[0].label)
+    group = re.sub(r"-L\d+\.", "-", dictionaries[0].key.rsplit("-", 1)[0])
     name = "_".join(map(str, layers)) if isinstance(wanted, list) else wanted
     needs = {
         dictionaries[0].stage: [found.key for found in dictionaries],
         "activations": [p.keys["activations"][d.hook_name] for p, d in zip(points, dictionaries, strict=True)],
     }
-    extra = {"group": label, "stack": name, "layers": layers}
-    points[0].add("stack", f"{label}-{name}", needs | _held_out(points[0]), extra, name=name)
+    extra = {"group": group, "stack": name, "layers": layers} | _scope(points[0])
+    points[0].add("stack", f"{label}-{name}{_told(points[0])}", needs | _held_out(points[0]), extra, name=name)
 
 
 def _layers(wanted: Any, there: list[int]) -> list[int]:
@@ -99,12 +103,23 @@ def expand_blind(expansion: Expansion) -> None:
     needs = {stage: keys for stage, keys in needs.items() if keys}
     needs |= {"evaluate": [e.key for e in evaluations], "tokens": first.needs["tokens"]}
     config = {"model": first.config["model"], "blind": dataclasses.asdict(blind)}
-    add_instance(plan, "blind", plan.experiment, config, needs, first.sources)
+    add_instance(plan, "blind", file_safe(plan.experiment), config, needs, first.sources)
 
 
 def _on_text(expansion: Expansion) -> list[PlannedPoint]:
     """Points whose held-out tokens are text; a model whose algorithm is known is asked about that instead."""
     return [planned for planned in expansion.points if planned.point.model.tracr is None]
+
+
+def _scope(planned: PlannedPoint) -> dict[str, Any]:
+    """What of the evaluation's scope enters keys: nothing where first tokens are replaced too, as they were always
+    before there was a choice."""
+    planned.tree["evaluation"].pop("replace_first", None)
+    return {} if planned.point.evaluation.replace_first else {"replace_first": False}
+
+
+def _told(planned: PlannedPoint) -> str:
+    return "" if planned.point.evaluation.replace_first else "-no_replace_first"
 
 
 def _held_out(planned: PlannedPoint) -> dict[str, list[str]]:
@@ -113,7 +128,9 @@ def _held_out(planned: PlannedPoint) -> dict[str, list[str]]:
 
 def together(plan: Plan, instance: Instance) -> list[Any]:
     """Those of one model that are evaluated on the same tokens share the clean pass."""
-    return [instance.config["model"], instance.config.get("evaluation"), instance.needs["tokens"]]
+    config = instance.config
+    scope = [config["replace_first"]] if "replace_first" in config else []
+    return [config["model"], config.get("evaluation"), instance.needs["tokens"], *scope]
 
 
 def work_baseline(jobs: list[Job]) -> str:
@@ -178,10 +195,11 @@ STAGES = (
         work_evaluate,
         expand_evaluate,
         reads=("evaluation", "model"),
-        version=4,
+        version=5,
         needs=("train", "foreign", "baseline", "tokens"),
         together=together,
         drawn="always",
+        listed="saeflow.evaluation.overview:overview",
     ),
     Stage(
         "stack",
@@ -189,6 +207,7 @@ STAGES = (
         work_stack,
         expand_stack,
         reads=("evaluation", "model"),
+        version=2,
         needs=("train", "foreign", "activations", "tokens"),
         after=("evaluate",),
         drawn="where_there",

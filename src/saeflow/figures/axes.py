@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,13 +21,19 @@ def log_axis(axis: Axes, which: str) -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float] | None = None, squeeze: bool = True, **more: Any
+) -> tuple[Figure, Any]:
+    """`pyplot.subplots`, of a figure that pyplot does not know; `figsize` in inches."""
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze, **more)
+
+
 def wrapped_panels(n: int, width: float, height: float, least_width: float) -> tuple[Figure, np.ndarray]:
     """A grid with room for n panels, at most four beside one another; those that are left over are off."""
     columns = max(1, min(n, PANELS_BESIDE))
     rows = max(1, math.ceil(n / columns))
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(max(least_width, width * columns), height * rows), squeeze=False
-    )
+    figure, grid = subplots(rows, columns, figsize=(max(least_width, width * columns), height * rows), squeeze=False)
     for axis in grid.flat[n:]:
         axis.set_axis_off()
     return figure, grid
@@ -36,7 +41,7 @@ def wrapped_panels(n: int, width: float, height: float, least_width: float) -> t
 
 def panels(rows: int, columns: int, width: float = 2.9, height: float = 2.6, **more: Any) -> tuple[Figure, np.ndarray]:
     """A grid of panels of one size."""
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **more)
+    return subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **more)
 
 
 def empty_panel(axis: Axes, text: str) -> None:
@@ -72,10 +77,19 @@ def labelled(axes: Iterable[Axes]) -> dict[str, Any]:
     return entries
 
 
-def legend_below(figure: Figure, entries: dict[str, Any] | list[Any], columns: int = 6) -> None:
-    """One legend for the whole figure, of handles by label or of handles that have their labels."""
+def legend_below(figure: Figure, entries: dict[str, Any] | list[Any], columns: int = 6, note: str = "") -> None:
+    """One legend for the whole figure, of handles by label or of handles that have their labels; `note` stands above
+    it: what bars and bands cover."""
     if entries:
         handles = list(entries.values()) if isinstance(entries, dict) else entries
         labels = list(entries) if isinstance(entries, dict) else [handle.get_label() for handle in handles]
         ncols = min(columns, len(handles))
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=ncols)
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=ncols, title=note or None)
+        figure.legends[-1].get_title().set_fontsize(7)
+
+
+def legend_beside(grid: np.ndarray, entries: dict[str, Any]) -> None:
+    """One legend for all panels, right of the first row and of what hangs on its last axis."""
+    axis = grid[0][-1]
+    right = 1.02 + (0.2 if axis.child_axes else 0)
+    axis.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(right, 0.5))

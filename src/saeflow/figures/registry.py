@@ -15,11 +15,12 @@ modules `figures.py` and of packages `figures/` in the packages of saeflow. Thei
 import ast
 import functools
 import importlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from saeflow.storage.publish import publish_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,10 +93,7 @@ def caption(name: str, written: str | Path, folder: str | Path) -> str:
     text = one.sentence.replace("|", r"\|").replace("`", "``")  # |J| would be a reference to something
     text = f"{text} The table behind it is ``{name}.csv``.\n"
     if not path.is_file() or path.read_text() != text:  # several processes may parse the rules at once
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(path)
+        publish_text(path, text)
     return str(path)
 
 

@@ -1,25 +1,27 @@
 """The figures of an experiment on models whose algorithm is known, in the style of all others."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from saeflow.dictionaries import load_dictionary
-from saeflow.dictionaries.naming import amount_name, hook_title, series_name
-from saeflow.evaluation.figures import read_summaries
+from saeflow.dictionaries.naming import hook_title
+from saeflow.dictionaries.series import natural, ordered_series, with_names
+from saeflow.dictionaries.settings import Settings, read_summaries, tell_apart
+from saeflow.figures.axes import subplots
 from saeflow.figures.registry import figure
-from saeflow.figures.style import COLOURS, MARKERS
+from saeflow.figures.style import colours, track
 from saeflow.groundtruth.network import HOOKS
 from saeflow.groundtruth.recovery import stability
 from saeflow.jobs.job import Job
 
-_IDENTITY = ["place", "hook_name_out", "case", "method", "model_seed", "series", "amount_name", "amount"]
+_IDENTITY = ["place", "hook_name_out", "case", "method", "model", "model_seed", "series", "amount_name", "amount"]
 _IDENTITY += ["d_sae", "seed", "train_key", "part"]
+_NOT_OF_MODEL = ("tracr.case", "tracr.method", "tracr.seed")
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
@@ -27,36 +29,40 @@ class Recoveries(NamedTuple):
     """What dictionaries find of known algorithms."""
 
     table: pd.DataFrame
-    """One row a dictionary: its `summary.json`."""
+    """One row a dictionary: its `summary.json`, and its `settings`."""
     stability: pd.DataFrame
     """See `stability_table`."""
 
     @property
     def extra_tables(self) -> dict[str, pd.DataFrame]:
         """All metrics of all dictionaries, and how far those of several seeds agree."""
-        return {"recoveries": self.table, "stability": self.stability}
+        return {"recoveries": self.table.drop(columns="settings"), "stability": self.stability}
 
 
 def read_recoveries(job: Job) -> Recoveries:
-    table = read_summaries(job.inputs("recover"))
-    return Recoveries(table, stability_table(job, table))
+    table = read_summaries(job, "recover")
+    return Recoveries(table.drop(columns="folder"), stability_table(job, table))
 
 
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
     """A row each time that dictionaries differ in nothing but their seed: how far they have the same live latents."""
-    live = (pd.read_parquet(f / "labels.parquet")["latent"].to_numpy() for f in job.inputs("recover"))
+    live = (pd.read_parquet(f"{folder}/labels.parquet")["latent"].to_numpy() for folder in table["folder"])
+    trained = {folder.name: folder for folder in job.inputs("train")}
     latents = dict(zip(table["train_key"], live, strict=True))
     same = ["model_key", "hook_name", "hook_name_out", "kind", "activation", "saelens", "amount_name", "amount"]
-    table = table[table["part"].isna()]
+    whole = table[table["part"].isna()]
     found = []
-    for names, rows in table.groupby(same, dropna=False):
+    for _, rows in with_names(whole.assign(given=whole["amount_name"])).groupby(
+        ["place", "series", "point"], sort=False
+    ):
         if len(rows) > 1:
             decoders = [
-                load_dictionary(job.plan.folder("train", key)).tensors["W_dec"].double().numpy()[latents[key]]
+                load_dictionary(trained[key]).tensors["W_dec"].double().numpy()[latents[key]]
                 for key in rows["train_key"]
             ]
-            found.append(dict(zip(same, names, strict=True)) | {"n": len(rows), "stability": stability(decoders)})
-    return pd.DataFrame(found, columns=[*same, "n", "stability"])
+            names = rows.iloc[0][[*same, "series"]].to_dict() | {"amount_name": rows["given"].iloc[0]}
+            found.append(names | {"n": len(rows), "stability": stability(decoders)})
+    return pd.DataFrame(found, columns=[*same, "series", "n", "stability"])
 
 
 @figure("recovery", stage="recover", reads=read_recoveries)
@@ -67,24 +73,25 @@ def recovery(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
 
 @figure("recovery_width", stage="recover", reads=read_recoveries)
 def recovery_width(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
-    """Recovery of true variables and share of mixtures by the number of latents, at one sparsity a kind of dictionary.
+    """Recovery of true variables and share of mixtures by the number of latents, one line a kind and sparsity.
 
     One column a hook; crosses are as many random directions, as sparse.
     """
     return _recovery(data, "d_sae", "d_sae")
 
 
-def _recovery(data: Recoveries, by: str, point: str) -> tuple[Figure, pd.DataFrame]:
-    """Dictionaries with the same `point` are one point of a curve."""
-    table = _with_names(data.table)
-    hooks = sorted(table["hook_name_out"].unique(), key=_depth)
-    figure, grid = plt.subplots(2, len(hooks), figsize=(1.9 * len(hooks) + 1.2, 4.0), sharey="row", squeeze=False)
-    for column, hook in enumerate(hooks):
-        for colour, marker, rows in _groups(table, table["hook_name_out"] == hook):
+def _recovery(data: Recoveries, by: str, along: str) -> tuple[Figure, pd.DataFrame]:
+    """Dictionaries and models that differ in their seeds alone are one point of a curve that is `along` the amount or
+    the width."""
+    table = _with_names(data.table, along)
+    places = list(dict.fromkeys(table["place"]))
+    figure, grid = subplots(2, len(places), figsize=(1.9 * len(places) + 1.2, 4.0), sharey="row", squeeze=False)
+    for column, place in enumerate(places):
+        for style, rows in _groups(table, table["place"] == place):
             for axis, value in zip(grid[:, column], ("recovery", "mixtures"), strict=True):
-                _draw_curve(axis, rows, by, value, point, colour, marker)
+                _draw_curve(axis, rows, by, value, style)
                 axis.scatter(rows[by], rows[f"{value}_random"], color="0.6", marker="x", s=10, linewidth=0.7)
-        grid[0][column].set_title(hook_title(hook))
+        grid[0][column].set_title(place.replace(", case", "\ncase"))
         grid[1][column].set_xlabel("L0" if by == "l0" else "latents")
         if by != "l0":
             for axis in grid[:, column]:
@@ -100,17 +107,18 @@ def _recovery(data: Recoveries, by: str, point: str) -> tuple[Figure, pd.DataFra
 def true_jacobian(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
     """How far the derivative of what stands in for an MLP is the MLP's, by L0 and by how well the MLP's output is
     explained."""
-    table = _with_names(data.table[data.table["jacobian_cosine"].notna()])
+    table = data.table[data.table["jacobian_cosine"].notna()]
     if table.empty:
         raise ValueError("figure true_jacobian needs transcoders or Jacobian pairs around an MLP: use tracr_mlp")
-    hooks = sorted(table["hook_name_out"].unique(), key=_depth)
-    figure, grid = plt.subplots(len(hooks), 2, figsize=(5.4, 2.3 * len(hooks) + 0.3), sharey=True, squeeze=False)
-    for axes, hook in zip(grid, hooks, strict=True):
-        for colour, marker, rows in _groups(table, table["hook_name_out"] == hook):
+    table = _with_names(table, "amount")
+    places = list(dict.fromkeys(table["place"]))
+    figure, grid = subplots(len(places), 2, figsize=(5.4, 2.3 * len(places) + 0.3), sharey=True, squeeze=False)
+    for axes, place in zip(grid, places, strict=True):
+        for style, rows in _groups(table, table["place"] == place):
             for axis, by in zip(axes, ("l0", "fvu"), strict=True):
-                _draw_curve(axis, rows, by, "jacobian_cosine", "amount", colour, marker)
+                _draw_curve(axis, rows, by, "jacobian_cosine", style)
         axes[0].set(ylabel="cosine of the Jacobian\nwith the true one", ylim=(-0.03, 1.03))
-        axes[0].set_title(f"MLP of layer {hook.split('.')[1]}")
+        axes[0].set_title(f"MLP of {place.replace(', mlp_out', '')}")
         axes[1].set_xscale("log")
     grid[-1][0].set_xlabel("L0")
     grid[-1][1].set_xlabel("unexplained variance of the MLP's output")
@@ -119,41 +127,56 @@ def true_jacobian(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
     return figure, table[[*_IDENTITY, "l0", "fvu", "jacobian_cosine"]]
 
 
-def _with_names(table: pd.DataFrame) -> pd.DataFrame:
-    """With what the markers tell apart, for all panels alike."""
-    names = {"place": table["hook_name_out"].map(hook_title), "amount_name": table["amount_name"].map(amount_name)}
-    return table.assign(series=[_series(row) for row in table.to_dict("records")], **names)
+def _with_names(table: pd.DataFrame, along: str) -> pd.DataFrame:
+    """What `with_names` gives, but models are told apart by colours: `place` is the hook, and the case where there are
+    several, and `model` says how a model was made, but for its seed."""
+    held: list[Settings] = list(table["settings"]) if "settings" in table else [{}] * len(table)
+    methods = [METHODS[str(method)] for method in table["method"]]
+    models = list(methods)
+    for method in dict.fromkeys(methods):  # a compiled model has none of the settings of one that was trained
+        mine = [n for n, one in enumerate(methods) if one == method]
+        made = [{p: v for p, v in held[n].items() if p.startswith("tracr.") and p not in _NOT_OF_MODEL} for n in mine]
+        for n, said in zip(mine, tell_apart(made), strict=True):
+            models[n] = ", ".join([method, *said])
+    named = with_names(table.assign(model=models), along)
+    several = named["case"].nunique() > 1
+    places = [
+        hook_title(str(hook)) + (f", case {case}" if several else "")
+        for hook, case in zip(named["hook_name_out"], named["case"], strict=True)
+    ]
+    depth = [(case, _depth(str(hook))) for case, hook in zip(named["case"], named["hook_name_out"], strict=True)]
+    return named.assign(place=places).iloc[sorted(range(len(named)), key=depth.__getitem__)]
 
 
-def _groups(table: pd.DataFrame, some: pd.Series) -> Iterator[tuple[Any, str, pd.DataFrame]]:
-    """Colour of a model's training, marker of a dictionary kind, rows."""
-    methods, series = _methods(table), sorted(table["series"].unique())
-    for (method, kind), rows in table[some].groupby(["method", "series"]):
-        yield COLOURS[methods.index(str(method))], MARKERS[series.index(str(kind))], rows
+def _groups(table: pd.DataFrame, some: pd.Series) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Colour of a model, dashes and marker of a series of dictionaries; rows."""
+    models, series = _models(table), ordered_series(table)
+    for (model, name), rows in table[some].groupby(["model", "series"], sort=False):
+        colour = colours(len(models))[models.index(str(model))]
+        yield {"color": colour, **track(series.index(str(name)))}, rows
 
 
-def _methods(table: pd.DataFrame) -> list[str]:
-    return [method for method in METHODS if method in set(table["method"])]
+def _models(table: pd.DataFrame) -> list[str]:
+    order = list(METHODS.values())
+    return sorted(table["model"].unique(), key=lambda name: (order.index(name.split(", ")[0]), natural(name)))
 
 
-def _draw_curve(axis: Axes, rows: pd.DataFrame, by: str, value: str, point: str, colour: Any, marker: str) -> None:
-    """A curve through the means of the rows that are one `point`, and all rows."""
-    means = rows.groupby(point)[list({by, value} - {point})].mean().reset_index().sort_values(by)
-    axis.plot(means[by], means[value], color=colour, linewidth=0.8)
-    axis.scatter(rows[by], rows[value], color=colour, marker=marker, s=14, alpha=0.8, zorder=3)
+def _draw_curve(axis: Axes, rows: pd.DataFrame, by: str, value: str, style: dict[str, Any]) -> None:
+    """A curve through the means of the rows that differ in seeds alone, and all rows."""
+    means = rows.groupby("point")[[by, value]].mean().sort_values(by)
+    axis.plot(means[by], means[value], color=style["color"], linestyle=style["linestyle"], linewidth=0.8)
+    dots = {"color": style["color"], "marker": style["marker"]}
+    axis.scatter(rows[by], rows[value], s=14, alpha=0.8, zorder=3, **dots)
 
 
 def _key(figure: Figure, table: pd.DataFrame, *more: Line2D) -> None:
-    handles = [Line2D([], [], color=COLOURS[i], label=METHODS[m]) for i, m in enumerate(_methods(table))]
-    for i, name in enumerate(sorted(table["series"].unique())):
-        handles.append(Line2D([], [], color="0.2", marker=MARKERS[i], linestyle="", label=name))
-    figure.legend(handles=[*handles, *more], loc="center left", bbox_to_anchor=(1.0, 0.55))
-
-
-def _series(row: dict[Hashable, Any]) -> str:
-    if isinstance(row["part"], str):
-        return f"Jacobian pair, $\\lambda$ = {row['jacobian_coefficient']:g}"
-    return series_name(row["kind"], row["activation"], row["skip"], row["saelens"])
+    models = _models(table)
+    handles = [Line2D([], [], color=c, label=m) for m, c in zip(models, colours(len(models)), strict=True)]
+    for n, name in enumerate(ordered_series(table)):
+        handles.append(Line2D([], [], color="0.2", label=name, **track(n)))
+    note = "marks: every seed; lines: means over seeds"
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.55)}
+    figure.legend(handles=[*handles, *more], title=note, title_fontsize=7, **place)
 
 
 def _depth(hook_name: str) -> tuple[int, int]:

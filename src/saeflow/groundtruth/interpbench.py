@@ -19,6 +19,7 @@ from saeflow.groundtruth.network import ACTIVATIONS
 
 CONFIG_FILE, WEIGHTS_FILE = "ll_model_cfg.pkl", "ll_model.pth"
 MOST_BYTES = 1 << 20  # of a config: the published ones have two thousand
+MOST_SHARED = 16  # containers that stand in several places: sixty of them, each twice in the next, fill any memory
 _FIELDS = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab", "d_vocab_out", "act_fn",
            "normalization_type", "positional_embedding_type", "attention_dir")  # fmt: skip
 
@@ -102,7 +103,8 @@ def plain_pickle(file: Path) -> Any:
         raise InterpBenchError(f"{file} has {len(content):,} bytes: too many for the config of a model")
     try:
         return _Reader(file).read(content)
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # a stack that is empty, an unhashable key, ...
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        # a stack that is empty, an unhashable key, a list in itself, ...
         if isinstance(error, InterpBenchError):
             raise
         raise InterpBenchError(f"{file} is damaged, or no pickle: {error}") from error
@@ -116,6 +118,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.shared = 0
 
     def read(self, content: bytes) -> Any:
         for opcode, argument, position in pickletools.genops(content):
@@ -158,6 +161,9 @@ class _Reader:
             self.memo[len(self.memo) if argument is None else int(argument)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(self.memo[int(argument)])
+            self.shared += isinstance(stack[-1], dict | list | tuple | set)
+            if self.shared > MOST_SHARED:
+                raise InterpBenchError(f"{self.file} is refused: it repeats its parts in one another, without bound")
         elif name == "GLOBAL":
             stack.append(_Name(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from saeflow.config import ConfigError, PointConfig, TracrConfig
+from saeflow.config.labels import joined, unusual
 from saeflow.groundtruth.cases import ALL_ROWS_UP_TO, get_case, small_config
 from saeflow.groundtruth.compiler import written_before
 from saeflow.models.folder import GROUND_TRUTH, Geometry
@@ -25,7 +26,7 @@ def config_of(tracr: TracrConfig) -> dict[str, Any]:
 
 def geometry_of_case(tracr: TracrConfig) -> Geometry:
     c = config_of(tracr)
-    sizes = {name: c[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx")}
+    sizes = {name: c[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")}
     return Geometry(architecture=GROUND_TRUTH, n_key_value_heads=c["n_heads"], parallel=False, gated=False, **sizes)
 
 
@@ -61,9 +62,11 @@ def identify(planned: PlannedPoint) -> None:
     if config["method"] == "compiled":  # the rest says how to train
         config = {name: config[name] for name in ("case", "method")}
     label = f"case{config['case']}-{config['method']}" + (f"-seed{config['seed']}" if "seed" in config else "")
+    named = ("tracr.case", "tracr.method", "tracr.seed")
+    label = joined(label, {p: t for p, t in unusual({"tracr": config}, {}).items() if p not in named})
     key = add_instance(planned.plan, "groundtruth", label, {"tracr": config}, {}, {})
     planned.keys["groundtruth"] = {"": key}
-    set_model(planned, planned.plan.folder("groundtruth", key), geometry_of_case(tracr), key, "")
+    set_model(planned, planned.plan.folder("groundtruth", key), geometry_of_case(tracr), key, "", label)
 
 
 SOURCES = (Source(lambda point: point.model.tracr is not None, identify),)

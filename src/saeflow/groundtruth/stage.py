@@ -62,5 +62,6 @@ STAGES = (
         after=("blind",),
         together=together,
         drawn="always",
+        listed="saeflow.evaluation.overview:overview",
     ),
 )

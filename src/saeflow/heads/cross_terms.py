@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
-from saeflow.evaluation.bootstrap import central_interval, resampled_sums
+from saeflow.evaluation.intervals import interval, resampled_sums
 from saeflow.evaluation.metrics import squared_norm
 from saeflow.evaluation.sums import SumAccumulator
 from saeflow.heads.weights import Attention, head_outputs
@@ -111,7 +111,7 @@ class CrossTerms:
         columns += [f"squared.{source}" for source in dict.fromkeys(source for source, _, _ in self._names)]
         sums = np.array([[row[name] for name in columns] for row in rows])
         total = sums.sum(0)
-        drawn = resampled_sums(sums, n_resamples) if len(rows) > 1 else None
+        resampled = resampled_sums(sums, n_resamples)
         at = {name: i for i, name in enumerate(columns)}
         number = {name: i + 1 for i, name in enumerate(self._names)}
 
@@ -130,7 +130,7 @@ class CrossTerms:
                 compared.append(("ce_beyond_control", "ce", number[source, way, True]))
             for name, value, less in compared:
                 entry[name] = float(mean(total, value, i, less))
-                ends = central_interval(mean(drawn, value, i, less)) if drawn is not None else (np.nan, np.nan)
+                ends = interval(entry[name], mean(resampled, value, i, less), least=0.0 if name == "kl" else -np.inf)
                 entry[f"{name}_low"], entry[f"{name}_high"] = map(float, ends)
             relative = total[at[f"squared_change.{i}"]] / total[at[f"squared.{source}"]]
             table.append(entry | {"relative_change": float(np.sqrt(relative))})

@@ -8,8 +8,9 @@ of the one of single heads that it is decomposed in.
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,10 @@ class HeadStudy(NamedTuple):
 
     folder: Path
     summary: dict[str, Any]
+    title: str = ""
+    """What tells it from the experiment's other studies; '' where the layer does."""
+    labels: Mapping[str, str] = MappingProxyType({})
+    """What figures call its dictionaries, by key: what tells them from others of the experiment."""
 
     @property
     def key(self) -> str:
@@ -31,7 +36,7 @@ class HeadStudy(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"layer {self.summary['layer']}"
+        return self.title or f"layer {self.summary['layer']}"
 
     def dataset(self, name: str, dictionary: str | None = None) -> xr.Dataset:
         """The whole of it, in memory."""
@@ -57,6 +62,8 @@ class HeadStudy(NamedTuple):
 
     def label(self, key: str) -> str:
         dictionary = self.summary["dictionaries"][key]
+        if key in self.labels:
+            return f"{self.labels[key]}, L0 {dictionary['l0']:.0f}"
         of = "SAEs of heads" if dictionary["kind"] == "heads" else "SAE of all heads"
         name = {"l1_coefficient": "L1"}.get(dictionary["amount_name"], dictionary["amount_name"])
         amount = f", {name} = {dictionary['amount']:g}" if dictionary["amount"] is not None else ""

@@ -31,7 +31,8 @@ from saeflow.heads.study import by_head, measure
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.models.source import reading_model
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 
 log = logging.getLogger("saeflow")
@@ -39,16 +40,17 @@ log = logging.getLogger("saeflow")
 
 def heads_job(job: Job) -> dict[str, Any]:
     """Makes the study that a job names; returns its summary. Raises `FitError` for dictionaries of another model."""
-    folder, config = job.source("model"), HeadsConfig(**job.config["heads"])
-    geometry = read_geometry(folder)
+    config = HeadsConfig(**job.config["heads"])
+    with reading_model(job) as folder:
+        geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
     hook = job.config["hook_name"]
     if geometry.n_heads < 2:
         raise ConfigError(f"{folder} has {geometry.n_heads} head a layer, and heads are compared with one another")
     dictionaries, left_out = _open(job)
     rows = open_tokens(job.input("tokens"))
     n_rows = min(rows.n_rows, -(-config.n_tokens // rows.context_size))
-    tokens, document, _ = rows.rows(0, n_rows)
-    model = open_model(job)
+    sequence, (tokens, document, _) = rows.spread_rows(n_rows, config.seed)
+    model = open_model(job, rows.context_size)
     attention = read_attention(model, int(hook.split(".")[1]))
     log.info("%d dictionaries, %d tokens", len(dictionaries), tokens.size)
     measurements = measure(model, attention, dictionaries, tokens, document, rows.attributes["prepend_bos"], config)
@@ -59,12 +61,12 @@ def heads_job(job: Job) -> dict[str, Any]:
         **{name: getattr(geometry, name) for name in ("n_heads", "n_key_value_heads", "d_head", "d_model")},
         "n_tokens": int(tokens.size),
         "n_documents": len(np.unique(document)),
+        "loss_documents": int(measurements.cross_terms["n_documents"].iloc[0]),
         "median_cosine": float(cosines["cosine"].median()),
         "median_cosine_rotated": float(cosines["cosine_rotated"].median()),
         "left_out": left_out,
         "dictionaries": {},
     }
-    tokenizer = load_tokenizer(folder).tokenizer
 
     def text(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))
@@ -106,7 +108,7 @@ def heads_job(job: Job) -> dict[str, Any]:
             shown = key, one, chosen, shares, head_dictionary
             page, sources = dashboards(model, attention, measurements, *shown, config, text)
             (of_one / "dashboards.html").write_text(page, encoding="utf-8")
-            sources.to_parquet(of_one / "attribution.parquet")
+            sources.assign(row=sequence[sources["row"]]).to_parquet(of_one / "attribution.parquet")
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
         (out / "table.txt").write_text(report(HeadStudy(out, summary)))
     return summary

@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 
+from saeflow.evaluation.intervals import no_interval
 from saeflow.heads.cross_terms import MODEL, NO_HEADS, WAYS
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.shares import AGREEING
@@ -67,6 +68,8 @@ def _cross_terms(study: HeadStudy) -> str:
 
 
 def _interval(row: pd.Series, name: str) -> str:
+    if pd.isna(row[f"{name}_low"]):
+        return f"{row[name]:+.4f} ({no_interval(row['n_documents'])})"
     return f"{row[name]:+.4f} [{row[f'{name}_low']:+.4f}, {row[f'{name}_high']:+.4f}]"
 
 

@@ -55,6 +55,7 @@ STAGES = (
         work,
         expand,
         reads=("heads", "model"),
+        version=2,
         needs=("train", "foreign", "tokens"),
         after=("stack",),
         drawn="where_there",

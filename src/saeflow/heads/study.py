@@ -23,6 +23,7 @@ from saeflow.heads.shares import ActiveSums
 from saeflow.heads.weights import Attention, encoder_by_head
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import CleanPass, flattened, run_clean
+from saeflow.text.tokens import spread
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -74,7 +75,8 @@ def measure(
             constant[key] = torch.einsum("hd,hde->e", one.b_dec.view(n_heads, d_head), attention.W_O) + attention.b_O
         else:
             active[key] = ActiveSums(encoder_by_head(one, n_heads).cpu().numpy())
-    n_loss_rows = -(-config.loss_tokens // rows.shape[1])
+    n_loss_rows = min(len(rows), -(-config.loss_tokens // rows.shape[1]))
+    loss_rows = spread(len(rows), n_loss_rows, config.seed)
     start = 0
     for tokens, _ in token_batches(rows, prepend_bos, config.batch_rows, model.cfg.device, "heads"):
         with fused_attention(model):
@@ -87,17 +89,18 @@ def measure(
                 latents[key].append(f)
                 if key in active:
                     active[key].add(f, kept.cpu().numpy())
-            n = min(len(tokens), n_loss_rows - start)
-            if n > 0:
-                values = {name: value[:n] for name, value in clean.values.items()}
-                clean_rows = CleanPass(tokens[:n], clean.final[:n], values)
-                x = flattened(z[:n])
+            here = loss_rows[(loss_rows >= start) & (loss_rows < start + len(tokens))]
+            if len(here):
+                some = torch.from_numpy(here - start).to(tokens.device)
+                values = {name: value[some] for name, value in clean.values.items()}
+                clean_rows = CleanPass(tokens[some], clean.final[some], values)
+                x = flattened(z[some])
                 sources = {MODEL: (x.view(len(x), n_heads, d_head), attention.b_O)}
                 for key, rest in constant.items():
                     one = dictionaries[key]
-                    decoded = torch.cat([one.forward(some) - one.b_dec for some in x.split(ENCODED // one.d_sae or 1)])
+                    decoded = torch.cat([one.forward(part) - one.b_dec for part in x.split(ENCODED // one.d_sae or 1)])
                     sources[key] = (decoded.view(len(x), n_heads, d_head), rest)
-                cross_terms.add(model, clean_rows, document[start : start + n], sources)
+                cross_terms.add(model, clean_rows, document[here], sources)
         start += len(tokens)
     joined = {key: sp.vstack(parts, format="csc").astype(np.float64) for key, parts in latents.items()}
     return HeadMeasurements(rows, first, cosines.dataset(first), joined, active, cross_terms.table(config.resamples))

@@ -183,8 +183,19 @@ class Activity:
         self.jacobians.update(zip(triples, J[rows, a, b].tolist(), strict=True))
 
 
-Read = Callable[[int], tuple[list[int], list[str]]]
-"""Ids and texts of the tokens of a window."""
+class Window(NamedTuple):
+    """A window of text as it is shown."""
+
+    sequence: int
+    """Row of the held-out split."""
+    position: int
+    """Of its first token."""
+    token_ids: list[int]
+    tokens: list[str]
+
+
+Read = Callable[[int], Window]
+"""The text of a window, by its number."""
 
 
 def contexts_table(activity: Activity, grid: Grid, read: Read) -> pa.Table:
@@ -196,7 +207,7 @@ def contexts_table(activity: Activity, grid: Grid, read: Read) -> pa.Table:
             for rank, window in enumerate(windows, start=1):
                 values = [activity.values[side].get((latent, t), 0.0) for t in _numbers(grid, window)]
                 named = {"side": side, "latent": latent, "rank": rank, "max_activation": max(values)}
-                rows.append(named | _where(grid, window, read) | {"activations": values})
+                rows.append(named | read(window)._asdict() | {"activations": values})
     return pa.Table.from_pylist(rows, schema=_schema({"side": pa.string(), "latent": pa.int64()}, ["activations"]))
 
 
@@ -218,7 +229,7 @@ def pair_contexts_table(activity: Activity, grid: Grid, keep: int, read: Read) -
             values = {"jacobian": J}
             for side, latent in (("output", i), ("input", j)):
                 values[f"{side}_activations"] = [activity.values[side].get((latent, t), 0.0) for t in numbers]
-            rows.append(named | _where(grid, window, read) | values)
+            rows.append(named | read(window)._asdict() | values)
     names = ["jacobian", "output_activations", "input_activations"]
     table = pa.Table.from_pylist(rows, schema=_schema({"output": pa.int64(), "input": pa.int64()}, names))
     return table.rename_columns({"max_activation": "largest_jacobian"})
@@ -228,12 +239,6 @@ def _numbers(grid: Grid, window: int) -> list[int]:
     """Token numbers of a window; -1 at position 0."""
     row, start, end = grid.span(window)
     return [row * (grid.context_size - 1) + p - 1 if p else -1 for p in range(start, end)]
-
-
-def _where(grid: Grid, window: int, read: Read) -> dict[str, object]:
-    row, start, _ = grid.span(window)
-    ids, texts = read(window)
-    return {"sequence": row, "position": start, "token_ids": ids, "tokens": texts}
 
 
 def _schema(first: dict[str, pa.DataType], values: list[str]) -> pa.Schema:

@@ -12,7 +12,8 @@ Classes, with a tolerance on the residuals of the least-squares line through the
     flat       the range of g is below `FLAT`: nothing depends on the input latent, a line of its own kind
 
 The paper's tolerance is absolute, 0.01, so that the smaller a Jacobian is, the easier it passes; the relative one is
-0.02 of g's range. The paper counts what is flat here as linear. `residual`, the largest, and `range` are kept, so that
+0.02 of g's range. The paper counts what is flat here as linear, as
+`absolute_linear_or_flat` of the summary does. `residual`, the largest, and `range` are kept, so that
 any other tolerance can be applied. The sweep leaves the activations that occur for most latents; that is the paper's.
 
 Ablations: `delta_unit`, the change of g when one unit of the decoder row is subtracted, is what the paper compares with
@@ -26,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from saeflow.evaluation.bootstrap import central_interval, ratio, resampled_sums
+from saeflow.evaluation.intervals import entry, interval, ratio, resampled_sums
 from saeflow.jacobians.maps import Pair
 
 POINTS = 100
@@ -140,7 +141,7 @@ _TYPES |= {"class_absolute": pa.string(), "class_relative": pa.string(), "curve"
 _SCHEMA = pa.schema(list(_TYPES.items()))
 
 
-def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
+def summarise_linearity(table: pa.Table, n_resamples: int) -> dict[str, Any]:
     """Shares of the classes, and how well J predicts ablations, each with the ends of its interval over documents.
 
     `ablation_slope` and `ablation_r2`: of the line through 0 that gives delta_ablation from -J s, and the share of the
@@ -153,6 +154,7 @@ def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
     J, delta = column["jacobian"], column["delta_ablation"]
     predicted = -J * column["activation"]
     parts = {f"{kind}_{name}": column[f"class_{kind}"] == name for kind in ("absolute", "relative") for name in CLASSES}
+    parts["absolute_linear_or_flat"] = parts["absolute_linear"] | parts["absolute_flat"]
     parts["on_line"] = np.abs(J + column["delta_unit"]) < ON_LINE
     terms = [np.ones(len(J)), *parts.values(), predicted * delta, predicted**2, (delta - predicted) ** 2, delta**2]
     sums = np.stack([np.bincount(place, term, len(which)) for term in terms], axis=1)
@@ -164,11 +166,11 @@ def summarise_linearity(table: pa.Table, n_samples: int) -> dict[str, Any]:
         return np.concatenate([shares, ratio(cross, squared)[..., None], 1 - ratio(error, size)[..., None]], axis=-1)
 
     value = measures(sums.sum(0))
-    low = high = np.full_like(value, np.nan)
-    if len(which) > 1:
-        low, high = central_interval(measures(resampled_sums(sums, n_samples)))
-    out: dict[str, Any] = {"linearity_samples": len(J)}
-    for name, *ends in zip([*parts, "ablation_slope", "ablation_r2"], value, low, high, strict=True):
-        for suffix, number in zip(("", "_low", "_high"), ends, strict=True):
-            out[name + suffix] = None if np.isnan(number) else float(number)
+    names = [*parts, "ablation_slope", "ablation_r2"]
+    share = np.array([name in parts for name in names])
+    least, most = np.where(share, 0.0, -np.inf), np.where(share | (np.array(names) == "ablation_r2"), 1.0, np.inf)
+    low, high = interval(value, measures(resampled_sums(sums, n_resamples)), least=least, most=most)
+    out: dict[str, Any] = {"linearity_samples": len(J), "linearity_documents": len(which)}
+    for name, one, one_low, one_high in zip(names, value, low, high, strict=True):
+        out |= entry(name, one, one_low, one_high, len(which))
     return out

@@ -82,11 +82,16 @@ class Pair:
         output: Dictionary,
         at_reconstruction: bool = False,
         own_output: bool = False,
+        gain: Tensor | None = None,
     ) -> None:
+        """`gain` (d,): what the values at the input SAE's hook are multiplied by before the MLP reads them, where it is
+        the same for all tokens (`models.blocks.input_gain`)."""
         self.f, self.input, self.output = block, input, output
         self.at_reconstruction, self.own_output = at_reconstruction, own_output or at_reconstruction
         self.n_in, self.n_out = input.d_sae, output.d_sae
         self.hooks = [input.spec.hook_name, output.spec.hook_name]  # of the model, whose values `blocks` wants
+        self.lengths = None if gain is None else torch.linalg.vector_norm(input.W_dec * gain.to(input.W_dec), dim=1)
+        """(n,): how far one unit of an input latent moves what the MLP reads; None where that depends on the token."""
         self.E = output.W_enc.T.contiguous()  # (n, p)
         self.products = None
         if isinstance(block, Block):
@@ -138,6 +143,7 @@ class TranscoderMap:
     def __init__(self, transcoder: Dictionary) -> None:
         self.transcoder = transcoder
         self.n_in, self.n_out = transcoder.d_in, transcoder.d_out
+        self.lengths = None  # its inputs are no latents
         self.hooks = [transcoder.spec.hook_name]
         self.W_enc_rows = transcoder.W_enc.T.contiguous()  # (n, d)
 

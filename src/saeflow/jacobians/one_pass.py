@@ -25,10 +25,12 @@ ROWS = 16  # that go through the model at once
 
 @dataclass
 class Tokens:
-    """The tokens of a study: the first `n_tokens` that are not at position 0."""
+    """The tokens of a study: the first `n_tokens` of some rows that are not at position 0."""
 
     rows: np.ndarray
-    """(sequence, position), token ids; of even a hundred million tokens a small part of what a model takes."""
+    """(row, position), token ids; of even a hundred million tokens a small part of what a model takes."""
+    sequence: np.ndarray
+    """(row,): which rows of the held-out split they are."""
     document: np.ndarray
     """(n_tokens,): from 0 to `n_documents` - 1"""
 

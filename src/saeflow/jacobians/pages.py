@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from saeflow.config.checks import escape_controls
+
 SHOWN = 3  # windows of a latent or pair on the page; the Parquet tables hold all
 STATISTICS = {"mean": "mean J", "mean_absolute": "mean |J|", "count": "number of tokens"}
 _COLOURS = {"input": (0, 158, 115), "output": (204, 121, 167), "positive": (86, 180, 233), "negative": (213, 94, 0)}
@@ -117,8 +119,9 @@ def _window(row: pd.Series, column: str, label: str, side: str | None = None) ->
 
 
 def visible(token: str) -> str:
-    """The token with line breaks and tabs as signs, so that a window stays one line."""
-    return token.replace("\n", "↵").replace("\t", "→").replace("\r", "↵")
+    """The token with line breaks and tabs as signs, so that a window stays one line, and other characters that control
+    what shows them spelled out."""
+    return escape_controls(token.replace("\n", "↵").replace("\t", "→").replace("\r", "↵"))
 
 
 # -------------------------------------------------------------------- LaTeX

@@ -14,7 +14,7 @@ def expand(expansion: Expansion) -> None:
             continue
         pair = len(planned.dictionaries) == 2
         _check(planned, pair)
-        label = f"{short_hook(point.site.hook_name)}-{config.amount_label}"
+        label = f"{short_hook(point.site.hook_name, point.site.hook_name_out)}-{config.amount_label}"
         needs = planned.needed("train") | {"tokens": [planned.keys["tokens"]["held_out"]]}
         planned.add("jacobian", label if pair else f"{config.kind_label}-{label}", needs)
 
@@ -22,7 +22,7 @@ def expand(expansion: Expansion) -> None:
 def _check(planned: PlannedPoint, pair: bool) -> None:
     point = planned.point
     assert point.site.hook_name_out is not None
-    _, norm, _ = block_of_hooks(point.site.hook_name, point.site.hook_name_out, planned.geometry.parallel)
+    norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, planned.geometry.parallel).norm
     if point.jacobian.norm == "ignored" and not (norm and pair):
         raise ConfigError(
             "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
@@ -53,7 +53,7 @@ STAGES = (
         work,
         expand,
         reads=("jacobian", "model"),
-        version=3,
+        version=4,
         needs=("train", "tokens"),
         after=("foreign",),
         drawn="where_there",

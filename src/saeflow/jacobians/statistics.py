@@ -5,6 +5,13 @@ and *norm-matched*, each token's J divided by its own norm:
 
     l1   sum |J|             l2   sqrt(sum J^2)             rms   sqrt(mean J^2)
 
+Another normalisation makes J of two sites, or layers, comparable whose norms have other gains:
+
+    unit   J[i, j] over the length by which one unit of input latent j moves what the MLP reads, |D_j * gain|
+
+D_j is the latent's decoder row, and the gain that of the norm where f begins before it. The paper's input SAE, with its
+unit decoder rows after the gain, has J in these units. Where f begins before the norm's division, there is none.
+
 A penalty on |J| shrinks J as well as making it sparse, and a fixed threshold cannot tell the two apart; what follows
 does not change when J is scaled. Of the n entries x = |J| of one token:
 
@@ -14,7 +21,7 @@ does not change when J is scaled. Of the n entries x = |J| of one token:
     gini               sum over ranks r = 1.. from the largest of (n - 2 r + 1) x_r / (n sum x); Hurley and Rickard 2009
     effective_inputs   (sum x)^2 / sum x^2 over the inputs of one output latent: mean over outputs that are not all 0
 
-Means are over tokens whose block is not all 0, and intervals are of ratios of sums over documents (`bootstrap`).
+Means are over tokens whose block is not all 0, and intervals are over documents (`evaluation.intervals`).
 """
 
 from typing import Any
@@ -25,7 +32,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
-from saeflow.evaluation.bootstrap import central_interval, ratio, resampled_sums
+from saeflow.evaluation.intervals import entry, interval, ratio, resampled_sums
 
 NORMS = ("none", "l1", "l2", "rms")
 LOG_EDGES = np.logspace(-8, 3, 11 * 32 + 1)
@@ -46,6 +53,7 @@ class Tally:
             "l1": _points(LOG_EDGES, config.thresholds),
             "l2": _points(LOG_EDGES, config.thresholds),
             "rms": _points(LOG_EDGES, config.relative_thresholds),
+            "unit": _points(config.thresholds),
         }
         """Ascending, float32: the precision that |J| has."""
         self.between = {s: np.zeros((n_documents, len(p) + 1), dtype=np.int64) for s, p in self.points.items()}
@@ -57,17 +65,26 @@ class Tally:
     def n_tokens(self) -> int:
         return int(self.sums["tokens"].sum()) if self.sums else 0
 
-    def add(self, J: Tensor, document: np.ndarray, n_entries: Tensor | None = None) -> None:
-        """`J` (N, k_out, k_in), `document` (N,), from 0 to D - 1; `n_entries` (N,): how many are no padding."""
+    def add(
+        self, J: Tensor, document: np.ndarray, n_entries: Tensor | None = None, lengths: Tensor | None = None
+    ) -> None:
+        """`J` (N, k_out, k_in), `document` (N,), from 0 to D - 1; `n_entries` (N,): how many are no padding; `lengths`
+        (N, k_in): of the input latents (`maps.JacobianBlocks`)."""
         size = J.abs()
         n = torch.full((len(J),), J[0].numel(), device=J.device) if n_entries is None else n_entries
         found = token_statistics(size.double(), n)
+        per_unit = None
+        if lengths is not None:
+            per_unit = size / lengths.where(lengths > 0, 1.0)[:, None]
+            found["absolute_unit"] = per_unit.double().sum((1, 2))
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + np.bincount(document, value.cpu().numpy(), self.n_documents)
 
         flat, entries = size.flatten(1), n.cpu().numpy()
         self._count("linear", flat, document, entries)
         self._count("none", flat, document, entries)
+        if per_unit is not None:
+            self._count("unit", per_unit.flatten(1), document, entries)
         live = found["nonzero_tokens"] > 0
         if not live.any():
             return
@@ -98,14 +115,15 @@ class Tally:
         """(D,): all entries that were counted on this scale."""
         return self.between[scale].sum(1)
 
-    def with_interval(self, numerator: np.ndarray, denominator: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Value, low and high (...) of the ratio of sums `numerator` (D, ...) to `denominator` (D,)."""
+    def with_interval(
+        self, numerator: np.ndarray, denominator: np.ndarray, most: float = np.inf
+    ) -> tuple[np.ndarray, ...]:
+        """Value, low and high (...) of the ratio of sums `numerator` (D, ...) to `denominator` (D,), neither negative;
+        `most`: what the ratio cannot exceed."""
         shape = (-1, *[1] * (numerator.ndim - 1))
         value = ratio(numerator.sum(0), denominator.sum())
-        if self.n_documents < 2:
-            return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
         above, below = (resampled_sums(sums, self.config.resamples) for sums in (numerator, denominator))
-        return value, *central_interval(ratio(above, below.reshape(shape)))
+        return value, *interval(value, ratio(above, below.reshape(shape)), least=0.0, most=most)
 
 
 def token_statistics(size: Tensor, n: Tensor) -> dict[str, Tensor]:
@@ -168,8 +186,8 @@ def survival_table(tally: Tally) -> pa.Table:
 
 def _above(tally: Tally, scale: str, thresholds: np.ndarray) -> dict[str, np.ndarray]:
     above = tally.above(scale, thresholds)
-    tokens = tally.sums["tokens" if scale in ("linear", "none") else "nonzero_tokens"]
-    fraction, low, high = tally.with_interval(above, tally.totals(scale))
+    tokens = tally.sums["tokens" if scale in ("linear", "none", "unit") else "nonzero_tokens"]
+    fraction, low, high = tally.with_interval(above, tally.totals(scale), most=1.0)
     per_token = ratio(above.sum(0), tokens.sum())
     named = {"threshold": thresholds, "values_above_per_token": per_token, "fraction": fraction}
     return named | {"fraction_low": low, "fraction_high": high, "cdf": 1 - fraction}
@@ -182,8 +200,8 @@ def log_histogram_table(tally: Tally) -> pa.Table:
     for norm in NORMS:
         above = tally.above(norm, LOG_EDGES)
         total = tally.totals(norm)
-        fraction, low, high = tally.with_interval(above[:, :-1] - above[:, 1:], total)
-        cdf, cdf_low, cdf_high = tally.with_interval(total[:, None] - above[:, 1:], total)
+        fraction, low, high = tally.with_interval(above[:, :-1] - above[:, 1:], total, most=1.0)
+        cdf, cdf_low, cdf_high = tally.with_interval(total[:, None] - above[:, 1:], total, most=1.0)
         columns = {"normalisation": [norm] * len(fraction), "bin_left": LOG_EDGES[:-1], "bin_right": LOG_EDGES[1:]}
         columns |= {"fraction": fraction, "fraction_low": low, "fraction_high": high}
         tables.append(pa.table(columns | {"cdf": cdf, "cdf_low": cdf_low, "cdf_high": cdf_high}))
@@ -193,13 +211,15 @@ def log_histogram_table(tally: Tally) -> pa.Table:
 def thresholds_table(tally: Tally) -> pa.Table:
     """Entries above the configured thresholds, by `normalisation`:
 
-    `none`: |J| itself; `l1`, `l2`: divided by the token's own norm, the same thresholds; `rms`: in units of the token's
-    own RMS, at `relative_thresholds`; `rms_all`: in units of the RMS of all entries of the study, at the same. The last
-    is known only when all is counted, so it is read off the survival function, linear in log |J| between 32 bins a
-    decade, and its interval includes that of the RMS.
+    `none`: |J| itself; `unit`: for a unit step of what the MLP reads, the same thresholds, where there is that; `l1`,
+    `l2`: divided by the token's own norm, the same thresholds; `rms`: in units of the token's own RMS, at
+    `relative_thresholds`; `rms_all`: in units of the RMS of all entries of the study, at the same. The last is known
+    only when all is counted, so it is read off the survival function, linear in log |J| between 32 bins a decade, and
+    its interval includes that of the RMS.
     """
     tables = []
-    for norm, scale in (("none", "linear"), ("l1", "l1"), ("l2", "l2"), ("rms", "rms")):
+    units = [("unit", "unit")] if tally.totals("unit").any() else []
+    for norm, scale in (("none", "linear"), *units, ("l1", "l1"), ("l2", "l2"), ("rms", "rms")):
         thresholds = np.array(tally.config.relative_thresholds if norm == "rms" else tally.config.thresholds)
         rows = _above(tally, scale, thresholds)
         tables.append(pa.table({"normalisation": [norm] * len(thresholds)} | rows).drop_columns("cdf"))
@@ -221,17 +241,16 @@ def _above_rms(tally: Tally) -> pa.Table:
         return np.interp(at, np.log(tally.points["none"].astype(np.float64)), sums[:-2] / n)
 
     value = fraction(parts.sum(0))
-    low = high = np.full_like(value, np.nan)
-    if tally.n_documents > 1:
-        replicates = resampled_sums(parts, tally.config.resamples)
-        low, high = central_interval(np.array([fraction(row) for row in replicates]))
+    resampled = np.array([fraction(row) for row in resampled_sums(parts, tally.config.resamples)])
+    low, high = interval(value, resampled, least=0.0, most=1.0)
     per_token = value * total.sum() / tally.n_tokens
     columns = {"normalisation": ["rms_all"] * len(wanted), "threshold": wanted, "values_above_per_token": per_token}
     return pa.table(columns | {"fraction": value, "fraction_low": low, "fraction_high": high})
 
 
 def summarise(tally: Tally) -> dict[str, Any]:
-    """Sizes and scale-free measures, each with `_low` and `_high`, the ends of its interval; None where undefined."""
+    """Sizes and scale-free measures, each with `_low` and `_high`, the ends of its interval; None where undefined
+    (`evaluation.intervals.entry`)."""
     sums = tally.sums
     out: dict[str, Any] = {
         "n_tokens": tally.n_tokens,
@@ -240,19 +259,24 @@ def summarise(tally: Tally) -> dict[str, Any]:
     }
 
     def put(name: str, value: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        for suffix, number in (("", value), ("_low", low), ("_high", high)):
-            out[name + suffix] = None if np.isnan(number) else float(number)
+        out.update(entry(name, value, low, high, tally.n_documents))
 
     for name, (numerator, denominator) in _MEANS.items():
         put(name, *tally.with_interval(sums[numerator], sums[denominator]))
     put("rms", *np.sqrt(tally.with_interval(sums["squares"], sums["entries"])))
-    put("nonzero_fraction", *tally.with_interval(tally.above("linear", np.zeros(1))[:, 0], sums["entries"]))
+    nonzero = tally.above("linear", np.zeros(1))[:, 0]
+    put("nonzero_fraction", *tally.with_interval(nonzero, sums["entries"], most=1.0))
     beyond = tally.above("linear", np.array([tally.config.max_value]))[:, 0]
     put("overflow_per_token", *tally.with_interval(beyond, sums["tokens"]))
     thresholds = np.array(tally.config.thresholds)
-    fractions = tally.with_interval(tally.above("linear", thresholds), sums["entries"])
+    fractions = tally.with_interval(tally.above("linear", thresholds), sums["entries"], most=1.0)
     for i, t in enumerate(thresholds):
         put(f"fraction_above_{t:g}", *(column[i] for column in fractions))
+    if "absolute_unit" in sums:
+        put("mean_absolute_unit", *tally.with_interval(sums["absolute_unit"], sums["entries"]))
+        fractions = tally.with_interval(tally.above("unit", thresholds), sums["entries"], most=1.0)
+        for i, t in enumerate(thresholds):
+            put(f"fraction_above_{t:g}_unit", *(column[i] for column in fractions))
     return out
 
 

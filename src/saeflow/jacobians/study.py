@@ -22,7 +22,7 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.sums import write_tables
 from saeflow.jacobians import examples, statistics
-from saeflow.jacobians.examples import Grid, Read, TopWindows
+from saeflow.jacobians.examples import Grid, Read, TopWindows, Window
 from saeflow.jacobians.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.jacobians.maps import JacobianMap, Pair, TranscoderMap
 from saeflow.jacobians.one_pass import Tokens, collect_activity, iterate_jacobians
@@ -30,12 +30,14 @@ from saeflow.jacobians.pages import latex, page
 from saeflow.jacobians.statistics import Tally
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jobs.job import Job
-from saeflow.models.blocks import Block, read_block
-from saeflow.models.folder import block_of_hooks, read_geometry
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.models.blocks import Block, input_gain, read_block
+from saeflow.models.folder import Span, block_of_hooks, read_geometry
+from saeflow.models.source import reading_model
+from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformer_lens import HookedTransformer
 
 log = logging.getLogger("saeflow")
@@ -47,9 +49,11 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     Raises `FitError` where there is neither, and `ConfigError` where there are fewer held-out tokens than wanted.
     """
     config = build(JacobianConfig, job.config["jacobian"])
-    folder, folders = job.source("model"), job.dictionaries()
+    folders = job.dictionaries()
     dictionaries = [open_dictionary(path, job) for path in folders]
-    layer, norm, _ = _check_around_mlp(dictionaries, folders, read_geometry(folder).parallel)
+    with reading_model(job) as folder:
+        geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
+    span = _check_around_mlp(dictionaries, folders, geometry.parallel)
     tokens = _open_tokens(job.input("tokens"), config)
 
     model = open_model(job)
@@ -57,7 +61,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     grid = Grid(tokens.context_size, config.window)
     with job.writing() as out:
         tally, pairs, tops, samples = _run_pass(out, model, jacobian_map, tokens, grid, config)
-        summary = _identity(job, dictionaries, layer, norm, config) | _write_statistics(out, tally, pairs, config)
+        summary = _identity(job, dictionaries, span, config) | _write_statistics(out, tally, pairs, config)
         if isinstance(jacobian_map, Pair):
             linearity = linearity_table(jacobian_map, samples)
             summary |= summarise_linearity(linearity, config.resamples)
@@ -65,7 +69,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
             tables["top_inputs"] = examples.top_inputs_table(pairs, config)
             wanted = examples.select_examples(tables.values(), *tops)
             activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
-            read = _reader(tokens, grid, folder)
+            read = _reader(tokens, grid, tokenizer)
             tables["contexts"] = examples.contexts_table(activity, grid, read)
             tables["pair_contexts"] = examples.pair_contexts_table(activity, grid, config.contexts, read)
             write_tables(out, **tables, linearity=linearity)
@@ -99,12 +103,13 @@ def _run_pass(
     sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
     tops = [TopWindows(grid, config.contexts) for _ in ("outputs", "inputs")]
     row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))
-    stored = TokenBlocks(out / "tokens.zarr", tokens.rows[row, position], row, position)
+    stored = TokenBlocks(out / "tokens.zarr", tokens.rows[row, position], tokens.sequence[row], position)
     chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
     kept: list[list[Tensor]] = []
     for chunk in iterate_jacobians(model, jacobian_map, tokens):
         here = slice(chunk.first, chunk.first + chunk.n_tokens)
-        tally.add(chunk.blocks.J, tokens.document[here], chunk.blocks.n_entries)
+        lengths = None if jacobian_map.lengths is None else jacobian_map.lengths[chunk.blocks.inputs]
+        tally.add(chunk.blocks.J, tokens.document[here], chunk.blocks.n_entries, lengths)
         sums.add(chunk.blocks)
         stored.add(chunk.first, chunk.blocks)
         if not jacobian_map.shared:  # the model's own dimensions are active everywhere, and have no examples
@@ -139,22 +144,20 @@ def _write_statistics(out: Path, tally: Tally, pairs: Pairs, config: JacobianCon
     }
 
 
-def _reader(tokens: Tokens, grid: Grid, model_folder: Path) -> Read:
-    tokenizer = load_tokenizer(model_folder).tokenizer
-
+def _reader(tokens: Tokens, grid: Grid, tokenizer: "Tokenizer") -> Read:
     @functools.cache
     def text(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))
 
-    def read(window: int) -> tuple[list[int], list[str]]:
+    def read(window: int) -> Window:
         row, start, end = grid.span(window)
         ids = tokens.rows[row, start:end].tolist()
-        return ids, [text(token) for token in ids]
+        return Window(int(tokens.sequence[row]), start, ids, [text(token) for token in ids])
 
     return functools.cache(read)
 
 
-def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], parallel: bool) -> tuple[int, bool, bool]:
+def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], parallel: bool) -> Span:
     """`block_of_hooks` of the dictionaries. Raises `FitError` where they are around no MLP."""
     kinds = [d.spec.kind for d in dictionaries]
     if kinds not in (["sae", "sae"], ["transcoder"]) or any(d.spec.activation == "saelens" for d in dictionaries):
@@ -177,17 +180,17 @@ def open_map(model: "HookedTransformer", dictionaries: list[Dictionary], config:
     if len(dictionaries) == 1:
         return TranscoderMap(dictionaries[0])
     input, output = dictionaries
-    block = read_block(model, input.spec.hook_name, output.spec.hook_name)
+    hooks = input.spec.hook_name, output.spec.hook_name
+    block = read_block(model, *hooks)
+    gain = input_gain(model, block_of_hooks(*hooks, bool(model.cfg.parallel_attn_mlp)))
     if config.norm == "ignored":
         if not isinstance(block, Block):
             raise ConfigError("jacobian.norm=ignored needs an MLP with a closed form; set jacobian.norm=inside")
         block = Block(block.mlp, skip=block.skip)
-    return Pair(block, input, output, config.at == "reconstruction", own_output=config.norm == "ignored")
+    return Pair(block, input, output, config.at == "reconstruction", own_output=config.norm == "ignored", gain=gain)
 
 
-def _identity(
-    job: Job, dictionaries: list[Dictionary], layer: int, norm: bool, config: JacobianConfig
-) -> dict[str, Any]:
+def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: JacobianConfig) -> dict[str, Any]:
     """What the study is of, and its convention."""
     first, last = dictionaries[0].spec, dictionaries[-1].spec
     where = "its reconstruction by the input dictionary" if config.at == "reconstruction" else "the true input"
@@ -195,7 +198,11 @@ def _identity(
         entries = "k x k entries of a token's active latents, latents at 0 included"
         if first.activation != "topk" or last.activation != "topk":
             entries = "entries of a token's active latents"
-        begins = "before the norm, which is inside f" if norm else "after the norm's division, gain and bias inside f"
+        begins = {
+            "norm": "before the norm, which is inside f",
+            "gain": "after the norm's division, gain and bias inside f",
+            "mlp": "after the norm's gain and bias",
+        }[span.begins]
         if config.norm == "ignored":
             begins = "before the norm, which is left out of f but for its gain and bias"
         convention = f"at {where}, without position 0; {entries}; f begins {begins}"
@@ -208,7 +215,7 @@ def _identity(
         "activation": first.activation,
         "hook_name": first.hook_name,
         "hook_name_out": last.hook_name_out,
-        "layer": layer,
+        "layer": span.layer,
         "k": first.k,
         "k_out": last.k,
         "d_sae": first.d_sae,
@@ -218,7 +225,7 @@ def _identity(
         "jacobian_coefficient": first.options.get("jacobian_coefficient", 0.0) if len(dictionaries) == 2 else None,
         "jacobian_penalty": first.options.get("jacobian_penalty", "l1") if len(dictionaries) == 2 else None,
         "at": config.at,
-        "norm": config.norm if norm else "outside",
+        "norm": config.norm if span.norm else "outside",
         "convention": convention,
     }
 
@@ -231,6 +238,6 @@ def _open_tokens(folder: Path, config: JacobianConfig) -> Tokens:
             f"jacobian.n_tokens={config.n_tokens}, but {folder} holds {store.n_rows * per_row} tokens that are not at "
             "position 0; lower it, or raise tokens.held_out_tokens"
         )
-    rows = store.rows(0, -(-config.n_tokens // per_row))
+    sequence, rows = store.spread_rows(-(-config.n_tokens // per_row))
     document = rows.document[:, 1:].flatten()[: config.n_tokens]
-    return Tokens(rows.tokens, np.unique(document, return_inverse=True)[1])
+    return Tokens(rows.tokens, sequence, np.unique(document, return_inverse=True)[1])

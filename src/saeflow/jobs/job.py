@@ -4,17 +4,33 @@ An artifact holds `config.yaml` (what the job read) and `provenance.json` (where
 latter as their output; it holds times and hosts, so it is the one file that differs between two runs.
 """
 
+import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saeflow.config import ConfigError
 from saeflow.jobs.provenance import provenance
-from saeflow.planning.graph import RECEIPT, Instance, Plan
+from saeflow.planning.digests import DIGESTS_FILE, DigestCache
+from saeflow.planning.graph import Instance, Plan
+from saeflow.storage.locks import Lock
+from saeflow.storage.publish import beside, make_folder, publish, remove_leftovers
+from saeflow.storage.receipts import RECEIPT, verify
+
+
+class SourceError(ConfigError):
+    """A file from outside that holds something else than the plan read; the message names it and what to do."""
+
+
+@functools.cache
+def _digests() -> DigestCache:
+    """What this process knows of outside files: first what the plan found out about them."""
+    return DigestCache(DIGESTS_FILE)
 
 
 @dataclass
@@ -25,6 +41,8 @@ class Job:
     plan: Plan
     device: str
     started: float = field(default_factory=time.perf_counter)
+    lock: Lock | None = None
+    """Held, by a job of the workflow, until its artifact is there."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -35,9 +53,16 @@ class Job:
     def path(self) -> Path:
         return self.plan.folder(self.instance.stage, self.instance.key)
 
-    def inputs(self, stage: str) -> list[Path]:
-        """Artifact folders of the instances of `stage` that this one needs, in the declared order."""
-        return [self.plan.folder(stage, key) for key in self.instance.needs.get(stage, [])]
+    def inputs(self, stage: str, *files: str) -> list[Path]:
+        """Artifact folders of the instances of `stage` that this one needs, in the declared order.
+
+        They are verified, once a process; of what large artifacts have, only `files` if the job reads no others.
+        Raises `DamagedError` where one is not what was written.
+        """
+        folders = [self.plan.folder(stage, key) for key in self.instance.needs.get(stage, [])]
+        for folder in folders:
+            verify(folder, files)
+        return folders
 
     def input(self, stage: str) -> Path:
         (folder,) = self.inputs(stage)
@@ -52,8 +77,31 @@ class Job:
         return [part for f in folders for part in ([f / "input", f / "output"] if (f / "input").is_dir() else [f])]
 
     def source(self, name: str) -> Path:
-        """Path of a file or folder from outside the pipeline: `model` or `corpus`."""
+        """Path of a file or folder from outside the pipeline: `model` or `corpus`. What is in it is read inside
+        `reading`."""
         return Path(self.instance.sources[name])
+
+    @contextmanager
+    def reading(self, name: str, digest: Callable[[Path, DigestCache], Any], planned: Any) -> Iterator[Path]:
+        """The path of an outside source, whose `digest` is what it was for the plan, before and after it is read.
+
+        Costs nothing where no file has changed. One that was replaced meanwhile and put back has changed: nobody knows
+        which of the two was read. Raises `SourceError`.
+        """
+        path, cache = self.source(name), _digests()
+        cache.states = {}
+        if digest(path, cache) != planned:
+            raise SourceError(
+                f"{path} does not hold what it held when the plan was made: put it back, or run the workflow again, "
+                "which then plans with what is there now"
+            )
+        before, cache.states = cache.states, {}
+        yield path
+        cache.states = {}
+        digest(path, cache)
+        changed = {file for file, _ in before.items() ^ cache.states.items()}
+        if changed:
+            raise SourceError(f"{min(changed)} was changed while this job read it: run the workflow again")
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -61,12 +109,18 @@ class Job:
 
         On an error, or when killed, the final folder is not touched; the next try starts with an empty one.
         """
-        partial = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
+        partial = beside(self.path)
+        make_folder(self.path.parent)
+        remove_leftovers(self.path, locked=self.lock is not None)
+        partial.mkdir()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # what a full disk has no room for
+            raise
         self.instance.write_config(partial / "config.yaml")
         about = provenance(self.instance, self.device, time.perf_counter() - self.started, partial)
         (partial / RECEIPT).write_text(json.dumps(about, indent=1) + "\n")
-        shutil.rmtree(self.path, ignore_errors=True)
-        partial.rename(self.path)
+        publish(partial, self.path)
+        if self.lock:
+            self.lock.release()

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from saeflow.config.checks import escape_controls
+
 
 def progress(iterable: Any, description: str, total: int | None = None) -> Any:
     """A progress bar on stderr; none where stderr is no terminal."""
@@ -19,8 +21,15 @@ def start_log(path: str | None) -> None:
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, mode="w") if path else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class _Formatter(logging.Formatter):
+    """What is read from a corpus or a model folder may stand in messages, and logs are shown on terminals."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
 
 
 def limit_threads(threads: int) -> None:

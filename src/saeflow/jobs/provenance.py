@@ -9,17 +9,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from saeflow.planning.digests import file_digest
 from saeflow.planning.graph import Instance
+from saeflow.storage.checksums import file_digest
+from saeflow.storage.receipts import contents
 
 PACKAGES = ("torch", "transformer-lens", "sae-lens", "transformers", "zarr", "numpy", "snakemake", "hydra-core")
-HASHED_UP_TO = 256 << 20  # larger files are guarded by their own checksums, and hashing them would cost minutes
+HASHED_UP_TO = 256 << 20  # larger files have a crc32c alone: a cryptographic hash of them would cost minutes
 
 
 def provenance(instance: Instance, device: str, seconds: float, folder: Path) -> dict[str, Any]:
     """Of the artifact in `folder`, which took `seconds`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+    held = contents(folder)
+    sizes = held["sizes"]
     return {
         "stage": instance.stage,
         "key": instance.key,
@@ -35,6 +36,7 @@ def provenance(instance: Instance, device: str, seconds: float, folder: Path) ->
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes": sum(sizes.values()),
         "blake2s": {name: file_digest(folder / name) for name, size in sizes.items() if size <= HASHED_UP_TO},
+        **held,
     }
 
 

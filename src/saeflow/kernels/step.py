@@ -258,14 +258,20 @@ def loss_slow(objective: Objective, weights: Weights, x: Tensor, y: Tensor, l1: 
     return squared_error + l1 * (f @ norms).mean() if objective.activation == "relu" else squared_error
 
 
+NO_SCALE = 1e-6  # of N p ||y_t||: of what is 0 but for rounding
+
+
 def token_weights(y: Tensor, squared_error: str) -> Tensor:
     """Target y (N, p) -> weights (N,) of the tokens' squared errors; or both with heads in front.
 
-    `sum`: over p, mean over N. `mean`: over both. `target_norm`: mean over both of the error divided by ||y_t||.
+    `sum`: over p, mean over N. `mean`: over both. `target_norm`: mean over both of the error divided by ||y_t||; a
+    target of 0 has no scale to measure its error by, and weight 0: with any other it would drown all tokens that have
+    one. It still counts in N, so that no token's weight depends on the others.
     """
     N, p = y.shape[-2:]
     if squared_error == "target_norm":
-        return (N * p * y.norm(dim=-1)).clamp_(min=1e-6).reciprocal_()  # a target of 0 has no scale
+        scales = N * p * y.norm(dim=-1)
+        return torch.where(scales <= NO_SCALE, 0.0, scales.reciprocal())
     return y.new_full(y.shape[:-1], {"sum": 1 / N, "mean": 1 / (N * p)}[squared_error])
 
 

@@ -4,7 +4,7 @@
 gain and bias (version 2 put it after them), so with unfolded weights they are the first step of f, and they are folded
 into its weights here. With `fold_ln` TransformerLens has done the same, so f has the same values. Its derivative is the
 same only along directions of mean 0: after a LayerNorm nothing has another mean, so `fold_ln` also takes out of the
-weights what reads the mean.
+weights what reads the mean. From `blocks.L.mlp.hook_in`, after gain and bias, f is the MLP with its own weights.
 
     plain:  f(x) = phi(x W_in + b_in) W_out + b_out
     gated:  f(x) = (phi(x W_gate + b_gate) * (x W_in + b_in) + b_mid) W_out + b_out
@@ -27,7 +27,7 @@ from saeflow.config import ConfigError
 from saeflow.kernels import loops
 from saeflow.kernels.jacobian import BlockWeights, Linearisation
 from saeflow.kernels.memory import empty
-from saeflow.models.folder import block_of_hooks
+from saeflow.models.folder import Span, block_of_hooks
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -173,14 +173,18 @@ def _together(branches: list[Tensor]) -> Tensor:
 class ModuleBlock:
     """f by the model's own modules, for MLPs and norms that have no closed form here; the kernels differentiate it."""
 
-    def __init__(self, model: "HookedTransformer", layer: int, norm: bool, skip: bool) -> None:
-        self.model, self.layer, self.norm, self.skip = model, layer, norm, skip
+    def __init__(self, model: "HookedTransformer", layer: int, norm: bool, skip: bool, gain: bool = True) -> None:
+        """`norm`, `gain`, `skip`: whether f begins with the norm, or else with its gain and bias, and includes its
+        input."""
+        self.model, self.layer, self.norm, self.skip, self.gain = model, layer, norm, skip, gain
 
     def __call__(self, x: Tensor) -> Tensor:
         """f(x): (N, d) to (N, d)."""
         block, x = self.model.blocks[self.layer], x[None]
         if self.norm:
             y = block.apply_mlp(block.ln2(x))
+        elif not self.gain:
+            y = block.apply_mlp(x)
         else:  # the hook is between the norm's division and its gain
             name = f"blocks.{self.layer}.ln2.hook_normalized"
             with self.model.hooks(fwd_hooks=[(name, lambda _, hook: x)]):
@@ -190,19 +194,30 @@ class ModuleBlock:
 
 def read_block(model: "HookedTransformer", hook_name: str, hook_name_out: str) -> Block | ModuleBlock:
     """The block between two hooks (see `models.block_of_hooks`), in closed form where there is one."""
-    layer, norm, skip = block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp))
+    span = block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp))
     kind = str(model.cfg.normalization_type)
     known = kind in ("LN", "LNPre", "RMS", "RMSPre") and not model.cfg.use_normalization_before_and_after
-    if not known or model.cfg.act_fn not in ACTIVATIONS or not hasattr(model.blocks[layer].mlp, "W_in"):
-        return ModuleBlock(model, layer, norm, skip)
-    mlp = read_mlp(model, layer)
-    return Block(mlp, float(model.cfg.eps), kind.startswith("LN"), skip) if norm else Block(mlp)
+    if not known or model.cfg.act_fn not in ACTIVATIONS or not hasattr(model.blocks[span.layer].mlp, "W_in"):
+        return ModuleBlock(model, span.layer, span.norm, span.skip, gain=span.begins != "mlp")
+    mlp = read_mlp(model, span.layer, with_gain=span.begins != "mlp")
+    return Block(mlp, float(model.cfg.eps), kind.startswith("LN"), span.skip) if span.norm else Block(mlp)
 
 
-def read_mlp(model: "HookedTransformer", layer: int) -> MLP:
-    """The MLP of block `layer`, with the gain and bias of its norm folded in."""
+def input_gain(model: "HookedTransformer", span: Span) -> Tensor | None:
+    """(d,): by what the values where f begins are multiplied before the MLP reads them, but for the norm's division,
+    which depends on the token; None where that is part of f."""
+    if span.norm:
+        return None
+    gain = getattr(model.blocks[span.layer].ln2, "w", None)  # none where it was folded into the weights
+    if gain is None or span.begins == "mlp":
+        return torch.ones(model.cfg.d_model, device=model.cfg.device)
+    return torch.as_tensor(gain)
+
+
+def read_mlp(model: "HookedTransformer", layer: int, with_gain: bool = True) -> MLP:
+    """The MLP of block `layer`, with the gain and bias of its norm folded in, or without them."""
     block = model.blocks[layer]
-    mlp, norm = block.mlp, block.ln2
+    mlp, norm = block.mlp, block.ln2 if with_gain else None
     gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
 
     def folded(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,12 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from saeflow.config import ConfigError, ModelConfig
+from saeflow.config.checks import where
 from saeflow.planning.digests import DigestCache, short_hash
-from saeflow.text.tokenizer import read_json, special_tokens, tokenizer_file
+from saeflow.text.tokenizer import read_json
 
 # What a folder is read for: no pickles, and no second copy of the weights in another format.
 MODEL_FILES = (
@@ -25,6 +26,7 @@ MODEL_FILES = (
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ROPE = {"LlamaForCausalLM": ("llama3",)}  # beyond those that change nothing within the model's context
 SUPPORTED = (*RMS_NORM, "GPTNeoXForCausalLM", "GPT2LMHeadModel", GROUND_TRUTH, HOOKED)
 
 
@@ -47,6 +49,8 @@ class Geometry:
     """Attention and MLP both read the block's input (Pythia), so that there is no hook_resid_mid."""
     gated: bool
     n_ctx: int
+    d_vocab: int | None = None
+    """Rows of its embedding; None where `config.json` does not say it."""
 
     def block_hooks(self) -> dict[str, tuple[int, ...]]:
         """Sizes per token, (d,) or (head, d_head), of the hooks of one block that a dictionary can read; their names
@@ -62,6 +66,7 @@ class Geometry:
             "hook_attn_out": d,
             "hook_resid_mid": d,
             "ln2.hook_normalized": d,
+            "mlp.hook_in": d,
             "mlp.hook_pre": m,
             "mlp.hook_post": m,
             "hook_mlp_out": d,
@@ -70,7 +75,7 @@ class Geometry:
         if self.parallel:
             del hooks["hook_resid_mid"]
         if self.architecture == GROUND_TRUTH:  # without norms
-            del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"]
+            del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"], hooks["mlp.hook_in"]
         if self.gated:
             hooks["mlp.hook_pre_linear"] = m
         return hooks
@@ -91,7 +96,13 @@ class Geometry:
         sizes |= {"hook_embed": (self.d_model,), "ln_final.hook_normalized": (self.d_model,)}
         if hook_name in sizes:
             return sizes[hook_name]
-        near = difflib.get_close_matches(hook_name, list(sizes), n=3, cutoff=0.3)
+        if self.parallel and hook_name == f"blocks.{layer}.hook_resid_mid":
+            raise ConfigError(
+                f"the model has no hook {hook_name!r}: its attention and MLP are parallel, both read the stream before "
+                f"the block, so that there is none between them; for the MLP with its norm use site=mlp_before_norm "
+                f"site.hook_name=blocks.{layer}.hook_resid_pre, for the MLP alone site=mlp"
+            )
+        near = difflib.get_close_matches(hook_name, list(sizes), n=4, cutoff=0.3)
         raise ConfigError(f"the model has no hook {hook_name!r}; the nearest that it has: {', '.join(near or sizes)}")
 
 
@@ -103,25 +114,40 @@ def hook_layer(hook_name: str, n_layers: int) -> int:
     return n_layers if hook_name.startswith("ln_final") else 0
 
 
-def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> tuple[int, bool, bool]:
-    """(layer, whether the norm is part of f, whether the residual stream is) of the block between two hooks.
+class Span(NamedTuple):
+    """The block f between two hooks."""
+
+    layer: int
+    begins: Literal["norm", "gain", "mlp"]
+    """With the norm, with the norm's gain and bias, or with the MLP itself."""
+    skip: bool
+    """Whether the residual stream is part of it."""
+
+    @property
+    def norm(self) -> bool:
+        return self.begins == "norm"
+
+
+def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> Span:
+    """The block between two hooks.
 
     `parallel`: attention and MLP both read the residual stream before the block (Pythia). Raises `ConfigError` where no
     MLP alone leads from one hook to the other.
     """
     before = "hook_resid_pre" if parallel else "hook_resid_mid"
-    starts = {"ln2.hook_normalized": False, before: True}
+    starts: dict[str, Literal["norm", "gain", "mlp"]] = {before: "norm", "ln2.hook_normalized": "gain"}
+    starts["mlp.hook_in"] = "mlp"
     found, out = (re.fullmatch(r"blocks\.(\d+)\.(.+)", name) for name in (hook_name, hook_name_out))
     if found and out and found[1] == out[1] and found[2] in starts:
-        norm = starts[found[2]]
+        begins = starts[found[2]]
         if out[2] == "hook_mlp_out":
-            return int(found[1]), norm, False
-        if out[2] == "hook_resid_post" and norm and not parallel:
-            return int(found[1]), True, True
+            return Span(int(found[1]), begins, False)
+        if out[2] == "hook_resid_post" and begins == "norm" and not parallel:
+            return Span(int(found[1]), begins, True)
     ends = "hook_mlp_out" if parallel else f"hook_mlp_out, or from {before} to blocks.L.hook_resid_post"
     raise ConfigError(
-        f"a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized or blocks.L.{before} to blocks.L.{ends}, "
-        f"not from {hook_name} to {hook_name_out}; use site=mlp"
+        "a Jacobian is that of one MLP: from blocks.L.ln2.hook_normalized, blocks.L.mlp.hook_in or "
+        f"blocks.L.{before} to blocks.L.{ends}, not from {hook_name} to {hook_name_out}; use site=mlp"
     )
 
 
@@ -133,7 +159,7 @@ def resolve_folder(model: ModelConfig) -> Path:
     if model.path is not None:
         folder = Path(model.path)
         if not folder.is_dir():
-            raise ModelError(f"model.path={folder}: no such folder")
+            raise ModelError(f"model.path={folder}: no such folder{where(folder)}")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -164,13 +190,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def model_digest(folder: Path, cache: DigestCache) -> str:
     """Hash of a model's weights and `config.json` by content, 32 hexadecimal digits."""
-    return cache.files(folder, [config_file(folder), *weight_files(folder)])
-
-
-def tokenizer_digest(folder: Path, cache: DigestCache) -> str:
-    """Hash of what decides token ids, 32 hexadecimal digits."""
-    special = {k: v for k, v in special_tokens(folder).items() if k in ("bos_token", "eos_token")}
-    return short_hash([cache.file(tokenizer_file(folder)), special], 32)
+    digest = cache.files(folder, [config_file(folder), *weight_files(folder)])
+    if read_keys(config_file(folder)).get("use_sliding_window"):  # of Qwen2; what was computed without it is stale
+        digest = short_hash([digest, "sliding_window"], 32)
+    return digest
 
 
 def read_geometry(folder: Path) -> Geometry:
@@ -185,6 +208,11 @@ def read_geometry(folder: Path) -> Geometry:
             raise ModelError(f"{folder}/config.json has none of the keys {', '.join(names)}")
         return default
 
+    if "auto_map" in config:  # transformers would ask in the middle of a job whether to run it
+        raise ModelError(
+            f"{folder}/config.json names code of its own (auto_map), and code of a model folder is never run: if the "
+            "model is of a supported architecture, remove auto_map from a copy of the folder"
+        )
     named = config.get("architectures")
     architecture = named[0] if named else _own_format(folder, config)
     if architecture not in SUPPORTED:
@@ -192,6 +220,7 @@ def read_geometry(folder: Path) -> Geometry:
             f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2, "
             "and TransformerLens's own format"
         )
+    _check_settings(folder, architecture, config)
     d_model, n_heads = get("hidden_size", "n_embd", "d_model"), get("num_attention_heads", "n_head", "n_heads")
     return Geometry(
         architecture=architecture,
@@ -204,7 +233,32 @@ def read_geometry(folder: Path) -> Geometry:
         parallel=config.get("use_parallel_residual", True) if architecture == "GPTNeoXForCausalLM" else False,
         gated=architecture in RMS_NORM,
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
+        d_vocab=config.get("vocab_size", config.get("d_vocab")),
     )
+
+
+def _check_settings(folder: Path, architecture: str, config: dict[str, Any]) -> None:
+    """Raises `ModelError` for settings that TransformerLens is known to leave out; `conversion` finds the others."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    left_out = {f"rope_type={kind}": kind not in ("default", "dynamic", *ROPE.get(architecture, ()))}
+    if architecture == "LlamaForCausalLM":
+        left_out |= {f"{name}=true": bool(config.get(name)) for name in ("attention_bias", "mlp_bias")}
+    for setting, wrong in left_out.items():
+        if wrong:
+            raise ModelError(
+                f"{folder}: config.json has {setting}, which TransformerLens leaves out of {architecture}, so that it "
+                "would compute something else than transformers; this model cannot be used here"
+            )
+
+
+def check_processing(folder: Path, geometry: Geometry, model: ModelConfig) -> None:
+    """Raises `ModelError` for processing of the weights that would change what the model computes."""
+    if geometry.architecture in RMS_NORM and model.center_writing_weights:
+        raise ModelError(
+            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
+            "root mean square, which sees the mean; set model.center_writing_weights=false"
+        )
 
 
 def _own_format(folder: Path, config: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saeflow.config import ModelConfig
 from saeflow.models.folder import MODEL_FILES, ModelError, config_file, read_keys
+from saeflow.storage.modes import share
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -41,6 +42,7 @@ def convert(folder: Path, tokenizer_folder: Path, to: Path) -> None:
         raise ModelError(f"{found[0]} is not a file of weights alone, and is not opened: {reason}") from error
     to.mkdir(parents=True, exist_ok=True)
     save_file(tensors, to / "model.safetensors")
+    share(to / "model.safetensors")
     shutil.copyfile(config_file(folder), to / "config.json")
     for pattern in MODEL_FILES:
         for file in tokenizer_folder.glob(pattern) if "token" in pattern else ():

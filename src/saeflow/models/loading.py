@@ -4,18 +4,20 @@ import dataclasses
 import json
 import pkgutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saeflow.config import ModelConfig
+from saeflow.models.conversion import SHORT, check_conversion
 from saeflow.models.folder import (
     GROUND_TRUTH,
     HOOKED,
-    RMS_NORM,
     Geometry,
     ModelError,
+    check_processing,
     config_file,
     read_geometry,
     read_keys,
@@ -30,12 +32,14 @@ if TYPE_CHECKING:
 LOADERS = {GROUND_TRUTH: "saeflow.groundtruth.folder:load_hooked"}
 
 
-def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransformer":
+def load_model(folder: Path, model: ModelConfig, device: str, context_size: int = SHORT) -> "HookedTransformer":
     """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
 
-    With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are.
-    Raises `ModelError` where the folder's weights are not whole, or where TransformerLens's conversion of them computes
-    something else than transformers does. Imports both, which takes several seconds.
+    With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are. The
+    conversion is checked on a row of `context_size` tokens: who is the first to run rows of some length says so, and
+    the others need not pay for it again.
+    Raises `ModelError` where the folder's weights are not whole or not finite, or where TransformerLens's conversion of
+    them computes something else than transformers does. Imports both, which takes several seconds.
     """
     geometry = read_geometry(folder)
     if geometry.architecture in LOADERS:
@@ -44,16 +48,14 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
     if geometry.architecture == HOOKED:
         from saeflow.models.hooked import read_hooked_format
 
-        return processed(*read_hooked_format(folder, model), model).to(device, print_details=False)
-    if geometry.architecture in RMS_NORM and model.center_writing_weights:
-        raise ModelError(
-            f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "
-            "root mean square, which sees the mean; set model.center_writing_weights=false"
-        )
+        config, state = read_hooked_format(folder, model)
+        check_finite(folder, state)
+        return processed(config, state, model).to(device, print_details=False)
+    check_processing(folder, geometry, model)
     original = _load_original(folder)
     try:
         hooked = _convert(folder, geometry, original, dataclasses.replace(model, randomise="none"))
-        _check_conversion(folder, original, hooked)
+        check_conversion(folder, original, hooked, model.center_writing_weights, context_size)
         if model.randomise != "none":
             hooked = _convert(folder, geometry, original, model)
     except (AttributeError, RuntimeError) as error:
@@ -61,11 +63,25 @@ def load_model(folder: Path, model: ModelConfig, device: str) -> "HookedTransfor
     return hooked.to(device, print_details=False)
 
 
+def check_finite(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises `ModelError` for a weight that is NaN or infinite."""
+    for name, weights in state.items():
+        if not weights.is_floating_point() or bool(weights.sum().isfinite()):
+            continue  # a sum is twenty times as fast, and is finite only if all are
+        bad = weights.isfinite().logical_not()
+        if bool(bad.any()):
+            what = weights[bad][0].item()
+            raise ModelError(
+                f"the weights of {folder} are not finite: of {weights.numel():,} values of {name} "
+                f"{int(bad.sum()):,} are not, {what} first; copy the model folder again, or take an earlier checkpoint"
+            )
+
+
 def _convert(folder: Path, geometry: Geometry, original: Any, model: ModelConfig) -> "HookedTransformer":
     """TransformerLens's model of the weights, randomised and processed."""
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
-    config = _hooked_config(folder, geometry, model.fold_ln)
+    config = _hooked_config(folder, geometry, model.fold_ln, original.config)
     state = get_pretrained_state_dict(str(folder), config, hf_model=original, dtype=torch.float32)
     return processed(config, state, model)
 
@@ -87,7 +103,25 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    return hooked.eval().requires_grad_(False)
+    return with_mlp_inputs(hooked.eval().requires_grad_(False))
+
+
+def with_mlp_inputs(hooked: "HookedTransformer") -> "HookedTransformer":
+    """Adds the hooks `blocks.L.mlp.hook_in`: what the MLP reads, after its norm's gain and bias.
+
+    `ln2.hook_normalized` fires before those since version 3 of TransformerLens. The name is that of its newer
+    `TransformerBridge`.
+    """
+    from transformer_lens.hook_points import HookPoint
+
+    def read(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (mlp.hook_in(args[0]), *args[1:])
+
+    for block in hooked.blocks:
+        block.mlp.hook_in = HookPoint()
+        block.mlp.register_forward_pre_hook(read)
+    hooked.setup()
+    return hooked
 
 
 def _load_original(folder: Path) -> Any:
@@ -100,7 +134,12 @@ def _load_original(folder: Path) -> Any:
     disable_progress_bar()
     try:
         original, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error
@@ -109,11 +148,12 @@ def _load_original(folder: Path) -> Any:
             f"the weights of {folder} are not whole: {len(missing)} tensors are missing, {', '.join(missing[:3])} "
             "first; copy the model folder again"
         )
+    check_finite(folder, original.state_dict())
     return original.eval()
 
 
-def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
-    """TransformerLens's config of a folder.
+def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool, theirs: Any) -> Any:
+    """TransformerLens's config of a folder, of which `theirs` is transformers' config.
 
     TransformerLens guesses the architecture from the *path* (any with "llama" in it), and wants an `n_ctx` that
     transformers no longer writes for GPT-2: so it is given a copy of `config.json` in a place of its own. What its
@@ -131,19 +171,7 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool) -> Any:
     if geometry.architecture == "GPTNeoXForCausalLM":
         rope = plain.get("rope_parameters") or {}
         config.rotary_base = rope.get("rope_theta") or plain.get("rotary_emb_base") or 10000
+    if geometry.architecture == "Qwen2ForCausalLM" and theirs.sliding_window:
+        config.use_local_attn, config.window_size = True, theirs.sliding_window
+        config.attn_types = ["local" if kind == "sliding_attention" else "global" for kind in theirs.layer_types]
     return config
-
-
-def _check_conversion(folder: Path, original: Any, hooked: "HookedTransformer") -> None:
-    """Compares log-probabilities on one row: TransformerLens ignores settings such as rope scaling without a word."""
-    n_tokens = min(hooked.cfg.n_ctx, 64)
-    ids = torch.arange(n_tokens)[None] * 7919 % hooked.cfg.d_vocab  # any row will do
-    with torch.no_grad():
-        wanted = original(input_ids=ids).logits.log_softmax(-1)
-        difference = (hooked(ids).log_softmax(-1) - wanted).abs().mean().item()
-    if not difference < 0.01:  # a right conversion: 1e-6 to 1e-4
-        raise ModelError(
-            f"TransformerLens computes something else from {folder} than transformers does: log-probabilities differ "
-            f"by {difference:.2g} on average. Its conversion ignores some settings of config.json, such as rope "
-            "scaling or attention biases; this model cannot be used here"
-        )

@@ -1,41 +1,90 @@
 """The language model: its weights, `config.json` and tokenizer enter keys by content, its processing by its flags."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from saeflow.models.folder import Geometry, model_digest, read_geometry, resolve_folder, tokenizer_digest
-from saeflow.planning.digests import short_hash
+from saeflow.jobs.job import Job
+from saeflow.models.folder import Geometry, check_processing, model_digest, read_geometry, resolve_folder
+from saeflow.models.weights import n_embeddings, read_shapes
+from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
+from saeflow.planning.graph import Instance
 from saeflow.planning.stages import Source
+from saeflow.storage.receipts import verify
+from saeflow.text.tokenizer import check_tokenizer, tokenizer_digest
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
+CONTROL = ("randomise", "randomise_seed")
 
 
 def identify(planned: PlannedPoint) -> None:
     model = planned.point.model
-    folder, geometry, weights, tokenizer = planned.digests.once(
+    folder, geometry, n_tokens, weights, tokenizer = planned.digests.once(
         ("model", model.path, model.hub, model.revision), lambda: _read(planned)
     )
+    check_processing(folder, geometry, model)
+    tokens = planned.point.tokens
+    special = (tokens.prepend_bos, tokens.bos_token, tokens.eos_token)
+    planned.digests.once(("tokenizer", folder, special), lambda: check_tokenizer(folder, tokens, n_tokens))
     set_model(planned, folder, geometry, weights, tokenizer)
 
 
-def _read(planned: PlannedPoint) -> tuple[Path, Geometry, str, str]:
+def _read(planned: PlannedPoint) -> tuple[Path, Geometry, int | None, str, str]:
     folder, digests = resolve_folder(planned.point.model), planned.digests
-    weights, tokenizer = model_digest(folder, digests), tokenizer_digest(folder, digests)
-    return folder, read_geometry(folder), weights, tokenizer
+    geometry, n_tokens = read_geometry(folder), n_embeddings(read_shapes(folder))
+    return folder, geometry, n_tokens, model_digest(folder, digests), tokenizer_digest(folder, digests)
 
 
-def set_model(planned: PlannedPoint, folder: Path, geometry: Geometry, weights: str, tokenizer: str) -> None:
-    """Puts the model into the point: what identifies it, and where it lies. A control has weights of its own."""
+def set_model(
+    planned: PlannedPoint, folder: Path, geometry: Geometry, weights: str, tokenizer: str, label: str = ""
+) -> None:
+    """Puts the model into the point: what identifies it, where it lies and how it is called. A control has weights of
+    its own."""
     model, tree = planned.point.model, planned.tree["model"]
     of_control = {}
-    planned.model_label = model.name
+    name = label or f"{geometry.n_layers}L{geometry.d_model}.{weights[:4]}"
     if model.randomise != "none":  # other weights: what was made for the trained ones does not fit
-        of_control = {name: tree[name] for name in ("randomise", "randomise_seed")}
-        weights = short_hash([weights, of_control], 32)
-        planned.model_label += f"-{model.randomise}{model.randomise_seed}"
+        of_control = {name: tree[name] for name in CONTROL}
+        weights = _identity(weights, of_control)
+        name += f"-{model.randomise}{model.randomise_seed}"
     planned.tree["model"] = {"weights": weights, **{name: tree[name] for name in PROCESSING}, **of_control}
     planned.tree["tokenizer"] = tokenizer
-    planned.geometry, planned.sources["model"] = geometry, str(folder)
+    planned.geometry, planned.labels["model"] = geometry, name
+    planned.sources |= {"model": str(folder), "model_name": model.name}
+
+
+def _identity(weights: str, control: dict[str, Any]) -> str:
+    """Of weights that are replaced at random, as `control` says, from those with the digest `weights`."""
+    return short_hash([weights, control], 32) if control else weights
+
+
+@contextmanager
+def reading_model(job: Job, instance: Instance | None = None) -> Iterator[Path]:
+    """The folder of a job's model, while its files are opened: what is in it is what the plan read, by the config of
+    the job or of another `instance` that it needs.
+
+    Raises `SourceError` where it is not, and `DamagedError` where the workflow made the model and it is damaged.
+    """
+    instance = instance or job.instance
+    folder = job.source("model")
+    if folder.is_relative_to(job.plan.results):
+        verify(folder)
+        yield folder
+        return
+    model: dict[str, Any] = instance.config.get("model", {})
+    tokenizer = instance.config.get("tokenizer")
+    for key in instance.needs.get("tokens", ()):
+        tokenizer = job.plan.instance("tokens", key).config["tokenizer"]
+    control = {name: model[name] for name in CONTROL if name in model}
+
+    def digest(path: Path, digests: DigestCache) -> list[str | None]:
+        weights = _identity(model_digest(path, digests), control) if model else None
+        return [weights, tokenizer_digest(path, digests) if tokenizer else None]
+
+    with job.reading("model", digest, [model.get("weights"), tokenizer]):
+        yield folder
 
 
 SOURCES = (Source(lambda point: point.model.tracr is None, identify),)

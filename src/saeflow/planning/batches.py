@@ -1,4 +1,4 @@
-"""Which instances share a job, and what a job needs of the machine."""
+"""What a run makes, which artifacts share a job, and what a job needs of the machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,37 +8,50 @@ from saeflow.planning.graph import Plan
 from saeflow.planning.stages import Stage, stages
 
 
-def assign_batches(plan: Plan, previous: Plan | None) -> None:
-    """Groups the instances of stages that share jobs and are not on disk.
+def look(plan: Plan) -> None:
+    """Looks at the disk and decides what a run makes, and by which jobs.
 
-    A batch of an earlier run whose artifacts are all there, and all wanted, is kept as it was: its rule stays the one
-    that made them. What was made by a batch that is no longer whole is simply there, with no rule.
+    What nothing needs is made where it is missing; of everything else only what is missing for something that is to be
+    made. A finished artifact is never made again because something that it was made from is gone.
     """
+    plan.found = {name: [key for key in table if plan.done(name, key)] for name, table in plan.stages.items()}
+    there = {(name, key) for name, keys in plan.found.items() for key in keys}
+    wanted = [(name, key) for name, stage in stages().items() if stage.target for key in plan.stages[name]]
+    making: set[tuple[str, str]] = set()
+    while wanted:
+        one = wanted.pop()
+        if one not in there and one not in making:
+            making.add(one)
+            needs = plan.stages[one[0]][one[1]].needs
+            wanted += [(stage, key) for stage, keys in needs.items() for key in keys]
+    plan.to_make = {name: [key for key in table if (name, key) in making] for name, table in plan.stages.items()}
+    assign_batches(plan)
+    plan.forget()
+
+
+def assign_batches(plan: Plan) -> None:
+    """Groups the instances of stages that share jobs: what is to be made, what is there, and what is neither there nor
+    needed, each for themselves. Of the last two a job runs only where Snakemake is told to force it."""
+    plan.batches = {}
     for name, stage in stages().items():
-        if stage.together is None:
-            continue
-        table = plan.stages[name]
-        kept: list[list[str]] = []
-        plan.past[name] = []
-        batched: set[str] = set()
-        for batch in previous.batches.get(name, []) + previous.past.get(name, []) if previous else []:
-            if batched.isdisjoint(batch) and all(plan.done(name, k) for k in batch):
-                wanted = all(k in table for k in batch)
-                (kept if wanted else plan.past[name]).append(batch)
-                batched.update(batch if wanted else ())
-        plan.batches[name] = kept + _new_batches(plan, stage, [k for k in table if k not in batched])
+        if stage.together is not None:
+            making, there = set(plan.to_make[name]), set(plan.found[name])
+            absent = [key for key in plan.stages[name] if key not in making and key not in there]
+            plan.batches[name] = [
+                batch
+                for keys in (plan.to_make[name], plan.found[name], absent)
+                for batch in _batches(plan, stage, keys)
+            ]
 
 
-def _new_batches(plan: Plan, stage: Stage, keys: list[str]) -> list[list[str]]:
-    """Of those that are not on disk."""
+def _batches(plan: Plan, stage: Stage, keys: list[str]) -> list[list[str]]:
     assert stage.together is not None
     table = plan.stages[stage.name]
     size = int(plan.device.get("batch", {}).get(stage.name, 1 << 30))
     groups: dict[tuple[str, int], list[str]] = {}
     for key in keys:
-        if not plan.done(stage.name, key):
-            group = canonical(stage.together(plan, table[key])), min(size, stage.most(table[key]))
-            groups.setdefault(group, []).append(key)
+        group = canonical(stage.together(plan, table[key])), min(size, stage.most(table[key]))
+        groups.setdefault(group, []).append(key)
     new = []
     for (_, most), sharing in groups.items():
         sharing.sort(key=lambda key: stage.order(table[key]))

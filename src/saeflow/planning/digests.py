@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saeflow.storage.checksums import file_digest
+from saeflow.storage.publish import publish_text, remove_leftovers
+
+log = logging.getLogger("saeflow")
 T = TypeVar("T")
 
 
@@ -17,13 +22,15 @@ def canonical(value: Any) -> str:
 
 def short_hash(value: Any, digits: int = 8) -> str:
     """Hexadecimal digits of the BLAKE2s of a plain value's canonical JSON."""
-    return hashlib.blake2s(canonical(value).encode(), digest_size=digits // 2).hexdigest()
+    return text_hash(canonical(value), digits)
 
 
-def file_digest(path: str | Path) -> str:
-    """BLAKE2s of a file's bytes, 32 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2s(digest_size=16)).hexdigest()
+def text_hash(text: str, digits: int = 16) -> str:
+    """Hexadecimal digits of the BLAKE2s of a text."""
+    return hashlib.blake2s(text.encode(), digest_size=digits // 2).hexdigest()
+
+
+DIGESTS_FILE = ".snakemake/digests.json"
 
 
 class DigestCache:
@@ -35,19 +42,17 @@ class DigestCache:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path else None
-        self.known: dict[str, list] = {}
+        self.known: dict[str, list] = _read(self.path) if self.path and self.path.is_file() else {}
         self.found: dict[Any, Any] = {}
+        self.states: dict[str, tuple[int, ...]] = {}
+        """State of every file when it was last asked for."""
         self.changed = False
-        if self.path and self.path.is_file():
-            try:
-                self.known = json.loads(self.path.read_text())
-            except json.JSONDecodeError:
-                self.known = {}  # a torn cache only costs hashing again
 
     def file(self, path: str | Path) -> str:
         path = os.path.realpath(path)
         stat = os.stat(path)
         state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        self.states[path] = tuple(state)
         entry = self.known.get(path)
         if entry is None or entry[0] != state:
             entry = [state, file_digest(path)]
@@ -68,8 +73,18 @@ class DigestCache:
 
     def save(self) -> None:
         if self.path and self.changed:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.known))
-            partial.replace(self.path)
+            publish_text(self.path, json.dumps(self.known))
+            remove_leftovers(self.path)
             self.changed = False
+
+
+def _read(path: Path) -> dict[str, list]:
+    """The entries of a cache's file: of each path its state, and the digest. A torn one only costs hashing again."""
+    try:
+        known = json.loads(path.read_bytes())
+        if all(isinstance(state, list) and isinstance(digest, str) for state, digest in known.values()):
+            return dict(known)
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    log.warning("%s is not whole: hashing models and corpora again", path)
+    return {}

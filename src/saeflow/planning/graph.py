@@ -2,9 +2,9 @@
 
 A *point* is one combination of a sweep. A *stage* declares the config paths that it reads (`stages`). For every point
 each stage is instantiated with that projection and nothing else, and with the instances that it needs; the hash of
-(stage, stage version, projection, keys of the needed) ends its key, `<label>-<hash8>`, which names its folder below
-`results/<stage>/`. Equal instances of different points are one. So the keys are a Merkle chain: what is not read cannot
-make anything stale, what is read always does.
+(stage, stage version, projection, hashes of the needed) ends its key, `<label>-<hash8>`, which names its folder below
+`results/<stage>/`; labels are in no hash. Equal instances of different points are one. So the keys are a Merkle chain:
+what is not read cannot make anything stale, what is read always does.
 
 What only says *how* to run (devices, threads, paths) is kept beside the projection and never enters a hash; the model's
 weights, its tokenizer and the corpus enter by content.
@@ -12,15 +12,18 @@ weights, its tokenizer and the corpus enter by content.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
-from saeflow.planning.digests import canonical, short_hash
+from saeflow.storage.publish import publish_text, remove_leftovers
+from saeflow.storage.receipts import RECEIPT, is_whole, problem, read_receipt, set_aside
 
-RECEIPT = "provenance.json"
+log = logging.getLogger("saeflow")
 
 
 @dataclass
@@ -35,6 +38,10 @@ class Instance:
     sources: dict[str, str]
     version: int = 1
     """Of the stage."""
+    says: dict[str, list[Any]] = field(default_factory=dict)
+    """The setting that an entry of `config` follows from, and its value: `n_rows` from tokens.train_tokens, 307200."""
+    identity: str = ""
+    """The whole hash of which the key has the first digits: what the hashes of others that need it are made from."""
 
     def write_config(self, path: Path) -> None:
         """Writes what this instance read, for people and for `explain`."""
@@ -51,9 +58,12 @@ class Plan:
     experiment: str
     stages: dict[str, dict[str, Instance]]
     device: dict[str, Any]
+    found: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of each stage whose artifacts were there when the plan was made."""
+    to_make: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of each stage that a run makes: what is not there and wanted, or needed for something that is to be made."""
     batches: dict[str, list[list[str]]] = field(default_factory=dict)
-    past: dict[str, list[list[str]]] = field(default_factory=dict)
-    """Finished batches of earlier plans, remembered for when their artifacts are wanted again."""
+    """Of stages whose artifacts share jobs, which do: by the first of them a job is known."""
     results: str = "results"
 
     # ---------------------------------------------------------------- what the rules and the jobs ask
@@ -73,21 +83,57 @@ class Plan:
         return f"{self.results}/{stage}/{key}/{RECEIPT}"
 
     def done(self, stage: str, key: str) -> bool:
-        return Path(self.receipt(stage, key)).is_file()
+        """Whether an artifact is there: it has a whole receipt, and every file that this names, of the right size."""
+        return is_whole(self.folder(stage, key))
 
-    def inputs(self, stage: str, *keys: str) -> list[str]:
-        """Receipts of everything that the instances need, each once."""
-        needs = (self.stages[stage][key].needs for key in keys)
-        found = (self.receipt(s, k) for need in needs for s, wanted in need.items() for k in wanted)
-        return list(dict.fromkeys(found))
+    def set_aside_broken(self) -> None:
+        """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each."""
+        for stage, table in self.stages.items():
+            for key in table:
+                folder = self.folder(stage, key)
+                if (found := problem(folder, read_receipt(folder))) and set_aside(folder):
+                    log.warning("%s: %s; %s counts as missing", *found, folder)
+
+    def forget(self) -> None:
+        """What was remembered of another look at the disk."""
+        for name in ("leaders", "_members", "_found"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def leaders(self) -> dict[tuple[str, str], str]:
+        """Of every artifact that shares a job with others, the one by which the job is known."""
+        return {(s, key): batch[0] for s, batches in self.batches.items() for batch in batches for key in batch}
+
+    @cached_property
+    def _found(self) -> set[tuple[str, str]]:
+        return {(stage, key) for stage, keys in self.found.items() for key in keys}
+
+    def members(self, stage: str, key: str) -> list[str]:
+        """All that the job makes that is known by `key`."""
+        return self._members.get((stage, key), [key])
+
+    @cached_property
+    def _members(self) -> dict[tuple[str, str], list[str]]:
+        return {(stage, batch[0]): batch for stage, batches in self.batches.items() for batch in batches}
+
+    def inputs(self, stage: str, key: str, again: bool = False) -> list[str]:
+        """Receipts of the jobs that make what the job known by `key` needs, each once. Where it has been done, it waits
+        for nothing that is gone, unless it is to be done `again`."""
+        needs = (self.stages[stage][k].needs for k in self.members(stage, key))
+        wanted = dict.fromkeys((s, k) for need in needs for s, keys in need.items() for k in keys)
+        if (stage, key) in self._found and not again:
+            wanted = dict.fromkeys(one for one in wanted if one in self._found)
+        return list(dict.fromkeys(self.receipt(s, self.leaders.get((s, k), k)) for s, k in wanted))
 
     def outputs(self, stage: str, keys: Iterable[str]) -> list[str]:
-        return [self.receipt(stage, key) for key in keys]
+        """Receipts of the jobs that make some artifacts, each once."""
+        return list(dict.fromkeys(self.receipt(stage, self.leaders.get((stage, key), key)) for key in keys))
 
-    def param(self, stage: str, *keys: str) -> str:
-        """What the job may read, as one text: Snakemake's record of it. Long lists enter by their hash."""
-        text = canonical([[self.stages[stage][k].config, self.stages[stage][k].needs] for k in keys])
-        return text if len(text) < 4000 else short_hash(text, 32)
+    @property
+    def together(self) -> dict[str, list[str]]:
+        """Receipts of all that jobs make which make several, by the one that each is known by."""
+        receipts = ([self.receipt(s, key) for key in batch] for s, found in self.batches.items() for batch in found)
+        return {several[0]: several for several in receipts}
 
     def device_of(self, stage: str) -> str:
         return str(self.device.get(stage, self.device["default"]))
@@ -96,28 +142,23 @@ class Plan:
         return int(self.device.get("threads", {}).get(stage, 1))
 
     # ---------------------------------------------------------------- freezing
+    @property
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
     def freeze(self, path: str | Path) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self)))
-        partial.replace(path)
+        publish_text(path, self.text)
+        remove_leftovers(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
+        again = f"run the workflow, or python scripts/plan.py --freeze {path}"
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = json.loads(Path(path).read_bytes())
+            raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
+            return cls(**raw)
         except FileNotFoundError:
-            raise ConfigError(
-                f"no frozen plan at {path}: run the workflow, or python scripts/plan.py --freeze {path}"
-            ) from None
-        raw["stages"] = {s: {k: Instance(**i) for k, i in table.items()} for s, table in raw["stages"].items()}
-        return cls(**raw)
-
-    @classmethod
-    def load_if_valid(cls, path: str | Path) -> "Plan | None":
-        """The plan of the previous run, or None where there is none or another version of saeflow wrote it."""
-        try:
-            return cls.load(path)
-        except (ConfigError, TypeError, KeyError, json.JSONDecodeError):
-            return None
+            raise ConfigError(f"no frozen plan at {path}: {again}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path} is no whole plan of this version of saeflow ({error}): {again}") from error

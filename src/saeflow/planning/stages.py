@@ -7,7 +7,7 @@ looking, so nothing here knows which there are. Both are imported by every plan 
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,9 +32,12 @@ class Stage:
     expand: Callable[["Expansion"], None]
     """Adds its instances to the plan, after all stages that it needs have done so."""
     reads: tuple[str, ...] = ()
-    """Dotted paths of the point that enter its key."""
+    """Dotted paths of the point that enter its key; one that ends in `?` does so where it is not null."""
     version: int = 1
-    """Raise it when the code changes what the stage computes."""
+    """Raise it when the code changes what the stage computes: above all that `version_of` says."""
+    version_of: Callable[[dict[str, Any]], int | None] = lambda config: None
+    """The version of an instance by what it reads, where the code has since changed what it computes of some alone, so
+    that the artifacts of all others stay what they are; None: `version`."""
     needs: tuple[str, ...] = ()
     """Stages whose artifacts it reads."""
     after: tuple[str, ...] = ()
@@ -61,6 +64,9 @@ class Stage:
     drawn: Literal["never", "where_asked", "where_there", "always"] = "never"
     """Whether figures are made from its artifacts, so that an experiment makes these: where it asks for a figure of the
     stage, or for any; `always`: figures of it that are asked for fail where it has none."""
+    listed: str = ""
+    """`module:function` that lists its artifacts for people: of the job of figures, a table and an HTML page, which are
+    saved beside the figures as `table.csv` and `table.html`."""
     table: bool = False
     """Whether each artifact has a `table.txt` for the terminal: `snakemake <stage>_tables`."""
     says_all: bool = False
@@ -83,6 +89,12 @@ def stages() -> dict[str, Stage]:
     return in_order([stage for module in _declarations("stage") for stage in module.STAGES])
 
 
+def listed(needs: Mapping[str, list[str]]) -> list[str]:
+    """What lists the artifacts that a set of figures needs, each once: `Stage.listed`."""
+    found = (stages()[stage].listed for stage, keys in needs.items() if keys)
+    return list(dict.fromkeys(name for name in found if name))
+
+
 def in_order(found: list[Stage]) -> dict[str, Stage]:
     """Stages after those that they need. Raises `ValueError` where they need each other."""
     left = {stage.name: stage for stage in found}
@@ -94,6 +106,15 @@ def in_order(found: list[Stage]) -> dict[str, Stage]:
         first = min(free, key=lambda stage: (stage.says_all, stage.name))
         ordered[first.name] = left.pop(first.name)
     return ordered
+
+
+def downstream(names: Iterable[str]) -> set[str]:
+    """Stages, and all that need them, directly or not; what is of all others follows from any."""
+    found = set(names)
+    for stage in stages().values():  # in the order of the data flow
+        if found & {*stage.needs} or (found and stage.says_all):
+            found.add(stage.name)
+    return found
 
 
 @cache

@@ -1,19 +1,27 @@
 """Hydra's side of the plan: from `conf/` and overrides to the plain tree of every point of a sweep.
 
 `sweep` in the configuration, or a list in an override where a single value belongs, names the axes: config groups or
-dotted paths. A mapping is a product; a list of mappings is the union of their products. An override of something that
-the experiment sweeps replaces its values in every product that has it.
+dotted paths. A mapping is a product, here a block; a list of mappings is the union of their products. An override of
+something that the experiment sweeps replaces its values in every block that has it; overrides of one block are those of
+`saeflow.planning.blocks`.
 """
 
 import dataclasses
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from saeflow.config import ConfigError, PointConfig, takes_list
+from saeflow.config import ConfigError, PointConfig
+from saeflow.config.checks import require
+from saeflow.planning.blocks import Block, Edit, as_list, axis, blocks_of
+from saeflow.planning.overrides import parse
+
+SETTINGS = ("sweep", "experiment_name", "figures", "stacks", "blind")
+"""Keys of an experiment beside those of its points and the config groups."""
 
 
 class Sweep:
@@ -29,41 +37,71 @@ class Sweep:
         self.groups = sorted(p.name for p in conf.iterdir() if p.is_dir())
         self.chosen: dict[str, list[str]] = {}  # config groups of the point set on the command line
         self.values: dict[str, list[Any]] = {}  # values of the point set on the command line
+        self.edits: list[Edit] = []  # of single blocks of the sweep
+        self.swept: Any = None  # the sweep set on the command line, of several the last; {} for none
         self.rest: list[str] = []  # everything else goes to Hydra as it is
         self._trees: dict[tuple[str, ...], Any] = {}
         self._parse(overrides)
         base = self._compose([])
+        if hasattr(base.get("experiment"), "keys"):
+            name = "".join(text.partition("=")[2] for text in self.rest if text.startswith("experiment="))
+            raise ConfigError(
+                f"{conf}/experiment/{name}.yaml is read as a group of its own, so that nothing of it is used: make its "
+                "first line `# @package _global_`"
+            )
+        known = {*self.fields, *self.groups, *SETTINGS}
+        for key in [key for key in base if key not in known]:
+            raise ConfigError(f"{conf} or the experiment has a key {key!r} that nothing reads{_near(key, known)}")
         self.experiment = str(base.get("experiment_name") or "default")
+        legal = re.fullmatch(r"\w[\w.+-]*", self.experiment) is not None
+        require(legal, "experiment_name", self.experiment, "letters, digits and . _ + - alone, since it names folders")
         self.device = _plain(base["device"])
-        self.figures = _plain(base["figures"])
-        self.stacks = _plain(base.get("stacks") or [])
+        self.figures = _list_of("figures", _plain(base.get("figures")))
+        self.figures_asked = any(text.startswith("figures=") for text in self.rest)
+        """Whether they are asked for by name, not those of an experiment of which the command line may take a part."""
+        self.stacks = _list_of("stacks", _plain(base.get("stacks")))
         self.blind = _plain(base.get("blind"))
-        self.blocks = self._blocks(_plain(base.get("sweep") or {}))
+        sweep: Any = _plain(base.get("sweep")) or {}
+        swept: Any = self.swept
+        if swept is not None:  # of two mappings the axes of both; Hydra would refuse a list in place of a mapping
+            merged = swept and isinstance(sweep, dict) and isinstance(swept, dict)
+            sweep = sweep | swept if merged else swept
+        self.blocks = self._blocks(sweep)
 
     def _parse(self, overrides: list[str]) -> None:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import OverrideParseException
-
-        try:
-            parsed = OverridesParser.create().parse_overrides(overrides)
-        except OverrideParseException as error:
-            raise ConfigError(f"cannot read the override {error.override!r}: {error}") from error
-        for text, override in zip(overrides, parsed, strict=True):
+        for text, override in zip(overrides, parse(overrides), strict=True):
             key = override.key_or_group
-            if override.is_sweep_override():
-                value: Any = [_plain(v) for v in override.sweep_iterator()]
-            else:
-                value = _plain(override.value())
+            swept = override.is_sweep_override()
+            value: Any = [_plain(v) for v in override.sweep_iterator()] if swept else _plain(override.value())
             top = key.split(".")[0]
-            if key in self.groups and key in self.fields:
-                self.chosen[key] = [str(v) for v in _as_list(value)]
-            elif top in self.fields and override.is_add() is False and override.is_delete() is False:
-                self.values[key] = _axis(key, value)
-            elif top in (*self.fields, *self.groups, "sweep", "experiment_name", "figures", "stacks", "blind"):
+            action = "+" if override.is_add() else "~" if override.is_delete() else ""
+            if key in self.groups:
+                self._choose(text, key, value)
+            elif key.startswith("sweep."):
+                self.edits.append(Edit(text, key.removeprefix("sweep."), value, action))
+            elif key == "sweep" and not action:
+                self.swept = value or {}
+            elif top in self.fields and not action:
+                self.values[key] = axis(key, value)
+            elif top in (*self.fields, *self.groups, *SETTINGS):
+                if swept:
+                    raise ConfigError(f"{text}: a list needs brackets here: {key}=[{text.partition('=')[2]}]")
                 self.rest.append(text)
             else:
-                legal = sorted({*self.fields, *self.groups})
+                legal = sorted({*self.fields, *self.groups, *SETTINGS})
                 raise ConfigError(f"unknown key {key!r}{_near(key, legal)}; legal here: {', '.join(legal)}")
+
+    def _choose(self, text: str, group: str, value: Any) -> None:
+        """Takes a choice of a config group. Raises `ConfigError` for several where one is taken."""
+        if group in self.chosen or any(before.startswith(f"{group}=") for before in self.rest):
+            how = f"list all in one, {group}=a,b" if group in self.fields else "give one, and run the other after it"
+            raise ConfigError(f"{text}: {group} is given twice; {how}")
+        if group in self.fields:
+            self.chosen[group] = [str(v) for v in as_list(value)]
+        elif isinstance(value, str | None):
+            self.rest.append(text)
+        else:
+            raise ConfigError(f"{text}: one {group} can be given at a time; run one after the other")
 
     def _compose(self, choices: list[str]) -> Any:
         """Hydra's tree for some group choices, unresolved."""
@@ -82,26 +120,31 @@ class Sweep:
                 with initialize_config_dir(config_dir=str(self.conf), version_base="1.3"):
                     self._trees[name] = compose("config", overrides=[*self.rest, *single, *choices])
             except MissingConfigException as error:
-                group = str(error.missing_cfg_file or "").split("/")[0]
-                legal = sorted(p.stem for p in (self.conf / group).glob("*.yaml")) if group in self.groups else []
-                raise ConfigError(
-                    f"no config {error.missing_cfg_file!r}; {group} can be: {', '.join(legal)}"
-                ) from error
+                group, _, wanted = str(error.missing_cfg_file or "").partition("/")
+                legal = self._choices(group)
+                near = [c for c in legal if c.rsplit("/", 1)[-1] == wanted.rsplit("/", 1)[-1]]
+                hint = f" (did you mean {' or '.join(near)}?)" if near else _near(wanted, legal)
+                raise ConfigError(f"no config {group}={wanted}{hint}; {group} can be: {', '.join(legal)}") from error
             except (ConfigCompositionException, OmegaConfBaseException) as error:
-                raise ConfigError(f"the configuration does not compose: {_one_line(error)}") from error
+                raise ConfigError(f"the configuration does not compose: {_one_line(error)}{_cause(error)}") from error
         return self._trees[name]
 
-    def _blocks(self, sweep: Any) -> list[dict[str, list[Any]]]:
+    def _choices(self, group: str) -> list[str]:
+        """What a config group can be, those in folders of it last."""
+        root = self.conf / group
+        found = [p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")] if group else []
+        return sorted(found, key=lambda choice: (choice.count("/"), choice))
+
+    def _blocks(self, sweep: Any) -> list[Block]:
         """The products whose union the sweep is, with what the command line says put in."""
-        blocks = []
-        for block in sweep if isinstance(sweep, list) else [sweep]:
-            axes = {k: _as_list(v) if k in self.groups else _axis(k, v) for k, v in block.items()}
+        blocks = blocks_of(sweep, self.groups, self.edits)
+        for block in blocks:
             for group, wanted in self.chosen.items():
-                axes[group] = [c for c in axes[group] if c in wanted] if group in axes else wanted
-            if all(axes.values()):
-                blocks.append(axes)
+                here = block.axes.get(group)
+                block.axes[group] = wanted if here is None else [choice for choice in here if choice in wanted]
+        blocks = [block for block in blocks if all(block.axes.values())]
         if not blocks:
-            asked = " ".join(f"{g}={','.join(c)}" for g, c in self.chosen.items())
+            asked = " ".join(f"{g}={','.join(c)}" for g, c in self.chosen.items()) or self.edits[-1].text
             raise ConfigError(
                 f"nothing is left of the sweep of experiment={self.experiment} with {asked}; set sweep=null"
             )
@@ -109,23 +152,34 @@ class Sweep:
 
     def points(self) -> Iterator[dict[str, Any]]:
         used: set[str] = set()
-        for axes in self.blocks:
-            groups = {k: v for k, v in axes.items() if k in self.groups}
-            values = {k: v for k, v in axes.items() if k not in self.groups}
+        for block in self.blocks:
+            groups = {k: v for k, v in block.axes.items() if k in self.groups}
+            values = {k: v for k, v in block.axes.items() if k not in self.groups}
             for choice in itertools.product(*groups.values()):
                 tree = self._compose([f"{g}={c}" for g, c in zip(groups, choice, strict=True)])
                 axes_here = dict(values)
                 for path, wanted in self.values.items():
                     if path in axes_here or _holds(tree, path):
-                        axes_here[path] = wanted
+                        axes_here[path] = values[path] if path in block.edited else wanted
                         used.add(path)
                 for path in values:
                     if not _holds(tree, path):
                         raise ConfigError(f"sweep of {path}: no such key{_near(path, _leaves(tree, self.fields))}")
                 yield from _product(tree, axes_here, self.fields)
-        for path in self.values.keys() - used:
-            legal = sorted({leaf for tree in self._trees.values() for leaf in _leaves(tree, self.fields)})
-            raise ConfigError(f"unknown key {path!r}{_near(path, legal)}; no config of this experiment has it")
+        for path in sorted(self.values.keys() - used):
+            raise self._unknown(path)
+
+    def _unknown(self, path: str) -> ConfigError:
+        """What to say of a value that no point takes: a misspelt key, or one that other choices of its group have."""
+        legal = sorted({leaf for tree in self._trees.values() for leaf in _leaves(tree, self.fields)})
+        group, _, key = path.partition(".")
+        others = [c for c in self._choices(group) if _has_key(self.conf / group / f"{c}.yaml", key)]
+        if not others or path in legal:
+            return ConfigError(f"unknown key {path!r}{_near(path, legal)}; no config of this experiment has it")
+        chosen = sorted({choice for block in self.blocks for choice in block.axes.get(group, [])})
+        here = f"{group}={','.join(chosen)}" if chosen else f"the {group} of this experiment"
+        own = ", ".join(leaf for leaf in legal if leaf.startswith(f"{group}."))
+        return ConfigError(f"{path} is an option of {group}={','.join(others)}, not of {here}, which has {own}")
 
 
 def _product(tree: Any, values: dict[str, list[Any]], fields: list[str]) -> Iterator[dict[str, Any]]:
@@ -170,19 +224,11 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _axis(path: str, value: Any) -> list[Any]:
-    """The values of a sweep axis. Where the field itself is a list, one list is one value."""
-    if takes_list(path):
-        nested = isinstance(value, list) and bool(value) and all(isinstance(v, list) for v in value)
-        return value if nested else [value]
-    values = _as_list(value)
-    if not values:
-        raise ConfigError(f"sweep of {path}: the list is empty")
-    return values
+def _list_of(name: str, value: Any) -> list[Any]:
+    """What a list of the configuration holds. Raises `ConfigError` where it is none."""
+    if value is not None and not isinstance(value, list):
+        raise ConfigError(f"{name}={value}: a list belongs here: {name}=[{value}]")
+    return value or []
 
 
 def _holds(tree: Any, path: str) -> bool:
@@ -191,6 +237,18 @@ def _holds(tree: Any, path: str) -> bool:
         if not hasattr(node, "keys") or part not in node.keys():  # noqa: SIM118 -- a value "???" is not "in"
             return False
         node = node._get_node(part)
+    return True
+
+
+def _has_key(file: Path, path: str) -> bool:
+    """Whether a YAML file has the key at a dotted path."""
+    import yaml
+
+    node = yaml.safe_load(file.read_text())
+    for part in path.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
     return True
 
 
@@ -208,7 +266,12 @@ def _leaves(tree: Any, fields: list[str]) -> list[str]:
     return found
 
 
-def _one_line(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
+    """What Hydra's message leaves to the error behind it."""
+    return f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

@@ -1,29 +1,31 @@
-"""Documents of a corpus, streamed one at a time: the one place that knows file formats.
+"""Documents of a corpus, streamed one at a time: the one place that knows what is in its files.
 
 A document is a text with the name of the work it comes from. Whether it is held out is a property of its text alone
 (`is_held_out`), so that no order, limit or source can move a document from one side to the other.
 """
 
+import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import logging
 import random
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from saeflow.config import ConfigError
+from saeflow.text.files import CorpusError, corpus_files, file_format, open_file
+
+log = logging.getLogger(__name__)
 
 # Twice the King James Bible. A tokenizer needs a hundred bytes a character, and a longer "document" is most likely a
 # file read with the wrong `sample_by`.
 MAX_DOCUMENT_CHARACTERS = 8_000_000
+_ABSENT = object()
 SHUFFLE_DOCUMENTS, SHUFFLE_CHARACTERS, SHUFFLE_SEED = 10_000, 32_000_000, 42
-
-
-class CorpusError(ConfigError):
-    """A corpus that cannot be read; the message names the file and what to do."""
 
 
 class Document(NamedTuple):
@@ -42,42 +44,38 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int(document_hash(text), 16) / 2**64 < fraction
 
 
-def corpus_files(path: str | Path) -> list[Path]:
-    """The files that a corpus is: `path` itself, or every corpus file below a folder, in name order.
-
-    Raises `CorpusError` where there are none, or for an unknown format.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise CorpusError(f"corpus {path}: no such file or folder")
-    if path.is_file():
-        if _format(path) is None:
-            raise CorpusError(f"corpus {path}: unknown format; use .txt, .jsonl, .json (a line an object) or .parquet")
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
-    if not files:
-        raise CorpusError(f"corpus {path}: no .txt, .jsonl, .json or .parquet file in this folder")
-    return files
-
-
 def read_documents(
     path: str | Path, text_field: str = "text", source_field: str = "source", sample_by: str = "document"
 ) -> Iterator[Document]:
-    """Yields the documents of `corpus_files(path)` that hold more than white space.
+    """Yields the documents of `corpus_files(path)` that hold more than white space; the log says how many do not.
 
-    `.jsonl` and `.json` (one object a line) and `.parquet` are read by field; `.txt` by `sample_by`: the whole file is
-    one document, or each paragraph (separated by blank lines), or each line. `.gz` may follow any but Parquet.
+    `.jsonl` and `.json` (one object a line) and `.parquet` are read by field, one within another as `text.body`; `.txt`
+    by `sample_by`: the whole file is one document, or each paragraph (separated by blank lines), or each line. `.gz`
+    or `.zst` may follow any but Parquet.
 
     Raises `CorpusError` for a missing or empty corpus, an unknown format, a missing field, or text that is not UTF-8.
     """
-    empty = True
-    for file in corpus_files(path):
-        for document in _read_file(file, text_field, source_field, sample_by):
+    n_records = n_empty = 0
+    try:
+        for document in read_records(path, text_field, source_field, sample_by):
+            n_records += 1
             if document.text.strip():
-                empty = False
                 yield document
-    if empty:
+            else:
+                n_empty += 1
+    finally:  # also where the reader has enough
+        if n_empty:
+            log.info("corpus %s: %s of the first %s records hold no text", path, f"{n_empty:,}", f"{n_records:,}")
+    if n_records == n_empty:
         raise CorpusError(f"corpus {path} is empty: it holds no document with any text")
+
+
+def read_records(
+    path: str | Path, text_field: str = "text", source_field: str = "source", sample_by: str = "document"
+) -> Iterator[Document]:
+    """`read_documents` with those that hold no text: lines and rows without one, but no blank lines of a `.txt`."""
+    for file in corpus_files(path):
+        yield from _read_file(file, text_field, source_field, sample_by)
 
 
 def stream_dataset(
@@ -89,18 +87,36 @@ def stream_dataset(
     """
     from datasets import load_dataset  # two seconds, and only here
 
+    _register_zstd()
     try:
         for row in load_dataset(name, subset, split=split, revision=revision, streaming=True):
-            if text_field not in row:
-                raise CorpusError(f"dataset {name}: no field {text_field!r}; it has {', '.join(sorted(row))}")
-            text = _text(row[text_field], f"dataset {name}", text_field)
-            if text.strip():
-                yield Document(text, str(row.get(source_field) or name))
+            document = _document(row, f"dataset {name}", text_field, source_field, name)
+            if document.text.strip():
+                yield document
+    except CorpusError:
+        raise
+    except ValueError as error:
+        raise CorpusError(
+            f"dataset {name!r} cannot be read ({error}); set corpus.subset, corpus.split and corpus.revision to what "
+            "it has"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise CorpusError(
             f"dataset {name!r} cannot be had here ({type(error).__name__}: {error}). It is streamed from the Hugging "
             "Face hub, which needs the network; offline, name a local file with corpus.path instead"
         ) from error
+
+
+def _register_zstd() -> None:
+    """Lets the library of datasets read .zst, as the Pile's files are, by pyarrow."""
+    import pyarrow
+    from fsspec import compression  # type: ignore[import-untyped]
+
+    def opened(file: Any, mode: str = "rb", **rest: Any) -> Any:
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+
+    if "zstd" not in compression.compr:
+        compression.register_compression("zstd", opened, "zst")
 
 
 def shuffle_documents(documents: Iterable[Document]) -> Iterator[Document]:
@@ -129,22 +145,13 @@ def shuffle_documents(documents: Iterable[Document]) -> Iterator[Document]:
         yield draw()
 
 
-def _format(file: Path) -> str | None:
-    *_, last = ["", *(s.lower() for s in file.suffixes if s.lower() != ".gz")]
-    return last if last in (".txt", ".jsonl", ".json", ".parquet") else None
-
-
-def _open(file: Path) -> BinaryIO:
-    return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
-
-
 def _read_file(file: Path, text_field: str, source_field: str, sample_by: str) -> Iterator[Document]:
-    kind = _format(file)
+    kind = file_format(file)
     try:
         if kind == ".parquet":
             yield from _read_parquet(file, text_field, source_field)
         else:
-            with _open(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
+            with open_file(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
                 if kind == ".txt":
                     yield from _read_text(file, _lines(file, text), sample_by)
                 else:
@@ -156,6 +163,12 @@ def _read_file(file: Path, text_field: str, source_field: str, sample_by: str) -
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"corpus {file} is not a whole gzip file ({error}); copy it again") from error
+    except OSError as error:
+        if file.suffix.lower() != ".zst" or error.errno is not None:
+            raise
+        raise CorpusError(
+            f"corpus {file} is not a whole zstd file ({error}); copy it again, or pack it anew, without --long"
+        ) from error
 
 
 def _lines(file: Path, text: io.TextIOWrapper) -> Iterator[str]:
@@ -168,14 +181,18 @@ def _lines(file: Path, text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _first_bad_line(file: Path) -> int:
-    """Number of the first line that is not UTF-8."""
-    with _open(file) as raw:
-        for number, line in enumerate(raw, 1):
+    """Number of the first line that is not UTF-8. Lines may be longer than memory."""
+    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
+    with open_file(file) as raw:
+        while True:
+            chunk = raw.read(1 << 20)
             try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError(f"every line of {file} is UTF-8, but not the file")
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return number + error.object[: error.start].count(b"\n")
+            if not chunk:
+                raise AssertionError(f"all of {file} is UTF-8, and then not")
+            number += chunk.count(b"\n")
 
 
 def _read_jsonl(file: Path, lines: Iterator[str], text_field: str, source_field: str) -> Iterator[Document]:
@@ -185,13 +202,13 @@ def _read_jsonl(file: Path, lines: Iterator[str], text_field: str, source_field:
         where = f"corpus {file}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except RecursionError as error:
+            raise CorpusError(f"{where}: JSON that is nested too deeply to be read; leave this line out") from error
+        except ValueError as error:
             raise CorpusError(f"{where}: not a JSON object ({error}); each line must be one") from error
         if not isinstance(row, dict):
             raise CorpusError(f"{where}: not a JSON object but a {type(row).__name__}; each line must be one")
-        if text_field not in row:
-            raise CorpusError(f"{where}: no field {text_field!r} (corpus.text_field); it has {', '.join(row)}")
-        yield Document(_text(row[text_field], where, text_field), str(row.get(source_field) or file.name))
+        yield _document(row, where, text_field, source_field, file.name)
 
 
 def _read_text(file: Path, lines: Iterator[str], sample_by: str) -> Iterator[Document]:
@@ -199,11 +216,12 @@ def _read_text(file: Path, lines: Iterator[str], sample_by: str) -> Iterator[Doc
     block: list[str] = []
     size = 0
     for line in lines:
-        if sample_by == "line":
-            yield Document(line.strip("\n"), file.name)
-        elif sample_by == "paragraph" and not line.strip():
-            yield Document("".join(block).strip("\n"), file.name)
+        if sample_by != "document" and not line.strip():
+            if block:
+                yield Document("".join(block).strip("\n"), file.name)
             block, size = [], 0
+        elif sample_by == "line":
+            yield Document(line.strip("\n"), file.name)
         else:
             block.append(line)
             size += len(line)
@@ -212,7 +230,8 @@ def _read_text(file: Path, lines: Iterator[str], sample_by: str) -> Iterator[Doc
                     f"corpus {file}: a document of more than {MAX_DOCUMENT_CHARACTERS:,} characters; "
                     "set corpus.sample_by=paragraph or line"
                 )
-    yield Document("".join(block).strip("\n"), file.name)
+    if block:
+        yield Document("".join(block).strip("\n"), file.name)
 
 
 def _read_parquet(file: Path, text_field: str, source_field: str) -> Iterator[Document]:
@@ -224,14 +243,60 @@ def _read_parquet(file: Path, text_field: str, source_field: str) -> Iterator[Do
     except pyarrow.ArrowInvalid as error:
         raise CorpusError(f"corpus {file} is not a Parquet file ({error}); copy it again") from error
     with table:
-        names = table.schema_arrow.names
+        names = _leaves(table.schema_arrow)
         if text_field not in names:
-            raise CorpusError(f"corpus {file}: no column {text_field!r} (corpus.text_field); it has {', '.join(names)}")
+            raise _no_field(f"corpus {file}", "column", text_field, names)
         columns = [c for c in (text_field, source_field) if c in names]
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                text = _text(row[text_field], f"corpus {file}", text_field)
-                yield Document(text, str(row.get(source_field) or file.name))
+        try:
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    yield _document(row, f"corpus {file}", text_field, source_field, file.name)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CorpusError(f"corpus {file} is a damaged Parquet file ({error}); copy it again") from error
+
+
+def _leaves(fields: Any, prefix: str = "") -> list[str]:
+    """Names of all columns of a schema, and of the fields within them."""
+    import pyarrow
+
+    names = []
+    for field in fields:
+        names.append(prefix + field.name)
+        if pyarrow.types.is_struct(field.type):
+            names += _leaves(field.type, f"{prefix}{field.name}.")
+    return names
+
+
+def _document(row: dict[str, Any], where: str, text_field: str, source_field: str, default: str) -> Document:
+    text = _value(row, text_field)
+    if text is _ABSENT:
+        raise _no_field(where, "field", text_field, row)
+    source = _value(row, source_field)
+    return Document(_text(text, where, text_field), str(default if source is _ABSENT else source or default))
+
+
+def _value(row: dict[str, Any], field: str) -> Any:
+    """What a row holds in a field of this name, or in one within another (`text.body`); `_ABSENT` without either."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for part in field.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _no_field(where: str, noun: str, field: str, there: Iterable[str]) -> CorpusError:
+    return CorpusError(f"{where}: no {noun} {field!r}; set corpus.text_field to one of {_named(there)}")
+
+
+def _named(names: Iterable[str]) -> str:
+    """Some names, for a message on a terminal."""
+    first = [name if name.isprintable() else ascii(name) for name in map(str, itertools.islice(names, 21))]
+    return ", ".join(first[:20]) + (", …" if len(first) > 20 else "")
 
 
 def _text(value: Any, where: str, text_field: str) -> str:
@@ -239,9 +304,10 @@ def _text(value: Any, where: str, text_field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
+        within = f"; within it: {_named(f'{text_field}.{name}' for name in value)}" if isinstance(value, dict) else ""
         raise CorpusError(
             f"{where}: {text_field!r} holds a {type(value).__name__}, not text; set corpus.text_field to the field "
-            "that does"
+            f"that does{within}"
         )
     if len(value) > MAX_DOCUMENT_CHARACTERS:
         raise CorpusError(

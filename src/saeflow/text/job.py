@@ -1,12 +1,17 @@
 """The job of the stage `tokens`: packs one split of a corpus into rows of tokens."""
 
+import logging
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from saeflow.jobs.job import Job
-from saeflow.text.corpus import read_documents, stream_dataset
-from saeflow.text.tokenizer import load_tokenizer
+from saeflow.text.corpus import Document, read_documents, stream_dataset
+from saeflow.text.files import corpus_digest, corpus_parts
+from saeflow.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_digest
 from saeflow.text.tokens import write_tokens
 
+log = logging.getLogger(__name__)
 CASE_ROWS = "saeflow.groundtruth.job:write_case_rows"
 """Writes the rows of a case instead; by reference, as cases stand above text."""
 
@@ -15,14 +20,10 @@ def tokens_job(job: Job) -> str:
     config, corpus, packing = job.config, job.config["corpus"], job.config["tokens"]
     if "case" in corpus:
         return str(pkgutil.resolve_name(CASE_ROWS)(job))
-    if job.instance.sources["corpus"]:
-        fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
-        documents = read_documents(job.source("corpus"), **fields)
-    else:
-        names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
-        documents = stream_dataset(*(corpus[name] for name in names))
-    tokenizer = load_tokenizer(job.source("model"), packing["bos_token"])
-    with job.writing() as folder:
+    with job.reading("model", tokenizer_digest, config["tokenizer"]) as model:
+        tokenizer = load_tokenizer(model, packing["bos_token"], packing.get("eos_token"))
+    _tell(tokenizer, packing["prepend_bos"])
+    with job.writing() as folder, _documents(job) as documents:
         n_documents = write_tokens(
             folder,
             documents,
@@ -33,3 +34,26 @@ def tokens_job(job: Job) -> str:
         )
     rows, size = config["n_rows"], packing["context_size"]
     return f"wrote {rows:,} rows of {size} tokens from {n_documents:,} documents to {job.path}/"
+
+
+@contextmanager
+def _documents(job: Job) -> Iterator[Iterator[Document]]:
+    """The documents of a job's corpus, while they are read."""
+    corpus = job.config["corpus"]
+    if job.instance.sources["corpus"]:
+        fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
+        with job.reading("corpus", corpus_digest, corpus["content"]) as path:
+            if left_out := corpus_parts(path).left_out_in_words():
+                log.warning("not read: %s", left_out)
+            yield read_documents(path, **fields)
+    else:
+        names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
+        yield stream_dataset(*(corpus[name] for name in names))
+
+
+def _tell(tokenizer: LoadedTokenizer, prepend_bos: bool) -> None:
+    """Logs which tokens end documents and begin rows: a chat model's EOS ends a turn."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id if prepend_bos else None
+    end = f"{tokenizer.tokenizer.id_to_token(eos)!r} (id {eos}) ends a document (tokens.eos_token)"
+    front = f"{tokenizer.tokenizer.id_to_token(bos)!r} (id {bos})" if bos is not None else "nothing"
+    log.info("%s; %s stands in front of every row (tokens.bos_token, tokens.prepend_bos)", end, front)

@@ -1,19 +1,28 @@
-"""The corpus: local files enter keys by content, datasets of the hub by the names that it knows them by."""
+"""The corpus: local files enter keys by content, in their order, whatever they are called; datasets of the hub by the
+names that it knows them by."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
-from saeflow.config import ConfigError, CorpusConfig
-from saeflow.planning.digests import DigestCache
+from saeflow.config import CorpusConfig
+from saeflow.config.defaults import set_apart
+from saeflow.config.labels import file_safe
+from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.corpus import corpus_files
+from saeflow.text.files import corpus_digest, corpus_parts
+
+log = logging.getLogger(__name__)
 
 
 def identify(planned: PlannedPoint) -> None:
     corpus = planned.point.corpus
-    planned.tree["corpus"] = planned.digests.once(corpus, lambda: _content(corpus, planned.digests))
-    planned.sources["corpus"] = corpus.path or ""
+    tree = planned.tree["corpus"] = planned.digests.once(corpus, lambda: _content(corpus, planned.digests))
+    if corpus.case is None:  # else its model's name says it
+        name = corpus.dataset.rsplit("/", 1)[-1] if corpus.dataset and not corpus.path else "text"
+        planned.labels["corpus"] = f"{file_safe(name)}.{short_hash(set_apart({'corpus': tree}), 4)}"
+    planned.sources |= {"corpus": corpus.path or "", "corpus_name": corpus.name}
 
 
 def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
@@ -25,9 +34,10 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     if corpus.path is None:
         return tree
     path = Path(corpus.path)
-    if not path.exists():
-        raise ConfigError(f"corpus.path={path}: no such file or folder")
-    content = digests.files(path.parent if path.is_file() else path, corpus_files(path))
+    parts = corpus_parts(path)
+    if parts.left_out:
+        log.warning("corpus %s: not read: %s", path, parts.left_out_in_words())
+    content = corpus_digest(path, digests)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
 

@@ -1,8 +1,10 @@
 """The stage `tokens`: the two splits of a corpus as rows of tokens."""
 
+from pathlib import Path
+
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
-from saeflow.planning.expansion import Expansion
+from saeflow.planning.expansion import Expansion, PlannedPoint
 from saeflow.planning.graph import Instance
 from saeflow.planning.stages import Stage
 
@@ -14,9 +16,22 @@ def expand(expansion: Expansion) -> None:
             raise ConfigError(
                 f"tokens.context_size={size} is longer than the model's context, {planned.geometry.n_ctx}"
             )
+        if point.corpus.path is not None:
+            _look(planned)
         for split, n_tokens in (("train", point.tokens.train_tokens), ("held_out", point.tokens.held_out_tokens)):
-            label = f"{point.corpus.name}-ctx{size}-{split}"
-            planned.add("tokens", label, {}, {"split": split, "n_rows": n_tokens // size}, name=split)
+            n_rows, says = n_tokens // size, {"n_rows": f"tokens.{split}_tokens"}
+            extra = {"split": split, "n_rows": n_rows}
+            planned.add("tokens", f"{split}-{n_rows}rows", {}, extra, name=split, says=says)
+
+
+def _look(planned: PlannedPoint) -> None:
+    """Raises `CorpusError` for text that would fail in the job, as far as its first records say."""
+    from saeflow.text.look import check_length, look_at
+
+    corpus, tokens, digests = planned.point.corpus, planned.point.tokens, planned.digests
+    look = digests.once(("look", corpus), lambda: look_at(corpus))
+    folder = planned.sources["model"]
+    digests.once(("length", corpus, tokens, folder), lambda: check_length(look, corpus, tokens, Path(folder)))
 
 
 def n_bytes(instance: Instance) -> int:
@@ -42,6 +57,7 @@ STAGES = (
             "tokens.context_size",
             "tokens.prepend_bos",
             "tokens.bos_token",
+            "tokens.eos_token?",
             "tokens.held_out_fraction",
         ),
         after=("groundtruth",),

@@ -19,12 +19,12 @@ from saeflow.jobs.log import progress
 from saeflow.text.corpus import (
     SHUFFLE_DOCUMENTS,
     SHUFFLE_SEED,
-    CorpusError,
     Document,
     document_hash,
     is_held_out,
     shuffle_documents,
 )
+from saeflow.text.look import too_short
 from saeflow.text.packing import Packer, Rows, encode_all
 from saeflow.text.tokenizer import LoadedTokenizer, row_bos
 
@@ -74,13 +74,29 @@ class TokenStore:
     def rows(self, start: int, stop: int) -> Rows:
         return Rows(*(self._read(name, slice(start, stop)) for name in Rows._fields))
 
-    def _read(self, name: str, rows: slice) -> np.ndarray:
+    def spread_rows(self, n: int, seed: int = 0) -> tuple[np.ndarray, Rows]:
+        """Numbers (n,), ascending, and the arrays of `n` rows that are spread over all (`spread`)."""
+        chosen = spread(self.n_rows, n, seed)
+        return chosen, Rows(*(self._read(name, chosen) for name in Rows._fields))
+
+    def _read(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         array = self.arrays[name]
         try:
-            return np.asarray(array[rows])
+            return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows, slice(None)])
         except (ValueError, RuntimeError) as error:
-            start, stop, _ = rows.indices(self.n_rows)
+            start, stop = (
+                rows.indices(self.n_rows)[:2] if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]) + 1)
+            )
             raise _damaged(self.folder, _first_bad_shard(self.folder, array, name, start, stop), str(error)) from error
+
+
+def spread(n_rows: int, n: int, seed: int = 0) -> np.ndarray:
+    """(n,) numbers of rows, ascending: of `n_rows` cut into n equal runs, one row of each, drawn at random.
+
+    A study of some of the tokens takes these rather than the first ones, which are from a few documents.
+    """
+    edges = np.arange(n + 1) * n_rows // n
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
 def open_tokens(folder: str | Path) -> TokenStore:
@@ -121,7 +137,7 @@ def write_tokens(
     `TokenizerError` where a BOS is wanted of a tokenizer that has none.
     """
     folder = Path(folder)
-    bos = row_bos(tokenizer, prepend_bos)
+    bos = row_bos(tokenizer.bos_token_id, prepend_bos)
     attributes: dict[str, Any] = {"context_size": context_size, "prepend_bos": prepend_bos}
     attributes |= {"bos_token_id": bos, "eos_token_id": tokenizer.eos_token_id}
     attributes |= {"split": split, "held_out_fraction": held_out_fraction}
@@ -138,7 +154,7 @@ def write_tokens(
             n_documents += write(stream.pop_documents(int(shard.document.max())))
             bar.update(len(shard.tokens))
     if written < n_rows:
-        raise _too_short(stream, split, written, n_rows, context_size)
+        raise too_short(stream.n_documents, stream.n_tokens, split, written, n_rows, context_size)
     return n_documents
 
 
@@ -245,21 +261,6 @@ def _document_table(path: Path) -> Iterator[Callable[[list[tuple[int, str, str, 
             return len(records)
 
         yield write
-
-
-def _too_short(stream: _Stream, split: str, n_rows: int, wanted: int, context_size: int) -> CorpusError:
-    """The corpus ended before the last row."""
-    other = "smaller" if split == "train" else "larger"
-    more = f"use more text, or a {other} tokens.held_out_fraction"
-    holds = f"the {split} split holds {stream.n_documents:,} documents of {stream.n_tokens:,} tokens in all"
-    if n_rows == 0:
-        return CorpusError(
-            f"the corpus is too short for one row: {holds}, and tokens.context_size={context_size}; {more}"
-        )
-    return CorpusError(
-        f"the corpus is too short: {holds}, {n_rows:,} rows of {context_size}, but {wanted:,} rows are asked for; set "
-        f"tokens.{split}_tokens={n_rows * context_size} or less, or {more}"
-    )
 
 
 def _shard_rows(array: "zarr.Array") -> int:

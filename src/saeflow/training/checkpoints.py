@@ -1,4 +1,4 @@
-"""Checkpoints of trainings: one safetensors file a checkpoint, appearing whole by a rename.
+"""Checkpoints of trainings: one safetensors file a checkpoint, appearing whole, with its checksum.
 
 They lie in `results/checkpoints/<key>/step-<n>.safetensors`, beside the artifacts rather than in them, because
 Snakemake removes what a failed job has made. When they are written has no influence on the result, so time decides:
@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saeflow.activations.store import save_tensors
+from saeflow.storage.checksums import StateError, load_state, save_state
 
 log = logging.getLogger("saeflow")
 SHARE = 0.01  # of the time that writing may take
@@ -29,7 +27,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Writes the state after `step` steps, then removes all but the newest `keep`."""
-        save_tensors(self.folder / f"step-{step:09d}.safetensors", {name: t.contiguous() for name, t in state.items()})
+        save_state(self.folder / f"step-{step:09d}.safetensors", state)
         for old in self._paths()[: -self.keep]:
             old.unlink()
 
@@ -37,9 +35,9 @@ class Checkpoints:
         """The newest state that can be read; None where there is none."""
         for path in reversed(self._paths()):
             try:
-                return load_file(path)
-            except (SafetensorError, OSError) as error:
-                log.warning("checkpoint %s cannot be read (%s): going on without it", path, error)
+                return load_state(path)
+            except StateError as error:
+                log.warning("checkpoint %s: going on without it", error)
         return None
 
     def remove(self) -> None:

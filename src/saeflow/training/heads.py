@@ -7,6 +7,7 @@ L1 coefficients at a small d. A step of a small dictionary is mostly calls; ther
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,12 +41,15 @@ class HeadsTrainer(SeveralTrainers):
         """`specs` of head 0, 1, ...; `statistics` of the whole hook. `on_row` gets one row of all heads, as
         `head_h.<name>`.
 
-        Raises `TrainingError` for a head whose activations are all 0.
+        A head that is 0 on every token stops no other: its latents never fire, and its dictionary gives the 0 that it
+        gets. Raises `TrainingError` where all heads are so.
         """
         self.training, self.device, self.on_row = training, device, on_row
-        by_head = statistics.by_head()
-        if silent := [h for h, of_head in enumerate(by_head) if of_head.mean_norm == 0]:
-            raise TrainingError(f"heads {silent} of {specs[0].hook_name} are 0 on every token: nothing to train on")
+        by_head, self.silent = statistics.by_head(), statistics.silent_heads
+        if len(self.silent) == len(specs):
+            raise TrainingError(f"all heads of {specs[0].hook_name} are 0 on every token: choose another site.layer")
+        for h in self.silent:
+            by_head[h] = replace(by_head[h], mean_norm=1.0, head_norms=torch.ones(1))  # 0 is 0 by any scale
         self.heads = [Trainer(s, training, of_head, of_head, device) for s, of_head in zip(specs, by_head, strict=True)]
         self.batched, self.described = BatchedTrainer(self.heads), f"{len(self.heads)} heads"
         scales = (torch.as_tensor(head.scale_in, dtype=torch.float32, device=device) for head in self.heads)
@@ -57,12 +61,13 @@ class HeadsTrainer(SeveralTrainers):
         return {f"head_{h}": head for h, head in enumerate(self.heads)}
 
     def summary(self) -> str:
-        rows = [head.metrics.rows[-1] for head in self.heads]
+        rows = [head.metrics.rows[-1] for h, head in enumerate(self.heads) if h not in self.silent]
+        silent = "".join(f"; of head {h}, 0 on every token, none fires" for h in self.silent)
         l0, variance = ([row[name] for row in rows] for name in ("l0", "explained_variance"))
         return (
             f"L0 {sum(l0):.1f} in all, {min(l0):.1f} to {max(l0):.1f} a head, explained variance "
             f"{min(variance):.3f} to {max(variance):.3f}, {sum(row['dead'] for row in rows)} of "
-            f"{sum(head.spec.d_sae for head in self.heads)} latents dead"
+            f"{len(rows) * self.heads[0].spec.d_sae} latents dead{silent}"
         )
 
     def train_step(self, batch: tuple[Tensor, ...]) -> None:
@@ -83,7 +88,7 @@ class HeadsTrainer(SeveralTrainers):
 
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each head, from one read of the batches."""
-        dead = [head.dead_latents() for head in self.heads]
+        dead = [head.dead_latents()[: None if h not in self.silent else 0] for h, head in enumerate(self.heads)]
         if not any(map(len, dead)):
             return
         samples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.heads]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from saeflow.activations.exclusion import LeftOut
 from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.config.dictionary import Columns
@@ -30,12 +30,13 @@ from saeflow.jobs.job import Job
 from saeflow.jobs.log import progress
 from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
-from saeflow.models.source import PROCESSING
+from saeflow.models.source import PROCESSING, reading_model
 from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
 from saeflow.training.loggers import open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
 from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs, PartOfBatches
+from saeflow.training.selection import Selection
 from saeflow.training.trainer import Trainer
 
 log = logging.getLogger("saeflow")
@@ -51,6 +52,8 @@ class Member:
     checkpoints: Checkpoints
     columns_of: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
     """What it reads of a batch of the job's columns: of some, all entries or those of one head."""
+    left_out: LeftOut | None = None
+    """Of the tokens that are stored, those that it is not trained on; None: none."""
     failure: TrainingError | None = None
 
     @property
@@ -68,17 +71,17 @@ def train(jobs: list[Job]) -> str:
     A dictionary whose training fails does not stop the others; in the end `TrainingError` says which failed. Raises
     `Preempted`, with the state saved, when the job is asked to stop.
     """
-    from saeflow.activations.reader import BatchReader
-
-    columns = {folder: open_column(folder) for job in jobs for folder in job.inputs("activations")}
+    reads = [job.inputs("activations") for job in jobs]
+    columns = {folder: open_column(folder) for folders in reads for folder in folders}
     given = [job.config["training"] | json.loads(job.instance.sources["training"]) for job in jobs]  # what, and how
     options = [build(TrainingConfig, one, "training.") for one in given]
-    if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
-        raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
-    batches = BatchReader(list(columns.values()), options[0].batch_size, options[0].shuffle_seed)
+    context_size = _origin_of(jobs[0]).config["tokens"]["context_size"]
+    selection = Selection(columns, options, reads, context_size)
+    selection.warn_of_massive(list(columns.values()))
+    batches = selection.batches
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        members = [_member(job, o, columns, stack) for job, o in zip(jobs, options, strict=True)]
+        members = [_member(job, o, columns, selection, stack) for job, o in zip(jobs, options, strict=True)]
         written: list[str] = []
         log.info("training %d dictionaries on batches of %d tokens", len(members), batches.batch_size)
         for member in _steps(members, batches, signals, Timer(min(o.checkpoint_seconds for o in options))):
@@ -140,7 +143,13 @@ def _batch_groups(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator
         yield number - len(some) + 1, some
 
 
-def _member(job: Job, options: TrainingConfig, columns: dict[Path, Column], stack: contextlib.ExitStack) -> Member:
+def _member(
+    job: Job,
+    options: TrainingConfig,
+    columns: dict[Path, Column],
+    selection: Selection,
+    stack: contextlib.ExitStack,
+) -> Member:
     """The member that a job stands for, at the step that its newest checkpoint has."""
     folders = job.inputs("activations")
     results = Path(job.plan.results)
@@ -154,10 +163,12 @@ def _member(job: Job, options: TrainingConfig, columns: dict[Path, Column], stac
     config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
     specs = specs_of_job(job, [columns[folder] for folder in folders])
     head = job.config.get("head")
-    statistics = [_hook_statistics(columns[folder]) for folder in folders]
+    statistics = [selection.statistics[folder] for folder in folders]
     given = statistics if head is None else [one.by_head()[head] for one in statistics]
     inputs = Inputs(config, specs, options, given, job.device, log_row, lambda: _block(job))
     trainer: DictionaryTrainer = config.trainer_class().of_job(inputs)
+    for part in trainer.parts.values():
+        part.metrics.is_first = selection.is_first
     checkpoints = Checkpoints(results / "checkpoints" / job.instance.key, options.keep_checkpoints)
     state = checkpoints.newest()
     if state is not None:
@@ -165,7 +176,8 @@ def _member(job: Job, options: TrainingConfig, columns: dict[Path, Column], stac
         log.info("%s goes on from step %d of %d", job.instance.key, trainer.step, trainer.n_steps)
     reads = [list(columns).index(folder) for folder in folders]
     entries = slice(None) if head is None else slice(head * specs[0].d_in, (head + 1) * specs[0].d_in)
-    return Member(job, trainer, checkpoints, lambda batch: tuple(batch[i][:, entries] for i in reads))
+    columns_of = lambda batch: tuple(batch[i][:, entries] for i in reads)  # noqa: E731
+    return Member(job, trainer, checkpoints, columns_of, selection.left_out)
 
 
 def _write(member: Member) -> str:
@@ -178,6 +190,8 @@ def _write(member: Member) -> str:
             write_metrics(part.metrics.rows, folder / name / "metrics.parquet")
         for name, rows in trainer.tables().items():
             write_metrics(rows, folder / f"{name}.parquet")
+        if member.left_out is not None:
+            (folder / "left_out.json").write_text(json.dumps(member.left_out.record(), indent=1) + "\n")
     tokens = next(iter(trainer.parts.values())).metrics.rows[-1]["tokens"]
     return f"{job.instance.key}: {tokens:,} tokens, {trainer.summary()}: {job.path}"
 
@@ -186,19 +200,9 @@ def _block(job: Job) -> Block | ModuleBlock:
     """The block of the language model that a Jacobian pair is trained around."""
     from saeflow.models.loading import load_model  # ten seconds, and only pairs need it
 
-    folder = job.source("model")
-    model = load_model(folder, model_config(folder, _origin_of(job).config["model"]), job.device)
+    with reading_model(job, _origin_of(job)) as folder:
+        model = load_model(folder, model_config(folder, _origin_of(job).config["model"]), job.device)
     return read_block(model, job.config["hook_name"], job.config["hook_name_out"])
-
-
-def _hook_statistics(column: Column) -> HookStatistics:
-    statistics = column.statistics
-    mean = torch.as_tensor(statistics.mean)
-    heads = None
-    if len(column.size) == 2:
-        squares = torch.as_tensor(statistics.covariance).diagonal() + mean.square()
-        heads = squares.view(column.size).sum(dim=1).sqrt()
-    return HookStatistics(mean, float(statistics.mean_norm), heads)
 
 
 def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
@@ -213,12 +217,11 @@ def specs_of_job(job: Job, columns: list[Any]) -> list[Spec]:
     if len({c.n_tokens for c in columns}) > 1:
         sizes = [c.n_tokens for c in columns]
         raise ConfigError(f"the columns of {column_hooks} hold {sizes} tokens; they must be the same")
-    store = job.instance.needs["activations"][0]
     activations = _origin_of(job)
     tokens = job.plan.instance("tokens", activations.needs["tokens"][0])
     model = activations.config["model"]
     origin = Origin(
-        model_name=store.split("/")[0].rsplit("-", 2)[0],  # a store is called <model>-<dtype>-<hash>
+        model_name=job.instance.sources.get("model_name"),
         model_weights=model["weights"],
         **{name: model[name] for name in PROCESSING},
         context_size=activations.config["tokens"]["context_size"],
@@ -245,7 +248,15 @@ def fit(
     on_row: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> tuple[Dictionary, list[dict[str, float]]]:
     """The loop without jobs, for any source of batches: trains a dictionary, and returns it, for raw activations, and
-    its rows of metrics. Raises `TrainingError` when the loss stops being finite."""
+    its rows of metrics.
+
+    Raises `ConfigError` for a `training.exclude`, which no batches of another source keep to, and `TrainingError` when
+    the loss stops being finite.
+    """
+    if training.exclude.identity():
+        raise ConfigError(
+            "fit trains on the batches that it is given: leave tokens out of them, not in training.exclude"
+        )
     trainer_class = Trainer if spec.saelens is None else pkgutil.resolve_name(SAELensConfig.trainer)
     trainer: Trainer = trainer_class(spec, training, statistics_in, statistics_out, device, on_row)
     for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):

@@ -1,6 +1,7 @@
 """What training writes down: one row every `log_every` steps, about the batch of that step, before its update."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ class TrainingMetrics:
         self.idle_steps = torch.zeros(d_sae, dtype=torch.int32, device=device)
         self.losses: list[Tensor] = []
         self.rows: list[dict[str, float]] = []
+        self.is_first: Callable[[int], Tensor] | None = None
+        """Of a step's batch, which tokens are the first of their row, (N,) bool; None where batches do not say it."""
 
     def add(self, result: StepMetrics) -> None:
         self.idle_steps.add_(1).masked_fill_(result.activity > 0, 0)
@@ -41,8 +44,11 @@ class TrainingMetrics:
                 )
         self.losses.clear()
         assert result.n_active is not None
-        variance = (y - y.mean(dim=0)).square().sum(dim=1).mean()
-        unexplained = (result.squared_norms.mean() / variance).item()
+        unexplained = fraction_unexplained(result.squared_norms, y)
+        more = {}
+        if self.is_first is not None:
+            others = ~self.is_first(step).to(y.device)
+            more["fvu_without_first"] = fraction_unexplained(result.squared_norms[others], y[others])
         self.rows.append(
             {
                 "step": step + 1,
@@ -56,14 +62,23 @@ class TrainingMetrics:
                 "dead": int(torch.count_nonzero(self.idle_steps >= self.dead_after)),
                 "lr": lr,
                 "l1_scheduled": l1,
+                **more,
             }
         )
         return self.rows[-1]
 
 
+def fraction_unexplained(squared_errors: Tensor, y: Tensor) -> float:
+    """Of the variance of y (N, p), by errors (N,); NaN without tokens."""
+    variance = (y - y.mean(dim=0)).square().sum(dim=1).mean()
+    return (squared_errors.mean() / variance).item()
+
+
 def write_metrics(rows: list[dict[str, float]], path: Path) -> None:
     """One column a metric; `dead` counts latents that have not fired for `training.dead_after_tokens`, `fvu` is the
-    fraction of the batch's variance unexplained, `l1_scheduled` the L1 coefficient of that step."""
+    fraction of the batch's variance unexplained, `fvu_without_first` that of the tokens of the batch which are not the
+    first of their row, `l1_scheduled` the L1 coefficient of that step. All are of tokens that `training.exclude` keeps.
+    """
     import pyarrow
     import pyarrow.parquet
 

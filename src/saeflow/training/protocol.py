@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig
@@ -52,7 +53,8 @@ class HookStatistics:
     """(heads,): root mean square norm of each head; None where the hook has no heads."""
 
     def scale(self, normalize_activations: str | None, device: str = "cpu") -> Scale:
-        """What activations are multiplied with: a number, or a vector (d,)."""
+        """What activations are multiplied with: a number, or a vector (d,). A head that is 0 everywhere stays so by any
+        factor; its is 1."""
         d = self.mean.numel()
         if normalize_activations == "per_head":
             if self.head_norms is None:
@@ -60,8 +62,14 @@ class HookStatistics:
                     "dictionary.normalize_activations=per_head needs a hook with heads (attn.hook_z, hook_q, ...)"
                 )
             d_head = d // len(self.head_norms)
-            return (math.sqrt(d_head) / self.head_norms).repeat_interleave(d_head).float().to(device)
+            scales = torch.where(self.head_norms == 0, 1.0, math.sqrt(d_head) / self.head_norms)
+            return scales.repeat_interleave(d_head).float().to(device)
         return math.sqrt(d) / self.mean_norm if normalize_activations == "expected_average_only_in" else 1.0
+
+    @property
+    def silent_heads(self) -> list[int]:
+        """Those that are 0 on every token, as pruned heads are."""
+        return [] if self.head_norms is None else (self.head_norms == 0).nonzero()[:, 0].tolist()
 
     def by_head(self) -> list["HookStatistics"]:
         """Each head of a hook with heads, whose mean norm stands for here by its root mean square norm."""

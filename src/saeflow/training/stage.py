@@ -15,37 +15,48 @@ from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedDictionary, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.training.loggers import check_loggers
 
 HOW_IT_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
 
 
 def expand(expansion: Expansion) -> None:
+    loggers = set[str]()
     for planned in expansion.points:
-        point, site, config = planned.point, planned.point.site, planned.point.dictionary
+        site, config = planned.point.site, planned.point.dictionary
         training = planned.tree["training"]
         how = {name: training.pop(name) for name in HOW_IT_RUNS}
+        exclude = planned.point.training.exclude
+        exclude.check(planned.point.tokens.context_size, planned.geometry.d_vocab)
+        training["exclude"] = json.loads(canonical(exclude.identity()))
+        if not training["exclude"]:
+            del training["exclude"]
         for name in {name for kind in kinds().values() for name in kind.training_options} - {*config.training_options}:
             del training[name]  # what does not concern a dictionary is not in its key
         head = {} if site.head is None else {"head": site.head}
-        keys = []
+        keys, bases = [], []
         for number, (dictionary, hook, hook_out) in enumerate(config.trainings(site)):
-            label = "-".join(
-                [config.kind_label, short_hook(hook), config.amount_label, *(f"head{h}" for h in head.values())]
-            )
+            place, heads = short_hook(hook, hook_out), [f"head{h}" for h in head.values()]
+            label = "-".join([config.kind_label, place, config.amount_label, *heads])
             columns = [planned.keys["activations"][h] for h in (hook, hook_out) if h]
             key = planned.add(
                 "train",
-                f"{label}-seed{point.seed}",
+                label,
                 {"activations": columns},
                 {"dictionary": json.loads(canonical(dictionary)), "hook_name": hook, "hook_name_out": hook_out} | head,
                 name=str(number),
                 sources={"training": canonical(how)},
             )
             keys.append(key)
+            bases.append(label)
+            if not expansion.plan.done("train", key):
+                loggers.update(how["loggers"])
         n_heads = planned.geometry.hook_size(site.hook_name)[0]
         for part in config.parts(site, n_heads) if keys else ():
-            found = PlannedDictionary("train", keys[part.training], part.hook_name, part.name, part.head)
+            key, base = keys[part.training], bases[part.training]
+            found = PlannedDictionary("train", key, part.hook_name, base, part.name, part.head)
             planned.dictionaries.append(found)
+    check_loggers(loggers)
 
 
 def config_of(instance: Instance) -> DictionaryConfig:
@@ -53,15 +64,25 @@ def config_of(instance: Instance) -> DictionaryConfig:
 
 
 def together(plan: Plan, instance: Instance) -> list[Any]:
-    """Those that read the same tokens in the same batches."""
+    """Those that read the same tokens in the same batches. Where norms decide about tokens, they are those of the
+    columns that are read."""
     column, training = plan.instance("activations", instance.needs["activations"][0]), instance.config["training"]
     store = column.key.split("/")[0]
-    return [store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]]
+    shared = [store, column.config["n_rows"], training["batch_size"], training["shuffle_seed"]]
+    if exclude := training.get("exclude"):
+        shared += [exclude, sorted(instance.needs["activations"]) if "norm_above" in exclude else []]
+    return shared
 
 
 def order(instance: Instance) -> tuple[list[str], float]:
     """Those that read the same columns side by side, the longest first."""
     return instance.needs["activations"], -config_of(instance).cost
+
+
+def version_of(config: dict[str, Any]) -> int | None:
+    """4: dictionaries that ranked latents in units of their own were saved with another order of them."""
+    dictionary = build(DictionaryConfig, config["dictionary"], "dictionary.")
+    return 4 if dictionary.ranks_in_scaled_units and "head" not in config else None
 
 
 def _columns(plan: Plan, instance: Instance) -> Columns:
@@ -82,8 +103,13 @@ def operations(plan: Plan, instance: Instance) -> float:
 
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """Weights, gradients and Adam's two moments of every dictionary beside 3 GB; twice the time of its operations."""
+    """Weights, gradients and Adam's two moments of every dictionary beside 3 GB, and what it takes to find the tokens
+    to leave out; twice the time of its operations."""
     n_operations, memory = 0.0, 3000
+    if instances and (exclude := instances[0].config["training"].get("exclude")):
+        column = plan.instance("activations", instances[0].needs["activations"][0]).config
+        bytes_a_token = 20 if "norm_above" in exclude else 8
+        memory += round(1e-6 * bytes_a_token * column["n_rows"] * column["tokens"]["context_size"])
     for instance in instances:
         sizes = [math.prod(size) for size in _columns(plan, instance).sizes]
         dictionary = instance.config["dictionary"]
@@ -110,6 +136,7 @@ STAGES = (
         expand,
         reads=("dictionary", "training", "seed"),
         version=3,
+        version_of=version_of,
         needs=("activations",),
         together=together,
         most=lambda instance: int(json.loads(instance.sources["training"])["together"]),

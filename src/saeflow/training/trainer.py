@@ -67,10 +67,14 @@ class Trainer:
         """`statistics_out` is the target's side; for an SAE the same as `statistics_in`. `on_row` gets each new row of
         metrics."""
         for statistics, hook in ((statistics_in, spec.hook_name), (statistics_out, spec.hook_name_out)):
-            if not (0 < statistics.mean_norm < math.inf and statistics.mean.isfinite().all()):
+            head = spec.hook_head_index
+            where, other = (hook, "site") if head is None else (f"head {head} of {hook}", "site.head")
+            if statistics.mean_norm == 0:
+                raise TrainingError(f"{where} is 0 on every token: nothing to train on; choose another {other}")
+            if not (statistics.mean_norm < math.inf and statistics.mean.isfinite().all()):
                 raise TrainingError(
-                    f"the activations of {hook} have mean norm {statistics.mean_norm}: they hold infinities or only "
-                    "zeros; a wider activations.dtype (float32) may help"
+                    f"the activations of {where} have mean norm {statistics.mean_norm}: they hold infinities or what "
+                    "is no number; a wider activations.dtype (float32) may help"
                 )
         self.spec, self.training, self.device, self.on_row = spec, training, device, on_row
         sides = statistics_in, statistics_out
@@ -165,8 +169,10 @@ class Trainer:
 
     def summary(self) -> str:
         row = self.metrics.rows[-1]
+        others = 1 - row.get("fvu_without_first", row["fvu"])
+        apart = f" ({others:.3f} without the first of rows)" if abs(others - row["explained_variance"]) > 0.01 else ""
         return (
-            f"L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, {row['dead']} of "
+            f"L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}{apart}, {row['dead']} of "
             f"{self.spec.d_sae} latents dead"
         )
 
@@ -292,7 +298,8 @@ class Trainer:
         """The trained dictionary, for raw activations.
 
         Decoder norms move into the encoder where training ranked or penalised latents as if they were 1; a ReLU
-        dictionary with `sparsity=decoder_norm` keeps its norms, as SAELens's does.
+        dictionary with `sparsity=decoder_norm` keeps its norms, as SAELens's does. With TopK and a scale by head, rows
+        have norm 1 in training's units, by which they were ranked, and so not in those of raw activations.
         """
         if not all(t.isfinite().all() for t in self.weights.parameters()):
             raise TrainingError("the last step made weights that are not finite; lower training.lr")
@@ -302,8 +309,12 @@ class Trainer:
             norms = W_dec.norm(dim=1).clamp(min=1e-8) if self.objective.by_norm else torch.ones_like(b_enc)
             threshold = self.threshold.float() / norms
         dictionary = build_dictionary(self.spec, encoder.T.contiguous(), b_enc, W_dec, b_dec, W_skip, threshold)
+        ranks_in_scaled_units = self.spec.ranks_in_scaled_units
+        if ranks_in_scaled_units:
+            dictionary = dictionary.with_unit_decoder()
         dictionary = dictionary.with_scaling_folded(self.scale_in, self.scale_out)
-        return dictionary if self.spec.keeps_decoder_norms else dictionary.with_unit_decoder()
+        keeps_norms = self.spec.keeps_decoder_norms or ranks_in_scaled_units
+        return dictionary if keeps_norms else dictionary.with_unit_decoder()
 
 
 def update_weights(of: Trainer, optimiser: Adam, weights: Weights, gradients: Weights, lr: float | Tensor) -> None:

@@ -20,11 +20,13 @@ class JacobianPairConfig(TrainedConfig, kind="jacobian"):
     """Adds to the losses of its SAEs `jacobian_coefficient` / k^2 times the mean over tokens of what the k x k Jacobian
     of the active latents costs by `jacobian_penalty` (see `saeflow.kernels.penalties`), taken at the input (as the
     paper) or at the input SAE's reconstruction of it. With coefficient 0 they are the SAEs that they would be alone.
+    `apply_b_dec_to_input`: whether its SAEs subtract their `b_dec` from their input; those of the paper do not.
     """
 
     jacobian_coefficient: float | None = None
     jacobian_penalty: Literal["l1", "scad", "l1_over_l2", "lp"] = "l1"
     jacobian_at: Literal["input", "reconstruction"] = "input"
+    apply_b_dec_to_input: bool = True
 
     two_hooks: ClassVar[bool] = True
     activations: ClassVar[tuple[str, ...]] = ("topk",)

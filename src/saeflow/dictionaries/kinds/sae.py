@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from saeflow.config.checks import require
 from saeflow.dictionaries.kinds.trained import TrainedConfig
@@ -21,12 +21,6 @@ class SAEConfig(TrainedConfig, kind="sae"):
     single_head: ClassVar[bool] = True
     relu_cost: ClassVar[float] = 2.7
     studies: ClassVar[frozenset[str]] = frozenset({"stack", "heads"})
-
-    def identity(self) -> dict[str, Any]:
-        tree = super().identity()
-        if self.apply_b_dec_to_input:  # as always before there was a choice: old keys stay what they are
-            del tree["apply_b_dec_to_input"]
-        return tree
 
     def check(self, point: "PointConfig") -> None:
         super().check(point)

@@ -10,17 +10,6 @@ from saeflow.config.checks import ConfigError, require
 from saeflow.config.dictionary import Columns, DictionaryConfig
 from saeflow.dictionaries.spec import Origin, Spec, amount_of
 
-WHEN_ABSENT: dict[str, Any] = {
-    "k": None,
-    "l1_coefficient": None,
-    "squared_error": "sum",
-    "sparsity": "decoder_norm",
-    "skip": False,
-    "saelens": None,
-    "options": {},
-}
-"""What a key holds for options that a kind does not have: keys are those of when all kinds were one class."""
-
 
 @dataclass(frozen=True)
 class TrainedConfig(DictionaryConfig):
@@ -68,9 +57,6 @@ class TrainedConfig(DictionaryConfig):
     def amount(self) -> tuple[str, float | None]:
         return amount_of(self.k, self.l1_coefficient, {})
 
-    def identity(self) -> dict[str, Any]:
-        return WHEN_ABSENT | dataclasses.asdict(self)
-
     def width(self, d_in: int) -> int:
         """`d_sae` of a dictionary that reads `d_in` values."""
         return self.d_sae or d_in * (self.expansion or 1)
@@ -84,6 +70,10 @@ class TrainedConfig(DictionaryConfig):
         if self.by_head:
             return f"dictionary.kind={self.kind}"
         return "dictionary.normalize_activations=per_head" if self.normalize_activations == "per_head" else None
+
+    @property
+    def ranks_in_scaled_units(self) -> bool:
+        return self.activation == "topk" and self.normalize_activations == "per_head" and not self.by_head
 
     # -------------------------------------------------------------------- what training asks
     def spec(

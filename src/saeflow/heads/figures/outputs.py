@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from saeflow.figures.axes import empty_panel, labelled, legend_below, panels
+from saeflow.figures.axes import empty_panel, labelled, legend_below, panels, subplots
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, colours
 from saeflow.heads.cross_terms import MODEL, NO_HEADS
@@ -151,7 +150,7 @@ def _beside_pairs(studies: list[HeadStudy], **more: Any) -> tuple[Figure, np.nda
     most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
     wide = min(9.0, max(3.2, 0.55 * most))
     size = (3.4 + wide, 2.7 * len(studies))
-    return plt.subplots(len(studies), 2, figsize=size, squeeze=False, width_ratios=[3.4, wide], **more)
+    return subplots(len(studies), 2, figsize=size, squeeze=False, width_ratios=[3.4, wide], **more)
 
 
 @figure("heads_cross_terms", stage="heads", reads=read_heads)
@@ -214,7 +213,7 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.legend(loc="upper left")
         at = np.arange(dataset.sizes["pair"])
         for place, suffix, colour, label in ((-0.2, "", COLOURS[1], "heads"), (0.2, "_rotated", NULL, "rotated heads")):
-            weight = dataset["weight" + suffix].values
+            weight = dataset["weight" + suffix].where(lambda w: w > 0).values  # 0: of a head that never fires
             right.bar(at + place, dataset["total" + suffix] / weight, 0.36, color=colour, label=label)
             means = dataset["from_means" + suffix].values / weight
             right.plot(at + place, means, "_", color="black", markersize=8, label=None if suffix else "if independent")

@@ -8,6 +8,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from saeflow.dictionaries.series import with_names
+from saeflow.dictionaries.settings import read_summaries, settings, tell_apart
 from saeflow.figures.axes import empty_panel, legend_below
 from saeflow.figures.style import colours
 from saeflow.heads.folder import HeadStudy, read_head_studies
@@ -18,7 +20,21 @@ Rows = pd.DataFrame | xr.Dataset
 
 
 def read_heads(job: Job) -> list[HeadStudy]:
-    return read_head_studies(job.inputs("heads"))
+    """The studies of an experiment in the order of the layers, and what tells them and their dictionaries apart."""
+    studies = read_head_studies(job.inputs("heads"))
+    evaluated = with_names(read_summaries(job, "evaluate"))
+    whole = evaluated[evaluated["part"].isna()]
+    labels = dict(zip(whole["train_key"], whole["label"], strict=True))
+    held = [settings(job.plan, "heads", study.key) for study in studies]
+    own = tell_apart([{path: value for path, value in one.items() if path.startswith("heads.")} for one in held])
+    named = []
+    for study, said in zip(studies, own, strict=True):
+        (tokens,) = job.plan.instance("heads", study.key).needs["tokens"]
+        mine = whole[whole["train_key"].isin(study.summary["dictionaries"]) & (whole["tokens_key"] == tokens)].iloc[0]
+        beside = mine["place"].removeprefix(mine["where"]).removeprefix(", ")
+        title = ", ".join(part for part in (study.name, beside, *said) if part)
+        named.append(study._replace(title=title, labels=labels))
+    return named
 
 
 def head_legend(figure: Figure, studies: list[HeadStudy], *more: Line2D) -> None:

@@ -2,14 +2,13 @@
 one output latent as a function of one input latent: its class, and what J predicts of it.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saeflow.figures.axes import PANELS_BESIDE, log_axis
+from saeflow.figures.axes import PANELS_BESIDE, log_axis, subplots
 from saeflow.figures.registry import figure
-from saeflow.figures.style import look
+from saeflow.figures.style import look, track
 from saeflow.jacobians.figures import studies
 from saeflow.jacobians.figures.studies import (
     EXAMPLE_TOKENS,
@@ -30,7 +29,7 @@ def jacobian_examples(data: Studies) -> tuple[Figure, pd.DataFrame]:
 
     One panel's studies, at most four coefficients of them, from the baseline up.
     """
-    chosen = studies.first_panel(data.summaries)
+    chosen = studies.few_studies(data.summaries)
     table = data.of("examples")
     table = table[table["jacobian_key"].isin(chosen["jacobian_key"])]
     blocks: dict[tuple[str, int], np.ndarray] = {}
@@ -41,7 +40,7 @@ def jacobian_examples(data: Studies) -> tuple[Figure, pd.DataFrame]:
             blocks[str(study["jacobian_key"]), token] = _shuffled(entries, shape, token)
     norms = {"none": lambda b: 1.0, "l1": lambda b: b.sum() or 1.0, "l2": lambda b: float(np.linalg.norm(b)) or 1.0}
     columns = [(norm, token) for norm in norms for token in range(EXAMPLE_TOKENS)]
-    figure, grid = plt.subplots(
+    figure, grid = subplots(
         len(chosen), len(columns), figsize=(0.95 * len(columns), 0.95 * len(chosen) + 0.9), squeeze=False
     )
     for norm, scale in norms.items():
@@ -93,7 +92,7 @@ def jacobian_thresholds(data: Studies) -> tuple[Figure, pd.DataFrame]:
             axis.set(ylim=(0, 105), ylabel="entries above it (%)" if place % PANELS_BESIDE == 0 else "")
         column[0].set_title(panel)
     figure.tight_layout()
-    studies.legend(figure, figure.axes)
+    studies.legend(figure, figure.axes, note=studies.covers(data.summaries))
     return figure, table
 
 
@@ -109,12 +108,13 @@ def jacobian_distribution(data: Studies) -> tuple[Figure, pd.DataFrame]:
     for name in ("count_per_token", "above_per_token"):
         linear[name] *= scale
     table = logarithmic[logarithmic["fraction"] > 0]
-    panel, logarithmic = max(studies.by_panel(logarithmic), key=lambda one: one[1]["jacobian_coefficient"].nunique())
+    panel = studies.shown_panel(logarithmic)
+    logarithmic = logarithmic[logarithmic["panel"] == panel]
     linear = linear[linear["panel"] == panel]
     ends = [(name, end) for name in ("count", "above") for end in ("low", "high")]
     linear = linear.rename(columns={f"{name}_{end}": f"{name}_per_token_{end}" for name, end in ends})
     colours = studies.coefficient_colours(logarithmic)
-    figure, grid = plt.subplots(2, 3, figsize=(8.2, 4.6), sharex="col")
+    figure, grid = subplots(2, 3, figsize=(8.2, 4.6), sharex="col")
     for coefficient, colour in colours.items():
         here = linear[linear["jacobian_coefficient"] == coefficient]
         counts, above = (studies.over_seeds(here, "bin_left", f"{name}_per_token") for name in ("count", "above"))
@@ -140,27 +140,30 @@ def jacobian_distribution(data: Studies) -> tuple[Figure, pd.DataFrame]:
         axis.set_xlabel(NORMS[norm])
     figure.suptitle(panel)
     figure.tight_layout(w_pad=1.5)
-    studies.legend_of_lines(figure, colours, [panel])
+    studies.legend_of_lines(figure, colours, [panel], note=studies.covers(data.summaries))
     return figure, table
 
 
 @figure("jacobian_global", stage="jacobian", reads=read_pairs)
 def jacobian_global(data: Studies) -> tuple[Figure, pd.DataFrame]:
-    """The n x n mean |J|: how many entries exceed a threshold, and how many inputs an output latent needs for 90 %."""
+    """The n x n mean |J|: how many entries exceed a threshold, and how many inputs an output latent needs for 90 %;
+    means over seeds."""
     table, outputs = data.of("global_exceedance"), data.of("outputs")
     colours = studies.coefficient_colours(table)
     panels = [name for name, _ in studies.by_panel(table)]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8.2, 2.7))
+    figure, (left, middle, right) = subplots(1, 3, figsize=(8.2, 2.7))
     series = [(panel, c, rows) for panel, mine in studies.by_panel(table) for c, rows in studies.by_coefficient(mine)]
     for panel, coefficient, rows in series:
-        dashes, colour = studies.dash(panels.index(panel)), colours[coefficient]
+        colour = colours[coefficient]
+        style = track(panels.index(panel)) | {"color": colour, "markevery": 0.15, "markersize": 3}
+        style |= {"marker": ""} if len(panels) == 1 else {}
         for axis, convention in ((left, "active"), (middle, "all")):
             fraction = rows[rows["convention"] == convention].groupby("threshold")["fraction"].mean()
             shown = fraction[fraction > 0]
-            axis.plot(shown.index, 100 * shown, dashes, color=colour)
+            axis.plot(shown.index, 100 * shown, **style)
         mine = outputs[(outputs["panel"] == panel) & (outputs["jacobian_coefficient"] == coefficient)]
         needed = np.sort(mine["inputs_for_90_percent"])
-        right.plot(needed, 100 * np.arange(1, len(needed) + 1) / len(needed), dashes, color=colour)
+        right.plot(needed, 100 * np.arange(1, len(needed) + 1) / len(needed), **style)
     for axis, over in ((left, "tokens with the output active"), (middle, "all tokens")):
         axis.set(xscale="log", yscale="log", xlabel="threshold of mean |J|", title=f"mean over {over}")
         axis.set_ylabel("entries of n × n above it (%)" if axis is left else "")
@@ -172,19 +175,24 @@ def jacobian_global(data: Studies) -> tuple[Figure, pd.DataFrame]:
 
 @figure("jacobian_histogram", stage="jacobian", reads=read_labelled_histograms)
 def jacobian_histogram(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """|J| over the active k×k entries of a token (notebook 000): histogram, and how many entries exceed a threshold."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 2.8))
-    for i, (_, rows) in enumerate(table.groupby("jacobian_key", sort=True)):
-        edges = np.append(rows["bin_left"], rows["bin_right"].iloc[-1])
-        colour, _ = look(i)
-        left.stairs(rows["count_per_token"], edges, color=colour, label=rows["label"].iloc[0])
-        right.plot(rows["bin_left"], rows["above_per_token"], color=colour)
+    """|J| over the active k×k entries of a token, on linear bins: histogram, and how many entries exceed a threshold.
+    Of several seeds the mean."""
+    figure, (left, right) = subplots(1, 2, figsize=(6.2, 2.8))
+    for i, (label, studies_of_one) in enumerate(table.groupby("label", sort=False)):
+        rows = studies_of_one.groupby("bin_left")[["bin_right", "count_per_token", "above_per_token"]].mean()
+        seeds, style = studies_of_one["jacobian_key"].nunique(), look(i)
+        line = {"color": style.color, "linestyle": style.linestyle}
+        edges = np.append(rows.index, rows["bin_right"].iloc[-1])
+        name = f"{label}, {seeds} seeds" if seeds > 1 else str(label)
+        left.stairs(rows["count_per_token"], edges, **line)
+        marks = style.line if table["label"].nunique() > 1 else line
+        right.plot(rows.index, rows["above_per_token"], markevery=0.1, label=name, **marks)
     left.set(xlabel="|J|", ylabel="entries per token and bin")
     right.set(xlabel="threshold", ylabel="entries per token\nwith |J| above it")
     for axis in (left, right):
         log_axis(axis, "y")
     figure.tight_layout()
-    figure.legend(*left.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02))
+    figure.legend(*right.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02))
     counts = ["count_per_token", "count_low", "count_high", "above_per_token", "above_low", "above_high"]
     return figure, table[["label", "jacobian_key", "bin_left", "bin_right", *counts]]
 
@@ -218,7 +226,7 @@ def jacobian_linearity(data: Studies) -> tuple[Figure, pd.DataFrame]:
             axis.set_title(studies.title(panel, says[kind]))
     _draw_curves(np.concatenate(places[len(panels) :]), table)
     figure.tight_layout()
-    studies.legend(figure, figure.axes)
+    studies.legend(figure, figure.axes, note=studies.covers(data.summaries))
     return figure, long
 
 
@@ -244,8 +252,8 @@ def jacobian_ablation(data: Studies) -> tuple[Figure, pd.DataFrame]:
     table = data.of("linearity")
     summaries = data.summaries
     colours = studies.coefficient_colours(summaries)
-    chosen = studies.first_panel(summaries)
-    figure, grid = plt.subplots(2, len(chosen), figsize=(max(4.4, 2.1 * len(chosen)), 4.5), squeeze=False)
+    chosen = studies.few_studies(summaries)
+    figure, grid = subplots(2, len(chosen), figsize=(max(4.4, 2.1 * len(chosen)), 4.5), squeeze=False)
     for column, (_, study) in zip(grid.T, chosen.iterrows(), strict=True):
         rows = table[table["jacobian_key"] == study["jacobian_key"]]
         unit = (-rows["jacobian"], rows["delta_unit"])

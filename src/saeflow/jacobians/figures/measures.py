@@ -1,29 +1,24 @@
 """Figures of what J comes to over a study: its measures by coefficient and layer, their price, the paper's numbers."""
 
-import itertools
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.figures.axes import plain_table
+from saeflow.figures.axes import plain_table, subplots
 from saeflow.figures.registry import figure
-from saeflow.figures.style import MARKERS, sequence
+from saeflow.figures.style import Look, look, track
 from saeflow.jacobians.figures import studies
-from saeflow.jacobians.figures.studies import DASHES, FAITHFULNESS, IDENTITY, Studies, read_pairs
+from saeflow.jacobians.figures.studies import FAITHFULNESS, IDENTITY, Studies, read_pairs
 
 
 @figure("jacobian_sweep", stage="jacobian", reads=read_pairs)
 def jacobian_sweep(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """Sizes and scale-free measures of J by the Jacobian coefficient, with intervals over documents."""
     table = data.summaries
-    panels = studies.by_panel(table)
-    colours = sequence(len(panels), 0.15, 0.75)
-    looks = zip(panels, colours, itertools.cycle(DASHES), strict=False)
-    series = [(panel, rows, colour, dashes) for (panel, rows), colour, dashes in looks]
+    series = [(panel, rows, look(n)) for n, (panel, rows) in enumerate(studies.by_panel(table))]
     return _measures(table, "jacobian_coefficient", "Jacobian coefficient λ", series)
 
 
@@ -31,15 +26,25 @@ def jacobian_sweep(data: Studies) -> tuple[Figure, pd.DataFrame]:
 def jacobian_layers(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """Sizes and scale-free measures of J by layer, one line a Jacobian coefficient."""
     table = data.summaries
-    rest = table["panel"].str.replace(r"layer \d+(, )?", "", regex=True)
-    series = []
-    for n, panel in enumerate(rest.unique()):
-        for coefficient, rows in studies.by_coefficient(table[rest == panel]):
+    series: list[tuple[str, pd.DataFrame, Look]] = []
+    for beside, mine in table.groupby("beside_layer", sort=False):
+        for coefficient, rows in studies.by_coefficient(mine):
             if rows["layer"].nunique() == 1 < table["layer"].nunique():
                 continue  # no line by layer
-            label = ", ".join(part for part in (studies.label_of(coefficient), panel) if part)
-            series.append((label, rows, studies.coefficient_colours(table)[coefficient], studies.dash(n)))
+            label = ", ".join(part for part in (studies.label_of(coefficient), str(beside)) if part)
+            series.append((label, rows, look(len(series))))
     return _measures(table, "layer", "layer", series)
+
+
+def _between_layers(table: pd.DataFrame, name: str) -> str:
+    """The measure `name`, where there are several layers in units that do not move with the gains of their norms."""
+    return _in_units(table, name) if table["layer"].nunique() > 1 else name
+
+
+def _in_units(table: pd.DataFrame, name: str) -> str:
+    """The measure `name` for a unit step of what the MLP reads, where all studies have that."""
+    own = f"{name}_unit"
+    return own if own in table and table[own].notna().all() else name
 
 
 _MEASURES = {
@@ -53,18 +58,19 @@ _MEASURES = {
 
 
 def _measures(
-    table: pd.DataFrame, by: str, label: str, series: list[tuple[str, pd.DataFrame, Any, str]]
+    table: pd.DataFrame, by: str, label: str, series: list[tuple[str, pd.DataFrame, Look]]
 ) -> tuple[Figure, pd.DataFrame]:
-    """A panel a measure, its values at equal steps along `by`; `series`: label, rows, colour and dashes."""
-    measures = {name: text for name, text in _MEASURES.items() if name in table}  # thresholds are configured
+    """A panel a measure, its values at equal steps along `by`; `series`: label, rows and look."""
+    # thresholds are configured
+    measures = {_between_layers(table, name): text for name, text in _MEASURES.items() if name in table}
     values = sorted(table[by].unique())
-    figure, grid = plt.subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
+    figure, grid = subplots(2, 3, figsize=(7.6, 4.2), sharex=True)
     for axis, (name, text) in zip(grid.flat, measures.items(), strict=False):
-        for n, (title, rows, colour, dashes) in enumerate(series):
+        for title, rows, style in series:
             curve = studies.over_seeds(rows, by, name)
             errors = np.nan_to_num(np.maximum([curve["value"] - curve["low"], curve["high"] - curve["value"]], 0))
-            look = {"marker": MARKERS[n % len(MARKERS)], "linestyle": dashes, "color": colour, "capsize": 2}
-            axis.errorbar([values.index(v) for v in curve[by]], curve["value"], errors, label=title or "pair", **look)
+            at = [values.index(v) for v in curve[by]]
+            axis.errorbar(at, curve["value"], errors, label=title or "pair", capsize=2, **style.line)
         axis.set(ylabel=text)
         if name == "kurtosis":
             axis.set_yscale("log")
@@ -72,8 +78,7 @@ def _measures(
     for axis in grid[1]:
         axis.set_xlabel(label)
     figure.tight_layout()
-    if len(series) > 1:
-        studies.legend(figure, grid[0][:1], columns=3)
+    studies.legend(figure, grid[0][:1], columns=3, note=studies.covers(table))
     ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
     return figure, table[["layer", *IDENTITY, *ends]]
 
@@ -81,27 +86,31 @@ def _measures(
 @figure("jacobian_pareto", stage="jacobian", reads=read_pairs)
 def jacobian_pareto(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """What sparsity costs: explained variance and recovered loss of both SAEs of a pair against the sparsity of J;
-    points are Jacobian coefficients."""
+    points are Jacobian coefficients, means over seeds."""
     table = data.summaries
     colours = studies.coefficient_colours(table)
     measures = {"fraction_above_0.01": "share of |J| > 0.01", "effective_inputs": "effective inputs per output"}
-    measures = {name: label for name, label in (measures | {"hoyer": "Hoyer sparsity"}).items() if name in table}
-    figure, grid = plt.subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
+    measures |= {"hoyer": "Hoyer sparsity"}
+    measures = {_between_layers(table, name): label for name, label in measures.items() if name in table}
+    figure, grid = subplots(2, len(measures), figsize=(2.7 * len(measures), 4.4), sharex="col", squeeze=False)
     for axis, label in zip(grid[-1], measures.values(), strict=True):
         axis.set_xlabel(label)
     for (score, name), line in zip(FAITHFULNESS.items(), grid, strict=True):
         for axis, measure in zip(line, measures, strict=True):
             for n, (_, rows) in enumerate(studies.by_panel(table)):
-                for side, marker in (("input", "o"), ("output", "s")):
+                for side, hollow in (("input", False), ("output", True)):
                     points = rows.groupby("jacobian_coefficient")[[measure, f"{score}_{side}"]].mean()
-                    x, y = points[measure], points[f"{score}_{side}"]
-                    axis.plot(x, y, studies.dash(n), color="0.6", marker=marker, mfc="none", zorder=1)
-                    axis.scatter(x, y, c=[colours[c] for c in points.index], marker=marker, s=22, zorder=2)
+                    x, y, style = points[measure], points[f"{score}_{side}"], track(n)
+                    axis.plot(x, y, linestyle=style["linestyle"], color="0.6", linewidth=0.8, zorder=1)
+                    for at, coefficient in enumerate(points.index):
+                        face = "white" if hollow else colours[coefficient]
+                        dot = {"color": colours[coefficient], "markerfacecolor": face, "linestyle": ""}
+                        axis.plot(x.iloc[at], y.iloc[at], marker=style["marker"], zorder=2, **dot)
         line[0].set_ylabel(name)
     figure.tight_layout()
     sides = [
-        Line2D([], [], color="0.6", marker=marker, mfc="none", linestyle="", label=f"{side} SAE")
-        for side, marker in (("input", "o"), ("output", "s"))
+        Line2D([], [], color="0.3", marker="o", markerfacecolor=face, linestyle="", label=f"{side} SAE")
+        for side, face in (("input", "0.3"), ("output", "white"))
     ]
     studies.legend_of_lines(figure, colours, [name for name, _ in studies.by_panel(table)], sides)
     scores = [f"{score}_{side}" for score in FAITHFULNESS for side in ("input", "output")]
@@ -113,7 +122,7 @@ _COMPARED = {
     "fraction_above_0.01": "|J| > 0.01 (%)",
     "fraction_above_0.015": "|J| > 0.015 (%)",
     "fraction_above_0.02": "|J| > 0.02 (%)",
-    "absolute_linear": "linear functions (%)",
+    "absolute_linear_or_flat": "linear functions (%)",
     "absolute_jumprelu": "JumpReLU-like (%)",
     "absolute_other": "other (%)",
     "on_line": "|J + Δ| < 0.1 (%)",
@@ -134,8 +143,10 @@ _PAPER = {  # model or control, study: the same measures in percent; of its figu
 def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """The paper's numbers beside ours: every study with the L1 penalty, means over seeds.
 
-    arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, position 0 left out, taken at the true input;
-    its trained models' weights were folded for the analysis and not for the training, its random models' were not.
+    Ours are for a unit step of what the MLP reads (the paper's units) where f begins after the norm's division.
+    Functions that are flat count as linear, as there. arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of
+    training, position 0 left out, taken at the true input; its trained models' weights were folded for the analysis and
+    not for the training, its random models' were not.
     """
     rows: list[dict[str, Any]] = [
         {"source": "paper", "control": control, "study": study} | dict(zip(_COMPARED, values, strict=True))
@@ -143,9 +154,11 @@ def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     ]
     ours = data.summaries[data.summaries["jacobian_penalty"] == "l1"]
     held = [name for name in _COMPARED if name in ours]  # thresholds are configured
-    for (kind, layer, coefficient), mine in ours.groupby(["control", "layer", "jacobian_coefficient"]):
-        study = f"ours, layer {layer}, λ = {coefficient:g}"
-        values = {name: 100 * mine[name].mean() for name in held}
+    by = ["control", "layer", "panel", "jacobian_coefficient"]
+    for (kind, layer, panel, coefficient), mine in ours.groupby(by, sort=False):
+        rest = [part for part in str(panel).split(", ") if part not in ("", f"layer {layer}", kind)]
+        study = ", ".join(["ours", f"layer {layer}", *rest, f"λ = {coefficient:g}"])
+        values = {name: 100 * mine[_in_units(mine, name)].mean() for name in held}
         rows.append({"source": "ours", "control": kind, "study": study} | values)
     order = list(dict.fromkeys(row["control"] for row in rows))
     table = pd.DataFrame(rows).sort_values("control", key=lambda column: column.map(order.index), kind="stable")
@@ -153,7 +166,7 @@ def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
         [row["control"], row["study"], *("" if pd.isna(row.get(name)) else f"{row[name]:.1f}" for name in _COMPARED)]
         for row in table.to_dict("records")
     ]
-    figure, axis = plt.subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
+    figure, axis = subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
     axis.set_axis_off()
     names = [text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()]
     widths = [0.21, 0.27, *[0.075] * len(_COMPARED)]

@@ -2,28 +2,25 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.evaluation.figures import read_summaries
-from saeflow.figures.axes import PANELS_BESIDE, labelled, legend_below
-from saeflow.figures.style import sequence
+from saeflow.dictionaries.series import CONTROLS, NAMES, SEEDS, about_place, natural
+from saeflow.dictionaries.settings import Settings, by_one_width, read_summaries, settings, tell_apart
+from saeflow.figures.axes import PANELS_BESIDE, labelled, legend_below, subplots
+from saeflow.figures.style import sequence, track
 from saeflow.jobs.job import Job
 
 EXAMPLE_TOKENS = 3
 IDENTITY = ["panel", "jacobian_coefficient", "seed", "jacobian_key"]
 FAITHFULNESS = {"explained_variance": "explained variance", "loss_recovered_zero": "CE loss recovered (zero ablation)"}
-CONTROLS = {"none": "trained model", "reinit": "re-initialised model", "permuted": "permuted model"}
-_DISTINGUISHED_BY = ["layer", "k", "d_sae", "control", "jacobian_penalty", "at", "norm", "hook_name", "hook_name_out"]
-DASHES = ("-", "--", ":", "-.")
 NORMS = {"none": "|J|", "l1": "|J| / L1 norm", "l2": "|J| / L2 norm", "rms": "|J| / RMS of its token"}
 
 
@@ -31,8 +28,8 @@ class Studies(NamedTuple):
     """What the Jacobian stage measured, of pairs. Every table has the column `jacobian_key`."""
 
     summaries: pd.DataFrame
-    """One row a study, with its `panel`: what distinguishes it besides coefficient and seed. What evaluations of its
-    dictionaries say has `_input` or `_output` added to its name."""
+    """One row a study, with its `panel`: what distinguishes it besides coefficient and seeds; `beside_layer` is that
+    without the layer. What evaluations of its dictionaries say has `_input` or `_output` added to its name."""
     tables: dict[str, pd.DataFrame]
     """By name: the stage's tables, and `examples`, the Jacobians of a few tokens, one row an entry."""
 
@@ -44,20 +41,25 @@ class Studies(NamedTuple):
 
 def read_pairs(job: Job) -> Studies:
     """Raises `ValueError` where no study is of a pair."""
-    studies = read_studies(job.inputs("jacobian"), read_summaries(job.inputs("evaluate")))
+    evaluations, folders = read_summaries(job, "evaluate"), job.inputs("jacobian")
+    held = {folder: settings(job.plan, "jacobian", folder.name) for folder in folders}
+    studies = read_studies(folders, evaluations, held)
     if studies.summaries.empty:
         raise ValueError("figures of Jacobians but jacobian_histogram need pairs: use dictionary=pair or jacobian")
     return studies
 
 
 def read_labelled_histograms(job: Job) -> pd.DataFrame:
-    return read_histograms(job.inputs("jacobian"))
+    folders = job.inputs("jacobian")
+    return read_histograms(folders, {folder: settings(job.plan, "jacobian", folder.name) for folder in folders})
 
 
-def read_studies(folders: Iterable[Path], evaluations: pd.DataFrame) -> Studies:
+def read_studies(
+    folders: Iterable[Path], evaluations: pd.DataFrame, held: Mapping[Path, Settings] | None = None
+) -> Studies:
     """Reads the artifacts of the Jacobian stage; those of transcoders, which have no coefficient, are left out.
 
-    `evaluations`: one row a dictionary, those of the pairs among them.
+    `evaluations`: one row a dictionary, those of the pairs among them; `held`: settings of each study, by its folder.
     """
     found = {folder: json.loads((folder / "summary.json").read_text()) for folder in folders}
     pairs = {f: summary for f, summary in found.items() if summary["kind"] == "pair"}  # others have no coefficient
@@ -72,21 +74,31 @@ def read_studies(folders: Iterable[Path], evaluations: pd.DataFrame) -> Studies:
     names = ("histogram", "log_histogram", "thresholds", "global_exceedance", "outputs", "linearity")
     tables = {name: joined(pd.read_parquet(f / f"{name}.parquet") for f in pairs) for name in names}
     tables["examples"] = joined(map(_read_examples, pairs))
-    return Studies(_with_evaluations(_with_panels(summaries), evaluations), tables)
+    named = _with_panels(summaries, [(held or {}).get(f, {}) for f in pairs], evaluations)
+    return Studies(_with_evaluations(named, evaluations), tables)
 
 
-def read_histograms(folders: Iterable[Path]) -> pd.DataFrame:
-    """`histogram.parquet` of every study, those of transcoders too, with `jacobian_key` and `label`."""
-    tables = []
+def read_histograms(folders: Iterable[Path], held: Mapping[Path, Settings] | None = None) -> pd.DataFrame:
+    """`histogram.parquet` of every study, those of transcoders too, with `jacobian_key` and `label`.
+
+    Studies that differ in their seeds alone have one label.
+    """
+    labels, about, tables = [], [], []
     for folder in folders:
         summary = json.loads((folder / "summary.json").read_text())
         of = "transcoder"
         if summary["kind"] == "pair":  # others have neither k nor λ
             of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}, {control(summary)}"
         sites = " → ".join(summary[c].split(".", 2)[-1].replace("hook_", "") for c in ("hook_name", "hook_name_out"))
-        label = f"layer {summary['layer']}, {sites}, {of}"
-        tables.append(pd.read_parquet(folder / "histogram.parquet").assign(label=label, jacobian_key=folder.name))
-    return pd.concat(tables) if tables else pd.DataFrame()
+        labels.append(f"layer {summary['layer']}, {sites}, {of}")
+        about.append(_about(summary, (held or {}).get(folder, {}), ""))
+        tables.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name))
+    for label in dict.fromkeys(labels):
+        mine = [n for n, one in enumerate(labels) if one == label]
+        for n, said in zip(mine, tell_apart(by_one_width([about[n] for n in mine])), strict=True):
+            labels[n] = ", ".join([label, *said])
+    order = sorted(range(len(labels)), key=lambda n: (natural(labels[n]), n))
+    return pd.concat(tables[n].assign(label=labels[n]) for n in order) if tables else pd.DataFrame()
 
 
 def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.DataFrame:
@@ -100,24 +112,44 @@ def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.
     return summaries
 
 
-def control(summary: dict[str, Any]) -> str:
+def control(summary: Mapping[Any, Any]) -> str:
     """Name of the language model: trained, or which control."""
     return CONTROLS[summary.get("randomise") or "none"]
 
 
-def _with_panels(summaries: pd.DataFrame) -> pd.DataFrame:
-    """Names each study by what differs between studies besides coefficient and seed; '' where nothing does."""
-    differing = [c for c in _DISTINGUISHED_BY if summaries[c].nunique(dropna=False) > 1]
-    if "layer" in differing:
-        differing = [c for c in differing if not c.startswith("hook_name")]
-    says = {"layer": "layer {}", "k": "k = {}", "d_sae": "{} latents"}
-    says |= {"jacobian_penalty": "penalty {}", "at": "at the {}", "norm": "norm {}"}
-    usual = {"control": "trained model", "jacobian_penalty": "l1"}  # goes without saying where something else is said
-    names = []
-    for _, row in summaries.iterrows():
-        said = [c for c in differing if row[c] != usual.get(c)] or differing
-        names.append(", ".join(says.get(c, "{}").format(row[c]) for c in said))
-    return summaries.assign(panel=names)
+def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Names each study by what differs between studies besides coefficient and seeds, '' where nothing does; in the
+    order of the layers, trained models before their controls."""
+    models = dict(evaluations[["train_key", "model_name"]].to_numpy()) if "model_name" in evaluations else {}
+    rows = summaries.to_dict("records")
+    about = [_about(row, s, models.get(row["train_key_in"]) or "") for row, s in zip(rows, held, strict=True)]
+    panels = tell_apart(by_one_width(about))
+    beside = tell_apart(by_one_width([{p: v for p, v in one.items() if p != "layer"} for one in about]))
+    named = summaries.assign(panel=[", ".join(said) for said in panels], beside_layer=[", ".join(b) for b in beside])
+    order = list(CONTROLS.values())
+
+    def place(n: int) -> tuple[Any, ...]:
+        row = rows[n]
+        return row["layer"], order.index(row["control"]), natural(", ".join(panels[n])), row["jacobian_coefficient"], n
+
+    return named.iloc[sorted(range(len(rows)), key=place)].reset_index(drop=True)
+
+
+def _about(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[str, Any]:
+    """What tells a study from others, but for its coefficient and its seeds, those of a control among them."""
+    prefix = f"blocks.{summary['layer']}."
+    own: dict[str, Any] = {"layer": summary["layer"]} | about_place(held, str(held.get("model.name") or model))
+    own |= {"control": control(summary), "dictionary.k": summary.get("k"), "d_sae": summary["d_sae"]}
+    said = {"jacobian.at": "at", "jacobian.norm": "norm", "dictionary.jacobian_penalty": "jacobian_penalty"}
+    own |= {path: summary[name] for path, name in said.items() if summary.get(name) is not None}
+    own |= {name: str(summary[name]).removeprefix(prefix) for name in ("hook_name", "hook_name_out")}
+    hashed = ("model.weights", "tokenizer")  # of a model, which has a name
+    seeds = (*SEEDS, "model.randomise", "model.randomise_seed", "tracr.seed", "dictionary.jacobian_coefficient")
+    own |= {path: value for path, value in held.items() if path not in (*hashed, *seeds, *NAMES, *own)}
+    own.pop("control_seed", None)
+    if control(summary) == CONTROLS["none"] and "model.weights" in held:
+        own["model.weights"] = held["model.weights"]
+    return own
 
 
 def _read_examples(folder: Path) -> pd.DataFrame:
@@ -130,11 +162,6 @@ def _read_examples(folder: Path) -> pd.DataFrame:
 
 
 # -------------------------------------------------------------------- series
-def dash(n: int) -> str:
-    """Of line n."""
-    return DASHES[n % len(DASHES)]
-
-
 def coefficient_colours(table: pd.DataFrame) -> dict[float, Any]:
     """Colour by coefficient."""
     values = sorted(table["jacobian_coefficient"].unique())
@@ -156,17 +183,35 @@ def by_panel(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(str(name), rows) for name, rows in table.groupby("panel", sort=False)]
 
 
-def first_panel(summaries: pd.DataFrame) -> pd.DataFrame:
-    """Of the first panel one study a coefficient, at most four of them, the baseline and the largest included."""
-    _, rows = by_panel(summaries)[0]
+def shown_panel(table: pd.DataFrame) -> str:
+    """The panel that is shown where one is: the first of those with the most coefficients."""
+    return max(by_panel(table), key=lambda one: one[1]["jacobian_coefficient"].nunique())[0]
+
+
+def few_studies(summaries: pd.DataFrame) -> pd.DataFrame:
+    """Of `shown_panel` one study a coefficient, at most four of them, the baseline and the largest included."""
+    rows = summaries[summaries["panel"] == shown_panel(summaries)]
     by_coefficient = rows.drop_duplicates("jacobian_coefficient").sort_values("jacobian_coefficient")
     return by_coefficient.iloc[np.unique(np.linspace(0, len(by_coefficient) - 1, 4).round().astype(int))]
 
 
 def over_seeds(rows: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
-    """Mean over seeds of `value`, the lowest of its lower ends, the highest of its upper ends; one row a `by`."""
+    """Mean over seeds of `value`, the lowest of its lower ends, the highest of its upper ends; one row a `by`.
+
+    `rows` are of one panel and coefficient, or differ in them by `by`. What bars then cover is what `covers` says."""
     names = {"value": (value, "mean"), "low": (f"{value}_low", "min"), "high": (f"{value}_high", "max")}
     return rows.groupby(by, sort=True).agg(**names).reset_index()
+
+
+def covers(summaries: pd.DataFrame) -> str:
+    """What intervals cover, as a note: documents, and the seeds where there are several."""
+    seeds = summaries.groupby(["panel", "jacobian_coefficient"]).size()
+    text = "bars and bands: 95 % interval over documents"
+    if seeds.max() > 1:
+        text += (
+            f"; of several seeds (up to {seeds.max()}) the mean, from the lowest to the highest end of their intervals"
+        )
+    return text
 
 
 def bars(axis: Axes, groups: list[str], series: dict[float, pd.DataFrame], colours: dict[float, Any]) -> None:
@@ -181,10 +226,10 @@ def bars(axis: Axes, groups: list[str], series: dict[float, pd.DataFrame], colou
     axis.set_xticks(range(len(groups)), groups)
 
 
-def legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
+def legend(figure: Figure, axes: Iterable[Axes], columns: int = 6, note: str = "") -> None:
     """Below everything: each label once, in the order of the first that has it, the baseline first."""
     unique = sorted(labelled(axes).items(), key=lambda item: _label_order(item[0]))
-    legend_below(figure, dict(unique), columns)
+    legend_below(figure, dict(unique), columns, note)
 
 
 def _label_order(label: str) -> float:
@@ -195,7 +240,7 @@ def _label_order(label: str) -> float:
 def paired_panels(places: int) -> tuple[Figure, list[np.ndarray]]:
     """Columns of two axes each, at most four beside one another."""
     beside, bands = min(places, PANELS_BESIDE), -(-places // PANELS_BESIDE)
-    figure, grid = plt.subplots(2 * bands, beside, figsize=(max(4.4, 2.5 * beside), 4.4 * bands), squeeze=False)
+    figure, grid = subplots(2 * bands, beside, figsize=(max(4.4, 2.5 * beside), 4.4 * bands), squeeze=False)
     columns = [grid[2 * (n // beside) : 2 * (n // beside) + 2, n % beside] for n in range(bands * beside)]
     for column in columns[places:]:
         for axis in column:
@@ -203,12 +248,14 @@ def paired_panels(places: int) -> tuple[Figure, list[np.ndarray]]:
     return figure, columns[:places]
 
 
-def legend_of_lines(figure: Figure, colours: dict[float, Any], panels: list[str], more: Iterable[Line2D] = ()) -> None:
-    """A legend of colours (coefficients) and dashes (panels)."""
+def legend_of_lines(
+    figure: Figure, colours: dict[float, Any], panels: list[str], more: Iterable[Line2D] = (), note: str = ""
+) -> None:
+    """A legend of colours (coefficients) and of dashes and markers (panels)."""
     handles = [Line2D([], [], color=colour, label=label_of(c)) for c, colour in colours.items()]
     if len(panels) > 1:
-        handles += [Line2D([], [], color="0.3", linestyle=dash(n), label=panel) for n, panel in enumerate(panels)]
-    legend_below(figure, [*handles, *more], columns=5)
+        handles += [Line2D([], [], color="0.3", label=panel, **track(n)) for n, panel in enumerate(panels)]
+    legend_below(figure, [*handles, *more], columns=5 if len(panels) < 3 else 3, note=note)
 
 
 def title(panel: str, text: str = "") -> str:

@@ -1,0 +1,43 @@
+"""Where figures, tables and report of a finished experiment are: the last lines of a run."""
+
+import shlex
+from pathlib import Path
+
+from saeflow.planning.graph import Plan
+from saeflow.storage.receipts import RECEIPT
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The checkout."""
+
+
+def report_is_current(plan: Plan) -> bool:
+    """Whether `report.html` shows the figures that are there."""
+    (key,) = plan.stages["figures"]
+    report, receipt = Path(plan.results) / "report.html", plan.folder("figures", key) / RECEIPT
+    return (
+        report.is_file()
+        and receipt.is_file()
+        and report.stat().st_mtime >= receipt.stat().st_mtime
+        and key in report.read_text(errors="replace")
+    )
+
+
+def whereabouts(plan: Plan, overrides: list[str]) -> str:
+    """A line each of figures, tables and report; the report's says how to make it where there is none of this."""
+    (key,) = plan.stages["figures"]
+    folder = plan.folder("figures", key)
+    if not plan.done("figures", key):
+        return f"artifacts: {plan.results}/ (no figures: not all was asked for)"
+    figures = sorted(path.stem for path in folder.glob("*.png"))
+    others = sorted(p.name for p in folder.glob("*.*") if p.suffix in (".csv", ".html") and p.stem not in figures)
+    here = "" if Path.cwd() == ROOT else f"DIRECTORY={shlex.quote(str(Path.cwd()))} "
+    how = f"none of these yet: make report {here}HYDRA={shlex.quote(' '.join(overrides))}"
+    how = f"{plan.results}/report.html" if report_is_current(plan) else how
+    tables = [*others, *(["a .csv beside each figure"] if figures else [])]
+    return "\n".join(
+        [
+            f"figures: {folder}/ ({', '.join(figures) or 'none'})",
+            f"tables:  {folder}/ ({', '.join(tables) or 'none'})",
+            f"report:  {how}",
+        ]
+    )

@@ -1,0 +1,40 @@
+"""Artifacts are made by one process at a time: two runs that want the same one share what the first of them makes."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from saeflow.jobs.job import Job
+from saeflow.storage.locks import Lock
+from saeflow.storage.receipts import DamagedError, verify
+
+log = logging.getLogger("saeflow")
+
+
+@contextmanager
+def claimed(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Gives those of the jobs that are still to be done, when no other process makes an artifact of them, and keeps
+    others from making them.
+
+    What another process finished while this one waited for it is done. What was there before is made again: that is
+    what was asked for.
+    """
+    with ExitStack() as held:
+        done = set()
+        for job in sorted(jobs, key=lambda job: job.path):  # all processes in one order: none waits for another's wait
+            job.lock = Lock(job.path.with_name(job.path.name + ".lock"))
+            waited = job.lock.acquire(str(job.path))
+            held.callback(job.lock.release)
+            if waited and _is_there(job):
+                log.info("%s was made by another run meanwhile", job.path)
+                job.lock.release()
+                done.add(job.path)
+        yield [job for job in jobs if job.path not in done]
+
+
+def _is_there(job: Job) -> bool:
+    try:
+        verify(job.path)
+    except DamagedError:
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""Whether TransformerLens's model of some weights computes what transformers does, at every hook that is relied on.
+
+TransformerLens drops settings of `config.json` that it does not know, such as rope scaling, without a word, and some
+show only at a distance: a window of attention changes nothing before its end. So both run one row as long as those that
+are to be studied, and are compared in what every block reads and what its attention and MLP write, at every token.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saeflow.models.attention import fused_attention
+from saeflow.models.folder import ModelError
+from saeflow.models.splicing import run_hooked
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+SHORT = 64
+"""Tokens of a row where nobody says how long the rows are; of a longer one, so many of its last are asked for logits,
+which would fill the memory for all."""
+TOLERANCE = 0.01
+"""Of a right conversion: 1e-6 to 1e-4."""
+
+
+@torch.no_grad()
+def check_conversion(folder: Path, original: Any, hooked: "HookedTransformer", centred: bool, n_tokens: int) -> None:
+    """Compares `hooked` with transformers' model of the same weights on one row of `n_tokens`, both on the CPU.
+
+    `centred`: `center_writing_weights` took the mean out of what `hooked` writes. Costs a forward pass of each.
+    Raises `ModelError` where a token's vector at a hook differs by more than a hundredth of its norm, or its
+    log-probabilities by more than a hundredth of a nat on average.
+    """
+    generator = torch.Generator().manual_seed(0)  # any row will do
+    ids = torch.randint(hooked.cfg.d_vocab, (1, min(n_tokens, hooked.cfg.n_ctx)), generator=generator)
+    wanted, logits = _run_original(original, ids, hooked.cfg.n_layers)
+    differences: dict[str, Tensor] = {}
+
+    def compare(name: str, value: Tensor, hook: Any) -> None:
+        differences[name] = _difference(value[0], wanted.pop(name)[0], centred)
+
+    with fused_attention(hooked):  # as caching and evaluation do
+        final = run_hooked(hooked, ids, [(name, partial(compare, name)) for name in wanted], None, 0)
+    found = hooked.unembed(final[:, -SHORT:])[0].log_softmax(-1)
+    for name, by_token in differences.items():
+        if not bool((by_token < TOLERANCE).all()):
+            raise _disagreement(
+                folder, ids.shape[1], f"{name} by {by_token.nan_to_num(torch.inf).max():.2g} of its norm", by_token
+            )
+    nats = (found - logits[0].log_softmax(-1)).abs().mean(dim=1)
+    if not bool((nats < TOLERANCE).all()):
+        raise _disagreement(folder, ids.shape[1], f"log-probabilities by {nats.max():.2g} on average", nats)
+
+
+def _run_original(original: Any, ids: Tensor, n_layers: int) -> tuple[dict[str, Tensor], Tensor]:
+    """What transformers' model computes on `ids` (1, P): (1, P, d) by TransformerLens's name of the hook, in the order
+    in which blocks compute it, and the logits of the last tokens (1, <= SHORT, vocabulary)."""
+    blocks = next(
+        m for m in original.base_model.children() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers
+    )
+    written: dict[str, Tensor] = {}
+
+    def keep(name: str, module: Any, args: Any, output: Any) -> None:
+        written[name] = output[0] if isinstance(output, tuple) else output
+
+    handles = []
+    for layer, block in enumerate(blocks):
+        for part, module in block.named_children():
+            if (hook := _WRITES.get(part)) is not None:
+                handles.append(module.register_forward_hook(partial(keep, f"blocks.{layer}.{hook}")))
+    try:
+        output = original(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=SHORT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(written) == 2 * n_layers, "attention and MLP of every block"
+    values: dict[str, Tensor] = {}
+    for layer in range(n_layers):
+        values[f"blocks.{layer}.hook_resid_pre"] = output.hidden_states[layer]
+        for hook in ("hook_attn_out", "hook_mlp_out"):
+            values[f"blocks.{layer}.{hook}"] = written[f"blocks.{layer}.{hook}"]
+    return values, output.logits
+
+
+_WRITES = dict.fromkeys(("attn", "attention", "self_attn"), "hook_attn_out") | {"mlp": "hook_mlp_out"}
+"""Hooks by the names of the modules of a block that write to the residual stream."""
+
+
+def _difference(found: Tensor, wanted: Tensor, centred: bool) -> Tensor:
+    """Norms of differences of vectors (P, d), by the norm of the vector, or the median one where that is more: (P,)."""
+    if centred:
+        wanted = wanted - wanted.mean(dim=1, keepdim=True)
+    norms = wanted.norm(dim=1)
+    return (found - wanted).norm(dim=1) / norms.clamp(min=norms.median())
+
+
+def _disagreement(folder: Path, n_tokens: int, what: str, by_token: Tensor) -> ModelError:
+    first = int((~(by_token < TOLERANCE)).nonzero()[0])
+    return ModelError(
+        f"TransformerLens computes something else from {folder} than transformers does: on a row of {n_tokens} tokens "
+        f"they differ from token {first} on, in {what}. Its conversion ignores some settings of config.json, such as "
+        "rope scaling or attention biases; this model cannot be used here"
+    )

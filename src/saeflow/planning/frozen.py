@@ -1,0 +1,42 @@
+"""Plans on disk: every run has a file of its own, named by its content, which all of its jobs read.
+
+So an edit of `conf/`, or another run in the same folder, can neither change nor lose what a job that waits in a queue
+was told to do.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from saeflow.planning.digests import text_hash
+from saeflow.planning.graph import Plan
+
+FOLDER = Path(".snakemake/plans")
+KEPT_DAYS = 60
+"""No run is older than that; a plan counts as used when a run or one of its jobs reads it."""
+
+
+def plan_file(plan: Plan) -> Path:
+    """Where a plan is frozen: the same for the same plan, whoever freezes it."""
+    return FOLDER / f"{text_hash(plan.text)}.json"
+
+
+def freeze_run(plan: Plan) -> Path:
+    """Freezes a plan for a run, and removes those that no run has used for `KEPT_DAYS` days. Returns its file."""
+    file = plan_file(plan)
+    if not file.is_file() or file.read_bytes() != plan.text.encode():  # none, or one that a power cut tore
+        plan.freeze(file)
+    touch(file)
+    oldest = time.time() - KEPT_DAYS * 86400
+    for other in FOLDER.glob("*.json*"):
+        with contextlib.suppress(OSError):  # another run may do the same
+            if other.stat().st_mtime < oldest:
+                other.unlink()
+    return file
+
+
+def touch(file: str | Path) -> None:
+    """Marks a frozen plan as used; nothing where the disk can only be read."""
+    with contextlib.suppress(OSError):
+        os.utime(file)

@@ -1,0 +1,106 @@
+"""Files and folders that appear whole or not at all, also where the process is killed or the power fails.
+
+All that is published is written beside its place, flushed to the disk (fsync), moved into place by a rename, and the
+folder that holds the name is flushed after it. Without the first flush a file system may keep the name and lose the
+bytes: what a power cut then leaves is an empty file that looks finished.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from saeflow.storage.modes import share
+
+ABANDONED_AFTER = 24 * 3600  # seconds without a change, of what a process of another host was writing
+
+
+def beside(path: Path) -> Path:
+    """Where this process writes what is to be `path`: no other process has the same place."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Moves a file or folder, written beside its place, into it; a folder that was there is replaced."""
+    share(partial)
+    flush(partial)
+    if partial.is_dir() and path.exists():
+        old = beside(path.with_name(path.name + ".old"))
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old)
+    else:
+        partial.replace(path)
+    _flush_one(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Gives the place beside `path` to write a file to, which is published at the end; on an error it is removed."""
+    partial = beside(path)
+    make_folder(path.parent)
+    try:
+        yield partial
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def publish_text(path: Path, text: str) -> None:
+    with writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it so that their names outlive a power cut."""
+    missing = [path, *path.parents]
+    missing = missing[: next(i for i, folder in enumerate(missing) if folder.is_dir())]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _flush_one(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Flushes a file, or a folder with all that is in it, to the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            flush(entry)
+    _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems flush no folders: names are as safe there as they can be
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(path: Path, *, locked: bool = False) -> None:
+    """Removes what processes that were killed had begun to write as `path`: all of it where the caller holds a lock
+    on `path`, else what is of dead processes of this host, or a day old."""
+    for partial in path.parent.glob(f"{_escaped(path.name)}.*partial"):
+        if locked or _abandoned(partial, path.name):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def _abandoned(partial: Path, name: str) -> bool:
+    host, _, pid = partial.name[len(name) + 1 : -len(".partial")].rpartition("-")
+    if host == socket.gethostname() and pid.isdecimal():
+        return not Path(f"/proc/{pid}").exists() if Path("/proc/self").exists() else False
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - partial.stat().st_mtime > ABANDONED_AFTER
+    return False
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

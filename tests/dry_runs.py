@@ -1,0 +1,42 @@
+"""Dry runs of the workflow within one process: what Snakemake would run, without starting it anew each time."""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from snakemake.api import SnakemakeApi
+from snakemake.settings.enums import Quietness, RerunTrigger
+from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, ResourceSettings
+
+from saeflow.planning.graph import Plan
+from saeflow.storage.receipts import RECEIPT
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def dry_run(home: Path, hydra: str, forced: Iterable[str] = (), until: Iterable[str] = ()) -> dict[str, list[str]]:
+    """Keys of each stage that a run in `home` would make, as the rules' own plan says what each job makes."""
+    config = {"hydra": hydra, "conf": str(home / "conf")}
+    before = os.environ.get("SAEFLOW_PLAN")
+    settings = DAGSettings(
+        forcerun=frozenset(forced), until=frozenset(until), rerun_triggers=frozenset({RerunTrigger.MTIME})
+    )
+    with contextlib.ExitStack() as stack:
+        api = stack.enter_context(SnakemakeApi(OutputSettings(quiet={Quietness.ALL})))
+        workflow = api.workflow(
+            resource_settings=ResourceSettings(cores=1),
+            config_settings=ConfigSettings(config=config, config_args=[f"{k}={v}" for k, v in config.items()]),
+            snakefile=ROOT / "Snakefile",
+            workdir=home,
+        )
+        dag = workflow.dag(settings)
+        files: list[str] = []
+        dag.execute_workflow(executor="dryrun", updated_files=files)
+        plan: Plan = workflow._workflow.globals["PLAN"]
+        made: dict[str, list[str]] = {}
+        for receipt in (Path(file) for file in files if Path(file).name == RECEIPT):
+            stage, *key = receipt.parent.relative_to(plan.results).parts
+            made.setdefault(stage, []).extend(plan.members(stage, "/".join(key)))
+    os.environ.pop("SAEFLOW_PLAN") if before is None else os.environ.update(SAEFLOW_PLAN=before)
+    return {stage: sorted(keys) for stage, keys in made.items()}

@@ -1,0 +1,123 @@
+"""Two runs that want the same artifact: one makes it, the other takes it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stores import contents
+
+from saeflow.jobs.claims import claimed
+from saeflow.jobs.job import Job
+from saeflow.planning.graph import Instance, Plan
+
+SCRIPT = """
+import dataclasses, time
+from pathlib import Path
+
+from saeflow.jobs import command
+from saeflow.planning.stages import stages
+
+def work(jobs):
+    for job in jobs:
+        with open("made.txt", "a") as file:
+            print(job.instance.key, file=file)
+        with job.writing() as folder:
+            (folder / "a.txt").write_text("a")
+            while not Path("go").exists():
+                time.sleep(0.02)
+            (folder / "b.txt").write_text("b")
+    return f"made {len(jobs)}"
+
+command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work, operations=lambda *_: 1.0)}
+command.main()
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    instances = {key: Instance("train", key, {}, {}, {}) for key in ("one", "two")}
+    plan = Plan("test", {"train": instances}, {}, results=str(tmp_path / "results"))
+    plan.freeze(tmp_path / "plan.json")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return plan
+
+
+def start(home: Path, log: str, *keys: str) -> subprocess.Popen:
+    options = [option for key in keys for option in ("--key", key)]
+    command = [sys.executable, "script.py", "train", "--plan", "plan.json", "--log", log, *options]
+    return subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_second_waits_and_finds_it_done(plan: Plan, tmp_path: Path) -> None:
+    """Whatever else each of them makes, and in whichever order it is told to."""
+    first = start(tmp_path, "first.log", "one", "two")
+    wait_for((tmp_path / "made.txt").exists)
+    second = start(tmp_path, "second.log", "two", "one")
+    wait_for(lambda: (tmp_path / "second.log").exists() and "waiting for" in (tmp_path / "second.log").read_text())
+    (tmp_path / "go").touch()
+    outputs = [process.communicate() for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert (tmp_path / "made.txt").read_text().split().count("one") == 1
+    log = (tmp_path / "second.log").read_text()
+    assert f"waiting for process {first.pid}" in log and "one was made by another run meanwhile" in log
+    assert sorted(p.name for p in (tmp_path / "results/train").iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_process_held_is_taken_over(plan: Plan, tmp_path: Path, how: signal.Signals) -> None:
+    first = start(tmp_path, "first.log", "one")
+    wait_for((tmp_path / "made.txt").exists)
+    second = start(tmp_path, "second.log", "one")
+    wait_for(lambda: (tmp_path / "second.log").exists() and "waiting for" in (tmp_path / "second.log").read_text())
+    os.kill(first.pid, how)
+    first.communicate()
+    (tmp_path / "go").touch()
+    assert second.communicate() and second.returncode == 0
+    assert (tmp_path / "made.txt").read_text() == "one\none\n"
+    assert [p.name for p in (tmp_path / "results/train").iterdir()] == ["one"]  # no lock, nothing half written
+
+
+def test_who_asks_for_what_is_there_gets_it_made_again(plan: Plan) -> None:
+    job = Job(plan.instance("train", "one"), plan, "cpu")
+    for _ in range(2):
+        with claimed([job]) as left:
+            assert left == [job]
+            with job.writing() as folder:
+                (folder / "a.txt").write_text("a")
+
+
+def test_the_lock_ends_when_the_artifact_is_there(plan: Plan) -> None:
+    """Not when the last of a job's artifacts is."""
+    one, two = (Job(plan.instance("train", key), plan, "cpu") for key in ("one", "two"))
+    folder = Path(plan.results) / "train"
+    with claimed([one, two]):
+        assert {p.name for p in folder.iterdir()} == {"one.lock", "two.lock"}
+        with one.writing() as partial:
+            (partial / "a.txt").write_text("a")
+        assert {p.name for p in folder.iterdir()} == {"one", "two.lock"}
+    assert {p.name for p in folder.iterdir()} == {"one"}
+
+
+def test_what_a_waiting_process_finds_damaged_it_makes_again(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(plan.instance("train", "one"), plan, "cpu")
+    with job.writing() as folder:
+        (folder / "a.txt").write_text("a")
+    before = contents(job.path)
+    monkeypatch.setattr("saeflow.storage.locks.Lock.acquire", lambda self, what: True)
+    with claimed([job]) as left:
+        assert left == []
+    (job.path / "a.txt").write_text("b")
+    with claimed([job]) as left:
+        assert left == [job]
+    assert before.keys() == contents(job.path).keys()
