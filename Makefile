@@ -34,7 +34,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan report verify figures test lint bench pretrain clean distclean
+.PHONY: help env demo run plan report verify figures test lint bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,9 @@ bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 	  $(OFFLINE) $(BIN)/python "benchmarks/$$name.py" || failed="$$failed $$name"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed" >&2; exit 1; fi
+
+chaos: $(INSTALLED) ## inject FAULTS faults (50) into a small experiment, by SEED (0), and say what became of it
+	@$(OFFLINE) $(BIN)/python tests/chaos/run.py --faults $(or $(FAULTS),50) --seed $(or $(SEED),0)
 
 pretrain: $(INSTALLED) ## train the embedded language model anew, into results/pretrain
 	@$(BIN)/snakemake --cores $(CORES) pretrain

@@ -14,8 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-APART = {"provenance.json", "report.html", ".lock", ".gitkeep"}
+APART = {"provenance.json", "provenance.damaged.json", "report.html", "made.jsonl"}
 """Files that say when, where and how fast: two runs differ in them."""
+TRACE = re.compile(r"\.partial|\.old|\.lock")
+"""Of jobs that were killed: neither read nor in the way."""
 
 
 def file_hash(path: Path) -> str:
@@ -72,7 +74,7 @@ class Copy:
 
     def verify(self) -> Run:
         """`make verify` in this folder: what is damaged is then missing, for the next run."""
-        command = [sys.executable, str(ROOT / "scripts/verify.py"), "--remove"]
+        command = [sys.executable, str(ROOT / "scripts/verify.py"), "--set-aside"]
         done = subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
         return Run(done.returncode, done.stdout + done.stderr)
 
@@ -92,7 +94,7 @@ class Copy:
         return {
             p.relative_to(self.results).as_posix(): p
             for p in sorted(self.results.rglob("*"))
-            if p.is_file() and p.name not in APART and not p.name.startswith(".") and ".partial" not in p.as_posix()
+            if p.is_file() and p.name not in APART and not p.name.startswith(".") and not TRACE.search(p.as_posix())
         }
 
     def contents(self) -> dict[str, str]:

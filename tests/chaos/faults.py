@@ -15,8 +15,8 @@ from random import Random
 from tests.chaos.bench import HERE, Bench, Copy, Run, strike
 
 SURVIVED, SILENT, STUCK, REPEATED, UNNAMED = "survived", "silent", "stuck", "repeated", "unnamed"
-"""How a fault ends. Silent: other bytes, without a word. Stuck: no rerun gets through. Repeated: what was whole was made
-again. Unnamed: a job that failed named neither the file nor its artifact."""
+"""How a fault ends. Silent: other bytes, without a word. Stuck: no rerun gets through. Repeated: what was whole was
+made again. Unnamed: a job that failed named neither the file nor its artifact."""
 
 
 @dataclass(frozen=True)
