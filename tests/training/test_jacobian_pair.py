@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from jacobian_formulas import AS_WRITTEN
-from stores import contents, write_store
+from stores import contents, tokens_instance, weights_of, write_store
 from torch import Tensor
 
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
@@ -54,7 +54,7 @@ def trainer_of(
     return JacobianTrainer(specs, config, training, sides, block_of())
 
 
-def weights_of(trainer: JacobianTrainer) -> list[Tensor]:
+def tensors_of(trainer: JacobianTrainer) -> list[Tensor]:
     return [t for part in trainer.parts.values() for t in part.weights.parameters()]
 
 
@@ -69,7 +69,7 @@ def test_without_penalty_the_pair_is_two_saes_trained_alone(revive: str) -> None
         pair.train_step((x, y))
         other.input.train_step((x,))
         other.output.train_step((y,))
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(pair), weights_of(other), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(pair), tensors_of(other), strict=True))
     assert pair.input.metrics.rows == other.input.metrics.rows
     assert type(other.input) is Trainer
 
@@ -188,7 +188,7 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped(training: dict[s
     resumed.restore(state)
     for step in range(15, 30):
         resumed.train_step(batch_of(step, resumed.block))
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(straight), weights_of(resumed), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(straight), tensors_of(resumed), strict=True))
     assert straight.rows == resumed.rows
     with pytest.raises(TrainingError, match="another dictionary"):
         resumed.restore(straight.input.state())
@@ -209,8 +209,10 @@ def job_of(
         write_store(results / "activations" / store, dict(zip(HOOKS, (x, x.relu()), strict=True)), chunk_tokens=64,
                     shard_tokens=256)  # fmt: skip
     columns = [f"{store}/{hook}-1000" for hook in HOOKS]
-    tokens = Instance("tokens", "text-train", {"tokens": {"prepend_bos": False}}, {}, {})
-    processing = {"weights": "abc", "fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+    tokens = tokens_instance("text-train", model)
+    tokens.config["tokens"] = {"prepend_bos": False}
+    processing = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+    processing["weights"] = weights_of(model)
     activations = {
         c: Instance(
             "activations", c, {"model": processing, "tokens": {"context_size": 64}}, {"tokens": [tokens.key]}, {}

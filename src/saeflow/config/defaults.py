@@ -6,6 +6,7 @@ has to change, the version of every stage that reads it has to be raised (`tests
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -67,3 +68,11 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         group: defaults_of(group, tree) | tree if isinstance(tree, dict) and group in groups() else tree
         for group, tree in config.items()
     }
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree of settings by their dotted paths."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

@@ -177,7 +177,6 @@ def about_place(held: Settings, model: str) -> dict[str, Any]:
 def _order(named: pd.DataFrame, kinds: list[str]) -> list[int]:
     """Rows by hook in the order of the layers, then trained models before their controls, then by series and amount."""
     controls = [name for control, name in CONTROLS.items() if control != "none"]
-    controls = [name for control, name in CONTROLS.items() if control != "none"]
     keys = [
         (
             natural(str(row["hook_name_out"])), row["head"], any(control in row["place"] for control in controls),

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from saeflow.config import PointConfig
+from saeflow.config.defaults import flat
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import canonical, short_hash
 from saeflow.planning.graph import Instance, Plan
@@ -48,7 +49,7 @@ def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
     for made_by, instance in _lineage(plan, stage, key).values():
         config = instance.config
         held = {name: value for name, value in config.items() if name in _POINT or isinstance(value, dict)}
-        found |= {path: value for path, value in _flat(held).items() if path not in found}
+        found |= {path: value for path, value in flat(held).items() if path not in found}
         for source in ("model", "corpus"):  # what people call them now; it tells nothing apart
             if f"{source}_name" in instance.sources:
                 found.setdefault(f"{source}.name", instance.sources[f"{source}_name"])
@@ -82,13 +83,6 @@ def _lineage(plan: Plan, stage: str, key: str) -> dict[str, tuple[str, Instance]
             instance = plan.instance(at, name)
             found[f"{at} {name}"] = (at, instance)
             nearest += [(needed, k) for needed, keys in instance.needs.items() for k in keys]
-    return found
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return found
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeflow.config import ConfigError
-from saeflow.config.defaults import with_defaults
+from saeflow.config.defaults import flat, with_defaults
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.history import START_SECONDS, Prediction, lines, predict
 from saeflow.planning.stages import stages
 from saeflow.storage.receipts import RECEIPT
 
 MAX_REASONS = 6
-
 
 WORDS = {
     "model.weights": "the model's weights are new",
@@ -163,7 +162,7 @@ def _configs(receipts: list[Path]) -> list[dict[str, Any]]:
     for file in (receipt.with_name("config.yaml") for receipt in receipts):
         try:
             tree = yaml.load(file.read_bytes(), Loader=loader)
-            found.append(_flat({"version": tree["version"], **with_defaults(tree["config"])}))
+            found.append(flat({"version": tree["version"], **with_defaults(tree["config"])}))
         except (OSError, yaml.YAMLError, KeyError, TypeError, ConfigError):
             continue  # no whole artifact, or of a kind of dictionary that there is no longer
     return found
@@ -172,7 +171,7 @@ def _configs(receipts: list[Path]) -> list[dict[str, Any]]:
 def _what_is_new(instance: Instance, known: list[dict[str, Any]]) -> list[str]:
     """Differences to the nearest artifact of the same stage, in the user's words; none where only what it needs has
     changed."""
-    read = _flat({"version": instance.version, **instance.config})
+    read = flat({"version": instance.version, **instance.config})
     if not known:
         return []
     nearest = min(([k for k in read if read[k] != other.get(k, ...)] for other in known), key=len)
@@ -184,16 +183,6 @@ def _told(instance: Instance, key: str, value: Any) -> str:
         return f"{stages()[instance.stage].noun[1]} are computed otherwise since version {value} (CHANGELOG.md)"
     setting, value = instance.says.get(key, (key, value))
     return WORDS.get(key, f"{setting}={_value(value)} is new")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _value(value: Any) -> str:

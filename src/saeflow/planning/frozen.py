@@ -19,13 +19,18 @@ KEPT_DAYS = 60
 
 def plan_file(plan: Plan) -> Path:
     """Where a plan is frozen: the same for the same plan, whoever freezes it."""
-    return FOLDER / f"{text_hash(plan.text)}.json"
+    return _file_of(plan.text)
+
+
+def _file_of(text: str) -> Path:
+    return FOLDER / f"{text_hash(text)}.json"
 
 
 def freeze_run(plan: Plan) -> Path:
     """Freezes a plan for a run, and removes those that no run has used for `KEPT_DAYS` days. Returns its file."""
-    file = plan_file(plan)
-    if not file.is_file() or file.read_bytes() != plan.text.encode():  # none, or one that a power cut tore
+    text = plan.text
+    file = _file_of(text)
+    if not file.is_file() or file.read_bytes() != text.encode():  # none, or one that a power cut tore
         plan.freeze(file)
     touch(file)
     oldest = time.time() - KEPT_DAYS * 86400

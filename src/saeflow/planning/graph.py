@@ -87,9 +87,10 @@ class Plan:
         return is_whole(self.folder(stage, key))
 
     def set_aside_broken(self) -> None:
-        """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each."""
+        """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each. Those
+        that were `found` hold."""
         for stage, table in self.stages.items():
-            for key in table:
+            for key in (key for key in table if (stage, key) not in self._found):
                 folder = self.folder(stage, key)
                 if (found := problem(folder, read_receipt(folder))) and set_aside(folder):
                     log.warning("%s: %s; %s counts as missing", *found, folder)

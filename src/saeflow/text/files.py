@@ -49,8 +49,12 @@ def corpus_files(path: str | Path) -> list[Path]:
 
 def corpus_digest(path: Path, digests: DigestCache) -> str:
     """Hash of the files that a corpus is, in their order, and how they are read; 32 hexadecimal digits."""
-    files = [[file_format(file), file.suffix.lower(), digests.file(file)] for file in corpus_files(path)]
-    return short_hash(files, 32)
+    return digest_of_files(corpus_files(path), digests)
+
+
+def digest_of_files(files: list[Path], digests: DigestCache) -> str:
+    """`corpus_digest` of a corpus whose files are known."""
+    return short_hash([[file_format(file), file.suffix.lower(), digests.file(file)] for file in files], 32)
 
 
 def corpus_parts(path: str | Path) -> Parts:

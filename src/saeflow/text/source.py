@@ -11,7 +11,7 @@ from saeflow.config.labels import file_safe
 from saeflow.planning.digests import DigestCache, short_hash
 from saeflow.planning.expansion import PlannedPoint
 from saeflow.planning.stages import Source
-from saeflow.text.files import corpus_digest, corpus_parts
+from saeflow.text.files import corpus_parts, digest_of_files
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     parts = corpus_parts(path)
     if parts.left_out:
         log.warning("corpus %s: not read: %s", path, parts.left_out_in_words())
-    content = corpus_digest(path, digests)
+    content = digest_of_files(parts.read, digests)
     return {name: tree[name] for name in ("text_field", "source_field", "sample_by")} | {"content": content}
 
 

@@ -111,7 +111,7 @@ def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -
             mark = looks[str(name)].line | {"linestyle": "", "clip_on": False, "zorder": 4}
             axis.plot([0], [y], **mark, transform=axis.get_yaxis_transform())
         beyond = ", ".join(f"{ce:.3f}" for ce in sorted(set(mine["ce_replaced"].round(3))) if ce > top)
-        axis.annotate(f"↑ L0 = 0, at {beyond}" if beyond else "L0 = 0", (0, y), (5, -4 if beyond else 0), **where)
+        axis.annotate(f"↑ L0 = 0, at {beyond}" if beyond else "L0 = 0", (0, y), (5, -4 if beyond else -7), **where)
 
 
 def _levels(axis: Axes, rows: pd.DataFrame) -> None:
