@@ -17,5 +17,8 @@ include: "workflow/rules/figures.smk"
 rule all:
     default_target: True
     input:
-        [PLAN.outputs(name, PLAN.stages[name]) for name, stage in stages().items() if stage.target],
+        [
+            PLAN.outputs(name, PLAN.stages[name] if stage.target else PLAN.to_make[name])
+            for name, stage in stages().items()
+        ],
     localrule: True

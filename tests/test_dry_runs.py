@@ -84,12 +84,24 @@ def test_what_has_lost_a_file_is_made_again_and_nothing_that_follows(home: Path)
     plan = planned(home, SWEEP)
     (figures,) = plan.stages["figures"]
     evaluation, trained = (next(iter(plan.stages[stage])) for stage in ("evaluate", "train"))
-    for stage, key in (("evaluate", evaluation), ("train", trained)):
+    column = next(iter(plan.stages["activations"]))
+    (plan.folder("activations", column) / "config.yaml").unlink()
+    assert dry_run(home, SWEEP) == made(plan) == {}  # a cache, which nothing that is to be made needs
+    hurt = {"evaluate": [evaluation], "train": [trained]}
+    for stage, (key,) in hurt.items():
         (plan.folder(stage, key) / "config.yaml").unlink()
-    assert dry_run(home, SWEEP) == {}  # nothing that is to be made needs them
-    (plan.folder("figures", figures) / "config.yaml").unlink()
-    expected = {"figures": [figures], "evaluate": [evaluation], "train": [trained]}
-    assert dry_run(home, SWEEP) == made(plan) == expected
+    needed = {"activations": [column]} if column in plan.stages["train"][trained].needs["activations"] else {}
+    assert dry_run(home, SWEEP) == made(plan) == hurt | needed
+    figure = plan.folder("figures", figures)
+    config = (figure / "config.yaml").rename(home / "config.yaml")
+    assert dry_run(home, SWEEP) == made(plan) == hurt | needed | {"figures": [figures]}
+    for stage, (
+        key,
+    ) in hurt.items():  # deleted with its folder: somebody meant it, and figures that are there need none
+        shutil.rmtree(plan.folder(stage, key))
+    (figure / "provenance.damaged.json").rename(figure / RECEIPT)
+    config.rename(figure / "config.yaml")
+    assert dry_run(home, SWEEP) == made(plan) == {}
 
 
 @pytest.mark.parametrize("stage", ["tokens", "train", "evaluate", "figures"])

@@ -24,6 +24,10 @@ def file_hash(path: Path) -> str:
     return hashlib.blake2s(path.read_bytes()).hexdigest()
 
 
+class Impossible(Exception):
+    """A kind of fault that can't be injected here; says why."""
+
+
 @dataclass
 class Run:
     """How one call of Snakemake ended."""
@@ -34,40 +38,54 @@ class Run:
     @property
     def reasons(self) -> list[str]:
         """What failed jobs and refused plans say, a line each."""
-        found = re.findall(r"^.*(?:failed: |plan: |WorkflowError:\s*\n?|Error: ).*$", self.said, re.MULTILINE)
+        found = re.findall(r"^.*(?:failed: |damaged|plan: |WorkflowError:\s*\n?|Error: ).*$", self.said, re.MULTILINE)
         return list(dict.fromkeys(line.strip() for line in found))
+
+
+def _environment(PYTHONPATH: str = "", **others: str) -> dict[str, str]:
+    path = os.pathsep.join(p for p in (PYTHONPATH, str(ROOT / "src")) if p)
+    return os.environ | others | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class Copy:
     """A working directory with its own conf/, resources/ and results/, and Snakemake called on this repository."""
 
-    def __init__(self, home: Path, experiment: str, cores: int = 1) -> None:
-        self.home, self.experiment, self.cores = home, experiment, cores
+    def __init__(self, home: Path, experiment: str, said: str = "said") -> None:
+        self.home, self.experiment, self.said = home, experiment, home / said
 
     @property
     def results(self) -> Path:
         return self.home / "results"
 
-    def start(self, *options: str, hydra: str = "", environment: dict[str, str] | None = None) -> subprocess.Popen:
+    def beside(self) -> "Copy":
+        """The same folder, for a second run in it."""
+        return Copy(self.home, self.experiment, "said-beside")
+
+    def start(
+        self, *options: str, hydra: str = "", environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Snakemake in a session of its own, so that it and all its jobs can be hit at once."""
         command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.home)]
-        command += ["--cores", str(self.cores), *options, "--config", f"conf={self.home}/conf"]
+        command += ["--cores", "1", *options, "--config", f"conf={self.home}/conf"]
         command += [f"hydra=experiment={self.experiment} {hydra}".strip()]
-        path = os.pathsep.join([str(ROOT / "src"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(":")
-        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
-        with (self.home / "said").open("wb") as out:
+        with self.said.open("wb") as out:
             return subprocess.Popen(
-                command, cwd=self.home, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=self.home,
+                env=_environment(**(environment or {})),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
-    def ended(self, process: subprocess.Popen, seconds: float = 900) -> Run:
+    def ended(self, process: subprocess.Popen[bytes], seconds: float = 900) -> Run:
         """Waits; what takes longer than `seconds` is stuck, and killed (code -1)."""
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             strike(process, signal.SIGKILL)
             code = -1
-        return Run(code, (self.home / "said").read_text(errors="replace"))
+        return Run(code, self.said.read_text(errors="replace"))
 
     def run(self, *options: str, hydra: str = "") -> Run:
         return self.ended(self.start(*options, hydra=hydra))
@@ -75,7 +93,7 @@ class Copy:
     def verify(self) -> Run:
         """`make verify` in this folder: what is damaged is then missing, for the next run."""
         command = [sys.executable, str(ROOT / "scripts/verify.py"), "--set-aside"]
-        done = subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False, env=_environment())
         return Run(done.returncode, done.stdout + done.stderr)
 
     def finish(self, most: int = 4) -> list[Run]:
@@ -83,8 +101,6 @@ class Copy:
         runs: list[Run] = []
         for _ in range(most):
             runs.append(self.run())
-            if "--unlock" in runs[-1].said:
-                self.run("--unlock")
             if runs[-1].code == 0:
                 break
         return runs
@@ -116,47 +132,58 @@ class Copy:
             ]
         return found
 
-    def remove(self) -> None:
-        shutil.rmtree(self.home, ignore_errors=True)
 
-
-def strike(process: subprocess.Popen, number: int) -> None:
-    """Sends a signal to a session: Snakemake and all that it started."""
-    subprocess.run(["pkill", f"-{signal.Signals(number).name[3:]}", "-s", str(process.pid)], check=False)
+def strike(process: subprocess.Popen[bytes], number: signal.Signals, only: str = "") -> None:
+    """Sends a signal to a session: Snakemake and all that it started; or to those alone whose command holds `only`, if
+    there are any."""
+    session = [f"-{number.name[3:]}", "-s", str(process.pid)]
+    if only and subprocess.run(["pkill", *session, "-f", only], check=False).returncode == 0:
+        return
+    subprocess.run(["pkill", *session], check=False)
     if number == signal.SIGKILL:
         process.wait()
         while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).returncode == 0:
             time.sleep(0.01)
 
 
+@dataclass
 class Bench:
     """Keeps the undisturbed run, and gives copies of it and of nothing."""
 
-    def __init__(self, folder: Path, experiment: str) -> None:
-        self.folder, self.experiment = folder, experiment
-        self.base = self.fresh("base")
+    folder: Path
+    base: Copy
+    seconds: float
+    """That the undisturbed run took."""
+    expected: dict[str, str]
+    """Hash of every file that it wrote."""
+    artifacts: dict[str, str]
+    """Hash of every receipt."""
+
+    @classmethod
+    def undisturbed(cls, folder: Path, experiment: str) -> "Bench":
+        """Raises `RuntimeError`, with what it said, where the experiment fails without any fault."""
+        base = _fresh(folder / "base", experiment)
         started = time.monotonic()
-        run = self.base.run()
+        run = base.run()
         if run.code:
             raise RuntimeError(f"the undisturbed run failed:\n{run.said}")
-        self.seconds = time.monotonic() - started
-        self.expected = self.base.contents()
-        self.artifacts = self.base.receipts()
+        return cls(folder, base, time.monotonic() - started, base.contents(), base.receipts())
 
     def fresh(self, name: str) -> Copy:
         """A working directory in which nothing has run."""
-        home = self.folder / name
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        shutil.copytree(ROOT / "conf", home / "conf")
-        shutil.copytree(ROOT / "resources", home / "resources")
-        for file in HERE.glob("*.yaml"):
-            shutil.copy(file, home / "conf/experiment")
-        return Copy(home, self.experiment)
+        return _fresh(self.folder / name, self.base.experiment)
 
     def copy(self, name: str) -> Copy:
         """A copy of the undisturbed run, times of files included."""
         home = self.folder / name
-        shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(self.base.home, home, symlinks=True)
-        return Copy(home, self.experiment)
+        return Copy(home, self.base.experiment)
+
+
+def _fresh(home: Path, experiment: str) -> Copy:
+    home.mkdir(parents=True)
+    for folder in ("conf", "resources"):
+        shutil.copytree(ROOT / folder, home / folder)
+    for file in HERE.glob("*.yaml"):
+        shutil.copy(file, home / "conf/experiment")
+    return Copy(home, experiment)

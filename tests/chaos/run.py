@@ -5,6 +5,7 @@ experiment ends with the same bytes, nothing that was whole is made again, and w
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -12,50 +13,99 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tests.chaos.bench import Bench  # noqa: E402
-from tests.chaos.faults import KINDS, SURVIVED, Outcome  # noqa: E402
+from tests.chaos import damage, strikes  # noqa: E402
+from tests.chaos.bench import Bench, Impossible  # noqa: E402
+from tests.chaos.outcome import SURVIVED, Outcome  # noqa: E402
 
 
-def inject(bench: Bench, faults: int, seed: int, workers: int, only: list[str]) -> list[Outcome]:
-    """`faults` faults in the shares of `KINDS`, with progress on stderr."""
-    kinds = {k: v for k, v in KINDS.items() if k in only or not only}
-    total = sum(share for _, share in kinds.values())
-    left = {k: round(faults * share / total) for k, (_, share) in kinds.items()}
-    left[max(left, key=left.__getitem__)] += faults - sum(left.values())
+class Kind(NamedTuple):
+    inject: Callable[[Bench, Random, str, int], list[Outcome]]
+    share: int
+    """Of all faults, in hundredths."""
+    most: int = 1
+    """Faults of one trial, from which what became of them is judged together."""
+
+
+KINDS = {
+    "kill": Kind(strikes.killed, 16, 8),
+    "signal": Kind(strikes.signalled, 4, 4),
+    "power": Kind(strikes.power_cut, 10, 8),
+    "flip": Kind(damage.flipped, 26, 12),
+    "truncate": Kind(damage.truncated, 13, 12),
+    "delete": Kind(damage.deleted, 13, 12),
+    "lost": Kind(damage.lost, 6, 4),
+    "clock": Kind(damage.clock, 3),
+    "bookkeeping": Kind(damage.bookkeeping, 3),
+    "disk full": Kind(strikes.disk_full, 2),
+    "source swapped": Kind(strikes.source_swapped, 2),
+    "two runs": Kind(strikes.two_runs, 2),
+}
+
+
+def inject(
+    bench: Bench, faults: int, seed: int, workers: int = 1, only: Sequence[str] = (), keep: bool = False
+) -> list[Outcome]:
+    """`faults` faults in the shares of `KINDS`, with progress on stderr. Which they are depends on the seed, and the
+    moments at which they hit on the machine, too. What is impossible here leaves its share to the other kinds."""
+    left = shares(faults, [k for k in KINDS if k in only or not only])
     outcomes: list[Outcome] = []
-    lock, number = threading.Lock(), 0
+    lock, numbers = threading.Lock(), itertools.count(1)
 
     def work() -> None:
-        nonlocal number
         while True:
             with lock:
-                open_kinds = [k for k, n in left.items() if n > 0]
-                if not open_kinds:
+                if not any(n > 0 for n in left.values()):
                     return
-                kind = max(open_kinds, key=left.__getitem__)
-                most = min(left[kind], 6)
-                left[kind] -= most if kind in ("kill", "signal", "power") else 1
-                number += 1
-                mine = number
-            found = kinds[kind][0](bench, Random(f"{seed} {mine}"), f"trial-{mine}", most)
+                name, number = max(left, key=left.__getitem__), next(numbers)
+                kind = KINDS[name]
+                asked = min(left[name], kind.most)
+                left[name] -= asked
+            try:
+                found = kind.inject(bench, Random(f"{seed} {number}"), f"trial-{number}-{name}", asked)
+            except Impossible as error:
+                with lock:
+                    print(f"{name}: not tried, {error}", file=sys.stderr, flush=True)
+                    more = asked + left.pop(name, 0)
+                    for other, n in shares(more, list(left)).items():
+                        left[other] += n
+                continue
+            if not keep or all(one.verdict == SURVIVED for one in found):
+                for folder in bench.folder.glob(f"trial-{number}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
             with lock:
-                if kind in ("kill", "signal", "power"):
-                    left[kind] += most - len(found)  # it got through before it was hit so often
+                if name in left:
+                    left[name] += asked - len(found)  # it got through before it was hit so often
                 outcomes.extend(found)
                 for one in found[:1]:
-                    print(f"[{len(outcomes)}] {kind}: {one.verdict} ({one.about[:700]})", file=sys.stderr, flush=True)
+                    print(
+                        f"[{len(outcomes)}] trial-{number} {name}: {one.verdict} ({one.about[:900]})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
     with ThreadPoolExecutor(workers) as pool:
         for future in [pool.submit(work) for _ in range(workers)]:
             future.result()
     return outcomes
+
+
+def shares(faults: int, kinds: list[str]) -> dict[str, int]:
+    """`faults` in the shares of some kinds, the largest remainders first."""
+    total = sum(KINDS[k].share for k in kinds)
+    exact = {k: faults * KINDS[k].share / total for k in kinds}
+    whole = {k: int(exact[k]) for k in kinds}
+    for k in sorted(kinds, key=lambda k: whole[k] - exact[k])[: faults - sum(whole.values())]:
+        whole[k] += 1
+    return whole
 
 
 def report(outcomes: list[Outcome]) -> dict[str, int]:
@@ -77,15 +127,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--experiment", default="chaos", choices=["chaos", "chaos_small"])
     parser.add_argument("--only", nargs="*", default=[], choices=list(KINDS))
+    parser.add_argument("--keep", action="store_true", help="keep the folders of what was not survived")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="saeflow-chaos-"))
     started = time.monotonic()
     try:
-        bench = Bench(folder, args.experiment)
+        bench = Bench.undisturbed(folder, args.experiment)
         print(f"undisturbed: {bench.seconds:.0f} s, {len(bench.expected)} files", file=sys.stderr, flush=True)
-        outcomes = inject(bench, args.faults, args.seed, args.workers, args.only)
+        outcomes = inject(bench, args.faults, args.seed, args.workers, args.only, args.keep)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
     flat = report(outcomes)
     print(json.dumps(flat | {"seed": args.seed, "seconds": round(time.monotonic() - started)}))
     sys.exit(flat["faults"] != flat[SURVIVED])

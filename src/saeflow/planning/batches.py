@@ -6,17 +6,24 @@ from typing import Any
 from saeflow.planning.digests import canonical
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import Stage, stages
+from saeflow.storage.receipts import is_damaged
 
 
 def look(plan: Plan) -> None:
     """Looks at the disk and decides what a run makes, and by which jobs.
 
-    What nothing needs is made where it is missing; of everything else only what is missing for something that is to be
-    made. A finished artifact is never made again because something that it was made from is gone.
+    What nothing needs is made where it is missing, and what is damaged, unless it is but a cache; of everything else
+    only what is missing for something that is to be made. A finished artifact is never made again because something
+    that it was made from is gone.
     """
     plan.found = {name: [key for key in table if plan.done(name, key)] for name, table in plan.stages.items()}
     there = {(name, key) for name, keys in plan.found.items() for key in keys}
-    wanted = [(name, key) for name, stage in stages().items() if stage.target for key in plan.stages[name]]
+    wanted = [
+        (name, key)
+        for name, stage in stages().items()
+        for key in plan.stages[name]
+        if stage.target or (not stage.cached and (name, key) not in there and is_damaged(plan.folder(name, key)))
+    ]
     making: set[tuple[str, str]] = set()
     while wanted:
         one = wanted.pop()

@@ -77,6 +77,12 @@ def is_whole(folder: Path) -> bool:
     return problem(folder, read_receipt(folder)) is None
 
 
+def is_damaged(folder: Path) -> bool:
+    """Whether an artifact that is not whole once was: it has a receipt, if one that has been set aside. What was
+    deleted with its folder has none."""
+    return (folder / RECEIPT).exists() or (folder / SET_ASIDE).exists()
+
+
 def verify(folder: Path, names: Collection[str] = ()) -> None:
     """Compares the files of an artifact with their checksums, or only those of some names. What this process has
     compared, and what has not changed since, is not read again. Raises `DamagedError`."""

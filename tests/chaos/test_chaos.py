@@ -1,0 +1,77 @@
+"""Fifty faults of all kinds in a small experiment end well; and what doesn't end well is seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.chaos.bench import Bench, Copy, Run
+from tests.chaos.outcome import REPEATED, SILENT, STUCK, SURVIVED, UNNAMED, judge
+from tests.chaos.run import KINDS, inject, report, shares
+
+FILES = {
+    "train/a/weights": "w",
+    "train/a/provenance.json": json.dumps({"needs": {"tokens": ["t"]}}),
+    "tokens/t/provenance.json": json.dumps({"needs": {}}),
+}
+WELL, ILL = Run(0, ""), Run(1, "train failed: results/tokens/t/shard is damaged")
+
+
+def copy_of(home: Path, files: dict[str, str]) -> Copy:
+    for name, text in files.items():
+        path = home / "results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Copy(home, "none")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    base = copy_of(tmp_path / "base", FILES)
+    return Bench(tmp_path, base, 1.0, base.contents(), base.receipts())
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs", "verdict"),
+    [
+        ({}, [WELL], SURVIVED),
+        ({}, [ILL, WELL], SURVIVED),
+        ({}, [ILL, ILL], STUCK),
+        ({}, [Run(-1, "")], STUCK),
+        ({"train/a/weights": "x"}, [WELL], SILENT),
+        ({"train/a/weights": None}, [WELL], SILENT),
+        ({"train/a/provenance.json": json.dumps({"needs": {}})}, [WELL], REPEATED),
+        ({}, [Run(1, "train failed: [Errno 28] No space left on device"), WELL], UNNAMED),
+    ],
+)
+def test_what_does_not_end_well_is_seen(
+    bench: Bench, tmp_path: Path, changed: dict[str, str | None], runs: list[Run], verdict: str
+) -> None:
+    copy = copy_of(tmp_path / "copy", {n: t for n, t in (FILES | changed).items() if t is not None})
+    outcome = judge("flip", "", copy, bench, runs, bench.artifacts, named=frozenset({"tokens/t"}))
+    assert outcome.verdict == verdict
+
+
+def test_what_may_stay_away_may(bench: Bench, tmp_path: Path) -> None:
+    copy = copy_of(tmp_path / "copy", {n: t for n, t in FILES.items() if not n.startswith("tokens")})
+    assert judge("lost", "", copy, bench, [WELL], lost=frozenset({"tokens/t"})).verdict == SURVIVED
+
+
+def test_receipts_and_needs_are_read(bench: Bench) -> None:
+    assert set(bench.expected) == {"train/a/weights"}  # receipts say when and where: they differ between runs
+    assert bench.base.needs() == {"train/a": ["tokens/t"], "tokens/t": []}
+
+
+@pytest.mark.parametrize("faults", [1, 7, 50, 1000])
+def test_shares_add_up(faults: int) -> None:
+    assert sum(shares(faults, list(KINDS)).values()) == faults
+    assert min(shares(1000, list(KINDS)).values()) >= 20
+
+
+@pytest.mark.slow
+def test_fifty_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = inject(Bench.undisturbed(tmp_path, "chaos_small"), faults=50, seed=0)
+    ill = [outcome for outcome in outcomes if outcome.verdict != SURVIVED]
+    assert not ill
+    flat = report(outcomes)
+    assert flat["faults"] == flat["survived"] == 50
+    assert "kill" in capsys.readouterr().out
