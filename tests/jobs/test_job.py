@@ -1,5 +1,6 @@
 """What every job does around its work."""
 
+import errno
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.jobs.command import left_to_make
+from saeflow.jobs.command import in_words, left_to_make
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.history import lines
@@ -108,6 +109,20 @@ def test_failed_job_leaves_no_artifact_and_says_why(plan: Plan, tmp_path: Path) 
     assert "the reason" in done.stderr and "Traceback" not in done.stderr
     assert "Traceback" in (tmp_path / "logs/job.log").read_text()
     assert not plan.folder("train", "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "Error writing bytes to file"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_whichever_library_finds_it(error: Exception) -> None:
+    assert in_words(error).startswith(f"the disk or quota of results/ is full ({error}): make room")
+    named = OSError(errno.ENOSPC, "results/activations/store became full while caching")
+    assert in_words(named) == str(named) and in_words(ValueError("k")) == "k" and in_words(KeyError()) == "KeyError"
 
 
 def test_failed_job_keeps_the_artifact_that_was_there(plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """The command line of every stage's jobs: `scripts/job.py`."""
 
 import argparse
+import errno
 import logging
 import os
 import random
@@ -28,6 +29,18 @@ def left_to_make(plan: Plan, stage: str, keys: Iterable[str]) -> list[str]:
     only who forces its job asks for it."""
     before = set(plan.found.get(stage, ()))
     return [key for key in keys if key in before or not plan.done(stage, key)]
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong. Libraries do not say which disk is full, and not all do it by an errno."""
+    said = str(error) or type(error).__name__
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if (full or "No space left on device" in said or "Disk quota exceeded" in said) and "results/" not in said:
+        return (
+            f"the disk or quota of results/ is full ({said}): make room, or put results/ on another disk, and run the "
+            "workflow again; what is finished is kept"
+        )
+    return said
 
 
 def main() -> None:
@@ -66,7 +79,7 @@ def main() -> None:
         sys.exit(TEMPORARY_FAILURE)
     except Exception as error:
         log.exception("failed")
-        reason = escape_controls(f"{args.stage} failed: {error or type(error).__name__}")
+        reason = escape_controls(f"{args.stage} failed: {in_words(error)}")
         if isinstance(error, DamagedError):
             for folder in error.set_aside():
                 log.warning("%s counts as missing from now on", folder)
