@@ -36,18 +36,18 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "kill": Kind(strikes.killed, 16, 8),
-    "signal": Kind(strikes.signalled, 4, 4),
-    "power": Kind(strikes.power_cut, 10, 8),
-    "flip": Kind(damage.flipped, 26, 12),
-    "truncate": Kind(damage.truncated, 13, 12),
-    "delete": Kind(damage.deleted, 13, 12),
+    "kill": Kind(strikes.killed, 10, 8),
+    "signal": Kind(strikes.signalled, 3, 4),
+    "power": Kind(strikes.power_cut, 7, 8),
+    "flip": Kind(damage.flipped, 34, 12),
+    "truncate": Kind(damage.truncated, 17, 12),
+    "delete": Kind(damage.deleted, 17, 12),
     "lost": Kind(damage.lost, 6, 4),
-    "clock": Kind(damage.clock, 3),
-    "bookkeeping": Kind(damage.bookkeeping, 3),
-    "disk full": Kind(strikes.disk_full, 2),
-    "source swapped": Kind(strikes.source_swapped, 2),
-    "two runs": Kind(strikes.two_runs, 2),
+    "clock": Kind(damage.clock, 2),
+    "bookkeeping": Kind(damage.bookkeeping, 2),
+    "disk full": Kind(strikes.disk_full, 1),
+    "source swapped": Kind(strikes.source_swapped, 1),
+    "two runs": Kind(strikes.two_runs, 1),
 }
 
 
