@@ -34,7 +34,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan report verify figures test lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status report verify figures test lint bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ demo: $(INSTALLED) ## the small study: from text to figures and results/report.h
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
 	@$(BIN)/python scripts/plan.py --directory "$(DIRECTORY)" "$$HYDRA"
+
+status: $(INSTALLED) ## how far each unfinished job is: make status HYDRA="experiment=demo"
+	@$(BIN)/python scripts/status.py --directory "$(DIRECTORY)" "$$HYDRA"
 
 run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its report: make run HYDRA="dictionary.k=[8,16]"
 	@$(RUN)="$$HYDRA"

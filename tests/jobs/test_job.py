@@ -156,6 +156,6 @@ def test_key_that_the_plan_does_not_have(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(plan: Plan, tmp_path: Path) -> None:
-    code = "from saeflow.jobs.log import progress\nfor _ in progress(range(3), 'steps'): pass"
+    code = "from saeflow.jobs.progress import progress\nfor _ in progress(range(3), 'steps'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""

@@ -29,7 +29,7 @@ from saeflow.activations.store import ActivationStore, Column, StoreError, Token
 from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
@@ -145,9 +145,11 @@ def _fill(writers: list[ColumnWriter], rows: TokenRows, load: "Callable[[], Hook
     if not all(writer.done for writer in writers):
         model, batch_rows = load(), writers[0].store.config.batch_rows
         block_tokens = batch_rows * rows.context_size
-        n_blocks = math.ceil(max(writer.last for writer in writers) / block_tokens)
+        last = max(writer.last for writer in writers)
         with fused_attention(model):
-            for block in progress(range(n_blocks), "caching", n_blocks):
+            begin = min(writer.position for writer in writers if not writer.done) // block_tokens
+            blocks = range(begin, math.ceil(last / block_tokens))
+            for block in progress(blocks, "caching", last, "tokens", each=block_tokens, start=begin * block_tokens):
                 first = block * block_tokens
                 needing = [w for w in writers if not w.done and w.position < first + block_tokens]
                 if needing:

@@ -18,6 +18,7 @@ from torch import Tensor
 from saeflow.activations.reader import open_rows
 from saeflow.activations.store import Column, StoreError
 from saeflow.config.training import ExcludeConfig
+from saeflow.jobs.progress import progress
 
 SLAB_TOKENS = 4096  # read at once; sums are taken in slabs of this size, so results depend on it
 SAMPLE_TOKENS = 8192
@@ -148,7 +149,8 @@ def _norms(rows: Tensor) -> np.ndarray:
 def _slabs(column: Column) -> Iterator[Tensor]:
     """All rows of a column in order, (N, d) float32 each."""
     rows = open_rows(column)
-    for start in range(0, column.n_tokens, SLAB_TOKENS):
+    starts = range(0, column.n_tokens, SLAB_TOKENS)
+    for start in progress(starts, "looking for outliers", column.n_tokens, "tokens", each=SLAB_TOKENS):
         yield rows.take(np.arange(start, min(start + SLAB_TOKENS, column.n_tokens)))
 
 

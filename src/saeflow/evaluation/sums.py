@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 from saeflow.text.tokens import TokenStore
 
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ def token_batches(
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Tokens and documents (B, P) of rows (sequence, position) of token ids, `batch_rows` at a time. Of an array each
     row is a document."""
-    for start in progress(range(0, len(rows), batch_rows), description):
+    for start in progress(range(0, len(rows), batch_rows), description, len(rows), "rows", each=batch_rows):
         if isinstance(rows, TokenStore):
             tokens, document, _ = rows.rows(start, start + batch_rows)
         else:

@@ -31,7 +31,7 @@ from saeflow.config import TracrConfig
 from saeflow.groundtruth.cases import Case, small_config
 from saeflow.groundtruth.network import Network, Node, initial_weights
 from saeflow.groundtruth.program import SelectorWidth
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 
 ALL_PAIRS_UP_TO = 1 << 17
 PAIRS_AT_ONCE = 1024
@@ -155,7 +155,7 @@ def train_small(case: Case, rows: np.ndarray, recipe: TracrConfig, n_pairs: int 
     check = pairs(len(rows), CHECK_PAIRS, seed=recipe.seed + 1)
     best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
     curve = []
-    for step in progress(range(recipe.n_steps), f"{recipe.method} {recipe.seed}"):
+    for step in progress(range(recipe.n_steps), f"{recipe.method} {recipe.seed}", unit="steps"):
         losses = steps.train_step(step)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == recipe.n_steps:
             current = quality(network, truth, alignment, *check)

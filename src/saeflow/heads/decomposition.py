@@ -38,7 +38,7 @@ from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.weights import decoder_by_head
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 
 METHODS = ("pseudo_inverse", "omp", "nn_omp", "nn_lasso")
 FOR_ATOMS = "nn_omp"
@@ -181,7 +181,7 @@ def decomposition_table(
     `coefficients`.
     """
     rows = []
-    for (latent, head), v in progress(directions.items(), "decomposing"):
+    for (latent, head), v in progress(directions.items(), "decomposing", unit="latents"):
         for name, by_head in dictionaries.items():
             for method in METHODS:
                 for m, one in sorted(decompose(v, by_head[head], method, max_atoms).items()):

@@ -26,7 +26,7 @@ import xarray as xr
 
 from saeflow.heads.decomposition import decompose, unit
 from saeflow.heads.geometry import pair_coordinates, pairs_of
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 
 CHUNK = 256
 EDGES = np.linspace(-1, 1, 201)
@@ -165,7 +165,7 @@ def lifted_table(
         for rotated, R in ((False, np.eye(W_O.shape[2])), (True, rotations[h]))
     }
     rows = []
-    for g in progress(range(n_heads), "lifted latents"):
+    for g in progress(range(n_heads), "lifted latents", unit="heads"):
         for i in chosen[g].tolist():
             v = units[g][i]
             for (h, rotated), (D, basis) in others.items():

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from saeflow.evaluation.intervals import entry, interval, ratio, resampled_sums
 from saeflow.jacobians.maps import Pair
+from saeflow.jobs.progress import progress
 
 POINTS = 100
 ABSOLUTE, RELATIVE = 1e-2, 0.02
@@ -63,8 +64,9 @@ def linearity_table(pair: Pair, samples: Samples, seed: int = 0) -> pa.Table:
     # drawn at once: a sample's pair depends on its place alone
     chosen = np.random.default_rng(seed).random((len(samples.token), 2))
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(samples.token), SAMPLES_AT_ONCE):
-        some = slice(start, start + SAMPLES_AT_ONCE)
+    n, size = len(samples.token), SAMPLES_AT_ONCE
+    for start in progress(range(0, n, size), "linearity", n, "samples", each=size):
+        some = slice(start, start + size)
         part = Samples(samples.token[some], samples.document[some], samples.x[some], samples.y[some])
         rows += _rows(pair, part, chosen[some])
     return pa.Table.from_pylist(rows, schema=_SCHEMA)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saeflow.jacobians.examples import Activity, ExampleSelection, Grid
 from saeflow.jacobians.maps import JacobianBlocks, JacobianMap
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import read_hooks
 
@@ -64,7 +64,8 @@ class TokenChunk(NamedTuple):
 def iterate_jacobians(model: "HookedTransformer", jacobian_map: JacobianMap, tokens: Tokens) -> Iterator[TokenChunk]:
     """Yields the Jacobians of all tokens, in order; one forward pass, which stops above the hooks."""
     per_row = tokens.context_size - 1
-    for start in progress(range(0, -(-tokens.n_tokens // per_row), ROWS), "Jacobians"):
+    n_rows = -(-tokens.n_tokens // per_row)
+    for start in progress(range(0, n_rows, ROWS), "Jacobians", n_rows, "rows", each=ROWS):
         first = start * per_row
         read = _read(model, jacobian_map, tokens.rows[start : start + ROWS])
         values = [v[:, 1:].flatten(0, 1)[: tokens.n_tokens - first] for v in read]
@@ -82,7 +83,7 @@ def collect_activity(
     numbers = np.array([r * per_row + p - 1 for r, start, end in spans for p in range(max(start, 1), end)], np.int64)
     numbers = numbers[numbers < tokens.n_tokens]
     rows = np.unique(numbers // per_row)
-    for start in progress(range(0, len(rows), ROWS), "examples"):
+    for start in progress(range(0, len(rows), ROWS), "examples", len(rows), "rows", each=ROWS):
         some = rows[start : start + ROWS]
         values = _read(model, jacobian_map, tokens.rows[some])
         here = numbers[np.isin(numbers // per_row, some)]

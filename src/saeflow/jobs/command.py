@@ -13,6 +13,7 @@ from saeflow.config.checks import escape_controls
 from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
+from saeflow.jobs.progress import first_line
 from saeflow.jobs.signals import Preempted
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
@@ -67,6 +68,7 @@ def main() -> None:
             keys = left_to_make(plan, args.stage, wanted) if args.job else wanted
             left = [job for job in left if job.instance.key in keys]
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
+            log.info("%s", first_line(args.stage, [job.instance.key for job in left]))
             started = time.perf_counter()
             last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
             for job in left:

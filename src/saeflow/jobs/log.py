@@ -2,18 +2,9 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 from saeflow.config.checks import escape_controls
-
-
-def progress(iterable: Any, description: str, total: int | None = None) -> Any:
-    """A progress bar on stderr; none where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(iterable, desc=description, total=total, disable=not sys.stderr.isatty(), leave=False)
 
 
 def start_log(path: str | None) -> None:

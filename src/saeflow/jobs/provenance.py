@@ -3,12 +3,12 @@
 import datetime
 import importlib.metadata
 import platform
-import resource
 import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from saeflow.jobs.progress import peak_memory
 from saeflow.planning.graph import Instance
 from saeflow.storage.checksums import file_digest
 from saeflow.storage.receipts import contents
@@ -33,7 +33,7 @@ def provenance(instance: Instance, device: str, seconds: float, folder: Path) ->
         "git": _git_state(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_s": round(seconds, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "bytes": sum(sizes.values()),
         "blake2s": {name: file_digest(folder / name) for name, size in sizes.items() if size <= HASHED_UP_TO},
         **held,

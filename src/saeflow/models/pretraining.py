@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 from saeflow.text.corpus import Document, is_held_out
 from saeflow.text.packing import Packer, encode_all
 
@@ -144,7 +144,7 @@ def train_model(
     rng = np.random.default_rng(config.seed)
     body = config.context_size - 1
     running = 0.0
-    for step in progress(range(config.n_steps), "pretraining"):
+    for step in progress(range(config.n_steps), "pretraining", unit="steps"):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * _schedule(step, config)
         starts = rng.integers(0, train.stream.size - body, config.batch_rows)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from saeflow.config import ConfigError
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 from saeflow.text.corpus import (
     SHUFFLE_DOCUMENTS,
     SHUFFLE_SEED,
@@ -145,7 +145,7 @@ def write_tokens(
     kept = (d for d in documents if is_held_out(d.text, held_out_fraction) == (split == "held_out"))
     stream = _Stream(shuffle_documents(kept), tokenizer, Packer(context_size, tokenizer.eos_token_id, bos))
     arrays = _create(folder / "tokens.zarr", n_rows, context_size, attributes)
-    with _document_table(folder / "documents.parquet") as write, progress(None, "rows", n_rows) as bar:
+    with _document_table(folder / "documents.parquet") as write, progress(None, split, n_rows, "rows") as bar:
         written = n_documents = 0
         for shard in _shards(stream, n_rows, _shard_rows(arrays["tokens"])):
             for name, values in shard._asdict().items():

@@ -27,7 +27,7 @@ from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import save_dictionary
 from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
-from saeflow.jobs.log import progress
+from saeflow.jobs.progress import progress
 from saeflow.jobs.signals import Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.models.source import PROCESSING, reading_model
@@ -104,8 +104,8 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
     yield from (member for member in members if not member.unfinished)
     start = min((m.trainer.step for m in members if m.unfinished), default=0)
     end = max((m.trainer.n_steps for m in members if m.unfinished), default=0)
-    read = progress(batches.iterate(start, end - start), f"{len(members)} dictionaries", end - start)
-    for first, some in _batch_groups(read, start):
+    read = progress(batches.iterate(start, end - start), f"{len(members)} dictionaries", end, "steps", start=start)
+    for first, some in _batch_groups(iter(read), start):
         for member in members:
             for step, batch in enumerate(some, first):
                 if signals.received or not member.unfinished or member.trainer.step != step:
@@ -259,7 +259,7 @@ def fit(
         )
     trainer_class = Trainer if spec.saelens is None else pkgutil.resolve_name(SAELensConfig.trainer)
     trainer: Trainer = trainer_class(spec, training, statistics_in, statistics_out, device, on_row)
-    for batch in progress(batches.iterate(0, trainer.n_steps), f"{spec.kind} {spec.hook_name_out}", trainer.n_steps):
+    for batch in progress(batches.iterate(0, trainer.n_steps), spec.hook_name_out, trainer.n_steps, "steps"):
         if trainer.resamples_next():
             trainer.resample(batches)
         trainer.train_step(batch)
