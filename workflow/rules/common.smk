@@ -16,7 +16,13 @@ from saeflow.planning.graph import Plan
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 
-RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
+if set("{}") & set(workflow.basedir):
+    raise WorkflowError(
+        f"{workflow.basedir}: Snakemake takes braces in the path of a workflow for its own; move this checkout to a folder without"
+    )
+
+# As it stands in shell lines, where braces are Snakemake's.
+RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts".replace("{", "{{").replace("}", "}}")
 
 # The scheduling process composes conf/; a job of a running workflow (on a cluster, where each job parses this file
 # again) loads what was frozen at its start, so that an edit of conf/ or another run can neither change nor lose it.
