@@ -10,9 +10,9 @@ from saeflow.figures.whereabouts import whereabouts
 from saeflow.planning.batches import resources
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
-from saeflow.planning.explain import check_disk
 from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
+from saeflow.planning.machine import check_disk, check_machine
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 
@@ -57,6 +57,11 @@ MAKING = {PLAN.receipt(stage, key) for stage, keys in PLAN.to_make.items() for k
 
 
 onstart:
+    if workflow.local_exec and not workflow.touch:
+        try:
+            check_machine(PLAN)  # machines that another executor takes may have what this one has not
+        except ConfigError as error:
+            raise WorkflowError(str(error))
     freeze_run(PLAN)
 
 
