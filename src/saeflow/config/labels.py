@@ -105,9 +105,9 @@ def joined(base: str, parts: Mapping[str, str]) -> str:
         group = path.split(".")[0]
         return (ORDER.index(group) if group in ORDER else len(ORDER)), group
 
-    name = ""
+    name, most = "", min(LONGEST, LONGEST + 60 - len(base))
     for path in sorted((p for p in parts if parts[p]), key=place):
-        if len(name) + len(parts[path]) > LONGEST:
+        if len(name) + len(parts[path]) > most:
             name += "-etc"
             break
         name += f"-{parts[path]}"
