@@ -36,7 +36,7 @@ def main() -> None:
     from saeflow.planning.digests import DIGESTS_FILE
     from saeflow.planning.expansion import compose
     from saeflow.planning.explain import explain, sentence
-    from saeflow.planning.machine import check_disk, unfit
+    from saeflow.planning.machine import check_disk, notes
     from saeflow.planning.overrides import split
 
     try:
@@ -50,8 +50,8 @@ def main() -> None:
                     print(f"{'done   ' if plan.done(stage, key) else 'missing'}  {plan.folder(stage, key)}")
         print(sentence(explain(plan)))
         check_disk(plan)
-        for problem in unfit(plan):
-            print(f"a run on this machine is refused, and one on another by --executor is not: {problem}")
+        for note in notes(plan):
+            print(note)
         if args.freeze:
             plan.freeze(freeze)
             print(f"wrote the plan to {args.freeze}")

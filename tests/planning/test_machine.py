@@ -96,8 +96,8 @@ def test_a_plan_for_a_cluster_is_made_and_a_run_here_is_refused(home: Path) -> N
     run = ["-m", "snakemake", "-s", ROOT / "Snakefile", "-d", home, "--cores", "1"]
     config = ["--config", f"conf={home / 'conf'}", f"hydra={hydra}"]
     for command, code, said in (
-        (plan, 0, "a run on this machine is refused"),
-        ([*run, "-n", *config], 0, "jobs"),
+        (plan, 0, "on this machine a run is refused, on others"),
+        ([*run, "-n", *config], 0, "on this machine a run is refused, on others"),
         ([*run, *config], 1, "refused: this machine cannot run this plan: device.{activations,train,"),
     ):
         done = subprocess.run([sys.executable, *command], cwd=home, capture_output=True, text=True)

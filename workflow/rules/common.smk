@@ -4,6 +4,7 @@ import sys
 from functools import cache, partial
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
@@ -12,7 +13,7 @@ from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
-from saeflow.planning.machine import check_disk, check_machine
+from saeflow.planning.machine import check_disk, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 
@@ -33,6 +34,9 @@ if workflow.is_main_process:
         PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
         PLAN.set_aside_broken()
         check_disk(PLAN)
+        if workflow.output_settings.dryrun:
+            for note in notes(PLAN):
+                logger.warning(note)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
     for handler in workflow.logger_manager.get_log_handlers():

@@ -40,6 +40,12 @@ def check_machine(plan: Plan) -> None:
         raise ConfigError(f"this machine cannot run this plan: {problem}")
 
 
+def notes(plan: Plan) -> list[str]:
+    """What to say of a plan that nothing runs yet, and that another machine may run."""
+    said = "on this machine a run is refused, on others (--executor) it is not"
+    return [f"{said}: {problem}" for problem in unfit(plan)]
+
+
 def unfit(plan: Plan) -> Iterator[str]:
     """Why this machine cannot run what is to be made, a sentence each: devices that it has not, jobs that hold more
     than all of its memory. A machine that a cluster gives them may."""
