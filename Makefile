@@ -8,9 +8,10 @@ WORKERS ?= 2
 HYDRA ?= experiment=demo
 DIRECTORY := .
 
-# Hydra reads what was typed: a $ in it is no variable of make, and a quote none of the shell's.
+# Both are what was typed: a $ in them is no variable of make, and a quote none of the shell's.
 override HYDRA := $(value HYDRA)
-export HYDRA
+override DIRECTORY := $(value DIRECTORY)
+export HYDRA DIRECTORY
 
 # What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
 VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES
@@ -41,15 +42,15 @@ help: ## list the targets
 
 env: $(INSTALLED) ## set up .venv from requirements.lock
 
-RUN = $(BIN)/snakemake --cores $(CORES) --directory "$(DIRECTORY)" --logger-saeflow-no-ending --config hydra
-REPORT = $(BIN)/python scripts/report.py --directory "$(DIRECTORY)"
+RUN = $(BIN)/snakemake --cores $(CORES) --directory="$$DIRECTORY" --logger-saeflow-no-ending --config hydra
+REPORT = $(BIN)/python scripts/report.py --directory="$$DIRECTORY"
 
 demo: $(INSTALLED) ## the small study: from text to figures and results/report.html
 	@$(OFFLINE) $(RUN)="experiment=demo"
 	@$(OFFLINE) $(REPORT) experiment=demo
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
-	@$(BIN)/python scripts/plan.py --directory "$(DIRECTORY)" "$$HYDRA"
+	@$(BIN)/python scripts/plan.py --directory="$$DIRECTORY" "$$HYDRA"
 
 status: $(INSTALLED) ## how far each unfinished job is: make status HYDRA="experiment=demo"
 	@$(BIN)/python scripts/status.py --directory "$(DIRECTORY)" "$$HYDRA"
@@ -62,7 +63,7 @@ report: $(INSTALLED) ## make results/report.html of a finished run, and say wher
 	@$(REPORT) "$$HYDRA"
 
 verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
-	@$(BIN)/python scripts/verify.py --results "$(DIRECTORY)/results" $(if $(SET_ASIDE),--set-aside)
+	@$(BIN)/python scripts/verify.py --results="$$DIRECTORY/results" $(if $(SET_ASIDE),--set-aside)
 
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures

@@ -35,7 +35,8 @@ def main() -> None:
     from saeflow.config import ConfigError
     from saeflow.planning.digests import DIGESTS_FILE
     from saeflow.planning.expansion import compose
-    from saeflow.planning.explain import check_disk, explain, sentence
+    from saeflow.planning.explain import explain, sentence
+    from saeflow.planning.machine import check_disk, notes
     from saeflow.planning.overrides import split
 
     try:
@@ -49,6 +50,8 @@ def main() -> None:
                     print(f"{'done   ' if plan.done(stage, key) else 'missing'}  {plan.folder(stage, key)}")
         print(sentence(explain(plan)))
         check_disk(plan)
+        for note in notes(plan):
+            print(note)
         if args.freeze:
             plan.freeze(freeze)
             print(f"wrote the plan to {args.freeze}")

@@ -141,12 +141,22 @@ def test_a_terminal_shows_what_runs_now(tmp_path: Path) -> None:
         (["2 columns, in results/t/a-12345678: 1.5 s"], "2 columns 1.5 s"),
         (["a-12345678: L0 4.0", "b-12345678: L0 1,000.5"], "L0 4.0 to 1,000.5"),
         (["a-12345678: 3 dead", "b-12345678: none"], "3 dead"),
+        (["a-12345678: L0 4.0", "b-12345678: DIVERGED (-4e+11), L0 3.0"], "DIVERGED (-4e+11), L0 3.0"),
     ],
 )
 def test_findings_are_without_names_and_with_ranges(lines: list[str], expected: str, tmp_path: Path) -> None:
     (tmp_path / "log").write_text("2026-11-28 20:22:10,744 INFO " + "\n".join(lines) + "\n")
     outputs = tuple(f"results/t/{name}-12345678/provenance.json" for name in "ab")
     assert findings(Work("t", outputs, (str(tmp_path / "log"),))) == expected
+
+
+def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
+    terminal = handler()
+    (tmp_path / "log").write_text("2026-11-28 20:22:10,744 ERROR no file \x1b]0;owned\x07 \x1b[31mred\n")
+    job(terminal, tmp_path / "log")
+    say(terminal, LogEvent.JOB_ERROR, jobid=3)
+    last = shown(terminal)[-1]
+    assert last.startswith(r"no file \x1b]0;owned\x07 \x1b[31mred") and last.isprintable()
 
 
 def test_names_of_many_artifacts_are_told_by_what_differs() -> None:

@@ -19,6 +19,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
 
+from saeflow.config.checks import escape_controls
 from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence
 
 # Snakemake says these at every run, whatever it does.
@@ -77,9 +78,9 @@ class LogHandler(LogHandlerBase):
 
     def write(self, text: str | None) -> None:
         """A line or several; on a terminal, what runs now stands below them until the next."""
-        said = f"{text.rstrip()}\n" if text and text != "None" else ""
+        said = f"{escape_controls(text).rstrip()}\n" if text and text != "None" else ""
         if self.is_terminal:
-            now = ", ".join(str(work) for work in self.running.values() if work.outputs)
+            now = escape_controls(", ".join(str(work) for work in self.running.values() if work.outputs))
             status = f"running: {now}"[: shutil.get_terminal_size().columns - 1] if now and not self.closed else ""
             said = f"\r\033[K{said}{status}"
         self.stream.write(said)

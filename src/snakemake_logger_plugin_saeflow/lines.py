@@ -8,6 +8,7 @@ from pathlib import Path
 RECEIPT = "provenance.json"
 _RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) (.*)$")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+LOUD = "DIVERGED"  # a finding that no other stands for
 NAMES = 3
 """Of several artifacts, the names that are told."""
 
@@ -56,7 +57,7 @@ def findings(work: Work) -> str:
     texts = [text for line in lines if (text := _without_names(line, work))] if level else []
     skeletons = {_NUMBER.sub("#", text) for text in texts}
     if len(skeletons) != 1:
-        return "; ".join(texts[:1])
+        return "; ".join([text for text in texts if LOUD in text] or texts[:1])
     columns = zip(*(_NUMBER.findall(text) for text in texts), strict=True)
     ranges = iter([_range(column) for column in columns])
     return _NUMBER.sub(lambda _: next(ranges), texts[0])

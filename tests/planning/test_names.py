@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.config import PointConfig, TrainingConfig
+from saeflow.config import ConfigError, PointConfig, TrainingConfig
 from saeflow.config.defaults import defaults, groups, set_apart, with_defaults
 from saeflow.config.dictionary import DictionaryConfig, kinds
-from saeflow.config.labels import LONGEST, file_safe, joined, merged, unusual
+from saeflow.config.labels import LONGEST, check_names, file_safe, joined, merged, unusual
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
+from saeflow.planning.overrides import quoted
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = Path(__file__).with_name("defaults.txt").read_text().splitlines()
@@ -179,3 +180,53 @@ def test_artifacts_tell_only_what_they_agree_on() -> None:
     assert joined("base", {"a": "", "b": "lr1"}) == "base-lr1"
     hostile = {"dictionary": {"kind": "sae", "activation": "saelens", "saelens": "gated", "options": {"a/b": "$(x)\n"}}}
     assert unusual(hostile, {})["dictionary.options"] == "a_b__x"
+
+
+HOSTILE = [
+    "../../x", "/tmp/x", "Org/x", "$(touch pwned)", "`touch pwned`", "a b;c", "-rf", "{x}", "{wildcards.key}", "a\nb",
+    "ä海", "x" * 240, "it's", 'a"b', "<b>", "*", "a|b>c", "\x1b[2J", "a\\", "%(x)s", "~", ".", "..", "#",
+]  # fmt: skip
+SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)?")
+"""What no shell changes, quoted or not, and `--wrap="..."` of sbatch neither; no option, and no way out of a folder."""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_models_and_corpora_are_in_no_key(home: Path, name: str) -> None:
+    named = plan_of(home, f"corpus.name={quoted(name)}", f"model.name={quoted(name)}")
+    assert keys(named) == keys(plan_of(home))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_of_an_experiment_is_refused_or_safe(home: Path, name: str) -> None:
+    try:
+        plan = plan_of(home, f"experiment_name={quoted(name)}", "blind={}", "dictionary.k=[8,16]")
+    except ConfigError as error:
+        assert str(error).startswith("experiment_name=") and "names folders" in str(error) and "\x1b" not in str(error)
+        return
+    assert name in ("ä海", "x" * 240)
+    (key,) = plan.stages["figures"]
+    assert all(SAFE.fullmatch(key) and len(key) < 240 for table in plan.stages.values() for key in table), key
+
+
+def test_two_models_of_one_organisation_in_a_sweep(home: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = shutil.copytree(home / "resources/model", tmp_path / f"{number}")
+        (folder / "config.json").write_text((folder / "config.json").read_text() + "\n" * number)
+    blocks = ",".join(f"{{model.path:{tmp_path}/{n},model.name:EleutherAI/x{n},dictionary.k:[4,8]}}" for n in (1, 2))
+    plan = compose(home / "conf", ["model=local", f"sweep=[{blocks}]"], results=str(tmp_path))
+    assert len(plan.stages["activations"]) == 2 and len(plan.stages["train"]) == 4
+    assert all(SAFE.fullmatch(key) for table in plan.stages.values() for key in table)
+
+
+@pytest.mark.parametrize(
+    "key", ["../x-1", "-x-1", "a b-1", "a;b-1", "$(x)-1", "a/../b-1", "x" * 240, "", "/x-1", "ä-1"]
+)
+def test_a_key_that_is_no_name_of_a_folder_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a folder's name"):
+        check_names(key)
+
+
+@given(TEXT, st.dictionaries(TEXT.map(lambda t: f"training.{t}"), TEXT.map(file_safe), max_size=30))
+def test_however_long_what_a_dictionary_is_called_its_key_is_a_name(text: str, parts: dict[str, str]) -> None:
+    base = "-".join([file_safe(text)] * 3)[:130]
+    check_names(f"{joined(base, parts)}-01234567")

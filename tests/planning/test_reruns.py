@@ -14,9 +14,10 @@ from saeflow.config import ConfigError
 from saeflow.planning import frozen
 from saeflow.planning.batches import look
 from saeflow.planning.expansion import compose
-from saeflow.planning.explain import check_disk, explain, sentence
+from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import FILE, lines, predict
+from saeflow.planning.machine import check_disk
 from saeflow.planning.stages import downstream, stages
 
 PAIR = ["sweep=[{dictionary:relu,dictionary.l1_coefficient:[1,2]},{dictionary:pair,site:mlp,dictionary.k:4}]"]
@@ -146,7 +147,7 @@ def test_time_is_that_of_all_stages_by_what_they_took_here(home: Path) -> None: 
     here = {"host": os.uname().nodename, "device": "cpu"}
     made = [{"stage": s, "key": "k", "seconds": 3.0, "work": 1.0} | here for s in stages()]
     made += [made[0] | {"host": "elsewhere", "seconds": 1e9}]
-    work = {s: [stages()[s].operations(plan, i) or stages()[s].n_bytes(i) or 1 for i in t.values()]
+    work = {s: [stages()[s].operations(plan, i) or stages()[s].n_bytes(plan, i) or 1 for i in t.values()]
             for s, t in plan.stages.items()}  # fmt: skip
     found = predict(plan, made)
     assert found.seconds == pytest.approx(3 * sum(map(sum, work.values()))) and not found.guessed

@@ -1,5 +1,6 @@
 """A training job: from columns of activations to a folder; what it records, and how it fails. Optional loggers."""
 
+import math
 import sys
 import types
 from types import SimpleNamespace
@@ -9,12 +10,12 @@ import pytest
 import torch
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow.config import ConfigError
+from saeflow.config import ConfigError, TrainingConfig
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.jobs.job import Job
 from saeflow.training import loggers
 from saeflow.training import loop as training
-from saeflow.training.metrics import TrainingError
+from saeflow.training.metrics import TrainingError, TrainingMetrics
 
 HOOK, HOOK_OUT = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
 
@@ -42,6 +43,7 @@ def results(tmp_path):
 
 
 TOPK = {"kind": "sae", "activation": "topk", "k": 3, "expansion": 2}
+ENDLESS = {"kind": "sae", "activation": "relu", "l1_coefficient": 1e39, "expansion": 2}  # whose loss is infinite
 TRANSCODER = {"kind": "transcoder", "activation": "relu", "l1_coefficient": 0.1, "expansion": 2}
 
 
@@ -64,10 +66,37 @@ def test_a_job_writes_a_dictionary_and_its_metrics_and_again_the_same_bytes(resu
 
 
 def test_a_job_that_fails_leaves_no_folder(results):
-    plan = plan_of(results, [HOOK], TOPK, TRAINING | {"lr": 1e30})
+    plan = plan_of(results, [HOOK], ENDLESS)
     with pytest.raises(TrainingError, match=r"lower training\.lr"):
         training.train([job_of(plan)])
     assert not (results / "train" / "it-1234").exists()
+
+
+def test_a_training_that_diverges_says_so_in_the_log_and_in_what_it_returns(results, caplog):
+    """Its loss is finite to the end; without this its line would look like any other."""
+    plan = plan_of(results, [HOOK], TOPK | {"sparsity": "decoder_norm"}, TRAINING | {"lr": 1.0})
+    said = training.train([job_of(plan)])
+    rows = pd.read_parquet(results / "train/it-1234/metrics.parquet")["explained_variance"]
+    assert rows.iloc[-1] < -0.1 and rows.iloc[-1] < rows.iloc[0]
+    told = f"explained variance {rows.iloc[-1]:.3g} at the end, {rows.iloc[0]:.3g} at the start: lower training.lr"
+    assert f"it-1234: DIVERGED ({told}, now 1" in said
+    assert [r for r in caplog.records if r.levelname == "WARNING" and f"it-1234 DIVERGED, {told}" in r.getMessage()]
+
+
+def test_a_training_that_goes_well_is_not_said_to_diverge(results, caplog):
+    said = training.train([job_of(plan_of(results, [HOOK], TOPK))])
+    assert "DIVERGED" not in said + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variances", "diverged"),
+    [([0.2, -4e11], True), ([-0.5, -0.6], True), ([-0.5, -0.4], False), ([0.1, -0.05], False), ([-0.5], False),
+     ([0.5, math.nan], False), ([], False)],
+)  # fmt: skip
+def test_diverged_is_worse_than_the_mean_and_than_the_start(variances, diverged):
+    metrics = TrainingMetrics(4, TrainingConfig(n_tokens=10, batch_size=10), "cpu")
+    metrics.rows = [{"explained_variance": v} for v in variances]
+    assert bool(metrics.diverged) == diverged
 
 
 def columns_of(given, tokens=(1000, 1000)):

@@ -4,19 +4,26 @@ import sys
 from functools import cache, partial
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
 from saeflow.planning.batches import resources
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
-from saeflow.planning.explain import check_disk
 from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
+from saeflow.planning.machine import check_disk, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 
-RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
+if set("{}") & set(workflow.basedir):
+    raise WorkflowError(
+        f"{workflow.basedir}: Snakemake takes braces in the path of a workflow for its own; move this checkout to a folder without"
+    )
+
+# As it stands in shell lines, where braces are Snakemake's.
+RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts".replace("{", "{{").replace("}", "}}")
 
 # The scheduling process composes conf/; a job of a running workflow (on a cluster, where each job parses this file
 # again) loads what was frozen at its start, so that an edit of conf/ or another run can neither change nor lose it.
@@ -27,6 +34,9 @@ if workflow.is_main_process:
         PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
         PLAN.set_aside_broken()
         check_disk(PLAN)
+        if workflow.output_settings.dryrun:
+            for note in notes(PLAN):
+                logger.warning(note)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
     for handler in workflow.logger_manager.get_log_handlers():
@@ -51,6 +61,11 @@ MAKING = {PLAN.receipt(stage, key) for stage, keys in PLAN.to_make.items() for k
 
 
 onstart:
+    if workflow.local_exec and not workflow.touch:
+        try:
+            check_machine(PLAN)  # machines that another executor takes may have what this one has not
+        except ConfigError as error:
+            raise WorkflowError(str(error))
     freeze_run(PLAN)
 
 

@@ -67,7 +67,7 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     return {"mem_mb": 3000 + max(1000, round(2e-6 * weights)), "runtime": 240}
 
 
-def n_bytes(instance: Instance) -> int:
+def n_bytes(plan: Plan, instance: Instance) -> int:
     """Exact."""
     config, store = instance.config, instance.config["activations"]
     n_tokens = config["n_rows"] * config["tokens"]["context_size"]
@@ -90,6 +90,7 @@ STAGES = (
         needs=("tokens", "groundtruth"),
         together=lambda plan, instance: instance.key.split("/")[0],  # one forward pass fills all columns of a store
         n_bytes=n_bytes,
+        sized_by=lambda instance: "{}={}".format(*instance.says["n_rows"]),
         resources=resources,
         cached=True,
     ),

@@ -29,6 +29,9 @@ class ConfigError(ValueError):
         return escape_controls(super().__str__())  # names of files and fields may hold anything
 
 
+LEARNING_RATES = "more than 0 and at most 1, since Adam moves every weight by about as much at every step"
+
+
 def require(legal: bool, key: str, value: Any, wanted: str) -> None:
     if not legal:
         raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
@@ -38,6 +41,12 @@ def at_least(least: int, config: Any, group: str, names: str) -> None:
     """Raises `ConfigError` for an option of a group, of those named, that is less than `least`."""
     for name in names.split():
         require(getattr(config, name) >= least, f"{group}.{name}", getattr(config, name), f"{least} or more")
+
+
+def check_seed(config: Any, key: str) -> None:
+    """Raises `ConfigError` for a seed that not all generators take: some mix it with a step or a head first."""
+    value = getattr(config, key.rsplit(".", 1)[-1])
+    require(0 <= value < 2**32, key, value, "0 or more and below 2^32")
 
 
 def where(path: str | Path) -> str:
@@ -101,7 +110,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}={value} must be a finite number")
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if hint is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{where}={value} is out of range: a whole number here is below 2^63")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
     return value

@@ -1,5 +1,6 @@
 """How each stage's jobs run, never what they compute: nothing of it enters a key, so it stays a plain tree."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ def check_device(device: dict[str, Any], stages: Iterable[str]) -> None:
     """Errors now rather than in the job: a device that is not a device's name, a speed that is no number."""
     for stage in ("default", *stages):
         name = str(device.get(stage, device.get("default")))
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
             raise ConfigError(f"device.{stage}={name}: use cpu, cuda, cuda:N or mps")
     for unit in ("threads", "mem_mb", "runtime", "batch"):
         for stage, value in (device.get(unit) or {}).items():
@@ -19,3 +20,19 @@ def check_device(device: dict[str, Any], stages: Iterable[str]) -> None:
     flops = device.get("flops")
     if not isinstance(flops, int | float) or flops <= 0:
         raise ConfigError(f"device.flops={flops}: set it to floating-point operations a second, such as 1.0e+11")
+
+
+def missing(device: str) -> str:
+    """Why there is no such device here; '' where there is. Imports torch where one is asked for that may be missing."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return ""
+    import torch
+
+    if kind == "mps":
+        return "" if torch.backends.mps.is_available() else "torch finds no GPU of Apple here"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        return "torch finds no CUDA GPU here" if built else f"torch {torch.__version__} here is without CUDA"
+    n = torch.cuda.device_count()
+    return f"there are {n} GPUs here, from cuda:0" if int(number or 0) >= n else ""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saeflow.config.checks import at_least, require
+from saeflow.config.checks import at_least, check_seed, require
 
 FEWEST_DOCUMENTS = 5  # of which an interval is made: fewer do not tell how much documents differ
 
@@ -41,5 +41,5 @@ class BlindConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "blind", "n_features n_examples window min_active batch_rows")
-        at_least(0, self, "blind", "seed")
+        check_seed(self, "blind.seed")
         require(0 <= self.min_frequency < 1, "blind.min_frequency", self.min_frequency, "0 or more and below 1")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saeflow.config.checks import at_least
+from saeflow.config.checks import at_least, check_seed
 from saeflow.config.evaluation import FEWEST_DOCUMENTS
 
 
@@ -35,5 +35,5 @@ class HeadsConfig:
         names = "n_tokens batch_rows loss_tokens top_pairs min_active n_latents max_atoms contexts window"
         at_least(1, self, "heads", names)
         at_least(FEWEST_DOCUMENTS, self, "heads", "resamples")
-        names = "dashboards seed"
-        at_least(0, self, "heads", names)
+        at_least(0, self, "heads", "dashboards")
+        check_seed(self, "heads.seed")

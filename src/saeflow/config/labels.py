@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from saeflow.config.checks import ConfigError
 from saeflow.config.defaults import defaults_of, groups
 
 LONGEST = 150
@@ -104,9 +105,9 @@ def joined(base: str, parts: Mapping[str, str]) -> str:
         group = path.split(".")[0]
         return (ORDER.index(group) if group in ORDER else len(ORDER)), group
 
-    name = ""
+    name, most = "", min(LONGEST, LONGEST + 60 - len(base))
     for path in sorted((p for p in parts if parts[p]), key=place):
-        if len(name) + len(parts[path]) > LONGEST:
+        if len(name) + len(parts[path]) > most:
             name += "-etc"
             break
         name += f"-{parts[path]}"
@@ -125,6 +126,14 @@ def merged(several: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def file_safe(text: str) -> str:
     """Letters, digits, dots, dashes and underscores; nothing that a shell or a file system minds."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60].strip("._-") or "_"
+
+
+def check_names(key: str) -> None:
+    """Raises `ConfigError` for a key that is not the name of a folder, or of a store and a column of it, that every
+    shell and file system takes as it is, with what is put behind it while it is made."""
+    for part in key.split("/"):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", part) or len(part) > LONGEST + 80:
+            raise ConfigError(f"{part!r} cannot be a folder's name: give what it is made of a plain and shorter one")
 
 
 def _usual_loss(dictionary: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saeflow.config.checks import ConfigError, at_least, require
+from saeflow.config.checks import LEARNING_RATES, ConfigError, at_least, check_seed, require
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class TracrConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.tracr", "n_steps batch_rows")
-        at_least(0, self, "model.tracr", "seed")
-        require(self.lr > 0, "model.tracr.lr", self.lr, "more than 0")
+        check_seed(self, "model.tracr.seed")
+        require(0 < self.lr <= 1, "model.tracr.lr", self.lr, LEARNING_RATES)
         require(self.n_rows is None or self.n_rows > 0, "model.tracr.n_rows", self.n_rows, "1 or more, or null for all")
 
 
@@ -47,7 +47,7 @@ class ModelConfig:
     tracr: TracrConfig | None = None
 
     def __post_init__(self) -> None:
-        require(self.randomise_seed >= 0, "model.randomise_seed", self.randomise_seed, "0 or more")
+        check_seed(self, "model.randomise_seed")
         if sum(source is not None for source in (self.path, self.hub, self.tracr)) != 1:
             raise ConfigError("model: set exactly one of model.path (a local folder), model.hub (a hub name) and tracr")
         processed = self.fold_ln or self.center_writing_weights or self.center_unembed or self.randomise != "none"

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.config.checks import ConfigError, require
+from saeflow.config.checks import ConfigError, check_seed
 from saeflow.config.corpus import CorpusConfig, TokensConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
 from saeflow.config.evaluation import EvaluationConfig
@@ -37,7 +37,7 @@ class PointConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        check_seed(self, "seed")
         if self.corpus.case != (self.model.tracr and self.model.tracr.case):
             raise ConfigError(
                 "a model of a case is studied on the rows of that case: use model=tracr with corpus=tracr"

@@ -33,5 +33,7 @@ class ActivationsConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "activations", "batch_rows chunk_tokens")
+        wanted = f"{2**20:,} or less: a chunk is held in memory whole"
+        require(self.chunk_tokens <= 2**20, "activations.chunk_tokens", self.chunk_tokens, wanted)
         divides = self.shard_tokens > 0 and self.shard_tokens % self.chunk_tokens == 0
         require(divides, "activations.shard_tokens", self.shard_tokens, "a multiple of activations.chunk_tokens")

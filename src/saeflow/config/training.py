@@ -3,7 +3,10 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from saeflow.config.checks import ConfigError, at_least, require
+from saeflow.config.checks import LEARNING_RATES, ConfigError, at_least, check_seed, require
+
+DIVERGED = -0.1
+"""An explained variance below which a dictionary is worse than none: what predicts the mean alone has 0."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         names = "batch_size dead_after_tokens resample_batches log_every together keep_checkpoints"
         at_least(1, self, "training", names)
-        names = "shuffle_seed lr_warm_up_steps lr_decay_steps l1_warm_up_steps resample_warm_up_steps "
+        check_seed(self, "training.shuffle_seed")
+        names = "lr_warm_up_steps lr_decay_steps l1_warm_up_steps resample_warm_up_steps "
         at_least(0, self, "training", names + "jacobian_warm_up_steps auxk_coefficient")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 or more and below 1")
         require(self.checkpoint_seconds >= 0, "training.checkpoint_seconds", self.checkpoint_seconds, "0 or more")
         require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
-        require(self.lr > 0, "training.lr", self.lr, "more than 0")
+        require(0 < self.lr <= 1, "training.lr", self.lr, LEARNING_RATES)
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
         require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")
         fraction = self.jacobian_fraction

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from saeflow.config.training import DIVERGED
 from saeflow.dictionaries.series import with_names
 from saeflow.dictionaries.settings import differing, read_summaries
 from saeflow.jobs.job import Job
@@ -27,6 +28,7 @@ _WITH_ENDS = ("l0", "ce_increase", "loss_recovered_zero", "explained_variance")
 _SAID = ("model.", "corpus.", "tokenizer", "tracr.", "dictionary.content", "dictionary.kind", "dictionary.activation")
 """Settings that the columns say already, or that are hashes of content."""
 _AMOUNTS = ("dictionary.k", "dictionary.l1_coefficient", "dictionary.options.l0_coefficient")
+_USELESS = "worse than the mean"
 _STYLE = (
     "body{font:14px sans-serif;margin:1.5em}table{border-collapse:collapse}td,th{padding:.25em .7em;text-align:right}"
     "td.text,th.text{text-align:left}th{cursor:pointer;border-bottom:2px solid;vertical-align:bottom}"
@@ -68,6 +70,9 @@ def overview(job: Job) -> tuple[pd.DataFrame, str]:
         for name in (metric, *(f"{metric}{end}" for end in ("_low", "_high") if metric in _WITH_ENDS)) if name in named
     ]  # fmt: skip
     columns = [*_WHAT, "dictionary_key", *metrics]
+    if "explained_variance" in named and (named["explained_variance"] < DIVERGED).any():
+        named[_USELESS.replace(" ", "_")] = named["explained_variance"] < DIVERGED
+        columns.append(_USELESS.replace(" ", "_"))
     extra = pd.DataFrame(list(named["settings_of"]), columns=paths, index=named.index)
     return named[columns].join(extra), page(job.plan.experiment, named)
 
@@ -89,6 +94,8 @@ def page(experiment: str, named: pd.DataFrame) -> str:
             form = ".1f" if name == "l0" else ".4f" if name.startswith("ce") else ".3f"
             ends = [row.get(f"{name}_{end}") for end in ("low", "high")] if name in _WITH_ENDS else [None]
             interval = "" if pd.isna(ends).any() else f" <small>[{', '.join(_form(end, form) for end in ends)}]</small>"
+            failed = name == "explained_variance" and row[name] < DIVERGED
+            interval += f" <strong>{_USELESS}</strong>" if failed else ""
             cells.append(_cell(_form(row[name], form), row[name], interval))
         lines.append("".join([*cells, _cell(row["dictionary_key"], row["dictionary_key"], text=True)]))
     body = "\n".join(f"<tr>{line}</tr>" for line in lines[1:])

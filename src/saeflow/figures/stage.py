@@ -59,7 +59,7 @@ STAGES = (
         work,
         expand,
         says_all=True,
-        version=2,
+        version=3,
         target=True,
     ),
 )

@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterable
 
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import ConfigError, escape_controls
+from saeflow.config.device import missing
 from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
@@ -70,6 +71,8 @@ def main() -> None:
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
             log.info("%s", first_line(args.stage, [job.instance.key for job in left]))
             started = time.perf_counter()
+            if left and (reason := missing(args.device)):
+                raise ConfigError(f"device.{args.stage}={args.device}, but {reason}")
             last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
             for job in left:
                 work = work_of(stage, plan, job.instance)

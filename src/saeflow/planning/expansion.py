@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from saeflow.config import PointConfig, build
 from saeflow.config.defaults import set_apart
 from saeflow.config.device import check_device
-from saeflow.config.labels import joined, merged, told, unusual
+from saeflow.config.labels import check_names, joined, merged, told, unusual
 from saeflow.planning.batches import look
 from saeflow.planning.digests import DigestCache, canonical, short_hash
 from saeflow.planning.graph import Instance, Plan
@@ -164,6 +164,7 @@ def add_instance(
     needed = {other: [plan.stages[other][key].identity for key in keys] for other, keys in needs.items()}
     identity = short_hash([stage, version, set_apart(config), needed], 32)
     key = f"{label}-{identity[:8]}"
+    check_names(key)
     made = Instance(stage, key, config, needs, sources, version, dict(says or {}), identity)
     plan.stages[stage].setdefault(key, made)
     return key

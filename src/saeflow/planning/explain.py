@@ -1,7 +1,6 @@
-"""What a plan would run, and why, in the words of the research; and whether the disk can hold it."""
+"""What a plan would run, and why, in the words of the research."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ class Explanation(NamedTuple):
 def explain(plan: Plan) -> Explanation:
     """Compares the plan with the artifacts on disk."""
     missing = {stage: [plan.stages[stage][key] for key in keys] for stage, keys in plan.to_make.items()}
-    sizes = {stage: sum(map(stages()[stage].n_bytes, instances)) for stage, instances in missing.items()}
+    sizes = {stage: sum(stages()[stage].n_bytes(plan, i) for i in instances) for stage, instances in missing.items()}
     cached = sum(size for stage, size in sizes.items() if stages()[stage].cached)
     made = lines(plan)
     return Explanation(missing, _reasons(plan, missing, made), cached, sum(sizes.values()), predict(plan, made))
@@ -106,26 +105,6 @@ def _time(time: Prediction) -> str:
             f"by device.flops and {START_SECONDS:g} s a job for {', '.join(time.guessed)}, of which none ran here"
         )
     return text + " and ".join(by)
-
-
-def check_disk(plan: Plan) -> None:
-    """Raises `ConfigError` where what the plan would write does not fit on the disk, before anything runs."""
-    wanted = explain_bytes(plan)
-    root = Path(plan.results)
-    while not root.exists():
-        root = root.absolute().parent
-    free = shutil.disk_usage(root).free
-    if wanted > free:
-        raise ConfigError(
-            f"the disk cannot hold this plan: it would write {readable(wanted)} below {plan.results}/ and "
-            f"{readable(free)} are free there. Fewer hooks or tokens.train_tokens, activations.dtype=float16, or "
-            "another disk (--directory, or a link at results/) would do"
-        )
-
-
-def explain_bytes(plan: Plan) -> int:
-    """Predicted bytes of everything that a run makes."""
-    return sum(stages()[s].n_bytes(plan.stages[s][key]) for s, keys in plan.to_make.items() for key in keys)
 
 
 def readable(n_bytes: int) -> str:

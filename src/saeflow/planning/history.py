@@ -80,4 +80,4 @@ def predict(plan: Plan, made: list[dict[str, Any]]) -> Prediction:
 
 def work_of(stage: Stage, plan: Plan, instance: Instance) -> float:
     """What the time of an artifact goes by: operations, else bytes, else 1 for each."""
-    return float(stage.operations(plan, instance) or stage.n_bytes(instance) or 1)
+    return float(stage.operations(plan, instance) or stage.n_bytes(plan, instance) or 1)

@@ -50,8 +50,14 @@ class Stage:
     """Of the instances that may share a job, by which they are put side by side."""
     cost: Callable[[Instance], float] = lambda instance: 1.0
     """Time that an instance takes beside others of the stage; jobs are cut so that their costs are even."""
-    n_bytes: Callable[[Instance], int] = lambda instance: 0
+    n_bytes: Callable[[Plan, Instance], int] = lambda plan, instance: 0
     """What it will take on disk, where that is of a size to matter."""
+    sized_by: Callable[[Instance], str] = lambda instance: ""
+    """The setting that decides that, with its value."""
+    beside: Callable[[Plan, Sequence[Instance]], int] = lambda plan, instances: 0
+    """What a job takes on disk beside that until it is done."""
+    holds: Callable[[Plan, Sequence[Instance]], int] = lambda plan, instances: 0
+    """Bytes of memory that a job cannot do without, where they may be more than a machine has."""
     cached: bool = False
     """Whether these bytes are said apart: what is cached can be deleted once all is made from it."""
     operations: Callable[[Plan, Instance], float] = lambda plan, instance: 0.0

@@ -18,6 +18,7 @@ from typing import Any
 from saeflow.config import ConfigError, PointConfig
 from saeflow.config.checks import require
 from saeflow.planning.blocks import Block, Edit, as_list, axis, blocks_of
+from saeflow.planning.files import check_files, read
 from saeflow.planning.overrides import parse
 
 SETTINGS = ("sweep", "experiment_name", "figures", "stacks", "blind")
@@ -43,12 +44,6 @@ class Sweep:
         self._trees: dict[tuple[str, ...], Any] = {}
         self._parse(overrides)
         base = self._compose([])
-        if hasattr(base.get("experiment"), "keys"):
-            name = "".join(text.partition("=")[2] for text in self.rest if text.startswith("experiment="))
-            raise ConfigError(
-                f"{conf}/experiment/{name}.yaml is read as a group of its own, so that nothing of it is used: make its "
-                "first line `# @package _global_`"
-            )
         known = {*self.fields, *self.groups, *SETTINGS}
         for key in [key for key in base if key not in known]:
             raise ConfigError(f"{conf} or the experiment has a key {key!r} that nothing reads{_near(key, known)}")
@@ -115,6 +110,7 @@ class Sweep:
         if name not in self._trees:
             OmegaConf.register_new_resolver("root", lambda: str(self.conf.parent), replace=True)
             single = [f"{g}={c[0]}" for g, c in self.chosen.items() if len(c) == 1]
+            check_files(self.conf, self._chosen_of([*self.rest, *single, *choices]))
             try:
                 GlobalHydra.instance().clear()
                 with initialize_config_dir(config_dir=str(self.conf), version_base="1.3"):
@@ -125,9 +121,14 @@ class Sweep:
                 near = [c for c in legal if c.rsplit("/", 1)[-1] == wanted.rsplit("/", 1)[-1]]
                 hint = f" (did you mean {' or '.join(near)}?)" if near else _near(wanted, legal)
                 raise ConfigError(f"no config {group}={wanted}{hint}; {group} can be: {', '.join(legal)}") from error
-            except (ConfigCompositionException, OmegaConfBaseException) as error:
+            except (ConfigCompositionException, OmegaConfBaseException, ValueError, RecursionError) as error:
                 raise ConfigError(f"the configuration does not compose: {_one_line(error)}{_cause(error)}") from error
         return self._trees[name]
+
+    def _chosen_of(self, overrides: list[str]) -> dict[str, str]:
+        """Choices of config groups among overrides."""
+        found = (text.partition("=") for text in overrides)
+        return {name: value for name, _, value in found if name in self.groups}
 
     def _choices(self, group: str) -> list[str]:
         """What a config group can be, those in folders of it last."""
@@ -242,9 +243,10 @@ def _holds(tree: Any, path: str) -> bool:
 
 def _has_key(file: Path, path: str) -> bool:
     """Whether a YAML file has the key at a dotted path."""
-    import yaml
-
-    node = yaml.safe_load(file.read_text())
+    try:
+        node: Any = read(file)
+    except ConfigError:
+        return False  # a file that this run does not read
     for part in path.split("."):
         if not isinstance(node, dict) or part not in node:
             return False

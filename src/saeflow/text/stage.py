@@ -5,7 +5,7 @@ from pathlib import Path
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, PlannedPoint
-from saeflow.planning.graph import Instance
+from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
 
 
@@ -34,7 +34,7 @@ def _look(planned: PlannedPoint) -> None:
     digests.once(("length", corpus, tokens, folder), lambda: check_length(look, corpus, tokens, Path(folder)))
 
 
-def n_bytes(instance: Instance) -> int:
+def n_bytes(plan: Plan, instance: Instance) -> int:
     """Token, document and offset, four bytes each."""
     return 3 * 4 * int(instance.config["n_rows"] * instance.config["tokens"]["context_size"])
 

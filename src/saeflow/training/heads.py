@@ -16,7 +16,7 @@ from saeflow.config import ConfigError, TrainingConfig
 from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Weights, take_steps
-from saeflow.training.metrics import TrainingError
+from saeflow.training.metrics import TrainingError, told
 from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers
 from saeflow.training.trainer import Trainer, update_weights
 
@@ -66,7 +66,7 @@ class HeadsTrainer(SeveralTrainers):
         l0, variance = ([row[name] for row in rows] for name in ("l0", "explained_variance"))
         return (
             f"L0 {sum(l0):.1f} in all, {min(l0):.1f} to {max(l0):.1f} a head, explained variance "
-            f"{min(variance):.3f} to {max(variance):.3f}, {sum(row['dead'] for row in rows)} of "
+            f"{told(min(variance))} to {told(max(variance))}, {sum(row['dead'] for row in rows)} of "
             f"{len(rows) * self.heads[0].spec.d_sae} latents dead{silent}"
         )
 

@@ -193,7 +193,11 @@ def _write(member: Member) -> str:
         if member.left_out is not None:
             (folder / "left_out.json").write_text(json.dumps(member.left_out.record(), indent=1) + "\n")
     tokens = next(iter(trainer.parts.values())).metrics.rows[-1]["tokens"]
-    return f"{job.instance.key}: {tokens:,} tokens, {trainer.summary()}: {job.path}"
+    bad = {name: part.metrics.diverged for name, part in trainer.parts.items() if part.metrics.diverged}
+    for name, reason in bad.items():
+        log.warning("%s DIVERGED, %s", "/".join(filter(None, [job.instance.key, name])), reason)
+    loud = f"DIVERGED ({next(iter(bad.values()))}), " if bad else ""
+    return f"{job.instance.key}: {loud}{tokens:,} tokens, {trainer.summary()}: {job.path}"
 
 
 def _block(job: Job) -> Block | ModuleBlock:

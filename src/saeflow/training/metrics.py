@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import TrainingConfig
+from saeflow.config.training import DIVERGED
 from saeflow.kernels.step import StepMetrics
 
 
@@ -66,6 +67,22 @@ class TrainingMetrics:
             }
         )
         return self.rows[-1]
+
+    @property
+    def diverged(self) -> str:
+        """What to say of a training that made its dictionary worse than it began, and useless; '' of any other."""
+        first, last = (self.rows[i]["explained_variance"] if self.rows else 0.0 for i in (0, -1))
+        if not last < min(first, DIVERGED):
+            return ""
+        return (
+            f"explained variance {last:.3g} at the end, {first:.3g} at the start: lower training.lr, now "
+            f"{self.training.lr:g}, or lengthen training.lr_warm_up_steps"
+        )
+
+
+def told(explained_variance: float) -> str:
+    """An explained variance for people."""
+    return f"{explained_variance:.3f}" if abs(explained_variance) < 100 else f"{explained_variance:.2g}"
 
 
 def fraction_unexplained(squared_errors: Tensor, y: Tensor) -> float:

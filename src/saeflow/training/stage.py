@@ -9,6 +9,8 @@ from typing import Any
 
 from saeflow.config import DictionaryConfig, build
 from saeflow.config.dictionary import Columns, kinds
+from saeflow.dictionaries.kinds.trained import TrainedConfig
+from saeflow.dictionaries.spec import Origin
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.digests import canonical
@@ -102,6 +104,35 @@ def operations(plan: Plan, instance: Instance) -> float:
     return config_of(instance).operations(_columns(plan, instance), instance.config["training"], d_mlp)
 
 
+def n_weights(plan: Plan, instance: Instance) -> int:
+    """Weights and biases of all that a training makes."""
+    config = config_of(instance)
+    assert isinstance(config, TrainedConfig)
+    specs = config.specs(_columns(plan, instance), instance.config["seed"], Origin())
+    return sum(s.d_sae * (s.d_in + s.d_out + 1) + s.d_out + s.skip * s.d_in * s.d_out for s in specs)
+
+
+def n_bytes(plan: Plan, instance: Instance) -> int:
+    """Of the dictionary, in float32."""
+    return 4 * n_weights(plan, instance)
+
+
+def sized_by(instance: Instance) -> str:
+    name = "expansion" if instance.config["dictionary"]["d_sae"] is None else "d_sae"
+    return f"dictionary.{name}={instance.config['dictionary'][name]}"
+
+
+def beside(plan: Plan, instances: Sequence[Instance]) -> int:
+    """Checkpoints, of weights and Adam's two moments: those that are kept, and the next."""
+    kept = (json.loads(instance.sources["training"])["keep_checkpoints"] + 1 for instance in instances)
+    return sum(3 * n * n_bytes(plan, instance) for n, instance in zip(kept, instances, strict=True))
+
+
+def holds(plan: Plan, instances: Sequence[Instance]) -> int:
+    """Weights, gradients and Adam's two moments."""
+    return sum(4 * n_bytes(plan, instance) for instance in instances)
+
+
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Weights, gradients and Adam's two moments of every dictionary beside 3 GB, and what it takes to find the tokens
     to leave out; twice the time of its operations."""
@@ -143,6 +174,10 @@ STAGES = (
         order=order,
         cost=lambda instance: config_of(instance).cost,
         operations=operations,
+        n_bytes=n_bytes,
+        sized_by=sized_by,
+        beside=beside,
+        holds=holds,
         resources=resources,
         drawn="where_there",
     ),

@@ -33,7 +33,7 @@ from saeflow.kernels.step import (
     squared_norms,
     take_step,
 )
-from saeflow.training.metrics import TrainingError, TrainingMetrics
+from saeflow.training.metrics import TrainingError, TrainingMetrics, told
 from saeflow.training.protocol import Batches, HookStatistics, Inputs, Tables
 from saeflow.training.revival import REFRESH_STEPS, auxk, ghost, resample
 
@@ -170,9 +170,9 @@ class Trainer:
     def summary(self) -> str:
         row = self.metrics.rows[-1]
         others = 1 - row.get("fvu_without_first", row["fvu"])
-        apart = f" ({others:.3f} without the first of rows)" if abs(others - row["explained_variance"]) > 0.01 else ""
+        apart = f" ({told(others)} without the first of rows)" if abs(others - row["explained_variance"]) > 0.01 else ""
         return (
-            f"L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}{apart}, {row['dead']} of "
+            f"L0 {row['l0']:.1f}, explained variance {told(row['explained_variance'])}{apart}, {row['dead']} of "
             f"{self.spec.d_sae} latents dead"
         )
 
