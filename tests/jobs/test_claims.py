@@ -88,13 +88,14 @@ def test_what_a_killed_process_held_is_taken_over(plan: Plan, tmp_path: Path, ho
     assert [p.name for p in (tmp_path / "results/train").iterdir()] == ["one"]  # no lock, nothing half written
 
 
-def test_who_asks_for_what_is_there_gets_it_made_again(plan: Plan) -> None:
-    job = Job(plan.instance("train", "one"), plan, "cpu")
-    for _ in range(2):
-        with claimed([job]) as left:
-            assert left == [job]
-            with job.writing() as folder:
-                (folder / "a.txt").write_text("a")
+def test_what_another_run_made_since_the_plan_is_done_and_what_was_asked_for_again_is_not(plan: Plan) -> None:
+    one, two = (Job(plan.instance("train", key), plan, "cpu") for key in ("one", "two"))
+    for again, expected in ((), [one, two]), (("one",), [one]), ((), []), (("one", "two"), [one, two]):
+        with claimed([one, two], again) as left:
+            assert left == expected
+            for job in left:
+                with job.writing() as folder:
+                    (folder / "a.txt").write_text("a")
 
 
 def test_the_lock_ends_when_the_artifact_is_there(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
-from saeflow.planning.batches import resources
+from saeflow.planning.batches import resources, set_aside_broken
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import check_disk
@@ -25,8 +25,7 @@ if workflow.is_main_process:
     try:
         OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
         PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
-        PLAN.set_aside_broken()
-        check_disk(PLAN)
+        set_aside_broken(PLAN)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))
     for handler in workflow.logger_manager.get_log_handlers():
@@ -58,16 +57,19 @@ wildcard_constraints:
     key=".+",  # of a column of activations it has a store in front
 
 
+def forced_targets():
+    settings = workflow.dag_settings
+    return {*settings.forcerun, *(settings.targets if settings.forcetargets else ())}
+
+
 @cache
 def forced_stages():
     """Stages that Snakemake was told to force, and all that follow from them.
 
     What else runs, the plan has decided.
     """
-    settings = workflow.dag_settings
-    asked = {*settings.forcerun, *(settings.targets if settings.forcetargets else ())}
-    named = {part for name in asked for part in name.split("/")}
-    return downstream(stages() if settings.forceall else named & stages().keys())
+    named = {part for name in forced_targets() for part in name.split("/")}
+    return downstream(stages() if workflow.dag_settings.forceall else named & stages().keys())
 
 
 def inputs_of(stage, key=None):
@@ -77,7 +79,8 @@ def inputs_of(stage, key=None):
     def find(wildcards):
         forced = forced_stages()
         follows = tuple(f"{PLAN.results}/{name}/" for name in forced)
-        receipts = PLAN.inputs(stage, key or wildcards.key, again=stage in forced)
+        alone = [os.path.normpath(target) for target in forced_targets()]
+        receipts = PLAN.inputs(stage, key or wildcards.key, again=stage in forced, alone=alone)
         return [r if r.startswith(follows) or r in MAKING else ancient(r) for r in receipts]
 
     return find
