@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from dry_runs import ROOT, dry_run, opened
 from snakemake.exceptions import WorkflowError
+from snakemake.io import is_flagged
 from snakemake.settings.types import ExecutionSettings
 
 from saeflow.planning.batches import look
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import freeze_run
 from saeflow.planning.graph import Plan
-from saeflow.planning.stages import downstream
+from saeflow.planning.stages import downstream, stages
 from saeflow.storage.locks import locked
 from saeflow.storage.receipts import RECEIPT
 
@@ -203,6 +204,13 @@ def test_the_summary_is_of_every_artifact(home: Path, capsys: pytest.CaptureFixt
     _, *rows = [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()]
     assert {row[2] for row in rows if row[-1] == "update pending"} == {"evaluate", "figures"}
     assert all("results/train/" in row[4] for row in rows if row[2] == "evaluate")
+
+
+def test_nothing_that_another_run_has_made_is_deleted_before_a_job(home: Path) -> None:
+    """Snakemake deletes outputs that are not to be updated, figures too, though they are there by then."""
+    with opened(home, SWEEP) as dag:
+        rules = [rule for rule in dag.workflow_api._workflow.rules if rule.name in stages()]
+    assert len(rules) == len(stages()) and all(is_flagged(out, "update") for rule in rules for out in rule.output)
 
 
 def test_a_run_without_hooks_has_a_plan_all_the_same(home: Path) -> None:

@@ -1,6 +1,7 @@
 """Two runs that want the same artifact: one makes it, the other takes it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def test_the_second_waits_and_finds_it_done(plan: Plan, tmp_path: Path) -> None:
     assert [first.returncode, second.returncode] == [0, 0], outputs
     assert (tmp_path / "made.txt").read_text().split().count("one") == 1
     log = (tmp_path / "second.log").read_text()
-    assert f"waiting for process {first.pid}" in log and "one was made by another run meanwhile" in log
+    assert re.search(rf"waiting for process {first.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", log)
+    assert "one was made by another run meanwhile" in log
     assert sorted(p.name for p in (tmp_path / "results/train").iterdir()) == ["one", "two"]
 
 
