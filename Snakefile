@@ -9,6 +9,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/options.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/stages.smk"
 include: "workflow/rules/figures.smk"

@@ -47,7 +47,7 @@ def main() -> None:
         if args.keys:
             for stage, table in plan.stages.items():
                 for key in table:
-                    print(f"{'done   ' if plan.done(stage, key) else 'missing'}  {plan.folder(stage, key)}")
+                    print(f"{'done   ' if key in plan.found[stage] else 'missing'}  {plan.folder(stage, key)}")
         print(sentence(explain(plan)))
         check_disk(plan)
         for note in notes(plan):

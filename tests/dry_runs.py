@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from snakemake.api import SnakemakeApi
+from snakemake.api import DAGApi, SnakemakeApi
 from snakemake.settings.enums import Quietness, RerunTrigger
 from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, ResourceSettings
 
@@ -15,13 +16,14 @@ from saeflow.storage.receipts import RECEIPT
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def dry_run(home: Path, hydra: str, forced: Iterable[str] = (), until: Iterable[str] = ()) -> dict[str, list[str]]:
-    """Keys of each stage that a run in `home` would make, as the rules' own plan says what each job makes."""
+@contextlib.contextmanager
+def opened(home: Path, hydra: str, **settings: Iterable[str] | bool) -> Iterator[DAGApi]:
+    """Snakemake's commands, once it has read the rules in `home`; `settings` are those of its DAG."""
     config = {"hydra": hydra, "conf": str(home / "conf")}
     before = os.environ.get("SAEFLOW_PLAN")
-    settings = DAGSettings(
-        forcerun=frozenset(forced), until=frozenset(until), rerun_triggers=frozenset({RerunTrigger.MTIME})
-    )
+    dag: dict[str, Any] = {
+        name: value if isinstance(value, bool) else frozenset(value) for name, value in settings.items()
+    }
     with contextlib.ExitStack() as stack:
         api = stack.enter_context(SnakemakeApi(OutputSettings(quiet={Quietness.ALL})))
         workflow = api.workflow(
@@ -30,13 +32,18 @@ def dry_run(home: Path, hydra: str, forced: Iterable[str] = (), until: Iterable[
             snakefile=ROOT / "Snakefile",
             workdir=home,
         )
-        dag = workflow.dag(settings)
+        yield workflow.dag(DAGSettings(rerun_triggers=frozenset({RerunTrigger.MTIME}), **dag))
+    os.environ.pop("SAEFLOW_PLAN") if before is None else os.environ.update(SAEFLOW_PLAN=before)
+
+
+def dry_run(home: Path, hydra: str, **settings: Iterable[str] | bool) -> dict[str, list[str]]:
+    """Keys of each stage that a run in `home` would make, as the rules' own plan says what each job makes."""
+    with opened(home, hydra, **settings) as dag:
         files: list[str] = []
         dag.execute_workflow(executor="dryrun", updated_files=files)
-        plan: Plan = workflow._workflow.globals["PLAN"]
+        plan: Plan = dag.workflow_api._workflow.globals["PLAN"]
         made: dict[str, list[str]] = {}
         for receipt in (Path(file) for file in files if Path(file).name == RECEIPT):
             stage, *key = receipt.parent.relative_to(plan.results).parts
             made.setdefault(stage, []).extend(plan.members(stage, "/".join(key)))
-    os.environ.pop("SAEFLOW_PLAN") if before is None else os.environ.update(SAEFLOW_PLAN=before)
     return {stage: sorted(keys) for stage, keys in made.items()}

@@ -4,19 +4,24 @@ import itertools
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from dry_runs import ROOT, dry_run
+from dry_runs import ROOT, dry_run, opened
+from snakemake.exceptions import WorkflowError
+from snakemake.io import is_flagged
+from snakemake.settings.types import ExecutionSettings
 
 from saeflow.planning.batches import look
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import freeze_run
 from saeflow.planning.graph import Plan
-from saeflow.planning.stages import downstream
+from saeflow.planning.stages import downstream, stages
+from saeflow.storage.locks import locked
 from saeflow.storage.receipts import RECEIPT
 
 SWEEP = (
@@ -108,11 +113,138 @@ def test_what_has_lost_a_file_is_made_again_and_nothing_that_follows(home: Path)
 def test_a_stage_is_forced_by_its_name_with_all_that_follows(home: Path, stage: str) -> None:
     plan = planned(home, SWEEP)
     shutil.rmtree(home / "results" / "activations")
-    forced = dry_run(home, SWEEP, forced=[stage])
+    forced = dry_run(home, SWEEP, forcerun=[stage])
     follows = {s: sorted(plan.stages[s]) for s in downstream([stage]) if plan.stages[s]}
     if stage in ("tokens", "train"):
         follows["activations"] = sorted(plan.stages["activations"])  # which a training cannot do without
     assert forced == follows
+
+
+def test_one_artifact_is_forced_by_its_receipt_with_all_that_follows(home: Path) -> None:
+    """Also one that would share its job with others."""
+    plan = planned(home, SWEEP)
+    (batch,) = plan.batches["train"]
+    for key in (batch[0], batch[-1]):
+        forced = dry_run(home, SWEEP, forcerun=[f"./{os.path.relpath(plan.receipt('train', key), home)}"])
+        follows = {s: sorted(plan.stages[s]) for s in downstream(["train"]) if plan.stages[s]}
+        assert forced == follows | {"train": sorted(batch) if key == batch[0] else [key]}
+
+
+@pytest.mark.parametrize("gone", ["", "activations", "train"])
+def test_all_is_forced(home: Path, gone: str) -> None:
+    if gone:
+        shutil.rmtree(home / "results" / gone)
+    assert dry_run(home, SWEEP, forceall=True) == {s: sorted(t) for s, t in planned(home, SWEEP).stages.items() if t}
+
+
+def test_what_is_omitted_is_not_made_nor_what_follows_from_it(home: Path) -> None:
+    shutil.rmtree(home / "results")
+    assert dry_run(home, SWEEP, omit_from=["train"]).keys() == {"tokens", "activations", "baseline"}
+    assert dry_run(home, SWEEP, omit_from=["activations"]).keys() == {"tokens"}
+
+
+def test_activations_whose_shards_are_gone_are_made_again_for_what_is_missing(home: Path) -> None:
+    plan = planned(home, MORE)
+    (lost,) = {k for i in plan.to_make["train"] for k in plan.stages["train"][i].needs["activations"]}
+    column = plan.folder("activations", lost)
+    (column / "column.json").write_text('{"hook_name": "blocks.0.hook_mlp_out", "n_tokens": 64, "size": [4]}')
+    assert dry_run(home, SWEEP) == {} and made(plan)["activations"] == [lost]
+    assert dry_run(home, MORE) == made(plan)
+
+
+# -------------------------------------------------------------------- what is no run
+def test_all_output_is_deleted_with_what_belongs_to_it_and_nothing_of_others(home: Path) -> None:
+    """After a kill too: what is half written, checkpoints, and no word of a run in `.snakemake`."""
+    plan, other = planned(home, SWEEP), planned(home, "seed=1")
+    from tests.planning.test_plan import finish
+
+    finish(other, "train", other.stages["train"])
+    kept = sorted(p for key in other.stages["train"] for p in other.folder("train", key).iterdir())
+    trained = next(iter(plan.stages["train"]))
+    checkpoint = home / "results/checkpoints" / trained / "step-000000001.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    half = plan.folder("train", trained).with_name(f"{trained}.{socket.gethostname()}-{dead.pid}.partial")
+    half.mkdir()
+    before = sorted((home / "results").rglob("*"))
+    with opened(home, SWEEP) as dag:
+        dag.delete_output(dryrun=True)
+        dag.delete_output(only_temp=True)
+    assert sorted((home / "results").rglob("*")) == before
+    with opened(home, SWEEP, targets=["figures"]) as dag, pytest.raises(WorkflowError, match="removes all of"):
+        dag.delete_output()
+    with locked(plan.folder("train", trained).with_name(f"{trained}.lock"), "x"):
+        code = "import sys; from dry_runs import opened; from pathlib import Path\n"
+        code += "with opened(Path(sys.argv[1]), sys.argv[2]) as dag: dag.delete_output()"
+        command = [sys.executable, "-c", code, home, SWEEP]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+        assert f"nothing was removed: process {os.getpid()} on" in done.stdout + done.stderr
+    assert sorted((home / "results").rglob("*")) == before
+    with opened(home, SWEEP) as dag:
+        dag.delete_output()
+    assert sorted(p for p in (home / "results").rglob("*") if p.is_file()) == kept
+    assert dry_run(home, SWEEP) == {s: sorted(t) for s, t in plan.stages.items() if t}
+
+
+def test_nothing_is_touched_instead_of_made(home: Path) -> None:
+    shutil.rmtree(home / "results" / "train")
+    for settings in ({}, {"forceall": True}):
+        with opened(home, MORE, **settings) as dag, pytest.raises(WorkflowError, match="run without --touch"):
+            dag.execute_workflow(pseudo_executor="touch")
+    assert not (home / "results" / "train").exists()
+
+
+def test_the_summary_is_of_every_artifact(home: Path, capsys: pytest.CaptureFixture) -> None:
+    (column,) = (home / "results").glob("activations/*/L*.mlp_out*")
+    shutil.rmtree(column)
+    plan = planned(home, MORE)
+    with opened(home, MORE) as dag:
+        dag.summary()
+    header, *rows = [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()]
+    assert header == ["output_file", "date", "rule", "log-file(s)", "status", "plan"]
+    found = {row[0]: tuple(row[-2:]) for row in rows}
+    expected = {}
+    for stage, key in ((s, k) for s, table in plan.stages.items() for k in table):
+        status = "ok" if key in plan.found[stage] else "missing"
+        receipt = os.path.relpath(plan.receipt(stage, key), home)
+        expected[receipt] = status, "update pending" if key in plan.to_make[stage] else "no update"
+    assert found == expected and len(set(found.values())) == 2
+    with opened(home, SWEEP, forcerun=["evaluate"]) as dag:
+        dag.summary(detailed=True)
+    _, *rows = [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()]
+    assert {row[2] for row in rows if row[-1] == "update pending"} == {"evaluate", "figures"}
+    assert all("results/train/" in row[4] for row in rows if row[2] == "evaluate")
+
+
+def test_nothing_that_another_run_has_made_is_deleted_before_a_job(home: Path) -> None:
+    """Snakemake deletes outputs that are not to be updated, figures too, though they are there by then."""
+    with opened(home, SWEEP) as dag:
+        rules = [rule for rule in dag.workflow_api._workflow.rules if rule.name in stages()]
+    assert len(rules) == len(stages()) and all(is_flagged(out, "update") for rule in rules for out in rule.output)
+
+
+def test_a_run_without_hooks_has_a_plan_all_the_same(home: Path) -> None:
+    with opened(home, SWEEP) as dag:
+        dag.execute_workflow(execution_settings=ExecutionSettings(no_hooks=True))
+        plan = dag.workflow_api._workflow.globals["PLAN"]
+    (file,) = (home / ".snakemake/plans").glob("*.json")
+    assert Plan.load(file) == plan
+
+
+def test_a_full_disk_stops_runs_and_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    shutil.rmtree(home / "results" / "figures")
+    shutil.rmtree(home / "results" / "train")
+    shutil.rmtree(home / "results" / "evaluate")
+    shutil.rmtree(home / "results" / "activations")
+    with pytest.raises(WorkflowError, match="the disk cannot hold this plan"):
+        dry_run(home, SWEEP)
+    with opened(home, SWEEP) as dag:
+        dag.unlock()
+        dag.delete_output()
+    assert not [p for p in (home / "results").rglob("*") if p.is_file()]
 
 
 def test_a_job_on_a_cluster_finds_the_plan_of_its_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,6 +291,24 @@ def test_two_runs_at_once_share_what_both_want(tmp_path: Path, neox_folder: Path
     assert not list((tmp_path / "results").rglob("*.lock"))
 
 
+def test_a_stage_is_forced_to_the_same_bytes_though_a_clock_was_ahead(finished: Path, home: Path) -> None:
+    """What it is made from seems to be two hours younger than what it makes. Every artifact of it is made, and of what
+    follows, though a job has several."""
+    (home / "results").unlink()
+    shutil.copytree(finished / "results", home / "results")
+    shutil.rmtree(home / ".snakemake")
+    receipts = {p.parent: p.read_bytes() for p in (home / "results").rglob("provenance.json")}
+    for folder in receipts:
+        os.utime(folder / "provenance.json", (time.time() + 7200,) * 2)
+    done = Workflow(home).call("--forcerun", "train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    anew = {folder for folder, held in receipts.items() if (folder / "provenance.json").read_bytes() != held}
+    assert anew == {f for f in receipts if {"train", "jacobian", "evaluate", "figures"} & {*f.relative_to(home).parts}}
+    assert contents(home) == contents(finished)
+    ahead = [p for p in (home / "results/activations").rglob("provenance.json") if p.stat().st_mtime > time.time()]
+    assert not ahead and Workflow(home).would_run() == {}
+
+
 def test_run_killed_at_any_moment_ends_with_the_same_bytes(
     finished: Path, tmp_path: Path, neox_folder: Path, corpus_file: Path
 ) -> None:

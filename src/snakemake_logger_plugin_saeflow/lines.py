@@ -74,7 +74,8 @@ def sentence(work: Work) -> str:
 def refusal(text: str) -> str:
     """Snakemake's message for an error of the configuration, without where in the rules it was raised; and for what it
     refuses itself, what was meant."""
-    found = re.fullmatch(r"WorkflowError in file \S+common\.smk\S*, line \d+:\n(.*?)(\n  File \".*)?", text, re.DOTALL)
+    ours = r"WorkflowError in file \S+/(?:common|options)\.smk\S*, line \d+:\n(.*?)(\n  File \".*)?"
+    found = re.fullmatch(ours, text, re.DOTALL)
     if found:
         return f"refused: {found[1].strip()}"
     meant = re.search(r"No rule to produce (\S+=.*?) \(if you", text)

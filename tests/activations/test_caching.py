@@ -20,7 +20,8 @@ from stores import contents, write_receipt, write_rows, write_store
 from saeflow.activations.caching import DiskFullError, cache, cache_jobs, longest_rows
 from saeflow.activations.moments import Moments
 from saeflow.activations.reader import BatchReader, open_rows
-from saeflow.activations.shards import ShardError, ShardWriter, predicted_bytes
+from saeflow.activations.shards import ShardError, ShardWriter, predicted_bytes, shards_are_there
+from saeflow.activations.stage import outside
 from saeflow.activations.store import ActivationStore, StoreError, TokenRows, open_column
 from saeflow.activations.writer import ActivationError, ColumnRequest
 from saeflow.config import ActivationsConfig, ModelConfig
@@ -489,6 +490,53 @@ def test_a_damaged_progress_file_is_not_taken_over(tmp_path, neox_folder, tokens
     cache_jobs(jobs)
     statistics = [(job.path / "statistics.safetensors").read_bytes() for job in (*wanted, *jobs)]
     assert statistics[0] == statistics[1]
+
+
+def test_what_is_asked_for_again_is_computed_anew_unless_a_longer_column_needs_it(
+    tmp_path, neox_folder, tokens_by_rows
+):
+    """Shard by shard, so that who reads them meanwhile goes on."""
+    (short,) = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 20)])
+    others = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 33), (MLP_IN, 33)])
+    cache_jobs([short])
+    cache_jobs(others)
+    zarr_folder = short.path.parent / "activations.zarr"
+    files = {hook: sorted((zarr_folder / hook / "c").rglob("0")) for hook in (MLP_OUT, MLP_IN)}
+    before, expected = {f: _state(f) for found in files.values() for f in found if f.is_file()}, contents(zarr_folder)
+    map_of_old = np.memmap(next(iter(before)), dtype=np.uint8, mode="r")
+    cache_jobs([short])
+    assert all(_state(file) == state for file, state in before.items())
+    cache_jobs(others[:1])
+    for file, (held, written, inode) in before.items():
+        anew = MLP_OUT in str(file)
+        assert (_state(file)[1:] != (written, inode)) == anew and file.read_bytes() == held
+    assert map_of_old.tobytes() == next(iter(before.values()))[0]
+    assert contents(zarr_folder) == expected and all(is_whole(job.path) for job in (short, *others))
+
+
+def test_a_column_without_its_shards_is_not_there(tmp_path, neox_folder, tokens_by_rows):
+    short, long = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 20), (MLP_OUT, 33)])
+    cache_jobs([short, long])
+    assert shards_are_there(short.path) and shards_are_there(long.path)
+    array = open_column(long.path).array
+    (array / "c/5/0").unlink()
+    assert shards_are_there(short.path) and not shards_are_there(long.path)
+    shutil.rmtree(array)
+    assert not shards_are_there(short.path)
+
+
+def test_with_the_last_column_of_a_hook_goes_its_array_and_with_that_of_a_store_the_store(
+    tmp_path, neox_folder, tokens_by_rows
+):
+    jobs = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 20), (MLP_OUT, 33), (MLP_IN, 33)])
+    cache_jobs(jobs)
+    store = jobs[0].path.parent
+    assert outside(jobs[0].path) == []
+    shutil.rmtree(jobs[1].path)
+    assert outside(jobs[0].path) == [store / "activations.zarr" / MLP_OUT, store / f"progress/{MLP_OUT}.safetensors"]
+    assert all(path.exists() for path in outside(jobs[0].path))
+    shutil.rmtree(jobs[2].path)
+    assert outside(jobs[0].path) == [store]
 
 
 def test_a_folder_without_a_receipt_is_no_column(tmp_path):

@@ -1,6 +1,7 @@
 """Two runs that want the same artifact: one makes it, the other takes it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def test_the_second_waits_and_finds_it_done(plan: Plan, tmp_path: Path) -> None:
     assert [first.returncode, second.returncode] == [0, 0], outputs
     assert (tmp_path / "made.txt").read_text().split().count("one") == 1
     log = (tmp_path / "second.log").read_text()
-    assert f"waiting for process {first.pid}" in log and "one was made by another run meanwhile" in log
+    assert re.search(rf"waiting for process {first.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", log)
+    assert "one was made by another run meanwhile" in log
     assert sorted(p.name for p in (tmp_path / "results/train").iterdir()) == ["one", "two"]
 
 
@@ -88,13 +90,14 @@ def test_what_a_killed_process_held_is_taken_over(plan: Plan, tmp_path: Path, ho
     assert [p.name for p in (tmp_path / "results/train").iterdir()] == ["one"]  # no lock, nothing half written
 
 
-def test_who_asks_for_what_is_there_gets_it_made_again(plan: Plan) -> None:
-    job = Job(plan.instance("train", "one"), plan, "cpu")
-    for _ in range(2):
-        with claimed([job]) as left:
-            assert left == [job]
-            with job.writing() as folder:
-                (folder / "a.txt").write_text("a")
+def test_what_another_run_made_since_the_plan_is_done_and_what_was_asked_for_again_is_not(plan: Plan) -> None:
+    one, two = (Job(plan.instance("train", key), plan, "cpu") for key in ("one", "two"))
+    for again, expected in ((), [one, two]), (("one",), [one]), ((), []), (("one", "two"), [one, two]):
+        with claimed([one, two], again) as left:
+            assert left == expected
+            for job in left:
+                with job.writing() as folder:
+                    (folder / "a.txt").write_text("a")
 
 
 def test_the_lock_ends_when_the_artifact_is_there(plan: Plan) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saeflow.jobs.command import in_words, left_to_make
+from saeflow.jobs.command import in_words
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.history import lines
@@ -76,15 +76,6 @@ def test_artifact_is_whole_and_tells_where_it_came_from(plan: Plan, tmp_path: Pa
     assert (line["stage"], line["key"], line["work"], line["device"]) == ("train", "good", 2.0, "cpu")
     assert line["seconds"] > 0
     assert not list((tmp_path / "results").rglob("*.lock"))
-
-
-def test_a_job_makes_what_no_other_run_has_made_meanwhile(plan: Plan, tmp_path: Path) -> None:
-    """All that share it; what was there when it was planned is made again, since only who forces it asks for that."""
-    assert left_to_make(plan, "train", ["good", "bad"]) == ["good", "bad"]
-    call(tmp_path, "good")
-    assert left_to_make(plan, "train", ["good", "bad"]) == ["bad"]
-    plan.found = {"train": ["good"]}
-    assert left_to_make(plan, "train", ["good", "bad"]) == ["good", "bad"]
 
 
 def test_who_makes_the_same_waits(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.planning.test_plan import SWEEP, finish, home  # noqa: F401 (home is 
 
 from saeflow.config import ConfigError
 from saeflow.planning import frozen
-from saeflow.planning.batches import look
+from saeflow.planning.batches import look, set_aside_broken
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
@@ -86,7 +86,7 @@ def test_a_receipt_that_cannot_be_read_or_lists_what_is_gone_is_none(done: Path,
         receipt.write_bytes(text)
         look(plan)
         assert plan.to_make["figures"] == made
-        plan.set_aside_broken()
+        set_aside_broken(plan)
         assert receipt.exists() == (not made)
     receipt.with_name("config.yaml").unlink()
     look(plan)

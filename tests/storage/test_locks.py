@@ -62,12 +62,15 @@ def test_who_waits_is_told_who_holds_it(lock: Path, caplog: pytest.LogCaptureFix
     process = hold(lock)
     os.kill(process.pid, signal.SIGSTOP)  # alive, though it does nothing
     waiting = Lock(lock)
-    assert f"process {process.pid} on {socket.gethostname()}" in waiting.holder()
+    since = time.strftime("since %Y-%m-%d %H:")
+    assert f"process {process.pid} on {socket.gethostname()} {since}" in waiting.holder()
+    assert waiting.taken()
     os.kill(process.pid, signal.SIGCONT)
     process.kill()
     process.wait()
     started = time.monotonic()
-    waiting.acquire("results/train/key")  # a dead process holds nothing
+    assert not Lock(lock).taken()  # a dead process holds nothing
+    waiting.acquire("results/train/key")
     assert time.monotonic() - started < 5
     waiting.release()
     waiting.release()

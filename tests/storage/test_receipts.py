@@ -2,13 +2,14 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
-from saeflow.storage.receipts import RECEIPT, DamagedError, is_whole, read_receipt, set_aside, verify
+from saeflow.storage.receipts import RECEIPT, DamagedError, bring_to_now, is_whole, read_receipt, set_aside, verify
 
 
 @pytest.fixture
@@ -108,3 +109,14 @@ def test_artifacts_of_earlier_versions_are_whole_and_verified(artifact: Path) ->
 def test_what_is_set_aside_counts_as_missing(artifact: Path) -> None:
     assert set_aside(artifact) and not is_whole(artifact) and not (artifact / RECEIPT).exists()
     assert not set_aside(artifact)
+
+
+def test_receipts_come_back_from_the_future_and_keep_the_past(tmp_path: Path) -> None:
+    now = time.time()
+    times = {"ahead": now + 7200, "past": now - 7200}
+    for name, when in times.items():
+        (tmp_path / name).write_text("{}")
+        os.utime(tmp_path / name, (when, when))
+    bring_to_now([tmp_path / name for name in (*times, "gone")])
+    found = {name: (tmp_path / name).stat().st_mtime for name in times}
+    assert now - 1 < found["ahead"] <= time.time() and found["past"] == pytest.approx(times["past"])

@@ -8,7 +8,7 @@ from snakemake.logging import logger
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
-from saeflow.planning.batches import resources
+from saeflow.planning.batches import resources, set_aside_broken
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import freeze_run, plan_file
@@ -32,8 +32,7 @@ if workflow.is_main_process:
     try:
         OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
         PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
-        PLAN.set_aside_broken()
-        check_disk(PLAN)
+        set_aside_broken(PLAN)
         if workflow.output_settings.dryrun:
             for note in notes(PLAN):
                 logger.warning(note)
@@ -73,16 +72,19 @@ wildcard_constraints:
     key=".+",  # of a column of activations it has a store in front
 
 
+def forced_targets():
+    settings = workflow.dag_settings
+    return {*settings.forcerun, *(settings.targets if settings.forcetargets else ())}
+
+
 @cache
 def forced_stages():
     """Stages that Snakemake was told to force, and all that follow from them.
 
     What else runs, the plan has decided.
     """
-    settings = workflow.dag_settings
-    asked = {*settings.forcerun, *(settings.targets if settings.forcetargets else ())}
-    named = {part for name in asked for part in name.split("/")}
-    return downstream(stages() if settings.forceall else named & stages().keys())
+    named = {part for name in forced_targets() for part in name.split("/")}
+    return downstream(stages() if workflow.dag_settings.forceall else named & stages().keys())
 
 
 def inputs_of(stage, key=None):
@@ -92,7 +94,8 @@ def inputs_of(stage, key=None):
     def find(wildcards):
         forced = forced_stages()
         follows = tuple(f"{PLAN.results}/{name}/" for name in forced)
-        receipts = PLAN.inputs(stage, key or wildcards.key, again=stage in forced)
+        alone = [os.path.normpath(target) for target in forced_targets()]
+        receipts = PLAN.inputs(stage, key or wildcards.key, again=stage in forced, alone=alone)
         return [r if r.startswith(follows) or r in MAKING else ancient(r) for r in receipts]
 
     return find

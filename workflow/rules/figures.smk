@@ -12,20 +12,24 @@ for key, instance in PLAN.stages["figures"].items():
         output:
             update(PLAN.outputs("figures", [key])),
             [
-                report(
-                    f"results/figures/{key}/{figure}.png",
-                    caption=caption(figure, f"{workflow.basedir}/workflow/report", ".snakemake/captions"),
-                    category=PLAN.experiment,
-                    labels={"figure": figure.replace("_", " ")},
+                update(
+                    report(
+                        f"results/figures/{key}/{figure}.png",
+                        caption=caption(figure, f"{workflow.basedir}/workflow/report", ".snakemake/captions"),
+                        category=PLAN.experiment,
+                        labels={"figure": figure.replace("_", " ")},
+                    )
                 )
                 for figure in instance.config["figures"]
             ],
             [
-                report(
-                    f"results/figures/{key}/table.html",
-                    caption=f"{workflow.basedir}/workflow/report/table.rst",
-                    category=PLAN.experiment,
-                    labels={"figure": "table of all dictionaries"},
+                update(
+                    report(
+                        f"results/figures/{key}/table.html",
+                        caption=f"{workflow.basedir}/workflow/report/table.rst",
+                        category=PLAN.experiment,
+                        labels={"figure": "table of all dictionaries"},
+                    )
                 )
                 for _ in listed(instance.needs)[:1]
             ],

@@ -34,6 +34,7 @@ from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
 from saeflow.models.source import reading_model
+from saeflow.storage.receipts import RECEIPT
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -65,6 +66,9 @@ def cache_jobs(jobs: list[Job]) -> str:
     with store.locked():
         rows = longest_rows(job.input("tokens") for job in jobs)
         attributes = {"model": config["model"]["weights"], "processing": processing, "context_size": context_size}
+        again = {column.hook_name for job, column in zip(jobs, columns, strict=True) if (job.path / RECEIPT).exists()}
+        for hook in again:  # it was finished, and yet asked for
+            store.forget(hook, max(column.n_tokens for column in columns if column.hook_name == hook))
         statistics = cache(store, columns, rows, load, device, attributes)
         for job, column in zip(jobs, columns, strict=True):
             with job.writing() as folder:

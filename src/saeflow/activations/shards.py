@@ -38,7 +38,7 @@ class ShardError(DamagedError):
     def affected(self) -> list[Path]:
         """The columns of its hook, which lie beside `activations.zarr`."""
         columns = sorted(file.parent for file in self.array.parents[1].glob("*/column.json"))
-        return [column for column in columns if _hook_of(column) in (self.array.name, None)]
+        return [column for column in columns if hook_of(column) in (self.array.name, None)]
 
     def set_aside(self) -> list[Path]:
         """Also removes the damaged file: its rows are computed anew, and all others kept."""
@@ -46,12 +46,36 @@ class ShardError(DamagedError):
         return super().set_aside()
 
 
-def _hook_of(column: Path) -> str | None:
-    """The hook of a column folder; None where its receipt is damaged too."""
+def hook_of(column: Path) -> str | None:
+    """The hook of a column folder; None where that is lost or damaged."""
     try:
         return str(json.loads((column / "column.json").read_bytes())["hook_name"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def shards_are_there(column: Path) -> bool:
+    """Whether all shards are there that a column folder stands for; what is in them, who reads them finds out. True
+    where nobody can know: another Zarr writer may have laid them out."""
+    try:
+        receipt = json.loads((column / "column.json").read_bytes())
+        array = column.parent / "activations.zarr" / receipt["hook_name"]
+        n_tokens, size = int(receipt["n_tokens"]), list(receipt["size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # its own receipt says of this file what is to be said
+    try:
+        metadata = json.loads((array / "zarr.json").read_bytes())
+        keys, (shard_tokens, *rest) = (
+            metadata["chunk_key_encoding"],
+            metadata["chunk_grid"]["configuration"]["chunk_shape"],
+        )
+        known = keys == {"name": "default", "configuration": {"separator": "/"}} and rest == size
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    numbers = range(math.ceil(n_tokens / shard_tokens)) if known else ()
+    return all(shard_path(array, number, 1 + len(size)).is_file() for number in numbers)
 
 
 class LayoutError(ValueError):

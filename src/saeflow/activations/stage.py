@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeflow.activations.shards import predicted_bytes
+from saeflow.activations.shards import hook_of, predicted_bytes, shards_are_there
 from saeflow.config import ConfigError
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import joined, unusual
@@ -13,6 +13,7 @@ from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage, stages
+from saeflow.storage.receipts import RECEIPT
 
 
 def expand(expansion: Expansion) -> None:
@@ -74,6 +75,17 @@ def n_bytes(plan: Plan, instance: Instance) -> int:
     return predicted_bytes(n_tokens, config["size"], store["dtype"], store["chunk_tokens"], store["shard_tokens"])
 
 
+def outside(folder: Path) -> list[Path]:
+    """With a hook's last column its array, with a store's last column all of the store."""
+    others = [file.parent for file in folder.parent.glob(f"*/{RECEIPT}") if file.parent != folder]
+    if not others:
+        return [folder.parent]
+    hook, of_others = hook_of(folder), {hook_of(other) for other in others}
+    if hook is None or of_others & {hook, None}:
+        return []
+    return [folder.parent / "activations.zarr" / hook, folder.parent / "progress" / f"{hook}.safetensors"]
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.activations.caching import cache_jobs
 
@@ -91,6 +103,8 @@ STAGES = (
         together=lambda plan, instance: instance.key.split("/")[0],  # one forward pass fills all columns of a store
         n_bytes=n_bytes,
         sized_by=lambda instance: "{}={}".format(*instance.says["n_rows"]),
+        whole=shards_are_there,
+        outside=outside,
         resources=resources,
         cached=True,
     ),

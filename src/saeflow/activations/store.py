@@ -209,7 +209,7 @@ class ActivationStore:
     # ---------------------------------------------------------------- progress
     def load_progress(self, hook_name: str, device: str) -> tuple[int, Moments] | None:
         """Tokens of a hook that are on disk, and the moments of those in its first whole shards."""
-        file = self.folder / "progress" / f"{hook_name}.safetensors"
+        file = self._progress(hook_name)
         if not file.is_file():
             return None
         try:
@@ -219,9 +219,21 @@ class ActivationStore:
             return None
         return int(state.pop("stored")), Moments.from_tensors(state, device)
 
+    def forget(self, hook_name: str, n_tokens: int) -> None:
+        """So that a hook's rows are computed and written anew, shard by shard, beneath those who read them; unless a
+        longer column than of `n_tokens` has more of them, which its last shard would lose."""
+        stored = (self.load_progress(hook_name, "cpu") or (0, None))[0]
+        if stored <= n_tokens:
+            self._progress(hook_name).unlink(missing_ok=True)
+        else:
+            log.info("%s: the rows are kept, since a longer column of %d tokens has them too", hook_name, stored)
+
+    def _progress(self, hook_name: str) -> Path:
+        return self.folder / "progress" / f"{hook_name}.safetensors"
+
     def save_progress(self, hook_name: str, stored: int, moments: Moments) -> None:
         state = moments.tensors() | {"stored": torch.tensor(stored)}
-        save_state(self.folder / "progress" / f"{hook_name}.safetensors", state)
+        save_state(self._progress(hook_name), state)
 
 
 def _is_torn(file: Path) -> bool:

@@ -1,7 +1,7 @@
 """Artifacts are made by one process at a time: two runs that want the same one share what the first of them makes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 from saeflow.jobs.job import Job
@@ -12,12 +12,12 @@ log = logging.getLogger("saeflow")
 
 
 @contextmanager
-def claimed(jobs: list[Job]) -> Iterator[list[Job]]:
+def claimed(jobs: list[Job], again: Collection[str] = ()) -> Iterator[list[Job]]:
     """Gives those of the jobs that are still to be done, when no other process makes an artifact of them, and keeps
     others from making them.
 
-    What another process finished while this one waited for it is done. What was there before is made again: that is
-    what was asked for.
+    What is there by now, another run has made: since this one's plan, or while this process waited for it. Of what was
+    there before (`again`: keys), only the latter; otherwise it is made again, since that is what was asked for.
     """
     with ExitStack() as held:
         done = set()
@@ -25,7 +25,7 @@ def claimed(jobs: list[Job]) -> Iterator[list[Job]]:
             job.lock = Lock(job.path.with_name(job.path.name + ".lock"))
             waited = job.lock.acquire(str(job.path))
             held.callback(job.lock.release)
-            if waited and _is_there(job):
+            if (waited or job.instance.key not in again) and _is_there(job):
                 log.info("%s was made by another run meanwhile", job.path)
                 job.lock.release()
                 done.add(job.path)

@@ -7,7 +7,6 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable
 
 from saeflow.config.checks import ConfigError, escape_controls
 from saeflow.config.device import missing
@@ -20,17 +19,10 @@ from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record, work_of
 from saeflow.planning.stages import stages
-from saeflow.storage.receipts import DamagedError
+from saeflow.storage.receipts import DamagedError, bring_to_now
 
 log = logging.getLogger("saeflow")
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
-
-
-def left_to_make(plan: Plan, stage: str, keys: Iterable[str]) -> list[str]:
-    """Those that no other run has made since this one's plan; what was there when it was planned is made again, since
-    only who forces its job asks for it."""
-    before = set(plan.found.get(stage, ()))
-    return [key for key in keys if key in before or not plan.done(stage, key)]
 
 
 def in_words(error: Exception) -> str:
@@ -65,9 +57,7 @@ def main() -> None:
         touch(args.plan)
         wanted = plan.members(args.stage, args.job) if args.job else list(dict.fromkeys(args.key))
         jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in wanted]
-        with claimed(jobs) as left:
-            keys = left_to_make(plan, args.stage, wanted) if args.job else wanted
-            left = [job for job in left if job.instance.key in keys]
+        with claimed(jobs, again=plan.found.get(args.stage, ()) if args.job else wanted) as left:
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
             log.info("%s", first_line(args.stage, [job.instance.key for job in left]))
             started = time.perf_counter()
@@ -77,6 +67,8 @@ def main() -> None:
             for job in left:
                 work = work_of(stage, plan, job.instance)
                 record(plan, job.instance, work, args.device, (time.perf_counter() - started) / len(left))
+        needed = (plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys)
+        bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed])
     except Preempted as stop:
         log.warning("%s %s", args.stage, stop)
         if args.log and not args.quiet:

@@ -1,12 +1,16 @@
 """What a run makes, which artifacts share a job, and what a job needs of the machine."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from saeflow.planning.digests import canonical
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import Stage, stages
-from saeflow.storage.receipts import is_damaged
+from saeflow.storage.receipts import is_damaged, problem, read_receipt, set_aside
+
+log = logging.getLogger("saeflow")
 
 
 def look(plan: Plan) -> None:
@@ -16,7 +20,7 @@ def look(plan: Plan) -> None:
     only what is missing for something that is to be made. A finished artifact is never made again because something
     that it was made from is gone.
     """
-    plan.found = {name: [key for key in table if plan.done(name, key)] for name, table in plan.stages.items()}
+    plan.found = {name: [key for key in table if not lacks(plan, name, key)] for name, table in plan.stages.items()}
     there = {(name, key) for name, keys in plan.found.items() for key in keys}
     wanted = [
         (name, key)
@@ -34,6 +38,22 @@ def look(plan: Plan) -> None:
     plan.to_make = {name: [key for key in table if (name, key) in making] for name, table in plan.stages.items()}
     assign_batches(plan)
     plan.forget()
+
+
+def lacks(plan: Plan, name: str, key: str) -> tuple[Path, str] | None:
+    """What an artifact has lost, and in which words; None where it is there, as far as can be seen without reading."""
+    folder = plan.folder(name, key)
+    if found := problem(folder, read_receipt(folder)):
+        return found
+    return None if stages()[name].whole(folder) else (folder, "what lies outside of it is gone")
+
+
+def set_aside_broken(plan: Plan) -> None:
+    """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each."""
+    for name, table in plan.stages.items():
+        for key in table.keys() - set(plan.found[name]):
+            if (found := lacks(plan, name, key)) and set_aside(plan.folder(name, key)):
+                log.warning("%s: %s; %s counts as missing", *found, plan.folder(name, key))
 
 
 def assign_batches(plan: Plan) -> None:

@@ -12,8 +12,7 @@ weights, its tokenizer and the corpus enter by content.
 
 import dataclasses
 import json
-import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +20,7 @@ from typing import Any
 
 from saeflow.config import ConfigError
 from saeflow.storage.publish import publish_text, remove_leftovers
-from saeflow.storage.receipts import RECEIPT, is_whole, problem, read_receipt, set_aside
-
-log = logging.getLogger("saeflow")
+from saeflow.storage.receipts import RECEIPT, is_whole
 
 
 @dataclass
@@ -86,15 +83,6 @@ class Plan:
         """Whether an artifact is there: it has a whole receipt, and every file that this names, of the right size."""
         return is_whole(self.folder(stage, key))
 
-    def set_aside_broken(self) -> None:
-        """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each. Those
-        that were `found` hold."""
-        for stage, table in self.stages.items():
-            for key in (key for key in table if (stage, key) not in self._found):
-                folder = self.folder(stage, key)
-                if (found := problem(folder, read_receipt(folder))) and set_aside(folder):
-                    log.warning("%s: %s; %s counts as missing", *found, folder)
-
     def forget(self) -> None:
         """What was remembered of another look at the disk."""
         for name in ("leaders", "_members", "_found"):
@@ -117,14 +105,17 @@ class Plan:
     def _members(self) -> dict[tuple[str, str], list[str]]:
         return {(stage, batch[0]): batch for stage, batches in self.batches.items() for batch in batches}
 
-    def inputs(self, stage: str, key: str, again: bool = False) -> list[str]:
+    def inputs(self, stage: str, key: str, again: bool = False, alone: Collection[str] = ()) -> list[str]:
         """Receipts of the jobs that make what the job known by `key` needs, each once. Where it has been done, it waits
-        for nothing that is gone, unless it is to be done `again`."""
+        for nothing that is gone, unless it is to be done `again`. `alone`: receipts that were asked for by name, each
+        of which has a job of its own."""
         needs = (self.stages[stage][k].needs for k in self.members(stage, key))
         wanted = dict.fromkeys((s, k) for need in needs for s, keys in need.items() for k in keys)
         if (stage, key) in self._found and not again:
             wanted = dict.fromkeys(one for one in wanted if one in self._found)
-        return list(dict.fromkeys(self.receipt(s, self.leaders.get((s, k), k)) for s, k in wanted))
+        own = {one: self.receipt(*one) for one in wanted}
+        jobs = (own[s, k] if own[s, k] in alone else self.receipt(s, self.leaders.get((s, k), k)) for s, k in wanted)
+        return list(dict.fromkeys(jobs))
 
     def outputs(self, stage: str, keys: Iterable[str]) -> list[str]:
         """Receipts of the jobs that make some artifacts, each once."""

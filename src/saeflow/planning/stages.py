@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import saeflow
@@ -62,6 +63,11 @@ class Stage:
     """Whether these bytes are said apart: what is cached can be deleted once all is made from it."""
     operations: Callable[[Plan, Instance], float] = lambda plan, instance: 0.0
     """Floating-point operations that it takes, where they decide how long a run is."""
+    whole: Callable[[Path], bool] = lambda folder: True
+    """Whether what lies outside of an artifact's folder and belongs to it is there, as far as can be seen without
+    reading it."""
+    outside: Callable[[Path], list[Path]] = lambda folder: []
+    """What else is removed with an artifact's folder."""
     resources: Callable[[Plan, Sequence[Instance]], dict[str, int]] = lambda plan, instances: {}
     """`mem_mb` and `runtime` (minutes) by the sizes of what a job makes, where `device.mem_mb` and `device.runtime` do
     not say them."""

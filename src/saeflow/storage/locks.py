@@ -1,9 +1,10 @@
 """One process at a time: locks that work on every file system and outlive no process for long.
 
-A lock is a small file that says which process of which host holds it, and that the holder touches every few seconds
-(`filelock.SoftFileLease`): a file system needs no `flock` for it. The lock of a process that died is taken over at
-once on its own host, and elsewhere after `EXPIRES` seconds without a sign of life, by the waiting process's own clock.
-A process that was stopped for longer than that and wakes up is no danger: it publishes the same bytes.
+A lock is a small file that says which process of which host holds it, and since when, and that the holder touches
+every few seconds (`filelock.SoftFileLease`): a file system needs no `flock` for it. The lock of a process that died is
+taken over at once on its own host, and elsewhere after `EXPIRES` seconds without a sign of life, by the waiting
+process's own clock. A process that was stopped for longer than that and wakes up is no danger: it publishes the same
+bytes.
 """
 
 import contextlib
@@ -42,9 +43,24 @@ class Lock:
                 waited = True
                 self._remove_if_empty()
             else:
+                self._say_since_when()
                 if waited:
                     log.info("waited %.0f s for %s", time.monotonic() - started, what)
                 return waited
+
+    def _say_since_when(self) -> None:
+        """In a line of its own, as filelock lets a marker have: who waits wants to know whether to go on waiting."""
+        with contextlib.suppress(OSError), open(self.path, "a") as file:
+            file.write(f"since={time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+
+    def taken(self) -> bool:
+        """Whether another process holds it."""
+        try:
+            self._lease.acquire(timeout=4 * WAIT, poll_interval=WAIT)  # of a process that has died, it is nobody's
+        except Timeout:
+            return True
+        self.release()
+        return False
 
     def _remove_if_empty(self) -> None:
         """A power cut may leave a lock that names nobody. Who takes one writes into it in the same instant."""
@@ -62,8 +78,10 @@ class Lock:
         """Who holds it, in words."""
         with contextlib.suppress(OSError):
             seen = time.time() - self.path.stat().st_mtime
+            lines = dict(line.partition("=")[::2] for line in self.path.read_text().splitlines())
+            since = f" since {lines['since']}" if "since" in lines else ""
             if owner := self._lease.owner:
-                return f"process {owner.pid} on {owner.hostname} (last sign of life {max(0.0, seen):.0f} s ago)"
+                return f"process {owner.pid} on {owner.hostname}{since} (last sign of life {max(0.0, seen):.0f} s ago)"
         return "another process"
 
 

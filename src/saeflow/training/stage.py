@@ -150,6 +150,11 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     return {"mem_mb": memory, "runtime": max(240, round(2 * n_operations / float(plan.device["flops"]) / 60))}
 
 
+def outside(folder: Path) -> list[Path]:
+    """Checkpoints of a training that was killed."""
+    return [folder.parents[1] / "checkpoints" / folder.name]
+
+
 def work(jobs: list[Job]) -> str:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside those of our loops
     from saeflow.kernels.memory import keep_freed_memory
@@ -178,6 +183,7 @@ STAGES = (
         sized_by=sized_by,
         beside=beside,
         holds=holds,
+        outside=outside,
         resources=resources,
         drawn="where_there",
     ),

@@ -1,0 +1,54 @@
+# What Snakemake's commands do here. A job makes several artifacts, of which Snakemake knows one file, and the plan, not
+# times, decides what runs: so these methods of the workflow, which Snakemake calls when it has read the rules, ask the plan.
+from snakemake.executors.touch import Executor as Touch
+from snakemake.logging import logger
+
+from saeflow.planning.removal import remove
+from saeflow.planning.summary import summary
+
+
+def execute(executor_plugin, **settings):
+    """A run, or a dry one."""
+    if issubclass(executor_plugin.executor, Touch):
+        raise WorkflowError(
+            "run without --touch: times make nothing stale here, and what is missing has to be made"
+        )
+    try:
+        check_disk(PLAN)
+    except ConfigError as error:
+        raise WorkflowError(str(error))
+    if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:
+        freeze_run(PLAN)  # which is a hook of ours
+    type(workflow).execute(workflow, executor_plugin=executor_plugin, **settings)
+
+
+def delete_output(only_temp=False, dryrun=False):
+    """Whole artifacts, and all of them."""
+    if only_temp:
+        return  # there is no such output
+    settings = workflow.dag_settings
+    if settings.targets or settings.until or settings.omit_from:
+        raise WorkflowError("--delete-all-output removes all of an experiment: for less, remove folders below results/")
+    try:
+        for path in remove(PLAN, dry=dryrun):
+            logger.info(f"{'Would delete' if dryrun else 'Deleting'} {path}")
+    except ConfigError as error:
+        raise WorkflowError(str(error))
+
+
+def list_changes(change_type):
+    logger.info("none: what an artifact is made of is in its key, so none is out of date; `make plan` says what is new")
+
+
+def list_untracked():
+    raise WorkflowError(
+        "--list-untracked takes files of finished artifacts for left over: use `python scripts/plan.py --keys`"
+    )
+
+
+if workflow.is_main_process:
+    workflow.execute = execute
+    workflow.delete_output = delete_output
+    workflow.list_changes = list_changes
+    workflow.list_untracked = list_untracked
+    workflow.summary = lambda detailed=False: print(summary(PLAN, forced_stages(), detailed))
