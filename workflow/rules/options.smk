@@ -10,9 +10,7 @@ from saeflow.planning.summary import summary
 def execute(executor_plugin, **settings):
     """A run, or a dry one."""
     if issubclass(executor_plugin.executor, Touch):
-        raise WorkflowError(
-            "run without --touch: times make nothing stale here, and what is missing has to be made"
-        )
+        raise WorkflowError("run without --touch: times make nothing stale here, and what is missing has to be made")
     try:
         check_disk(PLAN)
     except ConfigError as error:
