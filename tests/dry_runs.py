@@ -25,6 +25,9 @@ def opened(home: Path, hydra: str, **settings: Iterable[str] | bool) -> Iterator
         name: value if isinstance(value, bool) else frozenset(value) for name, value in settings.items()
     }
     with contextlib.ExitStack() as stack:
+        stack.callback(
+            lambda: os.environ.pop("SAEFLOW_PLAN", "") if before is None else os.environ.update(SAEFLOW_PLAN=before)
+        )
         api = stack.enter_context(SnakemakeApi(OutputSettings(quiet={Quietness.ALL})))
         workflow = api.workflow(
             resource_settings=ResourceSettings(cores=1),
@@ -33,7 +36,6 @@ def opened(home: Path, hydra: str, **settings: Iterable[str] | bool) -> Iterator
             workdir=home,
         )
         yield workflow.dag(DAGSettings(rerun_triggers=frozenset({RerunTrigger.MTIME}), **dag))
-    os.environ.pop("SAEFLOW_PLAN") if before is None else os.environ.update(SAEFLOW_PLAN=before)
 
 
 def dry_run(home: Path, hydra: str, **settings: Iterable[str] | bool) -> dict[str, list[str]]:
