@@ -14,7 +14,7 @@ override DIRECTORY := $(value DIRECTORY)
 export HYDRA DIRECTORY
 
 # What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
-VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES
+VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT
 STRAY := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v))))
 ifneq ($(STRAY),)
 $(error $(STRAY) is no variable here: overrides go inside the quotes, make run HYDRA="experiment=demo dictionary.k=[8,16]")
@@ -87,8 +87,9 @@ bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 	done; \
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed" >&2; exit 1; fi
 
-chaos: $(INSTALLED) ## inject FAULTS faults (50) into a small experiment, by SEED (0), and say what became of it
-	@$(OFFLINE) $(BIN)/python tests/chaos/run.py --faults $(or $(FAULTS),50) --seed $(or $(SEED),0)
+chaos: $(INSTALLED) ## inject faults into a small experiment, say what became of it: make chaos FAULTS=1000 SEED=0
+	@$(OFFLINE) $(BIN)/python tests/chaos/run.py --faults $(or $(FAULTS),50) --seed $(or $(SEED),0) \
+	  --workers $(WORKERS) --experiment $(or $(EXPERIMENT),chaos)
 
 pretrain: $(INSTALLED) ## train the embedded language model anew, into results/pretrain
 	@$(BIN)/snakemake --cores $(CORES) pretrain

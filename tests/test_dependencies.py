@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -126,3 +127,23 @@ def test_tests_and_benchmarks_import_only_declared_packages() -> None:
 def test_every_declared_package_is_imported_somewhere() -> None:
     used = packages(imported("src", "scripts", "tests", "benchmarks", "workflow"))
     assert sorted(set(requirements()) - set().union(*used.values())) == []
+
+
+def test_make_takes_the_variables_that_its_documents_name() -> None:
+    """What make does not know it takes for an override that fell outside of the quotes, and refuses."""
+    texts = [
+        ROOT / "Makefile",
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("src/**/*.py"),
+        *ROOT.glob("scripts/*.py"),
+    ]
+    named = {name for text in texts for name in re.findall(r"\bmake [a-z-]+ ([A-Z_]+)=", text.read_text())}
+    assert {"HYDRA", "NAME", "FAULTS", "SET_ASIDE"} <= named
+    command = ["make", "-n", "help", "OTHER=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "OTHER is no variable here" in done.stderr
+    done = subprocess.run(
+        [*command[:-1], *(f"{name}=1" for name in sorted(named))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
