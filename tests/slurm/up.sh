@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real Slurm of two nodes on this machine, for tests: Debian's munge, slurmctld, and one slurmd a node. As root.
-#   up.sh [KEEP ...]   installs what is missing, starts the daemons, waits until both nodes are idle
+#   up.sh up [KEEP ...]   installs what is missing, starts the daemons, waits until both nodes are idle
 #   up.sh node NAME [KEEP ...]   starts the slurmd of one node (again)
 #   up.sh controller   starts slurmctld (again), with the jobs that it knew
 #   up.sh kill NAME    kills the slurmd of a node and all that runs there, as a power cut would
@@ -73,6 +73,8 @@ case "${1:-}" in
     rm -f "$ROOT/run/slurmd-$2.pid"
     exit 0
     ;;
+  up) shift ;;
+  *) sed -n '2,/^set/s/^# *//p' "$0" >&2 && exit 2 ;;
 esac
 
 missing=()
@@ -155,9 +157,9 @@ MaxArraySize=1001
 $(for number in 1 2; do
   echo "NodeName=n$number NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + number)) CPUs=2 RealMemory=9000 Gres=gpu:fake:2"
 done)
-PartitionName=cpu Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 DefMemPerCPU=256
-PartitionName=gpu Nodes=n1,n2 PriorityTier=1 GraceTime=20 MaxTime=60 DefMemPerCPU=256
-PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF MaxTime=60 DefMemPerCPU=256
+PartitionName=cpu Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=20 MaxTime=2880 DefMemPerCPU=256
+PartitionName=gpu Nodes=n1,n2 PriorityTier=1 GraceTime=20 MaxTime=2880 DefMemPerCPU=256
+PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF MaxTime=2880 DefMemPerCPU=256
 C
 # The executor's step drops SLURM_CONF before its srun, so the file has to be found without it.
 mkdir -p /run/slurm && ln -sfn "$ROOT" /run/slurm/conf

@@ -86,8 +86,12 @@ def inputs_of(stage, key=None):
 def resources_of_key(stage):
     """What `resources` says of the job of an artifact; device and GPU are those of all of a stage."""
 
+    @cache
+    def of_job(key, attempt):
+        return resources(PLAN, stage, PLAN.members(stage, key), attempt)
+
     def find(wildcards, attempt, unit):
-        return resources(PLAN, stage, PLAN.members(stage, wildcards.key), attempt).get(unit)
+        return of_job(wildcards.key, attempt).get(unit)
 
     units = resources(PLAN, stage, list(PLAN.stages[stage])[:1]).keys()
     return {unit: partial(find, unit=unit) for unit in units}

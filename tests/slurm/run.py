@@ -1,0 +1,243 @@
+"""The workflow through a real Slurm of two nodes: first undisturbed, then with a fault a run; the bytes have to be
+those of a run without Slurm. As root, on Debian or Ubuntu; `make test-slurm`.
+
+A line a fault; the last line is one JSON object of flat keys: `tried`, `survived`, by kind what happened (jobs that
+Slurm was given, seconds, the step that the training went on from), and `slurm_overhead_per_job_s`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster import Folder, Run, daemons, ended, jobs, last_job, shared, slurm, until
+
+SMALL = "experiment=slurm"
+ONE = (
+    "experiment=slurm sweep={dictionary:topk,site:mlp_out,dictionary.k:4} training.n_tokens=409_600 blind=null "
+    "figures=[training_curves]"
+)
+"""A training of about half a minute, its evaluation and its figures."""
+
+
+class Fault:
+    """A copy of a folder in which all is there that the training reads, the training at work through Slurm."""
+
+    def __init__(self, folder: Folder, work: Path, *options: str, hydra: str = "", steps: int = 0) -> None:
+        self.folder, self.work, self.options, self.hydra = folder, work, options, hydra
+        self.first = last_job()
+        self.process = self.submit()
+        until(lambda: self.folder.steps() > steps or self.process.poll() is not None, what="a checkpoint")
+
+    def submit(self) -> subprocess.Popen:
+        return self.folder.submit(*self.options, hydra=self.hydra)
+
+    @property
+    def job(self) -> str:
+        """The training's number."""
+        (number,) = jobs()
+        return number
+
+    @property
+    def node(self) -> str:
+        return slurm("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%N").strip()
+
+    def end(self) -> Run:
+        return self.folder.end(self.process)
+
+
+# ---------------------------------------------------------------- the faults
+def cancelled(fault: Fault) -> None:
+    """Somebody cancels the job, with TERM, and with KILL some seconds later; Snakemake submits it again."""
+    slurm("scancel", fault.job)
+
+
+def killed(fault: Fault) -> None:
+    """The job gets KILL at once."""
+    slurm("scancel", "--signal=KILL", fault.job)
+
+
+def preempted(fault: Fault) -> None:
+    """A job of a partition of higher priority needs the node: TERM, 20 s of grace, and Slurm queues it again."""
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 8")
+    until(lambda: not jobs(), what="the end of what is preempted")
+
+
+def node_down(fault: Fault) -> None:
+    """An administrator sets the node down, and up again later."""
+    name = fault.node
+    slurm("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
+    time.sleep(15)
+    slurm("scontrol", "update", f"nodename={name}", "state=resume")
+
+
+def node_lost(fault: Fault) -> None:
+    """The power of the node fails; Slurm notices, and gives the job to the other. The node comes back later."""
+    name = fault.node
+    daemons("kill", name)
+    until(lambda: not jobs(), what="that Slurm notices a lost node")
+    time.sleep(5)
+    daemons("node", name, *shared(fault.work))
+
+
+def controller_restarted(fault: Fault) -> None:
+    """slurmctld is killed, and started again ten seconds later."""
+    os.kill(int(Path("/var/tmp/saeflow-slurm/run/slurmctld.pid").read_text()), signal.SIGKILL)
+    time.sleep(10)
+    daemons("controller")
+    until(lambda: bool(ended()), what="the controller")
+
+
+def submitter_killed(fault: Fault) -> None:
+    """Snakemake is killed; its job works on, and so does who types the command again: neither does the other's work."""
+    os.killpg(fault.process.pid, signal.SIGKILL)
+    fault.process.wait()
+    fault.process = fault.submit()
+
+
+def submitter_interrupted(fault: Fault) -> None:
+    """Control-C cancels the job; the command is typed again."""
+    os.killpg(fault.process.pid, signal.SIGINT)
+    fault.process.wait()
+    until(lambda: not jobs(), what="the end of cancelled jobs")
+    fault.process = fault.submit()
+
+
+def nothing(fault: Fault) -> None:
+    """What is wrong is in the options."""
+
+
+def others_plan(fault: Fault) -> None:
+    """Snakemake is killed while its job works; another experiment is run from the same folder."""
+    os.killpg(fault.process.pid, signal.SIGKILL)
+    fault.process.wait()
+    other = fault.folder.end(fault.folder.submit(hydra="dictionary.k=5 training.n_tokens=20_480 experiment_name=other"))
+    if other.code:
+        raise RuntimeError(f"the other experiment failed:\n{other.said}")
+    fault.process = fault.submit()
+
+
+FAULTS: dict[str, tuple[Callable[[Fault], None], dict[str, Any]]] = {
+    "cancelled": (cancelled, {}),
+    "killed": (killed, {}),
+    "preempted": (preempted, {}),
+    "node_down": (node_down, {}),
+    "node_lost": (node_lost, {}),
+    "controller_restarted": (controller_restarted, {}),
+    "submitter_killed": (submitter_killed, {}),
+    "submitter_interrupted": (submitter_interrupted, {}),
+    "others_plan": (others_plan, {}),
+    # A cgroup kills what takes more than it asked for: the second or third try has enough.
+    "memory_too_small": (nothing, {"hydra": "device.mem_mb.train=300", "steps": -2}),
+    # One minute, of which a training gets 30 s until TERM; two at the second try, three at the third.
+    "time_too_short": (
+        nothing,
+        {
+            "options": ("--default-resources", "slurm_extra='--signal=TERM@30'", "mem_mb=4000"),
+            "hydra": "device.runtime.train=1",
+            "n_tokens": 1_228_800,
+            "steps": -2,
+        },
+    ),
+}
+
+
+# ---------------------------------------------------------------- the runs
+def undisturbed(work: Path) -> dict[str, Any]:
+    """The whole small experiment here and through Slurm: the same bytes?"""
+    here, there = Folder(work / "here", SMALL), Folder(work / "there", SMALL)
+    local = here.here()
+    require(local, "the run without Slurm")
+    before = last_job()
+    remote = there.end(there.submit())
+    require(remote, "the run through Slurm")
+    n_jobs, wrong = len(ended(before)), differences(there, here)
+    say("undisturbed", not wrong, f"{n_jobs} jobs, {remote.seconds:.0f} s (here {local.seconds:.0f} s) {wrong}")
+    return {"undisturbed_same": not wrong, "undisturbed_jobs": n_jobs, "undisturbed_s": round(remote.seconds)}
+
+
+def disturbed(name: str, base: Folder, expected: dict[int, Folder], work: Path) -> tuple[bool, dict[str, Any]]:
+    strike, how = FAULTS[name]
+    how = {"n_tokens": 0, "options": (), "hydra": "", "steps": 0} | how
+    folder = base.copy(work / name)
+    if how["n_tokens"]:
+        how["hydra"] += f" training.n_tokens={how['n_tokens']}"
+    fault = Fault(folder, work, *how["options"], hydra=how["hydra"], steps=how["steps"])
+    began = time.monotonic()
+    try:
+        strike(fault)
+    except (TimeoutError, ValueError, RuntimeError, subprocess.CalledProcessError) as error:
+        say(name, False, f"the fault could not be injected: {error}")
+    run = fault.end()
+    wrong = ["it ended with an error"] if run.code else differences(folder, expected[how["n_tokens"]], part=True)
+    states = ended(fault.first)
+    took, step = time.monotonic() - began, folder.went_on()
+    told = ", ".join(f"{number} {state.lower()}" for number, state in sorted(states.items()))
+    say(name, not wrong, f"Slurm's jobs {told}; went on from step {step}; {took:.0f} s {wrong}")
+    if wrong:
+        print("\n".join(run.said.splitlines()[-15:]), file=sys.stderr)
+    else:
+        shutil.rmtree(folder.home)
+    return not wrong, {f"{name}_jobs": len(states), f"{name}_went_on_from": step, f"{name}_s": round(took)}
+
+
+def differences(folder: Folder, expected: Folder, part: bool = False) -> list[str]:
+    """Files that are not byte for byte the same, or are there in one alone; `part`: it may have more."""
+    one, other = folder.contents(), expected.contents()
+    names = other.keys() if part else one.keys() | other.keys()
+    return sorted(name for name in names if one.get(name) != other.get(name))[:5]
+
+
+def require(run: Run, what: str) -> None:
+    if run.code:
+        sys.exit(f"{what} failed:\n{run.said}")
+
+
+def say(name: str, well: bool, what: str) -> None:
+    print(f"{name:22} {'survived' if well else 'LOST    '} {what}", flush=True)
+
+
+def prepared(work: Path) -> tuple[Folder, dict[int, Folder]]:
+    """A folder that has all that the training reads, and that folder after a training here, by its number of tokens."""
+    base = Folder(work / "base", ONE)
+    require(base.here("--until", "activations", "baseline"), "what the training reads")
+    expected = {}
+    for n_tokens in {how.get("n_tokens", 0) for _, how in FAULTS.values()}:
+        expected[n_tokens] = base.copy(work / f"expected-{n_tokens}")
+        require(expected[n_tokens].here(hydra=f"training.n_tokens={n_tokens}" if n_tokens else ""), "the training")
+    return base, expected
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("/var/tmp/saeflow-slurm-work"), help="folder, emptied first")
+    parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=FAULTS, help="all, if none is named")
+    parser.add_argument("--only-faults", action="store_true", help="leave out the whole experiment, undisturbed")
+    args = parser.parse_args()
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    found: dict[str, Any] = {}
+    survived = []
+    try:
+        daemons("up", *shared(args.work))
+        if not args.only_faults:
+            found = undisturbed(args.work)
+        base, expected = prepared(args.work)
+        for name in args.faults:
+            well, about = disturbed(name, base, expected, args.work)
+            survived.append(well)
+            found |= about
+    finally:
+        daemons("down")
+    print(json.dumps({"tried": len(survived), "survived": sum(survived)} | found))
+    sys.exit(not (all(survived) and found.get("undisturbed_same", True)))
+
+
+main()
