@@ -44,17 +44,17 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "SNAKEMAKE_PROFILE")} | own
 
 
-def jobs(state: str = "RUNNING") -> list[str]:
-    """Numbers of Slurm's jobs of Snakemake in a state; `all`: also those that have ended."""
-    said = slurm("squeue", "--noheader", f"--states={state}", "--format=%A %j").splitlines()
-    return [line.split()[0] for line in said if len(line.split()[1]) == 36]
+def jobs(stage: str) -> list[str]:
+    """Numbers of the jobs of a stage that Slurm runs."""
+    said = slurm("squeue", "--noheader", "--states=RUNNING", "--format=%A %k").splitlines()
+    return [line.split()[0] for line in said if line.split()[1].startswith(f"rule_{stage}_")]
 
 
 def ended(since: int = 0) -> dict[str, str]:
     """State of every job of Snakemake after number `since`, by number."""
-    said = slurm("squeue", "--noheader", "--states=all", "--format=%A %T %j").splitlines()
+    said = slurm("squeue", "--noheader", "--states=all", "--format=%A %T %k").splitlines()
     rows = [line.split() for line in said]
-    return {row[0]: row[1] for row in rows if len(row[-1]) == 36 and int(row[0]) > since}
+    return {row[0]: row[1] for row in rows if row[-1].startswith("rule_") and int(row[0]) > since}
 
 
 def last_job() -> int:
@@ -135,6 +135,23 @@ class Folder:
     def copy(self, home: Path) -> "Folder":
         shutil.copytree(self.home, home, symlinks=True)
         return Folder(home, self.hydra)
+
+
+TINY = (
+    "experiment=slurm sweep={dictionary:topk,site:mlp_out,dictionary.k:4} training.n_tokens=4_096 blind=null "
+    "training.lr_decay_steps=2 training.lr_warm_up_steps=2 figures=[]"
+)
+
+
+def overhead(work: Path) -> float:
+    """Seconds that a job takes longer through Slurm than here: of six small ones, one after another."""
+    here, there = Folder(work / "overhead-here", TINY), Folder(work / "overhead-there", TINY)
+    before = last_job()
+    local, remote = here.here(), there.end(there.submit("--jobs", "1"))
+    for run in (local, remote):
+        if run.code:
+            raise RuntimeError(run.said)
+    return (remote.seconds - local.seconds) / len(ended(before))
 
 
 def until(holds: Callable[[], bool], seconds: float = 120, what: str = "") -> None:

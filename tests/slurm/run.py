@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import Folder, Run, daemons, ended, jobs, last_job, shared, slurm, until
+from cluster import Folder, Run, daemons, ended, jobs, last_job, overhead, shared, slurm, until
 
 SMALL = "experiment=slurm"
 ONE = (
@@ -42,7 +42,7 @@ class Fault:
     @property
     def job(self) -> str:
         """The training's number."""
-        (number,) = jobs()
+        (number,) = jobs("train")
         return number
 
     @property
@@ -67,7 +67,7 @@ def killed(fault: Fault) -> None:
 def preempted(fault: Fault) -> None:
     """A job of a partition of higher priority needs the node: TERM, 20 s of grace, and Slurm queues it again."""
     slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 8")
-    until(lambda: not jobs(), what="the end of what is preempted")
+    until(lambda: not jobs("train"), what="the end of what is preempted")
 
 
 def node_down(fault: Fault) -> None:
@@ -82,7 +82,7 @@ def node_lost(fault: Fault) -> None:
     """The power of the node fails; Slurm notices, and gives the job to the other. The node comes back later."""
     name = fault.node
     daemons("kill", name)
-    until(lambda: not jobs(), what="that Slurm notices a lost node")
+    until(lambda: not jobs("train"), what="that Slurm notices a lost node")
     time.sleep(5)
     daemons("node", name, *shared(fault.work))
 
@@ -106,7 +106,7 @@ def submitter_interrupted(fault: Fault) -> None:
     """Control-C cancels the job; the command is typed again."""
     os.killpg(fault.process.pid, signal.SIGINT)
     fault.process.wait()
-    until(lambda: not jobs(), what="the end of cancelled jobs")
+    until(lambda: not jobs("train"), what="the end of cancelled jobs")
     fault.process = fault.submit()
 
 
@@ -152,6 +152,7 @@ FAULTS: dict[str, tuple[Callable[[Fault], None], dict[str, Any]]] = {
 # ---------------------------------------------------------------- the runs
 def undisturbed(work: Path) -> dict[str, Any]:
     """The whole small experiment here and through Slurm: the same bytes?"""
+    shutil.rmtree(work / "there", ignore_errors=True)
     here, there = Folder(work / "here", SMALL), Folder(work / "there", SMALL)
     local = here.here()
     require(local, "the run without Slurm")
@@ -166,6 +167,7 @@ def undisturbed(work: Path) -> dict[str, Any]:
 def disturbed(name: str, base: Folder, expected: dict[int, Folder], work: Path) -> tuple[bool, dict[str, Any]]:
     strike, how = FAULTS[name]
     how = {"n_tokens": 0, "options": (), "hydra": "", "steps": 0} | how
+    shutil.rmtree(work / name, ignore_errors=True)
     folder = base.copy(work / name)
     if how["n_tokens"]:
         how["hydra"] += f" training.n_tokens={how['n_tokens']}"
@@ -207,28 +209,33 @@ def say(name: str, well: bool, what: str) -> None:
 def prepared(work: Path) -> tuple[Folder, dict[int, Folder]]:
     """A folder that has all that the training reads, and that folder after a training here, by its number of tokens."""
     base = Folder(work / "base", ONE)
-    require(base.here("--until", "activations", "baseline"), "what the training reads")
+    require(base.here("--until", "baseline"), "what the training reads")
     expected = {}
     for n_tokens in {how.get("n_tokens", 0) for _, how in FAULTS.values()}:
-        expected[n_tokens] = base.copy(work / f"expected-{n_tokens}")
+        home = work / f"expected-{n_tokens}"
+        expected[n_tokens] = Folder(home, ONE) if home.exists() else base.copy(home)
         require(expected[n_tokens].here(hydra=f"training.n_tokens={n_tokens}" if n_tokens else ""), "the training")
     return base, expected
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("/var/tmp/saeflow-slurm-work"), help="folder, emptied first")
+    parser.add_argument(
+        "--work", type=Path, default=Path("/var/tmp/saeflow-slurm-work"), help="folder, emptied first (see --keep)"
+    )
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=FAULTS, help="all, if none is named")
     parser.add_argument("--only-faults", action="store_true", help="leave out the whole experiment, undisturbed")
+    parser.add_argument("--keep", action="store_true", help="keep what an earlier call made there without Slurm")
     args = parser.parse_args()
-    shutil.rmtree(args.work, ignore_errors=True)
-    args.work.mkdir(parents=True)
+    if not args.keep:
+        shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     survived = []
     try:
         daemons("up", *shared(args.work))
         if not args.only_faults:
-            found = undisturbed(args.work)
+            found = undisturbed(args.work) | {"slurm_overhead_per_job_s": round(overhead(args.work), 1)}
         base, expected = prepared(args.work)
         for name in args.faults:
             well, about = disturbed(name, base, expected, args.work)

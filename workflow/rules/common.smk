@@ -16,6 +16,14 @@ from saeflow.planning.graph import Plan
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 
+# Every job runs with the interpreter that runs snakemake, which its provenance names. That the rules name environment.yml
+# says what they need; it makes none.
+if workflow.deployment_settings and workflow.deployment_settings.deployment_method:
+    raise WorkflowError(
+        "--sdm has no effect here: every job runs in the environment that runs snakemake, on a disk that all nodes see; "
+        "leave the option out (docs/cluster.md)"
+    )
+
 RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts"
 
 # The scheduling process composes conf/; a job of a running workflow (on a cluster, where each job parses this file
