@@ -14,7 +14,7 @@ from pathlib import Path
 from _dry_runs import ROOT, dry_run
 
 sys.path.insert(0, str(ROOT / "tests/slurm"))
-from cluster import daemons, overhead, shared  # noqa: E402
+from cluster import daemons, overhead, shared
 
 
 def main() -> None:

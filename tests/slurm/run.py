@@ -30,7 +30,7 @@ ONE = (
 class Fault:
     """A copy of a folder in which all is there that the training reads, the training at work through Slurm."""
 
-    def __init__(self, folder: Folder, work: Path, *options: str, hydra: str = "", steps: int = 0) -> None:
+    def __init__(self, folder: Folder, work: Path, *options: str, hydra: str = "", steps: int = 100) -> None:
         self.folder, self.work, self.options, self.hydra = folder, work, options, hydra
         self.first = last_job()
         self.process = self.submit()
@@ -166,7 +166,7 @@ def undisturbed(work: Path) -> dict[str, Any]:
 
 def disturbed(name: str, base: Folder, expected: dict[int, Folder], work: Path) -> tuple[bool, dict[str, Any]]:
     strike, how = FAULTS[name]
-    how = {"n_tokens": 0, "options": (), "hydra": "", "steps": 0} | how
+    how = {"n_tokens": 0, "options": (), "hydra": "", "steps": 100} | how
     shutil.rmtree(work / name, ignore_errors=True)
     folder = base.copy(work / name)
     if how["n_tokens"]:
