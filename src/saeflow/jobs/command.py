@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -12,7 +13,8 @@ from saeflow.config.checks import escape_controls
 from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
-from saeflow.jobs.signals import Preempted
+from saeflow.jobs.signals import Preempted, Stopped, stop_on_term
+from saeflow.jobs.slurm import queue_again
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record, work_of
@@ -45,6 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     start_log(args.log)
     limit_threads(args.threads)
+    stop_on_term()
     try:
         plan, stage = Plan.load(args.plan), stages()[args.stage]
         touch(args.plan)
@@ -59,8 +62,10 @@ def main() -> None:
             for job in left:
                 work = work_of(stage, plan, job.instance)
                 record(plan, job.instance, work, args.device, (time.perf_counter() - started) / len(left))
-    except Preempted as stop:
+    except (Preempted, Stopped) as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
         log.warning("%s %s", args.stage, stop)
+        queue_again()
         if args.log and not args.quiet:
             print(f"{args.stage} {stop}", file=sys.stderr)
         sys.exit(TEMPORARY_FAILURE)

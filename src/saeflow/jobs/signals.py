@@ -8,6 +8,23 @@ class Preempted(Exception):
     """The job was asked to stop (SIGTERM, SIGINT, SIGUSR1) and has saved its state; run again, it goes on."""
 
 
+class Stopped(BaseException):
+    """SIGTERM reached a job where it has no state to save: it gives up its locks and half-written folders, and ends."""
+
+
+def stop_on_term() -> None:
+    """Has SIGTERM raise `Stopped` in the main thread, where nothing handles it otherwise, as `StopSignals` does."""
+    own = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        if os.getpid() != own:  # a process that a library has forked
+            os._exit(128 + number)
+        signal.signal(number, signal.SIG_IGN)  # asked again, it is ending already
+        raise Stopped(f"stopped by {signal.Signals(number).name}; run again")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 class StopSignals:
     """While open, SIGTERM, SIGINT and SIGUSR1 only set `received`, so that the step at work is finished first."""
 
