@@ -21,8 +21,8 @@ from cluster import Folder, Run, daemons, ended, jobs, last_job, overhead, share
 
 SMALL = "experiment=slurm"
 ONE = (
-    "experiment=slurm sweep={dictionary:topk,site:mlp_out,dictionary.k:4} training.n_tokens=409_600 blind=null "
-    "figures=[training_curves]"
+    "experiment=slurm sweep={dictionary:topk,site:mlp_out,dictionary.k:4} dictionary.expansion=16 blind=null "
+    "training.n_tokens=1_024_000 figures=[training_curves]"
 )
 """A training of about half a minute, its evaluation and its figures."""
 
@@ -35,19 +35,20 @@ class Fault:
         self.first = last_job()
         self.process = self.submit()
         until(lambda: self.folder.steps() > steps or self.process.poll() is not None, what="a checkpoint")
+        self.number = next(iter(jobs("train")), "")
 
     def submit(self) -> subprocess.Popen:
         return self.folder.submit(*self.options, hydra=self.hydra)
 
     @property
-    def job(self) -> str:
-        """The training's number."""
-        (number,) = jobs("train")
-        return number
-
-    @property
     def node(self) -> str:
-        return slurm("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%N").strip()
+        return slurm("squeue", "--noheader", "--states=all", f"--jobs={self.number}", "--format=%N").strip()
+
+    def queued_again(self) -> None:
+        """Waits until Slurm has the training in its queue again, and spares the two minutes that it waits there."""
+        pending = ("squeue", "--noheader", "--states=PENDING", "--format=%A", f"--jobs={self.number}")
+        until(lambda: bool(slurm(*pending).strip()), what="a job in the queue again")
+        slurm("scontrol", "update", f"jobid={self.number}", "starttime=now")
 
     def end(self) -> Run:
         return self.folder.end(self.process)
@@ -56,25 +57,26 @@ class Fault:
 # ---------------------------------------------------------------- the faults
 def cancelled(fault: Fault) -> None:
     """Somebody cancels the job, with TERM, and with KILL some seconds later; Snakemake submits it again."""
-    slurm("scancel", fault.job)
+    slurm("scancel", fault.number)
 
 
 def killed(fault: Fault) -> None:
     """The job gets KILL at once."""
-    slurm("scancel", "--signal=KILL", fault.job)
+    slurm("scancel", "--signal=KILL", fault.number)
 
 
 def preempted(fault: Fault) -> None:
     """A job of a partition of higher priority needs the node: TERM, 20 s of grace, and Slurm queues it again."""
     slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 8")
-    until(lambda: not jobs("train"), what="the end of what is preempted")
+    fault.queued_again()
 
 
 def node_down(fault: Fault) -> None:
     """An administrator sets the node down, and up again later."""
     name = fault.node
     slurm("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
-    time.sleep(15)
+    fault.queued_again()
+    time.sleep(10)
     slurm("scontrol", "update", f"nodename={name}", "state=resume")
 
 
@@ -82,7 +84,7 @@ def node_lost(fault: Fault) -> None:
     """The power of the node fails; Slurm notices, and gives the job to the other. The node comes back later."""
     name = fault.node
     daemons("kill", name)
-    until(lambda: not jobs("train"), what="that Slurm notices a lost node")
+    fault.queued_again()
     time.sleep(5)
     daemons("node", name, *shared(fault.work))
 
@@ -127,9 +129,9 @@ def others_plan(fault: Fault) -> None:
 FAULTS: dict[str, tuple[Callable[[Fault], None], dict[str, Any]]] = {
     "cancelled": (cancelled, {}),
     "killed": (killed, {}),
-    "preempted": (preempted, {}),
-    "node_down": (node_down, {}),
-    "node_lost": (node_lost, {}),
+    "preempted": (preempted, {"requeued": True}),
+    "node_down": (node_down, {"requeued": True}),
+    "node_lost": (node_lost, {"requeued": True}),
     "controller_restarted": (controller_restarted, {}),
     "submitter_killed": (submitter_killed, {}),
     "submitter_interrupted": (submitter_interrupted, {}),
@@ -142,7 +144,7 @@ FAULTS: dict[str, tuple[Callable[[Fault], None], dict[str, Any]]] = {
         {
             "options": ("--default-resources", "slurm_extra='--signal=TERM@30'", "mem_mb=4000"),
             "hydra": "device.runtime.train=1",
-            "n_tokens": 1_228_800,
+            "n_tokens": 4_096_000,
             "steps": -2,
         },
     ),
@@ -166,7 +168,7 @@ def undisturbed(work: Path) -> dict[str, Any]:
 
 def disturbed(name: str, base: Folder, expected: dict[int, Folder], work: Path) -> tuple[bool, dict[str, Any]]:
     strike, how = FAULTS[name]
-    how = {"n_tokens": 0, "options": (), "hydra": "", "steps": 100} | how
+    how = {"n_tokens": 0, "options": (), "hydra": "", "steps": 100, "requeued": False} | how
     shutil.rmtree(work / name, ignore_errors=True)
     folder = base.copy(work / name)
     if how["n_tokens"]:
@@ -180,6 +182,8 @@ def disturbed(name: str, base: Folder, expected: dict[int, Folder], work: Path) 
     run = fault.end()
     wrong = ["it ended with an error"] if run.code else differences(folder, expected[how["n_tokens"]], part=True)
     states = ended(fault.first)
+    if how["requeued"] and len(states) != 2 and not wrong:
+        wrong = ["it cost a retry"]
     took, step = time.monotonic() - began, folder.went_on()
     told = ", ".join(f"{number} {state.lower()}" for number, state in sorted(states.items()))
     say(name, not wrong, f"Slurm's jobs {told}; went on from step {step}; {took:.0f} s {wrong}")
