@@ -1,11 +1,13 @@
 """What jobs ask of the machine: by the sizes of the plan, more on each try, and as an executor takes it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from conftest import write_plain_model
+from snakemake.io import Namedlist
 
 from saeflow.config import ConfigError
 from saeflow.models.resources import sizes
@@ -102,18 +104,19 @@ def test_each_try_asks_for_more_and_no_more_than_the_site_has(model: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], {"gpu": 0}),
-        (["device=cuda"], {"gpu": 1}),
-        (["device=cuda", "device.gpu_model=a100"], {"gpu": 1, "gpu_model": "a100"}),
-        (["device=cuda", "device.gres='gpu:a100:1'"], {"gpu": 0, "gres": "gpu:a100:1"}),
-        (["device.gres='gpu:1'"], {"gpu": 0}),  # of a stage on the CPU
+        ([], ""),
+        (["device=cuda"], " --gpus=1"),
+        (["device=cuda", "device.gpu_model=a100"], " --gpus=a100:1"),
+        (["device=cuda", "device.gres='gpu:a100:1'"], " --gres=gpu:a100:1"),
+        (["device.gres='gpu:1'"], ""),  # of a stage on the CPU
     ],
 )
 def test_gpus_are_asked_for_as_the_executor_of_slurm_takes_them(
-    model: Path, overrides: list[str], expected: dict[str, Any]
+    model: Path, overrides: list[str], expected: str
 ) -> None:
+    utils = pytest.importorskip("snakemake_executor_plugin_slurm.utils")
     found = asked(plan_of(model, *overrides), "train")
-    assert {unit: found[unit] for unit in found if unit.startswith("g")} == expected
+    assert utils.set_gres_string(SimpleNamespace(resources=Namedlist(fromdict=found))) == expected
 
 
 @pytest.mark.parametrize(
