@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_plain_model
-from snakemake.io import Namedlist
+from snakemake.iocontainers import Namedlist
 
 from saeflow.config import ConfigError
 from saeflow.models.resources import sizes
