@@ -7,6 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
+from saeflow.jobs.signals import pass_on_term
 from saeflow.planning.batches import resources
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
@@ -43,6 +44,7 @@ if workflow.is_main_process:
         handler.together = PLAN.together
     os.environ["SAEFLOW_PLAN"] = str(plan_file(PLAN))
 else:
+    pass_on_term()
     try:
         PLAN = Plan.load(os.environ["SAEFLOW_PLAN"])
     except KeyError:
