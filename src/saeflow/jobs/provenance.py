@@ -2,9 +2,11 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ def provenance(instance: Instance, device: str, seconds: float, folder: Path) ->
         "seed": instance.config.get("seed"),
         "device": device,
         "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "executable": sys.executable,
+        "environment": sys.prefix,
         "python": platform.python_version(),
         "packages": _versions(),
         "git": _git_state(),
