@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from saeflow.activations.shards import hook_of, predicted_bytes, shards_are_there
 from saeflow.config import ConfigError
