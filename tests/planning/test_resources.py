@@ -60,7 +60,7 @@ def test_evaluations_ask_for_the_dictionaries_that_they_hold(model: Path) -> Non
     two = asked(
         plan_of(model, "dictionary.d_sae=100_000", "dictionary.expansion=null", "dictionary.k=[4,8]"), "evaluate"
     )["mem_mb"]
-    assert two - one == pytest.approx(2 * 4 * 128 * 100_000 / 1e6, abs=1)  # encoder and decoder, float32
+    assert two - one == pytest.approx(4 * (257 * 100_000 + 128) / 1e6, abs=1)  # W_enc, W_dec, b_enc, b_dec in float32
 
 
 def test_trainings_ask_for_four_times_the_weights_of_all_that_share_the_job(model: Path) -> None:
@@ -68,7 +68,7 @@ def test_trainings_ask_for_four_times_the_weights_of_all_that_share_the_job(mode
     three = asked(
         plan_of(model, "dictionary.d_sae=100_000", "dictionary.expansion=null", "dictionary.k=[4,8,16]"), "train"
     )["mem_mb"]
-    assert three - one == pytest.approx(2 * 4 * 2 * 4 * 128 * 100_000 / 1e6, abs=2)
+    assert three - one == pytest.approx(2 * 4 * 4 * (257 * 100_000 + 128) / 1e6, abs=2)
 
 
 def test_a_logit_costs_memory_and_a_vocabulary_of_its_size(tmp_path: Path) -> None:
