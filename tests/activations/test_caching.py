@@ -471,9 +471,14 @@ def test_metadata_that_a_power_cut_tore_is_written_anew(tmp_path, neox_folder, t
         (store / name).write_text(torn)
         cache_jobs(jobs)
         assert contents(store) == expected
-    (store / "document/c/0").write_bytes(b"no chunk")
-    cache_jobs(jobs)
-    assert contents(store) == expected
+    for name in ("token_id", "document", "position"):
+        chunk = sorted((store / name / "c").iterdir())[-1]
+        chunk.write_bytes(b"no chunk")
+        cache_jobs(jobs)
+        assert contents(store) == expected
+        chunk.unlink()  # which reads as the fill value, not as an error
+        cache_jobs(jobs)
+        assert contents(store) == expected
 
 
 def test_a_damaged_progress_file_is_not_taken_over(tmp_path, neox_folder, tokens_by_rows):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("saeflow")
 COORDINATES = ("token_id", "document", "position")
+NO_COORDINATE = -1  # what a chunk that is not there reads as
 NAN_BFLOAT16 = 0x7FC0
 SLAB_TOKENS = 1 << 16
 STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -158,7 +159,10 @@ class ActivationStore:
                 except (KeyError, ValueError, RuntimeError) as error:
                     log.warning("%s/%s is damaged (%s): writing it anew", self.zarr, name, error)
                     return self._forget_coordinates()
-                if not np.array_equal(found, values):
+                if (other := found != values).any() and (found[other] == NO_COORDINATE).all():
+                    log.warning("%s/%s has lost a chunk: writing it anew", self.zarr, name)
+                    return self._forget_coordinates()
+                if other.any():
                     raise StoreError(
                         f"{self.zarr} was made from other tokens than {rows.folder}: {name} differs between tokens "
                         f"{where.start} and {where.stop}. The rows of a store's columns must be the same, the shorter "
@@ -187,7 +191,7 @@ class ActivationStore:
                     chunks=(self.config.shard_tokens,),
                     dtype="int32",
                     compressors=[ZstdCodec(level=3), Crc32cCodec()],
-                    fill_value=-1,
+                    fill_value=NO_COORDINATE,
                     dimension_names=("token",),
                 )
             group[name].resize((length,))  # type: ignore[union-attr]
