@@ -146,7 +146,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MinJobAge=600
-ReturnToService=2
+ReturnToService=1
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
 InactiveLimit=0
