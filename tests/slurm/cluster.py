@@ -95,7 +95,7 @@ class Folder:
                 command, cwd="/", env=environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def end(self, process: subprocess.Popen, seconds: float = 600) -> Run:
+    def end(self, process: subprocess.Popen, seconds: float = 1800) -> Run:
         """Waits; what takes longer than `seconds` is stuck, and killed (code -1)."""
         try:
             code = process.wait(seconds)

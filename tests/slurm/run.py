@@ -239,8 +239,10 @@ def main() -> None:
     try:
         daemons("up", *shared(args.work))
         if not args.only_faults:
-            found = undisturbed(args.work) | {"slurm_overhead_per_job_s": round(overhead(args.work), 1)}
-        base, expected = prepared(args.work)
+            found = undisturbed(args.work)
+            found["slurm_overhead_per_job_s"] = round(overhead(args.work), 1)
+            print(f"{'overhead':22} {found['slurm_overhead_per_job_s']} s a job", flush=True)
+        base, expected = prepared(args.work) if args.faults else (None, {})
         for name in args.faults:
             well, about = disturbed(name, base, expected, args.work)
             survived.append(well)

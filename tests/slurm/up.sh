@@ -4,7 +4,7 @@
 #   up.sh node NAME [KEEP ...]   starts the slurmd of one node (again)
 #   up.sh controller   starts slurmctld (again), with the jobs that it knew
 #   up.sh kill NAME    kills the slurmd of a node and all that runs there, as a power cut would
-#   up.sh down         ends what it started, by process id, and takes its files away
+#   up.sh down         ends what it started, by process id; its logs stay in $SLURM_TEST_ROOT/log
 # Each node has a host name, a /tmp and a $HOME of its own (namespaces), so that what a job finds by luck of running
 # where it was submitted is not found; of /tmp it sees the folders KEEP alone, as of a shared disk. Memory limits are
 # enforced by cgroups where the kernel has them. Nothing is written to /etc. Two stand-in GPUs a node (/dev/null,
@@ -146,7 +146,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MinJobAge=600
-ReturnToService=2
+ReturnToService=1
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
 InactiveLimit=0
@@ -155,7 +155,7 @@ OverTimeLimit=0
 GresTypes=gpu
 MaxArraySize=1001
 $(for number in 1 2; do
-  echo "NodeName=n$number NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + number)) CPUs=2 RealMemory=9000 Gres=gpu:fake:2"
+  echo "NodeName=n$number NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + number)) CPUs=2 RealMemory=20000 Gres=gpu:fake:2"
 done)
 PartitionName=cpu Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=20 MaxTime=2880 DefMemPerCPU=256
 PartitionName=gpu Nodes=n1,n2 PriorityTier=1 GraceTime=20 MaxTime=2880 DefMemPerCPU=256
