@@ -72,7 +72,7 @@ def test_artifact_is_whole_and_tells_where_it_came_from(plan: Plan, tmp_path: Pa
     assert (held["seed"], held["device"], held["needs"]) == (3, "cpu", {"tokens": ["t"]})
     assert held["bytes"] == sum((folder / n).stat().st_size for n in ("config.yaml", "half.txt", "rest.txt"))
     assert "wrote two files" in (tmp_path / "logs/job.log").read_text()
-    (line,) = lines(plan)
+    (line,) = lines(plan.results)
     assert (line["stage"], line["key"], line["work"], line["device"]) == ("train", "good", 2.0, "cpu")
     assert line["seconds"] > 0
     assert not list((tmp_path / "results").rglob("*.lock"))
