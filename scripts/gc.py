@@ -1,4 +1,4 @@
-"""Lists what lies below results/ that nobody refers to any longer, and, given the token of a list, removes what is on it.
+"""Lists what lies below results/ that nobody refers to any longer; given the token of a list, removes what is on it.
 
 python scripts/gc.py [--keep OVERRIDES] [--without EXPERIMENTS] [--days 7] [--remove TOKEN]
 """
@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--keep", default="", help="overrides of other experiments that count, with ; between them")
     parser.add_argument("--without", default="", help="experiments that do not count, where they cannot be planned")
     parser.add_argument("--days", type=float, default=7.0, help="what was made or run in the last so many stays")
-    parser.add_argument("--remove", default="", metavar="TOKEN", help="remove exactly what the list with this token has")
+    parser.add_argument(
+        "--remove", default="", metavar="TOKEN", help="remove exactly what the list with this token has"
+    )
     parser.add_argument("--conf", default=Path(__file__).resolve().parent.parent / "conf", help="folder of the groups")
     parser.add_argument(
         "--directory", help="that of the run, as of snakemake: results/ and relative paths are below it"

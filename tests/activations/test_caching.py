@@ -543,7 +543,9 @@ def test_with_the_last_column_of_a_hook_goes_its_array_and_with_that_of_a_store_
     assert set(all_outside(results)) == {*array, *outside(other.path)}
     planned = store / f"{short_hook(MLP_OUT)}-64rows-01234567"  # no column yet: its hook stands in its name
     assert goes_with(stage, results, short.path, [planned]) == [short.path]
-    assert goes_with(stage, results, short.path, [planned.with_name(f"{short_hook(MLP_IN)}-9rows-01234567")])[1:] == array
+    assert (
+        goes_with(stage, results, short.path, [planned.with_name(f"{short_hook(MLP_IN)}-9rows-01234567")])[1:] == array
+    )
 
 
 def test_a_folder_without_a_receipt_is_no_column(tmp_path):

@@ -7,10 +7,10 @@ been read. Links are not followed.
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from saeflow.config import ConfigError
@@ -76,6 +76,11 @@ class Listing:
     def size(self) -> Size:
         return sum((item.size for item in self.items), Size())
 
+    @cached_property
+    def paths(self) -> frozenset[Path]:
+        """All that is listed: what lies in an item and is one itself, counts there."""
+        return frozenset(path for item in self.items for path in item.paths)
+
     @property
     def token(self) -> str:
         """Of exactly what is listed, and in which state."""
@@ -88,6 +93,7 @@ def listing(results: Path, kept: Kept, days: float) -> Listing:
     its last change."""
     there, used, makers = on_disk(results), _last_uses(results, kept), makers_of(results)
     items: list[Item] = []
+    listed: set[Path] = set()
     for name, stage in reversed(stages().items()):
         root = results / name
         stay = {root / key for s, key in (*kept.why, *there) if s == name}
@@ -99,7 +105,9 @@ def listing(results: Path, kept: Kept, days: float) -> Listing:
             top, lock = top_of(stage, results, folder), folder.with_name(f"{folder.name}.lock")
             why = _why(makers.get((name, key), set()), kept)
             store = top if top != folder else None
-            items.append(Item(name, key, paths, measure(paths), used.get((name, key), 0.0), why, lock, store))
+            size = measure(paths, listed)
+            listed |= {*paths}
+            items.append(Item(name, key, paths, size, used.get((name, key), 0.0), why, lock, store))
     items += _leftovers(results, kept, there, items, time.time() - days * 86400)
     links = [path for s in stages() for path in (results / s, *sorted((results / s).glob("*"))) if path.is_symlink()]
     return Listing(results, kept, items, links)
@@ -132,7 +140,7 @@ def _remove(found: Listing, item: Item) -> str:
             held.callback(lock.release)
         if _begun_since(found, item):
             return "a run that began meanwhile refers to it"
-        if measure(item.paths) != item.size:
+        if measure(item.paths, found.paths) != item.size:
             return "it has changed meanwhile"
         for path in _still_alone(found, item):
             remove_path(path)
@@ -144,7 +152,8 @@ def _still_alone(found: Listing, item: Item) -> list[Path]:
     if not item.key:
         return list(item.paths)
     stage, root = stages()[item.stage], found.results / item.stage
-    others = {root / key for s, key in found.kept.why if s == item.stage} | set(artifacts(root))
+    others = {root / key for s, key in found.kept.why if s == item.stage} if item.store else set()
+    others |= set(artifacts(item.store)) if item.store else set()
     may = goes_with(stage, found.results, root / item.key, others)
     return [path for path in item.paths if path in may] or [root / item.key]
 
@@ -170,12 +179,15 @@ def _artifacts_of(file: Path, changed: int) -> list[Artifact]:
     return all_of(raw) if (raw := read_plan(file)) else []
 
 
-def measure(paths: Iterable[Path]) -> Size:
-    """Size of files and of all files in folders."""
+def measure(paths: Iterable[Path], apart: Collection[Path] = ()) -> Size:
+    """Size of files and of all files in folders, but for what lies in those that count `apart`."""
     size = Size()
     for path in paths:
-        inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)  # nothing of a file
-        for file in (path, *inside) if not path.is_symlink() else ():
+        found = [] if path.is_symlink() else [path]
+        for folder, folders, names in os.walk(path):  # nothing of a file
+            folders[:] = [name for name in folders if Path(folder, name) not in apart]
+            found += [file for name in names if (file := Path(folder, name)) not in apart]
+        for file in found:
             with suppress(FileNotFoundError):
                 state = file.lstat()
                 if stat.S_ISREG(state.st_mode) and file.suffix != ".lock" and file.name != ".lock":

@@ -60,8 +60,10 @@ def goes_with(stage: Stage, results: Path, folder: Path, others: Collection[Path
     """What is removed with an artifact while `others` of its stage stay, or are wanted: its folder, and what lies
     outside of it and belongs to none of these; all of its store, where none of them is in there."""
     top = top_of(stage, results, folder)
+    if top == folder:
+        return [folder, *stage.outside(folder)]
     near = [other for other in others if other != folder and other.is_relative_to(top)]
-    if top != folder and not near:
+    if not near:
         return [top]
     shared = {path for other in near for path in stage.outside(other)}
     return [folder, *(path for path in stage.outside(folder) if path not in shared)]
