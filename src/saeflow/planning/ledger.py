@@ -137,7 +137,7 @@ def _time(line: dict[str, Any] | None, receipt: dict[str, Any] | None) -> Time:
 def _sum(times: list[Time]) -> Time:
     def known(values: Iterable[float | None]) -> float | None:
         found = [value for value in values if value is not None]
-        return sum(found) if found or not times else None
+        return round(sum(found), 3) if found or not times else None
 
     return Time(
         known(time.wall_s for time in times),
