@@ -40,10 +40,10 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status report verify gc ledger figures test lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status report verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 env: $(INSTALLED) ## set up .venv from requirements.lock
 
@@ -83,6 +83,9 @@ figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sent
 
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
+	@$(BIN)/python tests/slurm/run.py
 
 lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/ruff format --check .

@@ -80,6 +80,25 @@ def test_a_job_is_one_line_with_what_it_found_and_what_is_left(tmp_path: Path) -
     assert lines[2].startswith("done in ") and lines[3:] == ["figures: there"]
 
 
+def test_what_is_tried_again_and_goes_well_has_not_failed(tmp_path: Path) -> None:
+    """Snakemake says of a job that failed that it restarts it, by its number."""
+    log = tmp_path / "job.log"
+    log.write_text(FAILED)
+    terminal = handler()
+    say(terminal, LogEvent.RUN_INFO, stats={"train": 1, "total": 1})
+    job(terminal, log)
+    job(terminal, log, LogEvent.JOB_ERROR)
+    say(terminal, LogEvent.ERROR, "Cannot restore results/train/a/provenance.json: no backup found.")
+    say(terminal, None, "Trying to restart job 3.")
+    job(terminal, log)
+    log.write_text(LOG)
+    say(terminal, LogEvent.JOB_FINISHED, job_id=3)
+    say(terminal, LogEvent.PROGRESS, done=1, total=1)
+    lines = shown(terminal)
+    assert lines[2] == f"trying it again: train failed: a loss is not finite; lower training.lr (log: {log})"
+    assert lines[3].startswith("[1 of 1] train 2") and lines[4].startswith("done in ") and len(lines) == 5
+
+
 def test_a_failure_is_said_once_and_last_without_traceback_or_command(tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     log.write_text(FAILED)

@@ -5,6 +5,7 @@ of what Snakemake says is in `.snakemake/log/`; with `--verbose` the terminal ha
 """
 
 import logging
+import re
 import shutil
 import sys
 import time
@@ -26,10 +27,12 @@ from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refu
 NOISE = (
     "Assuming unrestricted shared filesystem usage", "Building DAG of jobs", "Using shell", "Provided cores",
     "Rules claiming more threads", "Provided resources", "Conda environments: ignored", "Select jobs to execute",
-    "Execute ", "Complete log(s)", "Elapsed time", "Removing output files of failed job", "host: ",
+    "Execute ", "Complete log(s)", "Elapsed time", "Removing output files of failed job", "host: ", "Cannot restore",
+    "SLURM run ID", "Cleaning up SLURM log files",
 )  # fmt: skip
 UPDATED = " (update)"  # what Snakemake says behind an output that it does not delete before its job
 NOTHING = "Nothing to be done"
+AGAIN = re.compile(r"Trying to restart job (\d+)\.")
 OF_THE_JOB = "RuleException:\nCalledProcessError"  # with the whole command; that the job failed is told apart
 GAVE_UP = ("Exiting because a job execution failed", "WorkflowError:\nAt least one job did not complete")
 HIDDEN = (
@@ -57,7 +60,8 @@ class LogHandler(LogHandlerBase):
         self.stream = sys.stdout if self.common_settings.dryrun else sys.stderr
         self.default = DefaultFormatter(self.common_settings.quiet, self.common_settings.show_failed_logs)
         self.running: dict[int, Work] = {}
-        self.failures: list[str] = []
+        self.failures: dict[int, str] = {}
+        """By the number of the job; what was tried again, and went well, is none."""
         self.done = self.total = 0
         self.whole = False
         self.closed = False
@@ -92,6 +96,7 @@ class LogHandler(LogHandlerBase):
         if event == LogEvent.JOB_INFO:
             return self.begun(said)
         if event == LogEvent.JOB_FINISHED:
+            self.failures.pop(said["job_id"], None)
             return self.finished(self.running.pop(said["job_id"], None))
         if event == LogEvent.JOB_ERROR:
             return self.failed(said)
@@ -104,6 +109,8 @@ class LogHandler(LogHandlerBase):
         text = self.default.format(record)
         if text.startswith(NOTHING):
             self.whole = True
+        if again := AGAIN.match(text):
+            return f"trying it again: {self.failures.get(int(again[1]), 'it failed')}"
         if text.startswith((*NOISE, OF_THE_JOB)) or (self.failures and text.startswith(GAVE_UP)):
             return None
         return refusal(text)
@@ -140,7 +147,7 @@ class LogHandler(LogHandlerBase):
         """A line now; what went wrong is said at the end, when nothing more comes after it."""
         known = self.running.pop(said["jobid"], None)
         work = known or self.work(said)
-        self.failures.append(f"{sentence(work)} (log: {', '.join(work.logs) or 'none'})")
+        self.failures[said["jobid"]] = f"{sentence(work)} (log: {', '.join(work.logs) or 'none'})"
         return f"failed: {work}; the reason stands at the end"
 
     def close(self) -> None:
@@ -155,7 +162,7 @@ class LogHandler(LogHandlerBase):
             left = max(self.total - self.done - len(self.failures), 0)
             rest = f", {left} did not run for it" if left else ""
             jobs = f"{len(self.failures)} of {self.total} jobs failed" if self.total else "a job failed"
-            return [f"{jobs}{rest}; the same command goes on from here", *dict.fromkeys(self.failures)]
+            return [f"{jobs}{rest}; the same command goes on from here", *dict.fromkeys(self.failures.values())]
         if self.common_settings.dryrun or not self.whole:
             return []
         took = [f"done in {duration(time.monotonic() - self.started)}"] if self.done else []

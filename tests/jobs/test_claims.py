@@ -47,10 +47,11 @@ def plan(tmp_path: Path) -> Plan:
     return plan
 
 
-def start(home: Path, log: str, *keys: str) -> subprocess.Popen:
+def start(home: Path, log: str, *keys: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     options = [option for key in keys for option in ("--key", key)]
     command = [sys.executable, "script.py", "train", "--plan", "plan.json", "--log", log, *options]
-    return subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=home, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def wait_for(condition) -> None:
@@ -88,6 +89,38 @@ def test_what_a_killed_process_held_is_taken_over(plan: Plan, tmp_path: Path, ho
     assert second.communicate() and second.returncode == 0
     assert (tmp_path / "made.txt").read_text() == "one\none\n"
     assert [p.name for p in (tmp_path / "results/train").iterdir()] == ["one"]  # no lock, nothing half written
+
+
+def fake_scontrol(home: Path, preempted: str) -> dict[str, str]:
+    """The environment of a job of Slurm, of which `scontrol` says when it was preempted, and notes what it is asked."""
+    script = home / "bin/scontrol"
+    script.parent.mkdir()
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >>{home}/asked.txt\n'
+        f'[ "$1" = requeue ] || echo "JobId=7 PreemptEligibleTime=2026-11-28T20:00:00 PreemptTime={preempted}"\n'
+    )
+    script.chmod(0o755)
+    return os.environ | {"PATH": f"{script.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    ("preempted", "asked"),
+    [("2026-11-28T20:10:00", ["show job 7", "requeue 7"]), ("None", ["show job 7"]), (None, [])],
+)
+def test_a_job_that_is_asked_to_stop_gives_all_up_and_is_queued_again_where_slurm_preempts_it(
+    plan: Plan, tmp_path: Path, preempted: str | None, asked: list[str]
+) -> None:
+    """Without a state to save; a training that has one ends with the same code."""
+    environment = None if preempted is None else fake_scontrol(tmp_path, preempted)
+    process = start(tmp_path, "job.log", "one", environment=environment)
+    wait_for((tmp_path / "made.txt").exists)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75
+    assert "train stopped by SIGTERM; run again" in said
+    assert not list((tmp_path / "results/train").iterdir())  # no lock, nothing half written
+    found = (tmp_path / "asked.txt").read_text().splitlines() if (tmp_path / "asked.txt").exists() else []
+    assert found == asked
 
 
 def test_what_another_run_made_since_the_plan_is_done_and_what_was_asked_for_again_is_not(plan: Plan) -> None:

@@ -71,6 +71,7 @@ def test_artifact_is_whole_and_tells_where_it_came_from(plan: Plan, tmp_path: Pa
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "half.txt", "provenance.json", "rest.txt"]
     held = json.loads((folder / "provenance.json").read_text())
     assert (held["seed"], held["device"], held["needs"]) == (3, "cpu", {"tokens": ["t"]})
+    assert (held["executable"], held["environment"], held["slurm_job"]) == (sys.executable, sys.prefix, None)
     assert held["bytes"] == sum((folder / n).stat().st_size for n in ("config.yaml", "half.txt", "rest.txt"))
     assert "wrote two files" in (tmp_path / "logs/job.log").read_text()
     (line,) = lines(plan.results)

@@ -8,6 +8,7 @@ from snakemake.logging import logger
 
 from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import whereabouts
+from saeflow.jobs.signals import pass_on_term
 from saeflow.planning.batches import resources, set_aside_broken
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
@@ -16,6 +17,14 @@ from saeflow.planning.graph import Plan
 from saeflow.planning.machine import check_disk, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
+
+# Every job runs with the interpreter that runs snakemake, which its provenance names. That the rules name environment.yml
+# says what they need; it makes none.
+if workflow.deployment_settings and workflow.deployment_settings.deployment_method:
+    raise WorkflowError(
+        "--sdm has no effect here: every job runs in the environment that runs snakemake, on a disk that all nodes see; "
+        "leave the option out (docs/cluster.md)"
+    )
 
 if set("{}") & set(workflow.basedir):
     raise WorkflowError(
@@ -44,6 +53,7 @@ if workflow.is_main_process:
         handler.together = PLAN.together
     os.environ["SAEFLOW_PLAN"] = str(plan_file(PLAN))
 else:
+    pass_on_term()
     try:
         PLAN = Plan.load(os.environ["SAEFLOW_PLAN"])
     except KeyError:
@@ -104,8 +114,12 @@ def inputs_of(stage, key=None):
 def resources_of_key(stage):
     """What `resources` says of the job of an artifact; device and GPU are those of all of a stage."""
 
-    def find(wildcards, unit):
-        return resources(PLAN, stage, PLAN.members(stage, wildcards.key)).get(unit)
+    @cache
+    def of_job(key, attempt):
+        return resources(PLAN, stage, PLAN.members(stage, key), attempt)
+
+    def find(wildcards, attempt, unit):
+        return of_job(wildcards.key, attempt).get(unit)
 
     units = resources(PLAN, stage, list(PLAN.stages[stage])[:1]).keys()
     return {unit: partial(find, unit=unit) for unit in units}

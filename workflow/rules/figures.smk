@@ -40,6 +40,7 @@ for key, instance in PLAN.stages["figures"].items():
             ],
         log:
             f"logs/figures/{key}.log",
+        localrule: True
         conda:
             "../../environment.yml"
         threads: PLAN.threads("figures")

@@ -9,6 +9,7 @@ from saeflow.config import ConfigError
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import joined, unusual
 from saeflow.jobs.job import Job
+from saeflow.models.resources import running
 from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
 from saeflow.planning.graph import Instance, Plan
@@ -62,9 +63,10 @@ def _check(planned: PlannedPoint) -> None:
 
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model, twice while it is opened, beside 3 GB; four hours."""
-    weights = sum(file.stat().st_size for file in Path(instances[0].sources["model"]).glob("*.safetensors"))
-    return {"mem_mb": 3000 + max(1000, round(2e-6 * weights)), "runtime": 240}
+    """One pass of the model over the rows of the longest column, in which the logits are not asked for."""
+    longest = max(instances, key=lambda instance: int(instance.config["n_rows"]))
+    found = running(plan, [longest], 1, batch_rows=0)
+    return found | {"runtime": max(240, found["runtime"])}
 
 
 def n_bytes(plan: Plan, instance: Instance) -> int:

@@ -6,6 +6,10 @@ from typing import Any
 
 from saeflow.config.checks import ConfigError, require
 
+# As the executor of Slurm takes them.
+GPU_STRINGS = {"gpu_model": r"[A-Za-z0-9_.]+", "gres": r"\w+(:[\w.]+)?(:\d+)?"}
+EXAMPLES = {"gpu_model": "a100", "gres": "gpu:a100:1"}
+
 
 def check_device(device: dict[str, Any], stages: Iterable[str]) -> None:
     """Errors now rather than in the job: a device that is not a device's name, a speed that is no number."""
@@ -17,6 +21,14 @@ def check_device(device: dict[str, Any], stages: Iterable[str]) -> None:
         for stage, value in (device.get(unit) or {}).items():
             legal = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
             require(legal, f"device.{unit}.{stage}", value, "a whole number above 0")
+    for unit, value in (device.get("most") or {}).items():
+        require(unit in ("mem_mb", "runtime"), f"device.most.{unit}", value, "of mem_mb or runtime")
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        require(value is None or whole, f"device.most.{unit}", value, "a whole number above 0, or null")
+    for name, pattern in GPU_STRINGS.items():
+        value = device.get(name)
+        legal = value is None or re.fullmatch(pattern, str(value)) is not None
+        require(legal, f"device.{name}", value, f"like {EXAMPLES[name]}")
     flops = device.get("flops")
     if not isinstance(flops, int | float) or flops <= 0:
         raise ConfigError(f"device.flops={flops}: set it to floating-point operations a second, such as 1.0e+11")

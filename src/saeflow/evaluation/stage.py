@@ -2,15 +2,18 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from saeflow.config import BlindConfig, ConfigError, build
 from saeflow.config.labels import file_safe
 from saeflow.jobs.job import Job
+from saeflow.models.resources import running
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, add_instance, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.training.stage import dictionaries_mb
 
 
 def expand_baseline(expansion: Expansion) -> None:
@@ -133,6 +136,29 @@ def together(plan: Plan, instance: Instance) -> list[Any]:
     return [config["model"], config.get("evaluation"), instance.needs["tokens"], *scope]
 
 
+def resources_baseline(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model as it is, and with each hook ablated in two ways."""
+    return running(plan, instances, 1 + 2 * len(instances), instances[0].config["evaluation"]["batch_rows"])
+
+
+def resources_evaluate(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model as it is, and with each dictionary in it."""
+    held = dictionaries_mb(plan, instances)
+    return running(plan, instances, 1 + len(instances), instances[0].config["evaluation"]["batch_rows"], held)
+
+
+def resources_stack(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model as it is, and with the layers ablated in two ways and replaced, in two scopes at most."""
+    held, passes = dictionaries_mb(plan, instances), 5 * len(instances)
+    return running(plan, instances, passes, instances[0].config["evaluation"]["batch_rows"], held)
+
+
+def resources_blind(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """One pass for each dictionary, without logits."""
+    n_dictionaries = sum(len(instance.needs["evaluate"]) for instance in instances)
+    return running(plan, instances, n_dictionaries, 0, dictionaries_mb(plan, instances))
+
+
 def work_baseline(jobs: list[Job]) -> str:
     from saeflow.evaluation.baseline import baseline_jobs
     from saeflow.evaluation.sums import columns
@@ -188,6 +214,7 @@ STAGES = (
         needs=("tokens", "activations"),
         after=("jacobian",),
         together=together,
+        resources=resources_baseline,
     ),
     Stage(
         "evaluate",
@@ -198,6 +225,7 @@ STAGES = (
         version=5,
         needs=("train", "foreign", "baseline", "tokens"),
         together=together,
+        resources=resources_evaluate,
         drawn="always",
         listed="saeflow.evaluation.overview:overview",
     ),
@@ -210,6 +238,7 @@ STAGES = (
         version=2,
         needs=("train", "foreign", "activations", "tokens"),
         after=("evaluate",),
+        resources=resources_stack,
         drawn="where_there",
     ),
     Stage(
@@ -220,6 +249,7 @@ STAGES = (
         reads=("model",),
         needs=("train", "foreign", "evaluate", "tokens"),
         after=("heads",),
+        resources=resources_blind,
         target=True,
     ),
 )

@@ -1,11 +1,14 @@
 """The stages `groundtruth` and `recover`: models whose algorithm is known, and dictionaries compared with it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from saeflow.jobs.job import Job
+from saeflow.models.resources import running
 from saeflow.planning.expansion import Expansion
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.training.stage import dictionaries_mb
 
 
 def expand_recover(expansion: Expansion) -> None:
@@ -23,6 +26,12 @@ def expand_recover(expansion: Expansion) -> None:
 def together(plan: Plan, instance: Instance) -> list[Any]:
     """Those of one model on the same rows."""
     return [instance.config["model"], None, instance.needs["tokens"]]
+
+
+def resources_recover(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model as it is, and with each dictionary in it, on all rows at once."""
+    rows = plan.instance("tokens", instances[0].needs["tokens"][0]).config["n_rows"]
+    return running(plan, instances, 1 + len(instances), rows, dictionaries_mb(plan, instances))
 
 
 def work_groundtruth(jobs: list[Job]) -> str:
@@ -60,6 +69,7 @@ STAGES = (
         version=2,
         needs=("train", "tokens", "groundtruth"),
         after=("blind",),
+        resources=resources_recover,
         together=together,
         drawn="always",
         listed="saeflow.evaluation.overview:overview",

@@ -1,12 +1,16 @@
 """The stage `heads`: how the heads of a layer, and the dictionaries of them, share and mix what they write."""
 
 import re
+from collections.abc import Sequence
 
 from saeflow.figures.registry import declared
 from saeflow.jobs.job import Job
+from saeflow.models.resources import running
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, short_hook
+from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.training.stage import dictionaries_mb
 
 
 def expand(expansion: Expansion) -> None:
@@ -34,6 +38,14 @@ def expand(expansion: Expansion) -> None:
         points[0].add("heads", short_hook(hook), needs, {"hook_name": hook}, name=hook)
 
 
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model twice over the held-out tokens, 4 GB for the moments and pairs of heads, and the dictionaries three
+    times: as they are, and what pairs of their latents share; two hours at least."""
+    held = 4000 + 3 * dictionaries_mb(plan, instances)
+    found = running(plan, instances, 2 * len(instances), instances[0].config["heads"]["batch_rows"], held)
+    return found | {"runtime": max(120, found["runtime"])}
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.heads.job import heads_job
 
@@ -58,6 +70,7 @@ STAGES = (
         version=2,
         needs=("train", "foreign", "tokens"),
         after=("stack",),
+        resources=resources,
         drawn="where_there",
         table=True,
     ),

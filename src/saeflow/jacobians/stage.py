@@ -1,10 +1,15 @@
 """The stage `jacobian`: of a pair of dictionaries around an MLP, or of a transcoder, on held-out tokens."""
 
+from collections.abc import Sequence
+
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
 from saeflow.models.folder import block_of_hooks
+from saeflow.models.resources import running
 from saeflow.planning.expansion import Expansion, PlannedPoint, short_hook
+from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.training.stage import dictionaries_mb
 
 
 def expand(expansion: Expansion) -> None:
@@ -36,6 +41,13 @@ def _check(planned: PlannedPoint, pair: bool) -> None:
         )
 
 
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """The model once over the held-out tokens, the dictionaries three times, and the Jacobians that are stored whole:
+    of a token 256 by 256 entries of 16 bytes, more than is usual."""
+    stored = sum(16e-6 * instance.config["jacobian"]["stored_tokens"] * 256**2 for instance in instances)
+    return running(plan, instances, len(instances), 0, 3 * dictionaries_mb(plan, instances) + stored)
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.jacobians.study import jacobian_job
 
@@ -56,6 +68,7 @@ STAGES = (
         version=4,
         needs=("train", "tokens"),
         after=("foreign",),
+        resources=resources,
         drawn="where_there",
         table=True,
     ),

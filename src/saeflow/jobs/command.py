@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import random
+import signal
 import sys
 import time
 
@@ -14,7 +15,8 @@ from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.progress import cpu_seconds, first_line
-from saeflow.jobs.signals import Preempted
+from saeflow.jobs.signals import Preempted, Stopped, stop_on_term
+from saeflow.jobs.slurm import queue_again
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record, work_of
@@ -52,6 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     start_log(args.log)
     limit_threads(args.threads)
+    stop_on_term()
     try:
         plan, stage = Plan.load(args.plan), stages()[args.stage]
         touch(args.plan)
@@ -71,8 +74,10 @@ def main() -> None:
                 record(plan, job.instance, work, args.device, seconds, (cpu_seconds() - cpu_started) / len(left))
         needed = (plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys)
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed])
-    except Preempted as stop:
+    except (Preempted, Stopped) as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
         log.warning("%s %s", args.stage, stop)
+        queue_again()
         if args.log and not args.quiet:
             print(f"{args.stage} {stop}", file=sys.stderr)
         sys.exit(TEMPORARY_FAILURE)

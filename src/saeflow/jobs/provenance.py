@@ -2,9 +2,11 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ def provenance(
         "seed": instance.config.get("seed"),
         "device": device,
         "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "executable": sys.executable,
+        "environment": sys.prefix,
         "python": platform.python_version(),
         "packages": _versions(),
         "git": _git_state(),

@@ -99,10 +99,27 @@ def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str
     return parts
 
 
-def resources(plan: Plan, name: str, keys: Sequence[str]) -> dict[str, Any]:
-    """Stage, device, `gpu`, `mem_mb` and `runtime` of the job that makes `keys`: never a reason to rerun."""
+def resources(plan: Plan, name: str, keys: Sequence[str], attempt: int = 1) -> dict[str, Any]:
+    """Stage, device, GPUs, `mem_mb` and `runtime` of the job that makes `keys`: never a reason to rerun.
+
+    What ended for want of memory or time, or was preempted, is tried again with `attempt` times as much of both, but
+    not with more than `device.most` once that is enough for the first try.
+    """
     device, instances = plan.device_of(name), [plan.stages[name][key] for key in keys]
     found: dict[str, Any] = dict(stages()[name].resources(plan, instances)) if instances else {}
     configured = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}
     found |= {unit: value for unit, value in configured.items() if value is not None}
-    return found | {"stage": name, "device": device, "gpu": int(device.startswith("cuda"))}
+    for unit in found.keys() & configured.keys():
+        most = plan.device.get("most", {}).get(unit) or attempt * found[unit]
+        found[unit] = max(found[unit], min(attempt * found[unit], most))
+    return found | {"stage": name, "device": device} | _gpu(plan, device)
+
+
+def _gpu(plan: Plan, device: str) -> dict[str, Any]:
+    """As the executor of Slurm reads it: `--gpus=1`, `--gpus=<gpu_model>:1`, or else `--gres=<gres>`."""
+    if not device.startswith("cuda"):
+        return {"gpu": 0}
+    if gres := plan.device.get("gres"):
+        return {"gpu": 0, "gres": gres}
+    model = plan.device.get("gpu_model")
+    return {"gpu": 1} | ({"gpu_model": model} if model else {})

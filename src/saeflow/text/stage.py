@@ -1,5 +1,6 @@
 """The stage `tokens`: the two splits of a corpus as rows of tokens."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from saeflow.config import ConfigError
@@ -39,6 +40,17 @@ def n_bytes(plan: Plan, instance: Instance) -> int:
     return 3 * 4 * int(instance.config["n_rows"] * instance.config["tokens"]["context_size"])
 
 
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """Documents are read and packed one after another, at 20,000 tokens of their split a second or more; an hour at
+    least."""
+    seconds = 0.0
+    for instance in instances:
+        tokens, held_out = instance.config["tokens"], instance.config["split"] == "held_out"
+        share = tokens["held_out_fraction"] if held_out else 1 - tokens["held_out_fraction"]
+        seconds += instance.config["n_rows"] * tokens["context_size"] / max(share, 1e-3) / 20_000
+    return {"mem_mb": 2000, "runtime": max(60, round(seconds / 60))}
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.text.job import tokens_job
 
@@ -62,5 +74,6 @@ STAGES = (
         ),
         after=("groundtruth",),
         n_bytes=n_bytes,
+        resources=resources,
     ),
 )

@@ -1,7 +1,6 @@
 """The stage `train`: one dictionary, or several that are trained as one, from columns of activations."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +132,15 @@ def holds(plan: Plan, instances: Sequence[Instance]) -> int:
     return sum(4 * n_bytes(plan, instance) for instance in instances)
 
 
+def dictionaries_mb(plan: Plan, instances: Sequence[Instance]) -> float:
+    """Of the weights of all dictionaries that some instances read, each once, trained or of other libraries."""
+    keys = {(stage, key) for i in instances for stage in ("train", "foreign") for key in i.needs.get(stage, ())}
+    trained = sum(n_bytes(plan, plan.instance("train", key)) for stage, key in keys if stage == "train")
+    paths = (plan.instance("foreign", key).sources.get("foreign") for stage, key in keys if stage == "foreign")
+    files = (file for path in paths if path for file in [Path(path), *Path(path).glob("*")])
+    return 1e-6 * (trained + sum(file.stat().st_size for file in files if file.is_file()))
+
+
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Weights, gradients and Adam's two moments of every dictionary beside 3 GB, and what it takes to find the tokens
     to leave out; twice the time of its operations."""
@@ -142,10 +150,7 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
         bytes_a_token = 20 if "norm_above" in exclude else 8
         memory += round(1e-6 * bytes_a_token * column["n_rows"] * column["tokens"]["context_size"])
     for instance in instances:
-        sizes = [math.prod(size) for size in _columns(plan, instance).sizes]
-        dictionary = instance.config["dictionary"]
-        d_sae = dictionary["d_sae"] or sizes[0] * dictionary["expansion"]
-        memory += max(250, round(4 * 4e-6 * d_sae * sum(sizes) * 2))
+        memory += max(250, round(4e-6 * n_bytes(plan, instance)))
         n_operations += operations(plan, instance)
     return {"mem_mb": memory, "runtime": max(240, round(2 * n_operations / float(plan.device["flops"]) / 60))}
 
