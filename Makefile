@@ -8,13 +8,18 @@ WORKERS ?= 2
 HYDRA ?= experiment=demo
 DIRECTORY := .
 
-# Both are what was typed: a $ in them is no variable of make, and a quote none of the shell's.
+# Of the environment, these are not meant.
+GC := $(foreach v,KEEP WITHOUT DAYS REMOVE,$(if $(filter command line,$(origin $(v))),$(v)))
+
+# These are what was typed: a $ in them is no variable of make, and a quote none of the shell's.
 override HYDRA := $(value HYDRA)
 override DIRECTORY := $(value DIRECTORY)
-export HYDRA DIRECTORY
+override KEEP := $(value KEEP)
+override WITHOUT := $(value WITHOUT)
+export HYDRA DIRECTORY KEEP WITHOUT DAYS REMOVE
 
 # What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
-VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT
+VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE
 STRAY := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v))))
 ifneq ($(STRAY),)
 $(error $(STRAY) is no variable here: overrides go inside the quotes, make run HYDRA="experiment=demo dictionary.k=[8,16]")
@@ -35,7 +40,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status report verify figures test test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status report verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +69,14 @@ report: $(INSTALLED) ## make results/report.html of a finished run, and say wher
 
 verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
 	@$(BIN)/python scripts/verify.py --results="$$DIRECTORY/results" $(if $(SET_ASIDE),--set-aside)
+
+gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; overrides", WITHOUT=, DAYS=7); REMOVE=token: remove it
+	@$(BIN)/python scripts/gc.py --directory="$$DIRECTORY" $(if $(filter KEEP,$(GC)),--keep="$$KEEP") \
+	  $(if $(filter WITHOUT,$(GC)),--without="$$WITHOUT") $(if $(filter DAYS,$(GC)),--days="$$DAYS") \
+	  $(if $(filter REMOVE,$(GC)),--remove="$$REMOVE")
+
+ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
+	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"
 
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures

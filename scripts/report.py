@@ -11,6 +11,7 @@ from saeflow.config import ConfigError
 from saeflow.figures.whereabouts import ROOT, report_is_current, whereabouts
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
+from saeflow.planning.ledger import save_ledger
 from saeflow.planning.overrides import split
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     (key,) = plan.stages["figures"]
     if not plan.done("figures", key):
         sys.exit(f"report: {plan.folder('figures', key)}/ is not there; run the workflow first: make run HYDRA=...")
+    save_ledger(plan)
     if not report_is_current(plan):
         report = Path(plan.results) / "report.html"
         command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--report", str(report), "--quiet"]

@@ -227,6 +227,8 @@ def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> Non
     shutil.copytree(finished / "results", home / "results")
     done = Workflow(home).script("report.py", f"{SWEEP} {TINY}")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert list((home / "results/ledger").glob("*.parquet"))
+    assert "CPU saved" in (home / "results/report.html").read_text()
     assert (home / "results/report.html").is_file() and done.stdout.splitlines()[-1] == "report:  results/report.html"
 
 

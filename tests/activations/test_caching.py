@@ -21,7 +21,7 @@ from saeflow.activations.caching import DiskFullError, cache, cache_jobs, longes
 from saeflow.activations.moments import Moments
 from saeflow.activations.reader import BatchReader, open_rows
 from saeflow.activations.shards import ShardError, ShardWriter, predicted_bytes, shards_are_there
-from saeflow.activations.stage import outside
+from saeflow.activations.stage import all_outside, outside
 from saeflow.activations.store import ActivationStore, StoreError, TokenRows, open_column
 from saeflow.activations.writer import ActivationError, ColumnRequest
 from saeflow.config import ActivationsConfig, ModelConfig
@@ -29,7 +29,10 @@ from saeflow.jobs.job import Job
 from saeflow.models.folder import model_digest
 from saeflow.models.loading import load_model
 from saeflow.planning.digests import DigestCache
+from saeflow.planning.expansion import short_hook
 from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.removal import goes_with
+from saeflow.planning.stages import stages
 from saeflow.storage.receipts import is_whole
 from saeflow.text.tokenizer import tokenizer_digest
 
@@ -533,15 +536,21 @@ def test_a_column_without_its_shards_is_not_there(tmp_path, neox_folder, tokens_
 def test_with_the_last_column_of_a_hook_goes_its_array_and_with_that_of_a_store_the_store(
     tmp_path, neox_folder, tokens_by_rows
 ):
-    jobs = _jobs(tmp_path / "results", neox_folder, tokens_by_rows, [(MLP_OUT, 20), (MLP_OUT, 33), (MLP_IN, 33)])
-    cache_jobs(jobs)
-    store = jobs[0].path.parent
-    assert outside(jobs[0].path) == []
-    shutil.rmtree(jobs[1].path)
-    assert outside(jobs[0].path) == [store / "activations.zarr" / MLP_OUT, store / f"progress/{MLP_OUT}.safetensors"]
-    assert all(path.exists() for path in outside(jobs[0].path))
-    shutil.rmtree(jobs[2].path)
-    assert outside(jobs[0].path) == [store]
+    results = tmp_path / "results"
+    short, long, other = _jobs(results, neox_folder, tokens_by_rows, [(MLP_OUT, 20), (MLP_OUT, 33), (MLP_IN, 33)])
+    cache_jobs([short, long, other])
+    stage, store = stages()["activations"], short.path.parent
+    array = [store / "activations.zarr" / MLP_OUT, store / f"progress/{MLP_OUT}.safetensors"]
+    assert all(path.exists() for path in array)
+    assert goes_with(stage, results, short.path, [long.path, other.path]) == [short.path]
+    assert goes_with(stage, results, short.path, [other.path]) == [short.path, *array]
+    assert goes_with(stage, results, short.path, [short.path]) == [store]
+    assert set(all_outside(results)) == {*array, *outside(other.path)}
+    planned = store / f"{short_hook(MLP_OUT)}-64rows-01234567"  # no column yet: its hook stands in its name
+    assert goes_with(stage, results, short.path, [planned]) == [short.path]
+    assert (
+        goes_with(stage, results, short.path, [planned.with_name(f"{short_hook(MLP_IN)}-9rows-01234567")])[1:] == array
+    )
 
 
 def test_a_folder_without_a_receipt_is_no_column(tmp_path):

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,29 @@ def test_artifact_is_whole_and_tells_where_it_came_from(plan: Plan, tmp_path: Pa
     assert (held["executable"], held["environment"], held["slurm_job"]) == (sys.executable, sys.prefix, None)
     assert held["bytes"] == sum((folder / n).stat().st_size for n in ("config.yaml", "half.txt", "rest.txt"))
     assert "wrote two files" in (tmp_path / "logs/job.log").read_text()
-    (line,) = lines(plan)
+    (line,) = lines(plan.results)
     assert (line["stage"], line["key"], line["work"], line["device"]) == ("train", "good", 2.0, "cpu")
-    assert line["seconds"] > 0
+    assert line["seconds"] > 0 and line["experiment"] == "test"
+    assert 0 <= line["cpu_s"] < held["wall_s"] + 60 and line["gpu_s"] == held["gpu_s"] == 0 and held["sharing"] == 1
     assert not list((tmp_path / "results").rglob("*.lock"))
+
+
+def test_time_of_cores_is_that_of_the_process_and_its_children_shared_by_what_a_job_makes(
+    plan: Plan, tmp_path: Path
+) -> None:
+    job = Job(plan.instance("train", "good"), plan, "cuda:0", sharing=2)
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+    before = os.times()[:4]
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    start = time.process_time()
+    while time.process_time() < start + 0.4:
+        pass
+    with job.writing() as folder:
+        (folder / "file").write_text("text")
+    held = json.loads((job.path / "provenance.json").read_text())
+    used = sum(os.times()[:4]) - sum(before)
+    assert used >= 0.8 and held["cpu_s"] == pytest.approx(used / 2, abs=0.1)
+    assert held["gpu_s"] == pytest.approx(held["wall_s"] / 2, abs=0.002)
 
 
 def test_who_makes_the_same_waits(tmp_path: Path) -> None:

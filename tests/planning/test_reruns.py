@@ -139,7 +139,7 @@ def test_a_fresh_clone_and_an_emptied_folder_say_so(home: Path) -> None:  # noqa
 
 def test_time_is_that_of_all_stages_by_what_they_took_here(home: Path) -> None:  # noqa: F811
     plan = plan_of(home)
-    guess = predict(plan, lines(plan))
+    guess = predict(plan, lines(plan.results))
     n_jobs = sum(len({plan.leaders.get((s, k), k) for k in keys}) for s, keys in plan.to_make.items())
     operations = sum(stages()["train"].operations(plan, i) for i in plan.stages["train"].values())
     assert guess.seconds == pytest.approx(10 * n_jobs + operations / 1e11) and guess.measured == 0

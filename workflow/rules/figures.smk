@@ -1,5 +1,10 @@
 from saeflow.figures.registry import caption
+from saeflow.planning.ledger import description
 from saeflow.planning.stages import listed
+
+
+report: description(PLAN, f"{workflow.basedir}/workflow/report/workflow.rst", ".snakemake/captions")
+
 
 # One job draws all figures of the experiment.
 for key, instance in PLAN.stages["figures"].items():

@@ -21,6 +21,8 @@ import numpy as np
 from saeflow.storage.publish import beside, make_folder, publish
 from saeflow.storage.receipts import DamagedError
 
+COORDINATES = ("token_id", "document", "position")
+"""Arrays of a store that are of no hook: one value a token."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 CRC = struct.Struct("<I")
 NO_CHUNK = 2**64 - 1

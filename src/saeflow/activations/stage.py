@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeflow.activations.shards import hook_of, predicted_bytes, shards_are_there
+from saeflow.activations.shards import COORDINATES, hook_of, predicted_bytes, shards_are_there
 from saeflow.config import ConfigError
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import joined, unusual
@@ -14,7 +14,6 @@ from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage, stages
-from saeflow.storage.receipts import RECEIPT
 
 
 def expand(expansion: Expansion) -> None:
@@ -78,14 +77,24 @@ def n_bytes(plan: Plan, instance: Instance) -> int:
 
 
 def outside(folder: Path) -> list[Path]:
-    """With a hook's last column its array, with a store's last column all of the store."""
-    others = [file.parent for file in folder.parent.glob(f"*/{RECEIPT}") if file.parent != folder]
-    if not others:
-        return [folder.parent]
-    hook, of_others = hook_of(folder), {hook_of(other) for other in others}
-    if hook is None or of_others & {hook, None}:
+    """The array of a column's hook, and how far it is, which the hook's other columns share. The hook of a column that
+    is not there yet, its name tells."""
+    store, short = folder.parent, folder.name.rsplit("-", 2)[0]
+    hook = hook_of(folder) or next((a.name for a in _arrays(store) if short_hook(a.name) == short), None)
+    if hook is None:
         return []
-    return [folder.parent / "activations.zarr" / hook, folder.parent / "progress" / f"{hook}.safetensors"]
+    return [store / "activations.zarr" / hook, store / "progress" / f"{hook}.safetensors"]
+
+
+def all_outside(results: Path) -> list[Path]:
+    stores = sorted((results / "activations").glob("*"))
+    return [path for s in stores for path in [*_arrays(s), *sorted((s / "progress").glob("*.safetensors"))]]
+
+
+def _arrays(store: Path) -> list[Path]:
+    """Those of hooks."""
+    found = sorted((store / "activations.zarr").glob("*/"))
+    return [array for array in found if array.name not in COORDINATES and not array.name.endswith(".partial")]
 
 
 def work(jobs: list[Job]) -> str:
@@ -107,6 +116,7 @@ STAGES = (
         sized_by=lambda instance: "{}={}".format(*instance.says["n_rows"]),
         whole=shards_are_there,
         outside=outside,
+        all_outside=all_outside,
         resources=resources,
         cached=True,
     ),

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from saeflow.activations.moments import Moments, Statistics
-from saeflow.activations.shards import ITEMSIZE, Layout, ShardError, shard_path
+from saeflow.activations.shards import COORDINATES, ITEMSIZE, Layout, ShardError, shard_path
 from saeflow.config import ActivationsConfig
 from saeflow.storage.checksums import StateError, load_state, save_state, save_tensors
 from saeflow.storage.locks import locked
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import zarr
 
 log = logging.getLogger("saeflow")
-COORDINATES = ("token_id", "document", "position")
 NO_COORDINATE = -1  # what a chunk that is not there reads as
 NAN_BFLOAT16 = 0x7FC0
 SLAB_TOKENS = 1 << 16

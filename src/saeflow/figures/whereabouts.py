@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from saeflow.planning.graph import Plan
+from saeflow.planning.ledger import ledger_file
 from saeflow.storage.receipts import RECEIPT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -11,19 +12,20 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def report_is_current(plan: Plan) -> bool:
-    """Whether `report.html` shows the figures that are there."""
+    """Whether `report.html` shows the figures and the ledger that are there."""
     (key,) = plan.stages["figures"]
     report, receipt = Path(plan.results) / "report.html", plan.folder("figures", key) / RECEIPT
+    shown = [receipt, *(file for file in [ledger_file(plan)] if file.is_file())]
     return (
         report.is_file()
         and receipt.is_file()
-        and report.stat().st_mtime >= receipt.stat().st_mtime
+        and report.stat().st_mtime >= max(file.stat().st_mtime for file in shown)
         and key in report.read_text(errors="replace")
     )
 
 
 def whereabouts(plan: Plan, overrides: list[str]) -> str:
-    """A line each of figures, tables and report; the report's says how to make it where there is none of this."""
+    """A line each of figures, tables, costs and report, which says how to make it where there is none of this."""
     (key,) = plan.stages["figures"]
     folder = plan.folder("figures", key)
     if not plan.done("figures", key):
@@ -34,10 +36,13 @@ def whereabouts(plan: Plan, overrides: list[str]) -> str:
     how = f"none of these yet: make report {here}HYDRA={shlex.quote(' '.join(overrides))}"
     how = f"{plan.results}/report.html" if report_is_current(plan) else how
     tables = [*others, *(["a .csv beside each figure"] if figures else [])]
+    ledger = ledger_file(plan)
+    costs = [f"costs:   {ledger} (.csv, .txt)"] if ledger.is_file() else []
     return "\n".join(
         [
             f"figures: {folder}/ ({', '.join(figures) or 'none'})",
             f"tables:  {folder}/ ({', '.join(tables) or 'none'})",
+            *costs,
             f"report:  {how}",
         ]
     )

@@ -14,7 +14,7 @@ from saeflow.config.device import missing
 from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
-from saeflow.jobs.progress import first_line
+from saeflow.jobs.progress import cpu_seconds, first_line
 from saeflow.jobs.signals import Preempted, Stopped, stop_on_term
 from saeflow.jobs.slurm import queue_again
 from saeflow.planning.frozen import touch
@@ -63,13 +63,15 @@ def main() -> None:
         with claimed(jobs, again=plan.found.get(args.stage, ()) if args.job else wanted) as left:
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
             log.info("%s", first_line(args.stage, [job.instance.key for job in left]))
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), cpu_seconds()
+            for job in left:
+                job.sharing = len(left)
             if left and (reason := missing(args.device)):
                 raise ConfigError(f"device.{args.stage}={args.device}, but {reason}")
             last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
             for job in left:
-                work = work_of(stage, plan, job.instance)
-                record(plan, job.instance, work, args.device, (time.perf_counter() - started) / len(left))
+                work, seconds = work_of(stage, plan, job.instance), (time.perf_counter() - started) / len(left)
+                record(plan, job.instance, work, args.device, seconds, (cpu_seconds() - cpu_started) / len(left))
         needed = (plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys)
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed])
     except (Preempted, Stopped) as stop:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.jobs.progress import cpu_seconds
 from saeflow.jobs.provenance import provenance
 from saeflow.planning.digests import DIGESTS_FILE, DigestCache
 from saeflow.planning.graph import Instance, Plan
@@ -41,6 +42,9 @@ class Job:
     plan: Plan
     device: str
     started: float = field(default_factory=time.perf_counter)
+    cpu_started: float = field(default_factory=cpu_seconds)
+    sharing: int = 1
+    """Artifacts that one process makes together, this one among them: each has an equal share of its time."""
     lock: Lock | None = None
     """Held, by a job of the workflow, until its artifact is there."""
 
@@ -119,7 +123,8 @@ class Job:
             shutil.rmtree(partial, ignore_errors=True)  # what a full disk has no room for
             raise
         self.instance.write_config(partial / "config.yaml")
-        about = provenance(self.instance, self.device, time.perf_counter() - self.started, partial)
+        seconds, cpu = time.perf_counter() - self.started, cpu_seconds() - self.cpu_started
+        about = provenance(self.instance, self.device, seconds, cpu, self.sharing, partial)
         (partial / RECEIPT).write_text(json.dumps(about, indent=1) + "\n")
         publish(partial, self.path)
         if self.lock:

@@ -103,6 +103,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def cpu_seconds() -> float:
+    """Time that the cores have spent on this process and on those that it started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def first_line(stage: str, keys: Sequence[str]) -> str:
     """What a job logs first: what it makes, and where."""
     return f"{MAKES}{stage} {' '.join(keys)} (process {os.getpid()} on {platform.node()})"

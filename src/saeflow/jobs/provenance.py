@@ -12,6 +12,7 @@ from typing import Any
 
 from saeflow.jobs.progress import peak_memory
 from saeflow.planning.graph import Instance
+from saeflow.planning.history import gpu_seconds
 from saeflow.storage.checksums import file_digest
 from saeflow.storage.receipts import contents
 
@@ -19,8 +20,11 @@ PACKAGES = ("torch", "transformer-lens", "sae-lens", "transformers", "zarr", "nu
 HASHED_UP_TO = 256 << 20  # larger files have a crc32c alone: a cryptographic hash of them would cost minutes
 
 
-def provenance(instance: Instance, device: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """Of the artifact in `folder`, which took `seconds`."""
+def provenance(
+    instance: Instance, device: str, seconds: float, cpu_seconds: float, sharing: int, folder: Path
+) -> dict[str, Any]:
+    """Of the artifact in `folder`, whose job took `seconds`, and `cpu_seconds` of all cores, and makes `sharing`
+    artifacts in all."""
     held = contents(folder)
     sizes = held["sizes"]
     return {
@@ -38,6 +42,9 @@ def provenance(instance: Instance, device: str, seconds: float, folder: Path) ->
         "git": _git_state(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_s": round(seconds, 3),
+        "cpu_s": round(cpu_seconds / sharing, 3),
+        "gpu_s": round(gpu_seconds(device, seconds) / sharing, 3),
+        "sharing": sharing,
         "peak_memory_bytes": peak_memory(),
         "bytes": sum(sizes.values()),
         "blake2s": {name: file_digest(folder / name) for name, size in sizes.items() if size <= HASHED_UP_TO},

@@ -39,7 +39,7 @@ def explain(plan: Plan) -> Explanation:
     missing = {stage: [plan.stages[stage][key] for key in keys] for stage, keys in plan.to_make.items()}
     sizes = {stage: sum(stages()[stage].n_bytes(plan, i) for i in instances) for stage, instances in missing.items()}
     cached = sum(size for stage, size in sizes.items() if stages()[stage].cached)
-    made = lines(plan)
+    made = lines(plan.results)
     return Explanation(missing, _reasons(plan, missing, made), cached, sum(sizes.values()), predict(plan, made))
 
 

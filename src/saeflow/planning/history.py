@@ -28,25 +28,33 @@ class Prediction(NamedTuple):
     """Stages of which nothing was ever made here: by `device.flops` where their operations are known."""
 
 
-def record(plan: Plan, instance: Instance, work: float, device: str, seconds: float) -> None:
-    """Adds a line for an artifact that took `seconds` for its `work_of` on a device; in one write, so that several jobs
-    may do so at once."""
+def record(plan: Plan, instance: Instance, work: float, device: str, seconds: float, cpu_seconds: float) -> None:
+    """Adds a line for an artifact that took `seconds`, and `cpu_seconds` of all cores, for its `work_of` on a device;
+    in one write, so that several jobs may do so at once."""
     line = {
+        "experiment": plan.experiment,
         "stage": instance.stage,
         "key": instance.key,
         "host": platform.node(),
         "device": device,
         "seconds": round(seconds, 3),
+        "cpu_s": round(cpu_seconds, 3),
+        "gpu_s": round(gpu_seconds(device, seconds), 3),
         "work": work,
     }
     with open(Path(plan.results) / FILE, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def lines(plan: Plan) -> list[dict[str, Any]]:
-    """All that was ever made, the oldest first; lines that a power cut tore are left out."""
+def gpu_seconds(device: str, seconds: float) -> float:
+    """A job has its GPU as long as it runs."""
+    return seconds if device.startswith("cuda") else 0.0
+
+
+def lines(results: str | Path) -> list[dict[str, Any]]:
+    """All that was ever made below a results folder, the oldest first; lines that a power cut tore are left out."""
     try:
-        text = (Path(plan.results) / FILE).read_text(errors="replace")
+        text = (Path(results) / FILE).read_text(errors="replace")
     except OSError:
         return []
     found = []

@@ -67,7 +67,10 @@ class Stage:
     """Whether what lies outside of an artifact's folder and belongs to it is there, as far as can be seen without
     reading it."""
     outside: Callable[[Path], list[Path]] = lambda folder: []
-    """What else is removed with an artifact's folder."""
+    """What lies outside of an artifact's folder and belongs to it, perhaps to others too: it is removed with the last
+    of them, which need not be there yet."""
+    all_outside: Callable[[Path], list[Path]] = lambda results: []
+    """All below a results folder that lies outside of artifacts' folders and belongs to some of the stage."""
     resources: Callable[[Plan, Sequence[Instance]], dict[str, int]] = lambda plan, instances: {}
     """`mem_mb` and `runtime` (minutes) by the sizes of what a job makes, where `device.mem_mb` and `device.runtime` do
     not say them."""

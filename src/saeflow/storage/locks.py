@@ -53,14 +53,20 @@ class Lock:
         with contextlib.suppress(OSError), open(self.path, "a") as file:
             file.write(f"since={time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
 
-    def taken(self) -> bool:
-        """Whether another process holds it."""
+    def try_acquire(self) -> bool:
+        """Takes it unless another process holds it; returns whether it did."""
         try:
             self._lease.acquire(timeout=4 * WAIT, poll_interval=WAIT)  # of a process that has died, it is nobody's
         except Timeout:
-            return True
+            return False
+        self._say_since_when()
+        return True
+
+    def taken(self) -> bool:
+        """Whether another process holds it."""
+        free = self.try_acquire()
         self.release()
-        return False
+        return not free
 
     def _remove_if_empty(self) -> None:
         """A power cut may leave a lock that names nobody. Who takes one writes into it in the same instant."""

@@ -89,16 +89,18 @@ def remove_leftovers(path: Path, *, locked: bool = False) -> None:
     """Removes what processes that were killed had begun to write as `path`: all of it where the caller holds a lock
     on `path`, else what is of dead processes of this host, or a day old."""
     for partial in path.parent.glob(f"{_escaped(path.name)}.*partial"):
-        if locked or _abandoned(partial, path.name):
+        if locked or abandoned(partial):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
-def _abandoned(partial: Path, name: str) -> bool:
-    host, _, pid = partial.name[len(name) + 1 : -len(".partial")].rpartition("-")
-    if host == socket.gethostname() and pid.isdecimal():
+def abandoned(partial: Path, changed: float | None = None) -> bool:
+    """Whether nobody is writing any longer what `beside` named: its process has died on this host, or it was last
+    `changed` (seconds since the epoch; by default, what the file or folder itself says) a day ago on another."""
+    head, _, pid = partial.name.removesuffix(".partial").rpartition("-")
+    if head.endswith(f".{socket.gethostname()}") and pid.isdecimal():
         return not Path(f"/proc/{pid}").exists() if Path("/proc/self").exists() else False
     with contextlib.suppress(FileNotFoundError):
-        return time.time() - partial.stat().st_mtime > ABANDONED_AFTER
+        return time.time() - (partial.stat().st_mtime if changed is None else changed) > ABANDONED_AFTER
     return False
 
 

@@ -160,6 +160,10 @@ def outside(folder: Path) -> list[Path]:
     return [folder.parents[1] / "checkpoints" / folder.name]
 
 
+def all_outside(results: Path) -> list[Path]:
+    return sorted((results / "checkpoints").glob("*"))
+
+
 def work(jobs: list[Job]) -> str:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside those of our loops
     from saeflow.kernels.memory import keep_freed_memory
@@ -189,6 +193,7 @@ STAGES = (
         beside=beside,
         holds=holds,
         outside=outside,
+        all_outside=all_outside,
         resources=resources,
         drawn="where_there",
     ),
