@@ -3,14 +3,12 @@
 python scripts/gc.py [--keep OVERRIDES] [--without EXPERIMENTS] [--days 7] [--remove TOKEN]
 """
 
-import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 
-from saeflow.config import ConfigError
 from saeflow.config.checks import escape_controls
+from saeflow.planning.command import enter, parser_of, refusals
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.explain import readable
 from saeflow.planning.garbage import listing, overview, remove
@@ -18,28 +16,23 @@ from saeflow.planning.keeping import experiments_of, referred_to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, overrides=None)
     parser.add_argument("--keep", default="", help="overrides of other experiments that count, with ; between them")
     parser.add_argument("--without", default="", help="experiments that do not count, where they cannot be planned")
     parser.add_argument("--days", type=float, default=7.0, help="what was made or run in the last so many stays")
     parser.add_argument(
         "--remove", default="", metavar="TOKEN", help="remove exactly what the list with this token has"
     )
-    parser.add_argument("--conf", default=Path(__file__).resolve().parent.parent / "conf", help="folder of the groups")
-    parser.add_argument(
-        "--directory", help="that of the run, as of snakemake: results/ and relative paths are below it"
-    )
     args = parser.parse_args()
-    conf, without = Path(args.conf).resolve(), args.without.replace(",", " ").split()
+    without = args.without.replace(",", " ").split()
     again = {"DIRECTORY": args.directory, "KEEP": args.keep, "WITHOUT": " ".join(without)}
     again |= {"DAYS": f"{args.days:g}" if args.days != parser.get_default("days") else ""}
     variables = [f"{name}={shlex.quote(value)}" for name, value in again.items() if value and value != "."]
     freed = left = 0
-    try:
-        if args.directory:
-            os.chdir(args.directory)
+    with refusals("gc"):
+        enter(args)
         results = Path("results")
-        kept = referred_to(conf, results, experiments_of(args.keep), without, args.days, DIGESTS_FILE)
+        kept = referred_to(args.conf, results, experiments_of(args.keep), without, args.days, DIGESTS_FILE)
         found = listing(results, kept, args.days)
         if not args.remove:
             return print(escape_controls(overview(found, " ".join(["make gc", *variables]))))
@@ -48,8 +41,6 @@ def main() -> None:
             freed += 0 if why else item.size.n_bytes
             left += bool(why)
         print(f"freed {readable(freed)}" + (f"; {left} left: make gc lists what may still go" if left else ""))
-    except (ConfigError, ValueError, OSError) as error:
-        sys.exit(escape_controls(f"gc: {error}"))
     sys.exit(bool(left))
 
 

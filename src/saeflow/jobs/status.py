@@ -18,8 +18,8 @@ from saeflow.planning.graph import Plan
 from saeflow.storage.locks import EXPIRES
 
 RECORD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (INFO|WARNING|ERROR) (.*)")
-RUNNING, QUEUED, FAILED, STOPPED, WAITS, READY = "running", "queued", "failed", "stopped", "waits", "not started"
-"""Stopped: it had begun, and nobody is at work on it. Waits: for what it needs; not started: for its turn."""
+RUNNING, QUEUED, FAILED, STOPPED, WAITS, READY = "running", "queued", "failed", "stopped", "waiting", "not started"
+"""Stopped: it had begun, and nobody is at work on it. Waiting: for what it needs; not started: for its turn."""
 
 
 @dataclass(frozen=True)
