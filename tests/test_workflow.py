@@ -107,7 +107,7 @@ def test_second_run_has_nothing_to_do(home: Path) -> None:
 def test_an_environment_that_jobs_would_not_use_is_refused(home: Path) -> None:
     done = Workflow(home).call("-n", "--sdm", "conda")
     assert done.returncode != 0
-    assert "refused: --sdm has no effect here: every job runs in the environment that runs snakemake" in done.stderr
+    assert "refused: --sdm has no effect here: every job runs in the environment that runs snakemake" in done.stdout
 
 
 def test_one_more_l1_value_runs_one_training_one_evaluation_and_the_figures(home: Path) -> None:
