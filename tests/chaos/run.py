@@ -99,9 +99,9 @@ def inject(
 
 
 def shares(faults: int, kinds: list[str]) -> dict[str, int]:
-    """`faults` in the shares of some kinds, the largest remainders first."""
-    total = sum(KINDS[k].share for k in kinds)
-    exact = {k: faults * KINDS[k].share / total for k in kinds}
+    """`faults` in the shares of some kinds, the largest remainders first, and of each kind one if they suffice."""
+    total, least = sum(KINDS[k].share for k in kinds), int(faults >= len(kinds))
+    exact = {k: least + (faults - least * len(kinds)) * KINDS[k].share / total for k in kinds}
     whole = {k: int(exact[k]) for k in kinds}
     for k in sorted(kinds, key=lambda k: whole[k] - exact[k])[: faults - sum(whole.values())]:
         whole[k] += 1
