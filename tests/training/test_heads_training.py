@@ -240,10 +240,8 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(results, monkeypatch, 
 
 
 def test_a_head_that_diverges_is_named(results):
-    dictionary, _ = CASES["topk"]
-    plan = plan_of(results, dictionary, {})
-    plan.stages["train"]["it"].config["training"]["lr"] = 1e30
-    with pytest.raises(TrainingError, match=r"^it: head \d: the loss became nan"):
+    plan = plan_of(results, KISSANE | {"l1_coefficient": 1e39}, {})
+    with pytest.raises(TrainingError, match=r"^it: head \d: the loss became (nan|inf)"):
         training.train([Job(plan.instance("train", "it"), plan, "cpu")])
     assert not (results / "train" / "it").exists()
 
