@@ -118,14 +118,16 @@ class Copy:
 
     def receipts(self) -> dict[str, str]:
         """Artifacts that say they are whole, by folder; they are new whenever an artifact is made again."""
-        return {
-            p.parent.relative_to(self.results).as_posix(): file_hash(p) for p in self.results.rglob("provenance.json")
-        }
+        return {p.parent.relative_to(self.results).as_posix(): file_hash(p) for p in self._receipts()}
+
+    def _receipts(self) -> list[Path]:
+        """Not those of jobs that are at work, or were killed."""
+        return [p for p in self.results.rglob("provenance.json") if not TRACE.search(p.as_posix())]
 
     def needs(self) -> dict[str, list[str]]:
         """Artifacts that each artifact reads, by folder."""
         found = {}
-        for path in self.results.rglob("provenance.json"):
+        for path in self._receipts():
             needs = json.loads(path.read_text())["needs"]
             found[path.parent.relative_to(self.results).as_posix()] = [
                 f"{stage}/{key}" for stage, keys in needs.items() for key in keys

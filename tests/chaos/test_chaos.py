@@ -57,6 +57,10 @@ def test_what_may_stay_away_may(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_receipts_and_needs_are_read(bench: Bench) -> None:
+    partial = bench.base.results / "train/b.host-7.partial/provenance.json"
+    partial.parent.mkdir()
+    partial.write_text("")  # of a job that is at work: no artifact
+    assert set(bench.base.receipts()) == {"train/a", "tokens/t"}
     assert set(bench.expected) == {"train/a/weights"}  # receipts say when and where: they differ between runs
     assert bench.base.needs() == {"train/a": ["tokens/t"], "tokens/t": []}
 
