@@ -5,8 +5,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from saeflow.jobs.log import RECORD
+
 RECEIPT = "provenance.json"
-_RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) (.*)$")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 LOUD = "DIVERGED"  # a finding that no other stands for
 NAMES = 3
@@ -95,10 +96,11 @@ def _last_record(work: Work, levels: tuple[str, ...]) -> tuple[str | None, list[
             continue
         wanted = False
         for line in text.splitlines():
-            if found := _RECORD.match(line):
-                wanted = found[1] in levels
+            if found := RECORD.match(line):
+                _, said, message = found.groups()
+                wanted = said in levels
                 if wanted:
-                    level, lines = found[1], [found[2]]
+                    level, lines = said, [message]
             elif wanted:
                 lines.append(line)
     return level, lines

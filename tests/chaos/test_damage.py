@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import pytest
-from tests.chaos.bench import Bench
 from tests.chaos.outcome import SURVIVED
-from tests.chaos.run import inject
+from tests.chaos.run import inject_small
 
 
 @pytest.mark.slow
 def test_faults_end_well(tmp_path: Path) -> None:
-    kinds = ["flip", "truncate", "delete", "lost", "clock", "bookkeeping"]
-    outcomes = inject(Bench.undisturbed(tmp_path, "chaos_small"), faults=36, seed=0, only=kinds)
+    outcomes = inject_small(tmp_path, 36, ["flip", "truncate", "delete", "lost", "clock", "bookkeeping"])
     assert not [outcome for outcome in outcomes if outcome.verdict != SURVIVED]
     assert len(outcomes) >= 36

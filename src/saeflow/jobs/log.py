@@ -2,9 +2,13 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from saeflow.config.checks import escape_controls
+
+RECORD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (INFO|WARNING|ERROR) (.*)")
+"""The first line of a record, as `start_log` has it written: time, level, message."""
 
 
 def start_log(path: str | None) -> None:

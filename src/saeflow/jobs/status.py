@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from saeflow.jobs.log import RECORD
 from saeflow.jobs.progress import MAKES, Seen, read_progress
 from saeflow.planning.graph import Plan
 from saeflow.storage.locks import EXPIRES
 
-RECORD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (INFO|WARNING|ERROR) (.*)")
 RUNNING, QUEUED, FAILED, STOPPED, WAITS, READY = "running", "queued", "failed", "stopped", "waiting", "not started"
 """Stopped: it had begun, and nobody is at work on it. Waiting: for what it needs; not started: for its turn."""
 

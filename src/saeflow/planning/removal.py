@@ -13,8 +13,8 @@ from saeflow.storage.receipts import RECEIPT, SET_ASIDE
 
 
 def remove(plan: Plan, dry: bool = False) -> Iterator[Path]:
-    """Removes every artifact of a plan, with what killed jobs left of them, those first that others were made from
-    last; yields each file or folder that was there. `dry`: only says them. What other experiments made of the same
+    """Removes every artifact of a plan, with what killed jobs left of them, those last that others were made
+    from; yields each file or folder that was there. `dry`: only says them. What other experiments made of the same
     artifacts stays.
 
     Raises `ConfigError`, before anything is removed, where another process makes one of them.

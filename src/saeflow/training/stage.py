@@ -150,7 +150,7 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
         bytes_a_token = 20 if "norm_above" in exclude else 8
         memory += round(1e-6 * bytes_a_token * column["n_rows"] * column["tokens"]["context_size"])
     for instance in instances:
-        memory += max(250, round(4e-6 * n_bytes(plan, instance)))
+        memory += max(250, round(1e-6 * holds(plan, [instance])))
         n_operations += operations(plan, instance)
     return {"mem_mb": memory, "runtime": max(240, round(2 * n_operations / float(plan.device["flops"]) / 60))}
 
