@@ -5,6 +5,7 @@ from pathlib import Path
 from saeflow.planning.command import parser_of, plan_of, refusals
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.machine import check_disk, notes
+from saeflow.planning.remote import check_remote
 from saeflow.planning.stages import stages
 
 
@@ -36,6 +37,7 @@ def main() -> None:
                     print(f"{'done   ' if key in plan.found[stage] else 'missing'}  {plan.folder(stage, key)}")
         print(sentence(explain(plan)))
         check_disk(plan)
+        check_remote(plan)
         for note in notes(plan):
             print(note)
         if args.freeze:

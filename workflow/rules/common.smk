@@ -16,6 +16,7 @@ from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
 from saeflow.planning.machine import check_disk, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
+from saeflow.planning.remote import check_remote
 from saeflow.planning.stages import downstream, stages
 
 # Every job runs with the interpreter that runs snakemake, which its provenance names. That the rules name environment.yml

@@ -13,6 +13,7 @@ def execute(executor_plugin, **settings):
         raise WorkflowError("run without --touch: times make nothing stale here, and what is missing has to be made")
     try:
         check_disk(PLAN)
+        check_remote(PLAN)
     except ConfigError as error:
         raise WorkflowError(str(error))
     if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:
