@@ -247,7 +247,7 @@ class InMemoryRows:
 def _in_memory(rows: MappedRows | ZarrRows | RemoteRows, read_ahead: int) -> Any:
     """The same rows in memory, where they are few, or lie in a bucket and fit into what is read ahead."""
     column = rows.column
-    n_bytes = 4 * column.n_tokens * column.d
+    n_bytes = 4 * column.n_tokens * math.prod(column.size)
     few = column.n_tokens <= IN_MEMORY_TOKENS and n_bytes <= IN_MEMORY_BYTES
     return InMemoryRows(rows) if few or (isinstance(rows, RemoteRows) and n_bytes <= read_ahead) else rows
 

@@ -19,12 +19,11 @@ from saeflow.activations.elsewhere import forget
 from saeflow.activations.shards import CRC, Layout, LayoutError, chunks_in, hook_of, matches, shard_path
 from saeflow.activations.store import Column, StoreError, layout_of
 from saeflow.storage.receipts import DamagedError
-from saeflow.storage.remote import Remote, RemoteError, ShortError
+from saeflow.storage.remote import READ_TRIES, BadReadError, Remote, RemoteError
 
 log = logging.getLogger("saeflow")
 AT_ONCE = 8  # chunks in flight
 NOT_THERE = "is AWS_ENDPOINT_URL the server that it was pushed to? Else push it again from where it is"
-TRIES = 3  # readings of a chunk whose checksum is another, after which it is damaged there
 
 
 class RemoteShardError(DamagedError):
@@ -60,12 +59,12 @@ class RemoteRows:
         bucket cannot be read.
         """
         self.column, self.remote = column, Remote(url)
-        about = self.remote.get("zarr.json")
-        if about is None:
-            raise RemoteError(f"{self.remote.name('zarr.json')} is not there; {NOT_THERE}")
         try:
+            about = self.remote.get("zarr.json")
+            if about is None:
+                raise RemoteError(f"{self.remote.name('zarr.json')} is not there; {NOT_THERE}")
             layout = layout_of(json.loads(about), column)
-        except (ValueError, TypeError):
+        except (BadReadError, ValueError, TypeError):
             raise self._damaged("zarr.json", "it is not whole") from None
         if layout is None:
             raise StoreError(
@@ -99,26 +98,26 @@ class RemoteRows:
         """A chunk, by its number in the column, (chunk_tokens, row_bytes) uint8, compared with its crc32c."""
         number, c = divmod(chunk, self.layout.chunks)
         path, length = self._path(number), self.layout.chunk_bytes
-        for _ in range(TRIES):
+        for _ in range(READ_TRIES):
             try:
                 found = self.remote.read(path, c * length, length)
             except FileNotFoundError:
                 raise self._damaged(path, "it is missing") from None
-            except ShortError as error:
-                raise self._damaged(path, str(error)) from None
+            except BadReadError as error:
+                raise self._damaged(path, f"it {error.problem}") from None
             if matches(found):
                 return found[: -CRC.size].reshape(self.layout.chunk_tokens, self.layout.row_bytes)
             log.warning("%s: %s; reading it again", self.remote.name(path), self.layout.damaged(c))
-        raise self._damaged(path, f"{self.layout.damaged(c)}, read {TRIES} times")
+        raise self._damaged(path, f"{self.layout.damaged(c)}, read {READ_TRIES} times")
 
     def _open(self, number: int) -> None:
         path, n_rows = self._path(number), self.column.n_tokens - number * self.layout.shard_tokens
         n_rows = min(n_rows, self.layout.shard_tokens)
-        for left in reversed(range(TRIES)):
+        for left in reversed(range(READ_TRIES)):
             try:
                 found = self.remote.tail(path, self.layout.index_bytes)
-            except ShortError as error:
-                raise self._damaged(path, str(error)) from None
+            except BadReadError as error:
+                raise self._damaged(path, f"it {error.problem}") from None
             if found is None:
                 raise self._damaged(path, "it is missing")
             try:

@@ -11,7 +11,7 @@ from saeflow.planning.graph import Plan
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage import transfer
 from saeflow.storage.receipts import RECEIPT
-from saeflow.storage.remote import Remote, RemoteError
+from saeflow.storage.remote import QUICK, Remote, RemoteError
 
 
 def remote_of(plan: Plan) -> Remote:
@@ -106,7 +106,7 @@ def check_remote(plan: Plan) -> None:
         if url is None:
             continue
         try:
-            remote = Remote(url, patience=10.0)
+            remote = Remote(url, QUICK)
             remote.check()
             if next(remote.names(), None) is None:
                 raise RemoteError(f"{remote.name('')} is empty: is AWS_ENDPOINT_URL the server that it was pushed to?")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+import google_crc32c
 import numpy as np
 
 from saeflow.config.device import PLACE
@@ -31,8 +32,9 @@ T = TypeVar("T")
 TIMEOUT = 30.0  # seconds for one request, of at most
 PIECE = 16 << 20  # bytes: half a megabyte a second is enough
 PATIENCE = 300.0  # seconds for which a request is tried again
+QUICK = 10.0  # the same of what only asks whether a bucket can be read, before anything runs
 FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # seconds
-SHORT_TRIES = 3  # of what the server answers well, and yet too short
+READ_TRIES = 5  # of what the server gives well, and yet too short or with another checksum
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 UNSURE = {408, 409, 425, 429}  # of the 4xx, those that another try may change
 KINDS = {  # what obstore's report of a failed request says of its kind
@@ -45,8 +47,12 @@ class RemoteError(OSError):
     """A bucket that cannot be read or written; the message names the object, what was tried, and what to do."""
 
 
-class ShortError(RemoteError):
-    """An object that ends before what was asked for."""
+class BadReadError(RemoteError):
+    """An object of which a server gives, every time, less than was asked for, or something else than was put."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.name, self.problem = name, f"{problem}, {READ_TRIES} times"
+        super().__init__(f"{name} {self.problem}: push it again from where it is whole")
 
 
 class Stat(NamedTuple):
@@ -91,7 +97,7 @@ class Remote:
         """Raises `RemoteError`, in seconds, where the place cannot be read: no such server or bucket, no right to."""
         import obstore
 
-        quick = Remote(self.url, min(self.patience, 10.0))
+        quick = Remote(self.url, min(self.patience, QUICK))
         quick._tried("", lambda: next(iter(obstore.list(quick._store, chunk_size=1)), None))
 
     def stat(self, path: str) -> Stat | None:
@@ -109,14 +115,23 @@ class Remote:
 
     def get(self, path: str) -> bytes | None:
         """A small object; None where there is none."""
+
+        def ask() -> bytes:
+            about = self.stat(path)
+            if about is None:
+                raise FileNotFoundError
+            found = self.read(path, 0, about.n_bytes).tobytes()
+            if about.crc32c not in (None, f"{google_crc32c.value(found):08x}"):
+                raise BadReadError(self.name(path), "has another checksum than what was put there")
+            return found
+
         try:
-            found = self.stat(path)
-            return None if found is None else self.read(path, 0, found.n_bytes).tobytes()
+            return self._tried(path, ask)
         except FileNotFoundError:
             return None
 
     def tail(self, path: str, n_bytes: int) -> tuple[int, np.ndarray] | None:
-        """The size of an object, and its last bytes, uint8; None where there is none. Raises `ShortError`."""
+        """The size of an object, and its last bytes, uint8; None where there is none. Raises `BadReadError`."""
         import obstore
 
         def ask() -> tuple[int, np.ndarray]:
@@ -129,7 +144,7 @@ class Remote:
             return None
 
     def read(self, path: str, start: int, n_bytes: int) -> np.ndarray:
-        """Bytes of an object, (n_bytes,) uint8, exactly so many. Raises `ShortError`, and `FileNotFoundError`."""
+        """Bytes of an object, (n_bytes,) uint8, exactly so many. Raises `BadReadError`, and `FileNotFoundError`."""
         pieces = [self._piece(path, a, min(PIECE, start + n_bytes - a)) for a in range(start, start + n_bytes, PIECE)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, dtype=np.uint8), *pieces])
 
@@ -144,7 +159,7 @@ class Remote:
 
     def _whole(self, path: str, found: Any, n_bytes: int) -> Any:
         if len(found) != n_bytes:
-            raise ShortError(f"{self.name(path)} gave {len(found):,} bytes instead of {n_bytes:,}")
+            raise BadReadError(self.name(path), f"gave {len(found):,} bytes instead of {n_bytes:,}")
         return found
 
     def names(self, folder: str = "") -> Iterator[tuple[str, int]]:
@@ -166,7 +181,7 @@ class Remote:
         def ask() -> Stat | None:
             obstore.put(self._store, path, file, attributes={"crc32c": wanted.crc32c or ""}, chunk_size=PIECE // 2)
             if self.stat(path) != wanted:
-                raise ShortError(f"{self.name(path)} is not what was put there")
+                raise BadReadError(self.name(path), "is not what was put there")
             return None
 
         self._tried(path, ask)
@@ -178,7 +193,8 @@ class Remote:
 
         def ask() -> bytes | None:
             try:
-                obstore.put(self._store, path, content, mode="create")
+                about = {"crc32c": f"{google_crc32c.value(content):08x}"}
+                obstore.put(self._store, path, content, attributes=about, mode="create")
             except AlreadyExistsError:
                 there = self.get(path)
                 return None if there == content else there  # an answer that was lost: it is ours
@@ -211,10 +227,10 @@ class Remote:
             tries += 1
             try:
                 return request()
-            except ShortError as error:
-                if tries >= SHORT_TRIES:
-                    raise ShortError(f"{error}, {tries} times: push it again from where it is whole") from None
-                reason = "the answer was too short"
+            except BadReadError:
+                if tries >= READ_TRIES:
+                    raise
+                reason = "the answer was not whole"
             except (FileNotFoundError, BaseError) as error:
                 if "NoSuchBucket" in str(error):
                     advice = "make it, or correct device.remote or AWS_ENDPOINT_URL"

@@ -18,10 +18,9 @@ import google_crc32c
 from saeflow.storage.locks import locked
 from saeflow.storage.publish import beside, make_folder, publish, remove_leftovers
 from saeflow.storage.receipts import RECEIPT, contents, is_receipt, is_whole, read_receipt, verify
-from saeflow.storage.remote import PIECE, Remote, RemoteError, ShortError, Stat
+from saeflow.storage.remote import PIECE, READ_TRIES, BadReadError, Remote, RemoteError, Stat
 
 AT_ONCE = 8  # files
-TRIES = 3  # downloads of a file whose checksum is another, after which it is damaged there
 T = TypeVar("T")
 
 
@@ -35,12 +34,15 @@ def push(remote: Remote, folder: Path) -> Literal["pushed", "there"]:
     verify(folder)
     receipt = read_receipt(folder)
     assert receipt is not None
-    receipt |= {} if "crc32c" in receipt else contents(folder)  # of earlier versions
+    content = (folder / RECEIPT).read_bytes()
+    if "crc32c" not in receipt:  # of earlier versions
+        receipt |= contents(folder)
+        content = (json.dumps(receipt, indent=1) + "\n").encode()
     if (there := receipt_there(remote)) is not None:
         _check_same(remote, there, receipt)
         return "there"
     each(receipt["sizes"], lambda name: put(remote, folder / name, name, receipt["crc32c"].get(name)))
-    if other := remote.put_new(RECEIPT, (json.dumps(receipt, indent=1) + "\n").encode()):
+    if other := remote.put_new(RECEIPT, content):
         _check_same(remote, json.loads(other), receipt)
         return "there"
     return "pushed"
@@ -63,7 +65,9 @@ def pull(remote: Remote, folder: Path) -> bool:
         partial.mkdir(parents=True)
         try:
             each(receipt["sizes"], lambda name: get(remote, name, partial / name, Stat(*_of(receipt, name))))
-            (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
+            get(remote, RECEIPT, partial / RECEIPT, remote.stat(RECEIPT) or Stat(0, None))
+            if json.loads((partial / RECEIPT).read_bytes()) != receipt:
+                raise RemoteError(f"{remote.name(RECEIPT)} was changed while it was read: run the same again")
             publish(partial, folder)
         finally:
             remove_leftovers(folder, locked=True)
@@ -109,15 +113,15 @@ def put(remote: Remote, file: Path, path: str, crc: str | None = None) -> bool:
 def get(remote: Remote, path: str, file: Path, wanted: Stat) -> None:
     """Writes an object to `file`, in pieces, which is then what is `wanted`. Raises `RemoteError`."""
     make_folder(file.parent)
-    for left in reversed(range(TRIES)):
+    for left in reversed(range(READ_TRIES)):
         with open(file, "wb") as out:
             problem = _problem(remote, path, wanted, out.write)
         if not problem:
             return
         if not left:
             raise RemoteError(
-                f"{remote.name(path)} is damaged ({problem}, read {TRIES} times): `make remote-verify SET_ASIDE=1` "
-                "takes it away there, then push it again from where it is whole"
+                f"{remote.name(path)} is damaged ({problem}, read {READ_TRIES} times): take it away there with make "
+                "remote-verify SET_ASIDE=1, then push it again from where it is whole"
             )
 
 
@@ -138,8 +142,8 @@ def _problem(remote: Remote, path: str, wanted: Stat, take: Callable[[Any], Any]
         found = remote.stat(path)
     except FileNotFoundError:
         found = None
-    except ShortError as error:
-        return str(error)
+    except BadReadError as error:
+        return f"it {error.problem}"
     if found is None:
         return "it is missing"
     if found.n_bytes != wanted.n_bytes:
