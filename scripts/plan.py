@@ -5,7 +5,7 @@ from pathlib import Path
 from saeflow.planning.command import parser_of, plan_of, refusals
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.machine import check_disk, notes
-from saeflow.planning.remote import check_remote
+from saeflow.planning.remote import check_remote, notes_of_bucket
 from saeflow.planning.stages import stages
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         print(sentence(explain(plan)))
         check_disk(plan)
         check_remote(plan)
-        for note in notes(plan):
+        for note in [*notes(plan), *notes_of_bucket(plan)]:
             print(note)
         if args.freeze:
             plan.freeze(freeze)

@@ -57,7 +57,7 @@ class Proxy:
         self.requests: list[tuple[str, str]] = []
         self.sent = 0
         """Bytes of answers to GET."""
-        self._target = target.removeprefix("http://")
+        self.target = target
         self._lock = threading.Lock()
         proxy = self
 
@@ -97,7 +97,7 @@ class Proxy:
         if fault == "silent":
             asked.close_connection = True
             return
-        connection = http.client.HTTPConnection(self._target, timeout=60)
+        connection = http.client.HTTPConnection(self.target.removeprefix("http://"), timeout=60)
         connection.request(asked.command, asked.path, body, dict(asked.headers.items()))
         answer = connection.getresponse()
         content = answer.read()

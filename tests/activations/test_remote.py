@@ -1,7 +1,10 @@
 """Activations in a bucket: read there as they would be here, carried there and back, and damage found."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Plan
-from saeflow.planning.remote import check_remote, damaged, pull, push, remote_of
+from saeflow.planning.remote import check_remote, damaged, notes_of_bucket, pull, push, remote_of
 from saeflow.storage import transfer
 from saeflow.storage.receipts import RECEIPT, is_whole
 from saeflow.storage.remote import Remote, RemoteError
@@ -30,6 +33,7 @@ N = 200  # three whole shards and one with half of its second chunk
 MLP, Z = "blocks.0.hook_mlp_out", "blocks.0.attn.hook_z"
 PLACE = "s3://lab/results"
 ROOT = "activations/store"
+ROOT_FOLDER = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -56,7 +60,9 @@ def far(s3: Proxy, tmp_path: Path, values: dict[str, torch.Tensor], monkeypatch:
     monkeypatch.setattr(reader_module, "IN_MEMORY_TOKENS", 0)
     columns = write_store(tmp_path / "store", values, **GEOMETRY)
     shutil.copytree(tmp_path / "store", tmp_path / "kept" / "store")
-    push_all(columns)
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3.target)  # faster, where nothing is to fail
+        push_all(columns)
     return columns
 
 
@@ -78,7 +84,7 @@ def test_rows_are_those_that_were_stored(far: list[Column], near: list[Column], 
         assert isinstance(found, RemoteRows) and isinstance(open_rows(here), MappedRows)
         s3.requests.clear()
         assert torch.equal(found.take(rows), open_rows(here).take(rows))
-        assert len(chunk_reads(s3)) == 6  # chunks of 16: of rows 0, 17, 63, 64 (twice), 150, 199
+        assert len(chunk_reads(s3)) == 5  # chunks of 16: of rows 0 and 17 together, 63, 64 (twice), 150, 199
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -98,10 +104,10 @@ def test_batches_are_those_of_the_store_here(
     assert reader.at_once == at_once
     s3.requests.clear()
     s3.fault = lambda method, path, n: {3: "drop", 7: "busy", 11: "short", 15: "flip", 20: "lost"}.get(n, "")
-    for one, other in zip(reader.iterate(2, 21), local.iterate(2, 21), strict=True):
+    for one, other in zip(reader.iterate(2, 9), local.iterate(2, 9), strict=True):
         assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(one, other, strict=True))
-    groups = -(-21 // at_once)
-    assert len(chunk_reads(s3)) <= groups * 2 * 13 + 5  # 13 chunks a column, each once a group, and again after faults
+    groups = -(-9 // at_once)
+    assert len(chunk_reads(s3)) <= groups * 2 * 9 + 5  # 13 chunks a column, read once a group, and again after faults
     assert torch.equal(reader.batch(7)[1], local.batch(7)[1])
 
 
@@ -120,7 +126,7 @@ def test_what_fits_into_memory_is_read_once(far: list[Column], near: list[Column
     assert all(isinstance(rows, InMemoryRows) for rows in reader.columns)
     s3.requests.clear()
     found = list(reader.iterate(0, 30))
-    assert len(chunk_reads(s3)) == 2 * 13
+    assert len(chunk_reads(s3)) == 2 * 4  # shards
     assert all(torch.equal(a[0], b[0]) for a, b in zip(found, BatchReader(near, 48, 3).iterate(0, 30), strict=True))
 
 
@@ -133,6 +139,19 @@ def test_zarr_opens_what_was_pushed(far: list[Column], values: dict[str, torch.T
     for hook, held in values.items():
         assert np.array_equal(group[hook][:], held.numpy())
     assert group.attrs["n_tokens"] == N and group["token_id"].shape == (N,)
+
+
+def test_runs_are_chunks_that_follow_each_other_in_a_shard(far: list[Column], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = open_rows(far[0])
+    assert [*rows.runs(np.array([0, 1, 3, 4, 5, 9, 12]))] == [
+        range(2),
+        range(3, 4),
+        range(4, 6),
+        range(9, 10),
+        range(12, 13),
+    ]
+    monkeypatch.setattr("saeflow.activations.remote.PIECE", 2 * rows.layout.chunk_bytes)
+    assert [*rows.runs(np.arange(13))] == [range(s, min(s + 2, 13)) for s in range(0, 13, 2)]
 
 
 # -------------------------------------------------------------------- damage
@@ -355,13 +374,37 @@ def test_a_run_says_first_that_it_cannot_read_a_bucket(
     list(push(plan, remote_of(plan), drop=True))
     look(plan)
     monkeypatch.setattr("saeflow.storage.remote.QUICK", 0.2)
+    monkeypatch.setattr("saeflow.planning.remote.QUICK", 0.2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"^device\.remote: s3://lab/results at .*: no connection; tried"):
+        check_remote(plan)
+    plan.device["remote"] = None
     with pytest.raises(
         ConfigError, match=r"^activations .* is to be read in a bucket: s3://lab/.*: no connection; tried"
     ):
         check_remote(plan)
     plan.to_make["train"] = []  # what nothing reads is not asked for
     check_remote(plan)
+
+
+def test_a_plan_says_what_the_bucket_has_already(s3: Proxy, results: Path) -> None:
+    plan = look(plan_of(results))
+    assert notes_of_bucket(plan) == []
+    train(plan)
+    list(push(look(plan), remote_of(plan)))
+    fresh = look(plan_of(results.parent / "fresh"))
+    assert notes_of_bucket(fresh) == [f"3 of 4 artifacts to make are in {PLACE}: make pull brings them instead"]
+    assert notes_of_bucket(look(plan_of(results, remote=None))) == []
+
+
+def test_the_script_says_in_one_sentence_what_is_wrong(s3: Proxy, tmp_path: Path) -> None:
+    """Before any job, and by the same command that a person types: no credentials, no traceback."""
+    command = [sys.executable, str(ROOT_FOLDER / "scripts/remote.py"), "push", "experiment=demo"]
+    done = subprocess.run(
+        [*command, "device.remote=s3://nobody-has-this/x", "--directory", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"remote: s3://nobody-has-this/x at http://[\d.:]+: there is no such bucket; .*\n", done.stderr)
 
 
 def test_no_place_to_push_to_is_said(results: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saeflow.activations.elsewhere import point_to
 from saeflow.activations.remote import NOT_THERE, RemoteRows, RemoteShardError
 from saeflow.activations.shards import COORDINATES, Layout, Shard, ShardError, shard_path, shards_are_there
@@ -33,22 +35,30 @@ def push(root: Remote, folder: Path) -> int:
     if layout is None:
         raise StoreError(f"{column.array} is not laid out as saeflow writes it: it cannot be pushed")
 
+    known = dict(there.names(column.hook_name))
+
     def put_shard(number: int) -> int:
         path = _shard(column, number)
         file, n_rows = column.array / path, _rows_of(column, layout, number)
         shard, place = Shard(file, layout, n_rows), f"{column.hook_name}/{path}"
         for c in range(shard.n_chunks):
             shard.check(c)
-        found, n_bytes = there.stat(place), file.stat().st_size
-        if found is not None and found.n_bytes > n_bytes:
+        n_bytes = file.stat().st_size
+        if known.get(place, 0) > n_bytes:
             return 0  # a longer column's, which begins with the same rows
-        return n_bytes if put(there, file, place) else 0
+        return n_bytes if put(there, file, place, maybe_there=place in known) else 0
 
     sent = sum(each(range(_n_shards(column, layout)), put_shard))
     _put_longer(there, column.array.parent, column.hook_name)
     if _put_longer(there, column.array.parent, ""):
         files = [p for name in COORDINATES for p in (column.array.parent / name).rglob("*") if p.is_file()]
-        each(files, lambda file: put(there, file, file.relative_to(column.array.parent).as_posix()))
+        known = {name: n for one in COORDINATES for name, n in there.names(one)}
+
+        def put_file(file: Path) -> None:
+            path = file.relative_to(column.array.parent).as_posix()
+            put(there, file, path, maybe_there=path in known)
+
+        each(files, put_file)
     return sent
 
 
@@ -103,11 +113,11 @@ def damaged(root: Remote, folder: Path) -> Iterator[tuple[str, str]]:
     except RemoteShardError as error:
         yield f"{GROUP}/{column.hook_name}/{error.path}", str(error)
         return
-    per_shard = rows.layout.chunks
     for number in range(_n_shards(column, rows.layout)):
         try:
-            for c in range(rows.layout.chunks_of(_rows_of(column, rows.layout, number))):
-                rows.chunk(number * per_shard + c)
+            n_chunks = rows.layout.chunks_of(_rows_of(column, rows.layout, number))
+            for run in rows.runs(number * rows.layout.chunks + np.arange(n_chunks)):
+                rows.chunks(run)
         except RemoteShardError as error:
             yield f"{GROUP}/{column.hook_name}/{error.path}", str(error)
 

@@ -16,7 +16,8 @@ POINTER = "remote.json"
 
 def array_url(column: Path) -> str | None:
     """Where the array of a column is to be read; None where it is here, or nobody knows of one."""
-    hook, pointer = hook_of(column), read_pointer(column.parent)
+    pointer = read_pointer(column.parent)
+    hook = hook_of(column) if pointer["arrays"] else None
     if hook is None or pointer["arrays"].get(hook, 0) < _n_tokens(column) or shards_are_there(column):
         return None
     return f"{pointer['url']}/{hook}"

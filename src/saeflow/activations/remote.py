@@ -8,6 +8,7 @@ which M fit into memory at once is read N / M times an epoch, or once in all whe
 
 import json
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from saeflow.activations.elsewhere import forget
 from saeflow.activations.shards import CRC, Layout, LayoutError, chunks_in, hook_of, matches, shard_path
 from saeflow.activations.store import Column, StoreError, layout_of
 from saeflow.storage.receipts import DamagedError
-from saeflow.storage.remote import READ_TRIES, BadReadError, Remote, RemoteError
+from saeflow.storage.remote import PIECE, READ_TRIES, BadReadError, Remote, RemoteError
 
 log = logging.getLogger("saeflow")
-AT_ONCE = 8  # chunks in flight
+AT_ONCE = 8  # requests on the way
 NOT_THERE = "is AWS_ENDPOINT_URL the server that it was pushed to? Else push it again from where it is"
 
 
@@ -82,33 +83,46 @@ class RemoteRows:
         """The same as they are stored, (N,) int64 -> (N, d) of the column's dtype. Every chunk is read once."""
         order = np.argsort(rows)
         ordered = rows[order]
-        chunks = ordered // self.layout.chunk_tokens
-        starts = np.flatnonzero(np.diff(chunks, prepend=-1))
         out = np.empty((len(rows), self.layout.row_bytes), dtype=np.uint8)
 
-        def gather(start: int, stop: int) -> None:
-            chunk = int(chunks[start])
-            held = self.chunk(chunk)
-            out[order[start:stop]] = held[ordered[start:stop] - chunk * self.layout.chunk_tokens]
+        def gather(run: range) -> None:
+            for chunk, held in zip(run, self.chunks(run), strict=True):
+                first = chunk * self.layout.chunk_tokens
+                start, stop = np.searchsorted(ordered, (first, first + self.layout.chunk_tokens))
+                out[order[start:stop]] = held[ordered[start:stop] - first]
 
-        list(self._threads.map(gather, starts.tolist(), [*starts[1:].tolist(), len(rows)]))
+        list(self._threads.map(gather, self.runs(np.unique(ordered // self.layout.chunk_tokens))))
         return torch.from_numpy(out).view(getattr(torch, self.column.dtype))
 
-    def chunk(self, chunk: int) -> np.ndarray:
-        """A chunk, by its number in the column, (chunk_tokens, row_bytes) uint8, compared with its crc32c."""
-        number, c = divmod(chunk, self.layout.chunks)
+    def chunks(self, run: range) -> list[np.ndarray]:
+        """Chunks that follow each other in a shard, by their numbers in the column, in one reading: each (chunk_tokens,
+        row_bytes) uint8, compared with its crc32c."""
+        number, first = divmod(run[0], self.layout.chunks)
         path, length = self._path(number), self.layout.chunk_bytes
-        for _ in range(READ_TRIES):
+        for left in reversed(range(READ_TRIES)):
             try:
-                found = self.remote.read(path, c * length, length)
+                found = self.remote.read(path, first * length, len(run) * length).reshape(len(run), length)
             except FileNotFoundError:
                 raise self._damaged(path, "it is missing") from None
             except BadReadError as error:
                 raise self._damaged(path, f"it {error.problem}") from None
-            if matches(found):
-                return found[: -CRC.size].reshape(self.layout.chunk_tokens, self.layout.row_bytes)
-            log.warning("%s: %s; reading it again", self.remote.name(path), self.layout.damaged(c))
-        raise self._damaged(path, f"{self.layout.damaged(c)}, read {READ_TRIES} times")
+            wrong = [c for c, one in enumerate(found, first) if not matches(one)]
+            if not wrong:
+                return [one[: -CRC.size].reshape(self.layout.chunk_tokens, self.layout.row_bytes) for one in found]
+            if left:
+                log.warning("%s: %s; reading it again", self.remote.name(path), self.layout.damaged(wrong[0]))
+        raise self._damaged(path, f"{self.layout.damaged(wrong[0])}, read {READ_TRIES} times")
+
+    def runs(self, chunks: np.ndarray) -> Iterator[range]:
+        """Rising numbers of chunks as runs of one shard each, that one request brings."""
+        most = max(1, PIECE // self.layout.chunk_bytes)
+        start = stop = int(chunks[0])
+        for chunk in chunks.tolist():
+            if chunk != stop or chunk - start == most or chunk // self.layout.chunks != start // self.layout.chunks:
+                yield range(start, stop)
+                start = chunk
+            stop = chunk + 1
+        yield range(start, stop)
 
     def _open(self, number: int) -> None:
         path, n_rows = self._path(number), self.column.n_tokens - number * self.layout.shard_tokens

@@ -92,7 +92,15 @@ def damaged(plan: Plan, remote: Remote, set_aside: bool = False) -> Iterator[tup
 
 
 def check_remote(plan: Plan) -> None:
-    """Raises `ConfigError` where jobs of a run would read something in a bucket that cannot be read from here."""
+    """Raises `ConfigError` where jobs of a run would read something in a bucket that cannot be read from here, or
+    `device.remote` cannot."""
+    if not any(plan.to_make.values()):
+        return
+    if plan.device.get("remote"):
+        try:
+            remote_of(plan)
+        except RemoteError as error:
+            raise ConfigError(f"device.remote: {error}") from None
     needed = {
         (stage, key)
         for name, keys in plan.to_make.items()
@@ -112,6 +120,17 @@ def check_remote(plan: Plan) -> None:
                 raise RemoteError(f"{remote.name('')} is empty: is AWS_ENDPOINT_URL the server that it was pushed to?")
         except RemoteError as error:
             raise ConfigError(f"{stage} {key} is to be read in a bucket: {error}") from None
+
+
+def notes_of_bucket(plan: Plan) -> list[str]:
+    """What to say of a plan that would make what is in `device.remote` already."""
+    if not plan.device.get("remote"):
+        return []
+    remote = Remote(plan.device["remote"])
+    receipts = [f"{name}/{key}/{RECEIPT}" for name, keys in plan.to_make.items() for key in keys]
+    found = sum(one is not None for one in transfer.each(receipts, remote.stat))
+    said = f"{found} of {len(receipts)} artifacts to make are in {remote.url}: make pull brings them instead"
+    return [said] if found else []
 
 
 def _carrier(stage: Stage) -> Any:

@@ -29,8 +29,11 @@ from saeflow.storage.checksums import crc32c
 
 log = logging.getLogger("saeflow")
 T = TypeVar("T")
-TIMEOUT = 30.0  # seconds for one request, of at most
-PIECE = 16 << 20  # bytes: half a megabyte a second is enough
+TIMEOUT = 60.0  # seconds for one request, of at most
+PIECE = (16 << 20) + (
+    64 << 10
+)  # bytes (16 MiB of chunks with their checksums): with 8 of them on the way, 2 MB a second are enough
+PART = 8 << 20  # of an upload, two at a time
 PATIENCE = 300.0  # seconds for which a request is tried again
 QUICK = 10.0  # the same of what only asks whether a bucket can be read, before anything runs
 FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # seconds
@@ -179,7 +182,8 @@ class Remote:
         wanted = Stat(file.stat().st_size, crc or crc32c(file))
 
         def ask() -> Stat | None:
-            obstore.put(self._store, path, file, attributes={"crc32c": wanted.crc32c or ""}, chunk_size=PIECE // 2)
+            about = {"crc32c": wanted.crc32c or ""}
+            obstore.put(self._store, path, file, attributes=about, chunk_size=PART, max_concurrency=2)
             if self.stat(path) != wanted:
                 raise BadReadError(self.name(path), "is not what was put there")
             return None

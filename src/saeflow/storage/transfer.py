@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import google_crc32c
 
+from saeflow.storage.checksums import crc32c
 from saeflow.storage.locks import locked
 from saeflow.storage.publish import beside, make_folder, publish, remove_leftovers
 from saeflow.storage.receipts import RECEIPT, contents, is_receipt, is_whole, read_receipt, verify
@@ -41,7 +42,8 @@ def push(remote: Remote, folder: Path) -> Literal["pushed", "there"]:
     if (there := receipt_there(remote)) is not None:
         _check_same(remote, there, receipt)
         return "there"
-    each(receipt["sizes"], lambda name: put(remote, folder / name, name, receipt["crc32c"].get(name)))
+    known, crcs = dict(remote.names()), receipt["crc32c"]
+    each(receipt["sizes"], lambda name: put(remote, folder / name, name, crcs.get(name), name in known))
     if other := remote.put_new(RECEIPT, content):
         _check_same(remote, json.loads(other), receipt)
         return "there"
@@ -99,12 +101,10 @@ def receipt_there(remote: Remote) -> dict[str, Any] | None:
 
 
 # -------------------------------------------------------------------- files
-def put(remote: Remote, file: Path, path: str, crc: str | None = None) -> bool:
+def put(remote: Remote, file: Path, path: str, crc: str | None = None, maybe_there: bool = True) -> bool:
     """Puts a file unless the same is there; returns whether it did."""
-    from saeflow.storage.checksums import crc32c
-
     crc = crc or crc32c(file)
-    if remote.stat(path) == Stat(file.stat().st_size, crc):
+    if maybe_there and remote.stat(path) == Stat(file.stat().st_size, crc):
         return False
     remote.upload(file, path, crc)
     return True
