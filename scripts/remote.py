@@ -23,7 +23,7 @@ def main() -> None:
     parser.usage = "%(prog)s push|pull|verify OVERRIDES [options]"
     args = parser.parse_args()
     command, *args.overrides = args.overrides or [""]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     failed = 0
     with refusals("remote"):
         if command not in ("push", "pull", "verify"):
