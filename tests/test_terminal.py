@@ -126,6 +126,9 @@ def test_a_job_that_was_killed_says_so(tmp_path: Path) -> None:
     log.write_text(LOG)
     assert "train failed without a word: it was killed" in sentence(Work("train", (), (str(log),)))
     assert "without a word" in sentence(Work("train", (), (str(tmp_path / "none.log"),)))
+    log.write_text(f"2026-11-28 20:22:10,744 WARNING the first token is massive\n{LOG}")
+    said = sentence(Work("train", (), (str(log),), mem_mb=4000))
+    assert "it had asked for 4,000 MB" in said and "device.mem_mb.train=" in said and "massive" not in said
 
 
 def test_nothing_to_do_ends_with_where_it_is_and_a_dry_run_does_not() -> None:
