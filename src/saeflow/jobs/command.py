@@ -17,7 +17,7 @@ from saeflow.jobs.progress import cpu_seconds, first_line
 from saeflow.jobs.signals import Preempted, end
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
-from saeflow.planning.history import record, work_of
+from saeflow.planning.history import record
 from saeflow.planning.stages import stages
 from saeflow.storage.receipts import DamagedError, bring_to_now
 
@@ -76,9 +76,9 @@ def main() -> None:
             if left and (reason := missing(args.device)):
                 raise ConfigError(f"device.{args.stage}={args.device}, but {reason}")
             last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
-            for job in left:
-                work, seconds = work_of(stage, plan, job.instance), (time.perf_counter() - started) / len(left)
-                record(plan, job.instance, work, args.device, seconds, (cpu_seconds() - cpu_started) / len(left))
+            if left:
+                seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
+                record(stage, plan, [job.instance for job in left], args.device, seconds, cpu)
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed])
     except Preempted:
         raise

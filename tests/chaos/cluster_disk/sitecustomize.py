@@ -1,5 +1,5 @@
-"""A disk that many nodes share, for processes that have this folder on PYTHONPATH: it has no `flock` and no hard links,
-and shows what another process wrote below results/ only $CHAOS_LATE seconds later.
+"""A disk that many nodes share, for processes that have this folder on PYTHONPATH: it has no `flock`, and
+shows what another process wrote below results/ only $CHAOS_LATE seconds later.
 
 What a process opens for writing, makes or renames itself, it sees at once, with all that is below. Libraries that read
 without Python's help (pyarrow, safetensors) see everything, as they come after a look by name.
@@ -102,7 +102,6 @@ def _refused(number):
 
 if _LATE:
     fcntl.flock = fcntl.lockf = _refused(errno.ENOLCK)
-    os.link = _refused(errno.EPERM)
     os.stat, os.lstat = _looking(os.stat), _looking(os.lstat)
     builtins.open = io.open = _opening(io.open)
     os.mkdir, os.rename, os.replace = _making(os.mkdir), _moving(os.rename), _moving(os.replace)
