@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 from bucket import Proxy
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
 from saeflow.activations import carrier, elsewhere
 from saeflow.activations import reader as reader_module
+from saeflow.activations.coordinates import damaged_coordinates
 from saeflow.activations.reader import BatchReader, InMemoryRows, MappedRows, open_rows
 from saeflow.activations.remote import RemoteRows, RemoteShardError
 from saeflow.activations.store import Column, open_column
@@ -260,6 +262,29 @@ def test_a_longer_column_stays_the_longer(s3: Proxy, tmp_path: Path, values: dic
     assert torch.equal(open_rows(short[0]).take(np.arange(150)), values[MLP][:150])
     push_all(long)
     assert torch.equal(open_rows(long[0]).take(np.arange(N)), values[MLP])
+
+
+def test_arrays_stay_of_one_length_there_and_here(s3: Proxy, tmp_path: Path, values: dict) -> None:
+    """Of hooks with columns of different lengths, pushed from different machines: xarray opens no others."""
+    from zarr.storage import ObjectStore
+
+    (short,) = write_store(tmp_path / "a" / "store", {MLP: values[MLP][:150]}, **GEOMETRY)
+    (long,) = write_store(tmp_path / "b" / "store", {Z: values[Z]}, **GEOMETRY)
+    root = push_all([short])
+    push_all([long], drop=False)
+    there = ObjectStore(root.below(f"{ROOT}/activations.zarr")._store, read_only=True)
+    for store in (there, tmp_path / "b" / "store" / "activations.zarr"):
+        data = xarray.open_zarr(store, consolidated=False)
+        assert data.sizes["token"] == N
+        assert np.array_equal(data[Z].values, values[Z].numpy())
+        if MLP in data:
+            assert (
+                np.array_equal(data[MLP].values[:150], values[MLP][:150].numpy())
+                and np.isnan(data[MLP].values[150:]).all()
+            )
+        carrier.pull(root, long.store / short.folder.name, arrays=True)  # and then the same with both here
+    assert MLP in xarray.open_zarr(tmp_path / "b" / "store" / "activations.zarr", consolidated=False)
+    assert list(damaged_coordinates(long.store, N)) == []
 
 
 def test_what_is_not_in_the_bucket_is_not_dropped(s3: Proxy, tmp_path: Path, values: dict) -> None:

@@ -59,6 +59,10 @@ def push(root: Remote, folder: Path) -> int:
             put(there, file, path, maybe_there=path in known)
 
         each(files, put_file)
+    about = there.get("zarr.json")
+    for name in there.folders():
+        if longer := _lengthened(there.get(f"{name}/zarr.json"), _length(about)):
+            there.upload(longer, f"{name}/zarr.json")
     return sent
 
 
@@ -102,6 +106,7 @@ def pull(root: Remote, folder: Path, arrays: bool) -> int:
         came += sum(each(range(_n_shards(column, layout)), lambda number: _pull_shard(there, column, layout, number)))
         if _length(_read(column.array / "zarr.json")) < _length(about):
             publish_text(column.array / "zarr.json", about.decode())
+        _lengthen_all(store / GROUP)
         return came
 
 
@@ -188,7 +193,27 @@ def _pull_group(there: Remote, group: Path) -> int:
 
     came = sum(each(names, bring))
     publish_text(group / "zarr.json", about.decode())
+    _lengthen_all(group)
     return came
+
+
+def _lengthen_all(group: Path) -> None:
+    """All arrays have the length of the longest, without which xarray opens none."""
+    for file in group.glob("*/zarr.json"):
+        if longer := _lengthened(file.read_bytes(), _length(_read(group / "zarr.json"))):
+            publish_text(file, longer.decode())
+
+
+def _lengthened(about: bytes | None, n_tokens: int) -> bytes | None:
+    """What describes an array of at least so many tokens; None where it does already, or there is none."""
+    try:
+        metadata = json.loads(about or b"")
+        if metadata["shape"][0] >= n_tokens:
+            return None
+        metadata["shape"][0] = n_tokens
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return json.dumps(metadata, indent=2).encode()
 
 
 def _put_longer(there: Remote, group: Path, array: str) -> bool:

@@ -174,16 +174,26 @@ class Remote:
 
         yield from ((one["path"], one["size"]) for one in self._tried(folder, ask))
 
-    # ---------------------------------------------------------------- writing
-    def upload(self, file: Path, path: str, crc: str | None = None) -> None:
-        """Puts a file with its crc32c (`crc`, where that is known), and looks whether that is what is there then."""
+    def folders(self, folder: str = "") -> list[str]:
+        """What the folders are called that lie right below one."""
         import obstore
 
-        wanted = Stat(file.stat().st_size, crc or crc32c(file))
+        found = self._tried(folder, lambda: obstore.list_with_delimiter(self._store, folder or None))
+        return [path.rsplit("/", 1)[-1] for path in found["common_prefixes"]]
+
+    # ---------------------------------------------------------------- writing
+    def upload(self, content: Path | bytes, path: str, crc: str | None = None) -> None:
+        """Puts a file or bytes with their crc32c (`crc`: where it is known), and looks whether they are there then."""
+        import obstore
+
+        if isinstance(content, Path):
+            wanted = Stat(content.stat().st_size, crc or crc32c(content))
+        else:
+            wanted = Stat(len(content), f"{google_crc32c.value(content):08x}")
 
         def ask() -> Stat | None:
             about = {"crc32c": wanted.crc32c or ""}
-            obstore.put(self._store, path, file, attributes=about, chunk_size=PART, max_concurrency=2)
+            obstore.put(self._store, path, content, attributes=about, chunk_size=PART, max_concurrency=2)
             if self.stat(path) != wanted:
                 raise BadReadError(self.name(path), "is not what was put there")
             return None
