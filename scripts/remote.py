@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--arrays", action="store_true", help="pull: activations too, instead of reading them there")
     parser.add_argument("--set-aside", action="store_true", help="verify: take away there what is damaged")
     parser.usage = "%(prog)s push|pull|verify OVERRIDES [options]"
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     command, *args.overrides = args.overrides or [""]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     failed = 0

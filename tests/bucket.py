@@ -110,7 +110,7 @@ class Proxy:
         if fault == "flip" and content:
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        if fault == "short":
+        if fault == "short" and content:
             content = content[: len(content) // 2]
             headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
             headers.append(("Content-Length", str(len(content))))

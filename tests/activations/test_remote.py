@@ -424,9 +424,9 @@ def test_a_plan_says_what_the_bucket_has_already(s3: Proxy, results: Path) -> No
 
 def test_the_script_says_in_one_sentence_what_is_wrong(s3: Proxy, tmp_path: Path) -> None:
     """Before any job, and by the same command that a person types: no credentials, no traceback."""
-    command = [sys.executable, str(ROOT_FOLDER / "scripts/remote.py"), "push", "experiment=demo"]
+    command = [sys.executable, str(ROOT_FOLDER / "scripts/remote.py"), "push", "--directory", str(tmp_path)]
     done = subprocess.run(
-        [*command, "device.remote=s3://nobody-has-this/x", "--directory", str(tmp_path)], capture_output=True, text=True
+        [*command, "experiment=demo device.remote=s3://nobody-has-this/x"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(r"remote: s3://nobody-has-this/x at http://[\d.:]+: there is no such bucket; .*\n", done.stderr)

@@ -230,6 +230,8 @@ def test_a_bit_flipped_on_the_way_is_read_again(s3: Proxy, tmp_path: Path) -> No
     s3.fault = lambda method, path, n: next(flips, "") if method == "GET" and "weights" in path else ""
     assert transfer.pull(there, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(here)
+    flips = iter(["flip", "flip"])
+    assert list(transfer.damaged(there)) == []
 
 
 def test_two_pushes_at_once_make_one_artifact(s3: Proxy, tmp_path: Path) -> None:

@@ -80,7 +80,11 @@ def damaged(remote: Remote) -> Iterator[tuple[str, str]]:
     """Reads all files of an artifact there; yields the name of each that is not what the receipt says, and why."""
     receipt = receipt_there(remote)
     for name in receipt["sizes"] if receipt else ():
-        if problem := _problem(remote, name, Stat(*_of(receipt, name))):
+        wanted = Stat(*_of(receipt, name))
+        for _ in range(READ_TRIES):  # a byte may change on the way
+            if not (problem := _problem(remote, name, wanted)):
+                break
+        else:
             yield name, problem
 
 
