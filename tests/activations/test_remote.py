@@ -15,13 +15,14 @@ import zarr
 from bucket import Proxy
 from stores import TRAINING, TRAINING_STORE, contents, training_plan, write_store
 
-from saeflow.activations import carrier, elsewhere
+from saeflow.activations import carrier, elsewhere, exclusion
 from saeflow.activations import reader as reader_module
 from saeflow.activations.coordinates import damaged_coordinates
 from saeflow.activations.reader import BatchReader, InMemoryRows, MappedRows, open_rows
 from saeflow.activations.remote import RemoteRows, RemoteShardError
 from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError
+from saeflow.config.training import ExcludeConfig
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Plan
 from saeflow.planning.remote import check_remote, damaged, notes_of_bucket, pull, push, remote_of
@@ -29,6 +30,8 @@ from saeflow.storage import transfer
 from saeflow.storage.receipts import RECEIPT, is_whole
 from saeflow.storage.remote import Remote, RemoteError
 from saeflow.training import loop as training
+from saeflow.training import stage as training_stage
+from saeflow.training.stage import resources
 
 GEOMETRY = {"chunk_tokens": 16, "shard_tokens": 64}
 N = 200  # three whole shards and one with half of its second chunk
@@ -154,6 +157,19 @@ def test_runs_are_chunks_that_follow_each_other_in_a_shard(far: list[Column], mo
     ]
     monkeypatch.setattr("saeflow.activations.remote.PIECE", 2 * rows.layout.chunk_bytes)
     assert [*rows.runs(np.arange(13))] == [range(s, min(s + 2, 13)) for s in range(0, 13, 2)]
+
+
+def test_what_is_left_out_is_found_there_as_here(
+    far: list[Column], near: list[Column], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slabs of the same tokens, of which several are read at once."""
+    monkeypatch.setattr(exclusion, "SLAB_TOKENS", 16)
+    exclude = ExcludeConfig(positions=(0,), token_ids=(3,), norm_above=1.1)
+    ours, theirs = (exclusion.find_left_out(columns, exclude, 10) for columns in (far, near))
+    assert np.array_equal(ours.tokens, theirs.tokens) and ours.by_reason["norm_above"] > 0
+    for one, other in zip(far, near, strict=True):
+        found, wanted = (exclusion.kept_statistics(column, ours) for column in (one, other))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # -------------------------------------------------------------------- damage
@@ -326,7 +342,7 @@ def results(tmp_path: Path) -> Path:
 def plan_of(results: Path, **device: object) -> Plan:
     dictionary = {"kind": "transcoder", "activation": "relu", "l1_coefficient": 0.1, "expansion": 2}
     plan = training_plan(str(results), HOOKS, {"it-1234": dictionary}, TRAINING | {"n_tokens": 1024})
-    plan.device = {"default": "cpu", "remote": PLACE, **device}
+    plan.device = {"default": "cpu", "flops": 1e11, "remote": PLACE, **device}
     plan.stages = {name: plan.stages.get(name, {}) for name in ("tokens", "activations", "train")}
     return plan
 
@@ -361,6 +377,12 @@ def test_a_training_from_a_bucket_has_the_bytes_of_one_from_here(
     assert all(well for _, well in said) and sum("dropped" in line for line, _ in said) == 2
     assert look(plan).to_make["activations"] == []
     check_remote(plan)
+    with monkeypatch.context() as patch:
+        for name in ("operations", "holds"):
+            patch.setattr(training_stage, name, lambda plan, instances: 0)
+        asked = resources(plan, [plan.instance("train", "it-1234")])["mem_mb"]
+        patch.setattr(training_stage, "array_url", lambda column: None)
+        assert resources(plan, [plan.instance("train", "it-1234")])["mem_mb"] == asked - plan.read_ahead_mb
     s3.fault = lambda method, path, n: {0: "drop", 1: "busy", 2: "short", 3: "lost", 4: "flip"}.get(n % 23, "")
     assert train(plan) == here
     shutil.rmtree(plan.folder("train", "it-1234"))

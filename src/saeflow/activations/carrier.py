@@ -15,6 +15,7 @@ from saeflow.activations.elsewhere import point_to
 from saeflow.activations.remote import NOT_THERE, RemoteRows, RemoteShardError
 from saeflow.activations.shards import COORDINATES, Layout, Shard, ShardError, shard_path, shards_are_there
 from saeflow.activations.store import Column, StoreError, array_layout, layout_of, open_column
+from saeflow.jobs.progress import progress
 from saeflow.planning.removal import remove_path
 from saeflow.storage.locks import locked
 from saeflow.storage.publish import beside, publish, publish_text
@@ -48,7 +49,7 @@ def push(root: Remote, folder: Path) -> int:
             return 0  # a longer column's, which begins with the same rows
         return n_bytes if put(there, file, place, maybe_there=place in known) else 0
 
-    sent = sum(each(range(_n_shards(column, layout)), put_shard))
+    sent = sum(each(range(_n_shards(column, layout)), put_shard, _shown("pushing", column, layout)))
     _put_longer(there, column.array.parent, column.hook_name)
     if _put_longer(there, column.array.parent, ""):
         files = [p for name in COORDINATES for p in (column.array.parent / name).rglob("*") if p.is_file()]
@@ -103,7 +104,8 @@ def pull(root: Remote, folder: Path, arrays: bool) -> int:
         layout = layout_of(json.loads(about), column)
         if layout is None:
             raise StoreError(f"{there.name(column.hook_name)} is not laid out as saeflow writes it")
-        came += sum(each(range(_n_shards(column, layout)), lambda number: _pull_shard(there, column, layout, number)))
+        bring = lambda number: _pull_shard(there, column, layout, number)  # noqa: E731
+        came += sum(each(range(_n_shards(column, layout)), bring, _shown("pulling", column, layout)))
         if _length(_read(column.array / "zarr.json")) < _length(about):
             publish_text(column.array / "zarr.json", about.decode())
         _lengthen_all(store / GROUP)
@@ -148,6 +150,11 @@ def _pull_shard(there: Remote, column: Column, layout: Layout, number: int) -> i
     finally:
         partial.unlink(missing_ok=True)
     return found.n_bytes
+
+
+def _shown(what: str, column: Column, layout: Layout) -> Any:
+    """What says how far a loop over all shards is."""
+    return lambda done: progress(done, f"{what} {column.hook_name}", _n_shards(column, layout), "shards")
 
 
 def _shard(column: Column, number: int) -> str:

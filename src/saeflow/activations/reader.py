@@ -171,6 +171,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class MappedRows:
     """Rows of a column by token number, from memory maps of its shards."""
 
+    slabs = 1
+    """How many slabs are best read together by who reads all in order."""
+
     def __init__(self, column: Column) -> None:
         """Opens every shard. Raises `ShardError` for a damaged one, `LayoutError` for a layout not known here."""
         self.column = column
@@ -203,6 +206,8 @@ class MappedRows:
 
 class ZarrRows:
     """The same through zarr, for stores in another layout."""
+
+    slabs = 1
 
     def __init__(self, column: Column) -> None:
         import zarr

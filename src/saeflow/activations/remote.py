@@ -53,6 +53,9 @@ class RemoteShardError(DamagedError):
 class RemoteRows:
     """Rows of a column by token number, from the shards in a bucket."""
 
+    slabs = AT_ONCE
+    """How many slabs are best read together by who reads all in order."""
+
     def __init__(self, column: Column, url: str) -> None:
         """Reads the index of every shard.
 

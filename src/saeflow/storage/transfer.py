@@ -129,10 +129,10 @@ def get(remote: Remote, path: str, file: Path, wanted: Stat) -> None:
             )
 
 
-def each(items: Iterable[Any], work: Callable[[Any], T]) -> list[T]:
-    """The same done to all of some, several at a time; the first error ends it."""
+def each(items: Iterable[Any], work: Callable[[Any], T], shown: Callable[[Iterator[T]], Iterable[T]] = iter) -> list[T]:
+    """The same done to all of some, several at a time; the first error ends it. `shown` may say how far it is."""
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="objects") as threads:
-        return list(threads.map(work, items))
+        return list(shown(threads.map(work, items)))
 
 
 def _problem(remote: Remote, path: str, wanted: Stat, take: Callable[[Any], Any] = lambda piece: None) -> str:
