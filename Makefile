@@ -43,7 +43,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 .PHONY: help env demo run plan status report verify push pull remote-verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 env: $(INSTALLED) ## set up .venv from requirements.lock
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_credentials_are_in_no_message(s3: Proxy, caplog: pytest.LogCaptureFixtu
 def test_no_place_is_refused(url: str) -> None:
     with pytest.raises(RemoteError, match="is no place in a bucket: use s3://bucket"):
         Remote(url)
+
+
+def test_without_obstore_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(
+        RemoteError, match=r"needs obstore, which is not installed here: pip install 'saeflow\[remote\]'"
+    ):
+        Remote(PLACE)
 
 
 def test_the_first_to_put_has_put(s3: Proxy) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -70,9 +71,11 @@ class Remote:
     """A place in a bucket, `s3://bucket/prefix`, and the objects below it."""
 
     def __init__(self, url: str, patience: float | None = None) -> None:
-        """Asks nothing yet. Raises `RemoteError` for what is no such place."""
+        """Asks nothing yet. Raises `RemoteError` for what is no such place, and where obstore is not installed."""
         if not re.fullmatch(PLACE, url):
             raise RemoteError(f"{url!r} is no place in a bucket: use s3://bucket or s3://bucket/folder")
+        if find_spec("obstore") is None:
+            raise RemoteError(f"{url} needs obstore, which is not installed here: pip install 'saeflow[remote]'")
         self.url, self.patience = url.rstrip("/"), PATIENCE if patience is None else patience
 
     def below(self, path: str) -> "Remote":
@@ -80,12 +83,8 @@ class Remote:
 
     @cached_property
     def _store(self) -> Any:
-        try:
-            from obstore.store import S3Store
-        except ImportError:
-            raise RemoteError(
-                f"{self.url} needs obstore, which is not installed: pip install 'saeflow[remote]'"
-            ) from None
+        from obstore.store import S3Store
+
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
         limits: Any = {"timeout": timedelta(seconds=TIMEOUT), "connect_timeout": timedelta(seconds=min(10.0, TIMEOUT))}
         if endpoint().startswith("http://"):
