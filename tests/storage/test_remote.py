@@ -128,6 +128,15 @@ def test_what_no_try_would_change_is_said_at_once(s3: Proxy, s3_server: str, mon
     assert SECRET not in str(raised.value)
 
 
+def test_no_credentials_are_said_at_once(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # of a machine that is none of Amazon's
+    with pytest.raises(RemoteError, match="no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        Remote(PLACE).check()
+    assert s3.requests == []
+
+
 def test_credentials_are_in_no_message(s3: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     for text in (f"Generic S3 error: {SECRET} and {KEY_ID}", f"<Code>X{KEY_ID}</Code> status code: 500 {SECRET}"):
         said = remote_module.in_words(RuntimeError(text))

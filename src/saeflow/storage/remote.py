@@ -86,12 +86,13 @@ class Remote:
         from obstore.store import S3Store
 
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
-        limits: Any = {"timeout": timedelta(seconds=TIMEOUT), "connect_timeout": timedelta(seconds=min(10.0, TIMEOUT))}
+        longest = min(TIMEOUT, max(1.0, self.patience))
+        limits: Any = {"timeout": timedelta(seconds=longest), "connect_timeout": timedelta(seconds=min(10.0, longest))}
         if endpoint().startswith("http://"):
             limits["allow_http"] = True
         # The requests that an upload is made of are tried again there; all else is here, where it is logged.
         backoff = {"init_backoff": timedelta(seconds=FIRST_WAIT), "max_backoff": timedelta(seconds=2), "base": 2.0}
-        retries: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=TIMEOUT), "backoff": backoff}
+        retries: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=longest), "backoff": backoff}
         return S3Store(bucket, prefix=prefix or None, client_options=limits, retry_config=retries)
 
     # ---------------------------------------------------------------- reading
@@ -301,8 +302,8 @@ def _hopeless(error: Exception) -> str:
     refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403)
     if refused or (status == 400 and credentials):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) to those of who may do that"
-    if "instance metadata" in text.lower() or "169.254.169.254" in text:
-        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: there are none, and this machine has no role"
+    if "/latest/api/token" in text or "/latest/meta-data" in text:  # the last place where credentials are looked for
+        return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, since this machine has no role either"
     if status == 301 or "redirect" in text:
         return "set AWS_REGION to the bucket's region"
     if "BadScheme" in text or "builder error" in text:
