@@ -27,6 +27,7 @@ from saeflow.jobs.job import Job
 from saeflow.planning.graph import Plan
 from saeflow.planning.remote import check_remote, damaged, notes_of_bucket, pull, push, remote_of
 from saeflow.storage import transfer
+from saeflow.storage.locks import Lock
 from saeflow.storage.receipts import RECEIPT, is_whole
 from saeflow.storage.remote import Remote, RemoteError
 from saeflow.training import loop as training
@@ -432,6 +433,25 @@ def test_a_run_says_first_that_it_cannot_read_a_bucket(
         check_remote(plan)
     plan.to_make["train"] = []  # what nothing reads is not asked for
     check_remote(plan)
+
+
+def test_arrays_that_a_job_may_be_reading_are_kept(s3: Proxy, results: Path) -> None:
+    plan = look(plan_of(results))
+    lock = Lock(results / "train" / "it-1234.lock")
+    lock.acquire("it-1234")
+    said = [line for line, well in push(plan, remote_of(plan), drop=True) if not well]
+    assert len(said) == 1 and f"makes {results}/train/it-1234, which may be reading them" in said[0]
+    assert (results / "activations" / TRAINING_STORE / "activations.zarr" / MLP / "c/0/0").exists()
+    lock.release()
+    assert sum(line.startswith("dropped") for line, _ in push(plan, remote_of(plan), drop=True)) == 2
+
+
+def test_an_array_that_is_dropped_while_it_is_opened_is_read_there(
+    far: list[Column], near: list[Column], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = iter([None, elsewhere.array_url(far[0].folder)])  # as before it was dropped, and after
+    monkeypatch.setattr(reader_module, "array_url", lambda folder: next(urls))
+    assert torch.equal(open_rows(far[0]).take(np.arange(N)), MappedRows(near[0]).take(np.arange(N)))
 
 
 def test_a_plan_says_what_the_bucket_has_already(s3: Proxy, results: Path) -> None:

@@ -265,6 +265,10 @@ def open_rows(column: Column) -> MappedRows | ZarrRows | RemoteRows:
         return MappedRows(column)
     except LayoutError:
         return ZarrRows(column)
+    except ShardError:
+        if url := array_url(column.folder):  # it was dropped in this moment
+            return RemoteRows(column, url)
+        raise
 
 
 def damaged_shards(column: Column) -> Iterator[ShardError]:

@@ -34,8 +34,8 @@ class RemoteShardError(DamagedError):
         """`name`: of the object, for people; `path`: below the array."""
         super().__init__(column.folder, problem, column.folder)
         self.args = (
-            f"{name} is damaged ({problem}); run the workflow again, it makes {column.folder} anew, or push the array "
-            "again from where it is whole",
+            f"{name} is damaged ({problem}); run the workflow again, it makes {column.folder} anew here, and take away "
+            "what is damaged there with make remote-verify SET_ASIDE=1, before the next push",
         )
         self.column, self.path = column, path
 

@@ -10,6 +10,7 @@ from saeflow.planning.explain import readable
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage import transfer
+from saeflow.storage.locks import Lock
 from saeflow.storage.receipts import RECEIPT
 from saeflow.storage.remote import QUICK, Remote, RemoteError
 
@@ -44,7 +45,13 @@ def push(plan: Plan, remote: Remote, drop: bool = False) -> Iterator[tuple[str, 
             beside = f", and {readable(sent)} beside it" if sent else ""
             yield f"{'pushed' if done == 'pushed' else 'there already'}: {name}/{key}{beside}", True
     for store, stage in stores.items() if drop else ():
-        yield from ((line, True) for line in _carrier(stage).drop(remote, store))
+        if reader := _at_work(plan, stage, store):
+            yield (
+                f"kept the arrays of {store}: {reader}, which may be reading them; push again when it has ended",
+                False,
+            )
+        else:
+            yield from ((line, True) for line in _carrier(stage).drop(remote, store))
 
 
 def pull(plan: Plan, remote: Remote, arrays: bool = False) -> Iterator[tuple[str, bool]]:
@@ -131,6 +138,18 @@ def notes_of_bucket(plan: Plan) -> list[str]:
     found = sum(one is not None for one in transfer.each(receipts, remote.stat))
     said = f"{found} of {len(receipts)} artifacts to make are in {remote.url}: make pull brings them instead"
     return [said] if found else []
+
+
+def _at_work(plan: Plan, stage: Stage, store: Path) -> str:
+    """Which process makes something from what is in a store; '' where none does. On a network disk a file that is
+    removed is lost to those who have it open elsewhere."""
+    for name, table in plan.stages.items():
+        for key, instance in table.items():
+            if any(plan.folder(stage.name, needed).parent == store for needed in instance.needs.get(stage.name, ())):
+                file = plan.folder(name, key).with_name(f"{key.split('/')[-1]}.lock")
+                if file.exists() and (lock := Lock(file)).taken():
+                    return f"{lock.holder()} makes {plan.folder(name, key)}"
+    return ""
 
 
 def _carrier(stage: Stage) -> Any:
