@@ -48,6 +48,12 @@ def values() -> dict[str, torch.Tensor]:
     return {MLP: torch.randn(N, 6, generator=generator), Z: torch.randn(N, 2, 5, generator=generator)}
 
 
+@pytest.fixture
+def bucket(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server without the proxy, which is faster, where nothing is to fail on the way."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.target)
+
+
 def push_all(columns: list[Column], drop: bool = True) -> Remote:
     """Pushes columns of one store, and drops their arrays here."""
     root = Remote(PLACE)
@@ -94,7 +100,7 @@ def test_rows_are_those_that_were_stored(far: list[Column], near: list[Column], 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_read_alike(s3: Proxy, tmp_path: Path, values: dict, dtype: str) -> None:
+def test_half_precision_is_read_alike(bucket: None, tmp_path: Path, values: dict, dtype: str) -> None:
     columns = write_store(tmp_path / "store", {MLP: values[MLP]}, dtype=dtype, **GEOMETRY)
     here = open_rows(columns[0]).take(np.arange(N))
     push_all(columns)
@@ -197,7 +203,7 @@ def flipped(content: bytearray, at: int = 100) -> bytearray:
         (lambda content: None, "it is missing"),
     ],
 )
-def test_damage_there_is_found_and_the_column_made_anew(far: list[Column], s3: Proxy, change, said: str) -> None:
+def test_damage_there_is_found_and_the_column_made_anew(far: list[Column], bucket: None, change, said: str) -> None:
     other_bytes("c/1/0", change)
     with pytest.raises(
         RemoteShardError, match=rf"{PLACE}/.*/c/1/0 at .* is damaged \(.*{said}.*run the workflow again"
@@ -258,7 +264,7 @@ def test_an_interrupted_push_goes_on_and_shards_are_put_once(s3: Proxy, tmp_path
     assert not [path for method, path in s3.requests if method == "PUT"]
 
 
-def test_a_damaged_shard_is_not_pushed(s3: Proxy, tmp_path: Path, values: dict) -> None:
+def test_a_damaged_shard_is_not_pushed(bucket: None, tmp_path: Path, values: dict) -> None:
     (column, _) = write_store(tmp_path / "store", values, **GEOMETRY)
     file = column.array / "c/1/0"
     file.write_bytes(flipped(bytearray(file.read_bytes())))
@@ -267,7 +273,7 @@ def test_a_damaged_shard_is_not_pushed(s3: Proxy, tmp_path: Path, values: dict) 
     assert Remote(PLACE).stat(f"{ROOT}/activations.zarr/{MLP}/c/1/0") is None
 
 
-def test_a_longer_column_stays_the_longer(s3: Proxy, tmp_path: Path, values: dict) -> None:
+def test_a_longer_column_stays_the_longer(bucket: None, tmp_path: Path, values: dict) -> None:
     long = write_store(tmp_path / "long" / "store", values, **GEOMETRY)
     short = write_store(tmp_path / "short" / "store", {hook: v[:150] for hook, v in values.items()}, **GEOMETRY)
     push_all(short, drop=False)
@@ -281,7 +287,7 @@ def test_a_longer_column_stays_the_longer(s3: Proxy, tmp_path: Path, values: dic
     assert torch.equal(open_rows(long[0]).take(np.arange(N)), values[MLP])
 
 
-def test_arrays_stay_of_one_length_there_and_here(s3: Proxy, tmp_path: Path, values: dict) -> None:
+def test_arrays_stay_of_one_length_there_and_here(bucket: None, tmp_path: Path, values: dict) -> None:
     """Of hooks with columns of different lengths, pushed from different machines: xarray opens no others."""
     from zarr.storage import ObjectStore
 
@@ -304,7 +310,7 @@ def test_arrays_stay_of_one_length_there_and_here(s3: Proxy, tmp_path: Path, val
     assert list(damaged_coordinates(long.store, N)) == []
 
 
-def test_what_is_not_in_the_bucket_is_not_dropped(s3: Proxy, tmp_path: Path, values: dict) -> None:
+def test_what_is_not_in_the_bucket_is_not_dropped(bucket: None, tmp_path: Path, values: dict) -> None:
     columns = write_store(tmp_path / "store", values, **GEOMETRY)
     root = push_all(columns[:1], drop=False)
     said = sorted(carrier.drop(root, columns[0].store))
@@ -400,7 +406,7 @@ def test_a_training_from_a_bucket_has_the_bytes_of_one_from_here(
     assert all(line.startswith("whole: ") for line, _ in damaged(plan, remote_of(plan)))
 
 
-def test_what_is_damaged_there_is_taken_away_and_pushed_again(s3: Proxy, results: Path) -> None:
+def test_what_is_damaged_there_is_taken_away_and_pushed_again(bucket: None, results: Path) -> None:
     plan = look(plan_of(results))
     root = remote_of(plan)
     assert all(well for _, well in push(plan, root))
@@ -435,7 +441,7 @@ def test_a_run_says_first_that_it_cannot_read_a_bucket(
     check_remote(plan)
 
 
-def test_arrays_that_a_job_may_be_reading_are_kept(s3: Proxy, results: Path) -> None:
+def test_arrays_that_a_job_may_be_reading_are_kept(bucket: None, results: Path) -> None:
     plan = look(plan_of(results))
     lock = Lock(results / "train" / "it-1234.lock")
     lock.acquire("it-1234")
@@ -454,7 +460,7 @@ def test_an_array_that_is_dropped_while_it_is_opened_is_read_there(
     assert torch.equal(open_rows(far[0]).take(np.arange(N)), MappedRows(near[0]).take(np.arange(N)))
 
 
-def test_a_plan_says_what_the_bucket_has_already(s3: Proxy, results: Path) -> None:
+def test_a_plan_says_what_the_bucket_has_already(bucket: None, results: Path) -> None:
     plan = look(plan_of(results))
     assert notes_of_bucket(plan) == []
     train(plan)
@@ -479,7 +485,7 @@ def test_no_place_to_push_to_is_said(results: Path) -> None:
         remote_of(plan_of(results, remote=None))
 
 
-def test_more_rows_are_cached_here_beside_what_lies_there(s3: Proxy, tmp_path: Path, values: dict) -> None:
+def test_more_rows_are_cached_here_beside_what_lies_there(bucket: None, tmp_path: Path, values: dict) -> None:
     """A dropped array that is asked for again is written anew from its first token on, and then read here."""
     columns = write_store(tmp_path / "store", {MLP: values[MLP][:128]}, **GEOMETRY)
     push_all(columns)
