@@ -19,7 +19,7 @@ override WITHOUT := $(value WITHOUT)
 export HYDRA DIRECTORY KEEP WITHOUT DAYS REMOVE
 
 # What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
-VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE
+VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE DROP ARRAYS
 STRAY := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v))))
 ifneq ($(STRAY),)
 $(error $(STRAY) is no variable here: overrides go inside the quotes, make run HYDRA="experiment=demo dictionary.k=[8,16]")
@@ -40,10 +40,10 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status report verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status report verify push pull remote-verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 env: $(INSTALLED) ## set up .venv from requirements.lock
 
@@ -69,6 +69,15 @@ report: $(INSTALLED) ## make results/report.html of a finished run, and say wher
 
 verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
 	@$(BIN)/python scripts/verify.py --results="$$DIRECTORY/results" $(if $(SET_ASIDE),--set-aside)
+
+push: $(INSTALLED) ## carry an experiment's artifacts to device.remote; DROP=1: read activations there, and free the disk
+	@$(BIN)/python scripts/remote.py push --directory "$(DIRECTORY)" "$$HYDRA" $(if $(DROP),--drop-local)
+
+pull: $(INSTALLED) ## bring what is not here from device.remote; ARRAYS=1: activations too, instead of reading them there
+	@$(BIN)/python scripts/remote.py pull --directory "$(DIRECTORY)" "$$HYDRA" $(if $(ARRAYS),--arrays)
+
+remote-verify: $(INSTALLED) ## compare what is in device.remote with its checksums; SET_ASIDE=1: take away what is damaged
+	@$(BIN)/python scripts/remote.py verify --directory "$(DIRECTORY)" "$$HYDRA" $(if $(SET_ASIDE),--set-aside)
 
 gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; overrides", WITHOUT=, DAYS=7); REMOVE=token: remove it
 	@$(BIN)/python scripts/gc.py --directory="$$DIRECTORY" $(if $(filter KEEP,$(GC)),--keep="$$KEEP") \

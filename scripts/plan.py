@@ -5,6 +5,7 @@ from pathlib import Path
 from saeflow.planning.command import parser_of, plan_of, refusals
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.machine import check_disk, notes
+from saeflow.planning.remote import check_remote, notes_of_bucket
 from saeflow.planning.stages import stages
 
 
@@ -36,7 +37,8 @@ def main() -> None:
                     print(f"{'done   ' if key in plan.found[stage] else 'missing'}  {plan.folder(stage, key)}")
         print(sentence(explain(plan)))
         check_disk(plan)
-        for note in notes(plan):
+        check_remote(plan)
+        for note in [*notes(plan), *notes_of_bucket(plan)]:
             print(note)
         if args.freeze:
             plan.freeze(freeze)

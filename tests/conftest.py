@@ -4,10 +4,15 @@ import json
 import math
 import os
 import random
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from bucket import Proxy
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small a second thread costs more than it brings
 
@@ -203,3 +208,32 @@ def hooked_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_folder(request: pytest.FixtureRequest) -> Path:
     """Each of the three tiny models in turn."""
     return request.getfixturevalue(f"{request.param}_folder")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real S3 server."""
+    from bucket import server
+
+    with server(tmp_path_factory.mktemp("moto") / "log") as url:
+        yield url
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Iterator[Proxy]":
+    """A proxy before that server, which is where AWS_ENDPOINT_URL points, with an empty bucket `lab`."""
+    from bucket import KEY_ID, SECRET, Proxy, make_bucket
+
+    from saeflow.storage import remote
+
+    proxy = Proxy(s3_server)
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"), timeout=60).close()
+    make_bucket(s3_server, "lab")
+    names = {"AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET}
+    for name, value in (names | {"AWS_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(remote, "TIMEOUT", 1.0)
+    monkeypatch.setattr(remote, "PATIENCE", 20.0)
+    yield proxy
+    proxy.close()

@@ -16,6 +16,7 @@ from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
 from saeflow.planning.machine import check_disk, check_folders, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
+from saeflow.planning.remote import check_remote, notes_of_bucket
 from saeflow.planning.stages import downstream, stages
 
 # Every job runs with the interpreter that runs snakemake, which its provenance names. That the rules name environment.yml
@@ -43,7 +44,7 @@ if workflow.is_main_process:
         PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
         set_aside_broken(PLAN)
         if workflow.output_settings.dryrun:
-            for note in notes(PLAN):
+            for note in [*notes(PLAN), *notes_of_bucket(PLAN)]:
                 logger.warning(note)
     except (ConfigError, ValueError, OSError) as error:
         raise WorkflowError(str(error))

@@ -16,6 +16,7 @@ def execute(executor_plugin, **settings):
     try:
         check_folders(PLAN)
         check_disk(PLAN)
+        check_remote(PLAN)
     except ConfigError as error:
         raise WorkflowError(str(error))
     if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:

@@ -152,6 +152,7 @@ def _norms(rows: Tensor) -> np.ndarray:
 def _slabs(column: Column) -> Iterator[Tensor]:
     """All rows of a column in order, (N, d) float32 each."""
     rows = open_rows(column)
-    starts = range(0, column.n_tokens, SLAB_TOKENS)
-    for start in progress(starts, "looking for outliers", column.n_tokens, "tokens", each=SLAB_TOKENS):
-        yield rows.take(np.arange(start, min(start + SLAB_TOKENS, column.n_tokens)))
+    step = rows.slabs * SLAB_TOKENS
+    starts = range(0, column.n_tokens, step)
+    for start in progress(starts, "looking for outliers", column.n_tokens, "tokens", each=step):
+        yield from rows.take(np.arange(start, min(start + step, column.n_tokens))).split(SLAB_TOKENS)

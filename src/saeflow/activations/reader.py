@@ -9,11 +9,13 @@ are kept: epochs are shorter, batches as full, and the order a function of the s
 
 Rows are gathered from memory maps of the raw shards, in the order that they lie on disk. A chunk's checksum is compared
 when the chunk is first touched, before any of its values is used. A store that is not laid out as saeflow writes it
-(converted by another tool, say) is read through zarr: slower, with the same values.
+(converted by another tool, say) is read through zarr: slower, with the same values. Of an array in a bucket
+(`saeflow.activations.remote`) the rows of many batches are read together, as many as there is memory for.
 """
 
 import hashlib
 import itertools
+import logging
 import math
 import resource
 from collections import deque
@@ -26,19 +28,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.activations.elsewhere import array_url
+from saeflow.activations.remote import RemoteRows
 from saeflow.activations.shards import LayoutError, Shard, ShardError, shard_path
 from saeflow.activations.store import Column, StoreError, array_layout
 
+log = logging.getLogger("saeflow")
 ROUNDS = 8
 IN_MEMORY_TOKENS = 1 << 16  # up to so many tokens an epoch,
 IN_MEMORY_BYTES = 16 << 20  # and float32 bytes a column, are kept in memory
+READ_AHEAD = 1 << 30  # bytes of memory for the rows of columns that lie in a bucket
 
 
 class BatchReader:
     """Shuffled batches of row-aligned columns of one store, in float32."""
 
-    def __init__(self, columns: list[Column], batch_size: int, seed: int, left_out: np.ndarray | None = None) -> None:
-        """`left_out`: numbers of tokens that no batch has, (M,) int64, rising.
+    def __init__(
+        self,
+        columns: list[Column],
+        batch_size: int,
+        seed: int,
+        left_out: np.ndarray | None = None,
+        read_ahead: int = READ_AHEAD,
+    ) -> None:
+        """`left_out`: numbers of tokens that no batch has, (M,) int64, rising. `read_ahead`: bytes of memory for what
+        is read ahead of columns in a bucket.
 
         Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens.
         """
@@ -49,7 +63,17 @@ class BatchReader:
         self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens - len(left_out), batch_size, seed
         self._kept_before = left_out - np.arange(len(left_out))
         """How many tokens that are kept come before each that is left out, (M,)."""
-        self.columns = [_in_memory(open_rows(column)) for column in columns]
+        self.columns = [_in_memory(open_rows(column), read_ahead // len(columns)) for column in columns]
+        far = [column for column in self.columns if isinstance(column, RemoteRows)]
+        a_batch = batch_size * sum(column.layout.row_bytes for column in far)
+        self.at_once = max(1, read_ahead // 2 // a_batch) if far else 1
+        """Batches that are read together; while they are used, the next are read."""
+        if far:
+            passes = max(1.0, self.n_tokens / (self.at_once * batch_size))
+            log.info(
+                "reading %d columns in their bucket, %.1f times an epoch with device.read_ahead_mb=%d",
+                len(far), passes, read_ahead >> 20,
+            )  # fmt: skip
 
     def rows(self, s: int) -> np.ndarray:
         """Token numbers of batch s, (batch_size,) int64."""
@@ -73,24 +97,41 @@ class BatchReader:
         return tuple(column.take(rows) for column in self.columns)
 
     def iterate(self, start_step: int, n_steps: int, prefetch: int = 4) -> Iterator[tuple[Tensor, ...]]:
-        """Batches `start_step` to `start_step + n_steps - 1`, up to `prefetch` of them read ahead by a thread.
+        """Batches `start_step` to `start_step + n_steps - 1`, up to `prefetch` of them read ahead by a thread, or as
+        many as are read together.
 
         What fails in the thread is raised here. The thread ends when the iterator is exhausted, closed or dropped.
         Columns that are held in memory need no thread.
         """
+        stop = start_step + n_steps
         if all(isinstance(column, InMemoryRows) for column in self.columns):
-            yield from map(self.batch, range(start_step, start_step + n_steps))
+            yield from map(self.batch, range(start_step, stop))
             return
-        steps = iter(range(start_step, start_step + n_steps))
+        groups = iter(range(s, min(s + self.at_once, stop)) for s in range(start_step, stop, self.at_once))
         thread = ThreadPoolExecutor(1, thread_name_prefix="batch-reader")
         try:
-            ahead = deque(thread.submit(self.batch, s) for s in itertools.islice(steps, prefetch + 1))
+            first = itertools.islice(groups, prefetch + 1 if self.at_once == 1 else 1)
+            ahead = deque(thread.submit(self._group, steps) for steps in first)
             while ahead:
-                batch = ahead.popleft().result()
-                ahead.extend(thread.submit(self.batch, s) for s in itertools.islice(steps, 1))
-                yield batch
+                group = ahead.popleft().result()
+                ahead.extend(thread.submit(self._group, steps) for steps in itertools.islice(groups, 1))
+                while group:
+                    yield tuple(values.float() for values in group.popleft())
         finally:
             thread.shutdown(cancel_futures=True)
+
+    def _group(self, steps: range) -> deque[tuple[Tensor, ...]]:
+        """Batches that are read together, those of columns in a bucket as they are stored."""
+        if len(steps) == 1:
+            return deque([self.batch(steps[0])])
+        rows = [self.rows(s) for s in steps]
+        parts = [
+            column.stored(np.concatenate(rows)).split(self.batch_size)
+            if isinstance(column, RemoteRows)
+            else [column.take(of_batch) for of_batch in rows]
+            for column in self.columns
+        ]
+        return deque(zip(*parts, strict=True))
 
 
 # -------------------------------------------------------------------- the order of an epoch
@@ -130,6 +171,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class MappedRows:
     """Rows of a column by token number, from memory maps of its shards."""
 
+    slabs = 1
+    """How many slabs are best read together by who reads all in order."""
+
     def __init__(self, column: Column) -> None:
         """Opens every shard. Raises `ShardError` for a damaged one, `LayoutError` for a layout not known here."""
         self.column = column
@@ -163,6 +207,8 @@ class MappedRows:
 class ZarrRows:
     """The same through zarr, for stores in another layout."""
 
+    slabs = 1
+
     def __init__(self, column: Column) -> None:
         import zarr
 
@@ -191,7 +237,7 @@ class ZarrRows:
 class InMemoryRows:
     """Rows of a small column: all of them are read with the first, and kept in memory."""
 
-    def __init__(self, rows: MappedRows | ZarrRows) -> None:
+    def __init__(self, rows: "MappedRows | ZarrRows | RemoteRows") -> None:
         self.rows = rows
 
     @cached_property
@@ -203,20 +249,26 @@ class InMemoryRows:
         return self.values[torch.from_numpy(rows)]
 
 
-def _in_memory(rows: MappedRows | ZarrRows) -> MappedRows | ZarrRows | InMemoryRows:
-    """The same rows in memory, where they are few."""
+def _in_memory(rows: MappedRows | ZarrRows | RemoteRows, read_ahead: int) -> Any:
+    """The same rows in memory, where they are few, or lie in a bucket and fit into what is read ahead."""
     column = rows.column
-    if column.n_tokens > IN_MEMORY_TOKENS or 4 * column.n_tokens * math.prod(column.size) > IN_MEMORY_BYTES:
-        return rows
-    return InMemoryRows(rows)
+    n_bytes = 4 * column.n_tokens * math.prod(column.size)
+    few = column.n_tokens <= IN_MEMORY_TOKENS and n_bytes <= IN_MEMORY_BYTES
+    return InMemoryRows(rows) if few or (isinstance(rows, RemoteRows) and n_bytes <= read_ahead) else rows
 
 
-def open_rows(column: Column) -> MappedRows | ZarrRows:
-    """The fastest way to read a column's rows."""
+def open_rows(column: Column) -> MappedRows | ZarrRows | RemoteRows:
+    """The fastest way to read a column's rows, where they are."""
+    if url := array_url(column.folder):
+        return RemoteRows(column, url)
     try:
         return MappedRows(column)
     except LayoutError:
         return ZarrRows(column)
+    except ShardError:
+        if url := array_url(column.folder):  # it was dropped in this moment
+            return RemoteRows(column, url)
+        raise
 
 
 def damaged_shards(column: Column) -> Iterator[ShardError]:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,14 @@ class Layout:
         """Size of a shard file that holds `n_rows` rows; its last chunk is padded to a whole one."""
         return self.chunks_of(n_rows) * self.chunk_bytes + self.index_bytes
 
+    def damaged(self, c: int) -> str:
+        """What is said of a chunk whose crc32c is another."""
+        first = c * self.chunk_tokens
+        return (
+            f"the crc32c of chunk {c} (rows {first} to {first + self.chunk_tokens - 1} of the shard) does not match: a "
+            "byte has changed since it was written"
+        )
+
     def holds(self, path: Path, n_rows: int) -> bool:
         """Whether a shard file is there and long enough for `n_rows` rows."""
         try:
@@ -192,16 +201,8 @@ class Shard:
             raise ShardError(path, f"{file_bytes} bytes are too few for its index")
         self._map = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         index = self._map[-layout.index_bytes :]
-        if not _matches(index):
-            raise ShardError(path, "the crc32c of its index does not match: the file is damaged or was cut short")
-        entries = index[: -CRC.size].view("<u8").reshape(layout.chunks, 2)
-        present = int((entries[:, 0] != NO_CHUNK).sum())
-        if present < layout.chunks_of(n_rows):
-            raise ShardError(path, f"it holds {present} chunks where {n_rows} rows need {layout.chunks_of(n_rows)}")
-        expected = np.arange(present, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
-        as_written = (entries[:present, 0] == expected).all() and (entries[:present, 1] == layout.chunk_bytes).all()
-        if not as_written or file_bytes != present * layout.chunk_bytes + layout.index_bytes:
-            raise LayoutError(f"shard {path} is not laid out as saeflow writes it")
+        present = chunks_in(index, file_bytes, layout, n_rows, str(path), lambda problem: ShardError(path, problem))
+        self.n_chunks = present
         self._checked = np.zeros(present, dtype=bool)
         # Element i is the row whose first byte is byte i: one index gathers rows across the checksums between chunks.
         n = len(self._map) - layout.row_bytes + 1
@@ -226,16 +227,33 @@ class Shard:
     def check(self, c: int) -> None:
         """Compares a chunk with its crc32c; raises `ShardError` where they differ."""
         start = c * self.layout.chunk_bytes
-        if not _matches(self._map[start : start + self.layout.chunk_bytes]):
-            first = c * self.layout.chunk_tokens
-            raise ShardError(
-                self.path,
-                f"the crc32c of chunk {c} (rows {first} to {first + self.layout.chunk_tokens - 1} of the shard) does "
-                "not match: a byte has changed since it was written",
-            )
+        if not matches(self._map[start : start + self.layout.chunk_bytes]):
+            raise ShardError(self.path, self.layout.damaged(c))
         self._checked[c] = True
 
 
-def _matches(checked: np.ndarray) -> bool:
+def chunks_in(
+    index: np.ndarray, n_bytes: int, layout: Layout, n_rows: int, name: str, damaged: Callable[[str], Exception]
+) -> int:
+    """How many chunks a shard of `n_bytes` has, by its index, (index_bytes,) uint8, as long as they lie where `Layout`
+    says.
+
+    Raises what `damaged` makes of a problem where the index is damaged or the shard holds fewer than `n_rows` rows, and
+    `LayoutError` where it is another layout.
+    """
+    if not matches(index):
+        raise damaged("the crc32c of its index does not match: the file is damaged or was cut short")
+    entries = index[: -CRC.size].view("<u8").reshape(layout.chunks, 2)
+    present = int((entries[:, 0] != NO_CHUNK).sum())
+    if present < layout.chunks_of(n_rows):
+        raise damaged(f"it holds {present} chunks where {n_rows} rows need {layout.chunks_of(n_rows)}")
+    expected = np.arange(present, dtype=np.uint64) * np.uint64(layout.chunk_bytes)
+    as_written = (entries[:present, 0] == expected).all() and (entries[:present, 1] == layout.chunk_bytes).all()
+    if not as_written or n_bytes != present * layout.chunk_bytes + layout.index_bytes:
+        raise LayoutError(f"shard {name} is not laid out as saeflow writes it")
+    return present
+
+
+def matches(checked: np.ndarray) -> bool:
     """Whether bytes (uint8) end with their own crc32c."""
     return bool(google_crc32c.value(checked[: -CRC.size]) == CRC.unpack(checked[-CRC.size :].data)[0])

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeflow.activations.shards import COORDINATES, hook_of, predicted_bytes, shards_are_there
+from saeflow.activations.elsewhere import array_url, rows_are_somewhere
+from saeflow.activations.shards import COORDINATES, hook_of, predicted_bytes
 from saeflow.config import ConfigError
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import joined, unusual
@@ -121,7 +122,9 @@ STAGES = (
         together=lambda plan, instance: instance.key.split("/")[0],  # one forward pass fills all columns of a store
         n_bytes=n_bytes,
         sized_by=lambda instance: "{}={}".format(*instance.says["n_rows"]),
-        whole=shards_are_there,
+        whole=rows_are_somewhere,
+        elsewhere=array_url,
+        carrier="saeflow.activations.carrier",
         outside=outside,
         all_outside=all_outside,
         operations=operations,

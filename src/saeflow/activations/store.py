@@ -292,7 +292,11 @@ def array_layout(column: Column) -> Layout | None:
     file = column.array / "zarr.json"
     if not file.is_file() or _is_torn(file):
         raise ShardError(file, "it is not whole" if file.is_file() else "it is missing")
-    metadata = json.loads(file.read_bytes())
+    return layout_of(json.loads(file.read_bytes()), column)
+
+
+def layout_of(metadata: dict[str, Any], column: Column) -> Layout | None:
+    """The same from the metadata, wherever they lie."""
     checksummed = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     size = list(column.size)
     try:

@@ -8,6 +8,7 @@ from saeflow.config.checks import ConfigError, require
 
 # As the executor of Slurm takes them.
 GPU_STRINGS = {"gpu_model": r"[A-Za-z0-9_.]+", "gres": r"\w+(:[\w.]+)?(:\d+)?"}
+PLACE = r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/(?!\.{1,2}(/|$))[A-Za-z0-9._=+-]+)*/?"
 EXAMPLES = {"gpu_model": "a100", "gres": "gpu:a100:1"}
 
 
@@ -29,6 +30,12 @@ def check_device(device: dict[str, Any], stages: Iterable[str]) -> None:
         value = device.get(name)
         legal = value is None or re.fullmatch(pattern, str(value)) is not None
         require(legal, f"device.{name}", value, f"like {EXAMPLES[name]}")
+    if (remote := device.get("remote")) is not None:
+        legal = re.fullmatch(PLACE, str(remote)) is not None
+        require(legal, "device.remote", remote, "a place in a bucket, s3://bucket or s3://bucket/folder, or null")
+    read_ahead = device.get("read_ahead_mb", 1)
+    whole = isinstance(read_ahead, int) and not isinstance(read_ahead, bool) and read_ahead > 0
+    require(whole, "device.read_ahead_mb", read_ahead, "a whole number above 0")
     flops = device.get("flops")
     if not isinstance(flops, int | float) or flops <= 0:
         raise ConfigError(f"device.flops={flops}: set it to floating-point operations a second, such as 1.0e+11")

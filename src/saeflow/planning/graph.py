@@ -133,6 +133,11 @@ class Plan:
     def threads(self, stage: str) -> int:
         return int(self.device.get("threads", {}).get(stage, 1))
 
+    @property
+    def read_ahead_mb(self) -> int:
+        """Memory of a training for what it reads ahead of columns in a bucket."""
+        return int(self.device.get("read_ahead_mb", 1000))
+
     # ---------------------------------------------------------------- freezing
     @property
     def text(self) -> str:

@@ -69,6 +69,11 @@ class Stage:
     outside: Callable[[Path], list[Path]] = lambda folder: []
     """What lies outside of an artifact's folder and belongs to it, perhaps to others too: it is removed with the last
     of them, which need not be there yet."""
+    elsewhere: Callable[[Path], str | None] = lambda folder: None
+    """The URL in a bucket at which jobs read what belongs to an artifact; None where all of it is here."""
+    carrier: str = ""
+    """The module that carries what lies outside of artifacts' folders to a bucket and back: its functions `push`,
+    `drop`, `pull` and `damaged` (`saeflow.planning.remote`)."""
     all_outside: Callable[[Path], list[Path]] = lambda results: []
     """All below a results folder that lies outside of artifacts' folders and belongs to some of the stage."""
     resources: Callable[[Plan, Sequence[Instance]], dict[str, int]] = lambda plan, instances: {}

@@ -25,7 +25,7 @@ class DamagedError(ValueError):
     """A file that is not what was written; the message names it, its artifact and what to do."""
 
     def __init__(self, file: Path, problem: str, artifact: Path) -> None:
-        self.file, self.artifact = file, artifact
+        self.file, self.problem, self.artifact = file, problem, artifact
         super().__init__(f"{file} is damaged ({problem}); run the workflow again, it makes {artifact} anew")
 
     def affected(self) -> list[Path]:
@@ -51,11 +51,18 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
     """None where there is none, or where the file is no whole receipt."""
     try:
         receipt = json.loads((folder / RECEIPT).read_bytes())
-        files = receipt["blake2s"] | receipt.get("sizes", {}) | receipt.get("crc32c", {})
-        whole = isinstance(receipt["stage"], str) and isinstance(receipt["key"], str) and "config.yaml" in files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
-    return receipt if whole else None
+    return receipt if is_receipt(receipt) else None
+
+
+def is_receipt(receipt: Any) -> bool:
+    """Whether what was read as JSON is a whole receipt."""
+    try:
+        files = receipt["blake2s"] | receipt.get("sizes", {}) | receipt.get("crc32c", {})
+        return isinstance(receipt["stage"], str) and isinstance(receipt["key"], str) and "config.yaml" in files
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def problem(folder: Path, receipt: dict[str, Any] | None) -> tuple[Path, str] | None:

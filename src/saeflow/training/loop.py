@@ -76,7 +76,7 @@ def train(jobs: list[Job]) -> str:
     given = [job.config["training"] | json.loads(job.instance.sources["training"]) for job in jobs]  # what, and how
     options = [build(TrainingConfig, one, "training.") for one in given]
     context_size = _origin_of(jobs[0]).config["tokens"]["context_size"]
-    selection = Selection(columns, options, reads, context_size)
+    selection = Selection(columns, options, reads, context_size, jobs[0].plan.read_ahead_mb << 20)
     selection.warn_of_massive(list(columns.values()))
     batches = selection.batches
     with contextlib.ExitStack() as stack:

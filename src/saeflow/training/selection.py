@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.exclusion import MASSIVE, LeftOut, find_left_out, kept_statistics, measure_massive
-from saeflow.activations.reader import BatchReader
+from saeflow.activations.reader import READ_AHEAD, BatchReader
 from saeflow.activations.store import Column
 from saeflow.config import ConfigError, TrainingConfig
 from saeflow.training.protocol import HookStatistics
@@ -31,8 +31,9 @@ class Selection:
         options: Sequence[TrainingConfig],
         reads: Sequence[list[Path]],
         context_size: int,
+        read_ahead: int = READ_AHEAD,
     ) -> None:
-        """`options` of each dictionary, and which columns it `reads`.
+        """`options` of each dictionary, and which columns it `reads`; `read_ahead`: see `BatchReader`.
 
         Raises `ConfigError` for dictionaries that cannot share batches, `StoreError` where no token is left.
         """
@@ -53,7 +54,7 @@ class Selection:
             left_out = self.left_out.tokens
             said = ", ".join(f"{n:,} by {reason}" for reason, n in self.left_out.by_reason.items())
             log.info("training.exclude leaves out %s, of %s tokens", said, f"{self.left_out.n_stored:,}")
-        self.batches = BatchReader(opened, options[0].batch_size, options[0].shuffle_seed, left_out)
+        self.batches = BatchReader(opened, options[0].batch_size, options[0].shuffle_seed, left_out, read_ahead)
         self.statistics = {folder: hook_statistics(column, self.left_out) for folder, column in columns.items()}
         self.is_first: Callable[[int], Tensor] = lru_cache(REMEMBERED)(self._is_first)
         """Of a step's batch, which tokens are the first of their row: (N,) bool."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saeflow.activations.elsewhere import array_url
 from saeflow.config import DictionaryConfig, build
 from saeflow.config.dictionary import Columns, kinds
 from saeflow.dictionaries.kinds.trained import TrainedConfig
@@ -153,12 +154,15 @@ def dictionaries_operations(plan: Plan, instances: Sequence[Instance]) -> float:
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Weights, gradients and Adam's two moments of every dictionary beside 3 GB, and what it takes to find the tokens
-    to leave out; twice the time of its operations."""
+    to leave out and to read a bucket; twice the time of its operations."""
     n_operations, memory = operations(plan, instances), 3000
     if instances and (exclude := instances[0].config["training"].get("exclude")):
         column = plan.instance("activations", instances[0].needs["activations"][0]).config
         bytes_a_token = 20 if "norm_above" in exclude else 8
         memory += round(1e-6 * bytes_a_token * column["n_rows"] * column["tokens"]["context_size"])
+    needed = {key for instance in instances for key in instance.needs["activations"]}
+    if any(array_url(plan.folder("activations", key)) for key in needed):
+        memory += plan.read_ahead_mb
     for instance in instances:
         memory += max(250, round(1e-6 * holds(plan, [instance])))
     return {"mem_mb": memory, "runtime": max(240, round(2 * n_operations / float(plan.device["flops"]) / 60))}
