@@ -20,7 +20,7 @@ from saeflow.planning.keeping import MAY_BE, Artifact, Kept, all_of, makers_of, 
 from saeflow.planning.removal import artifacts, goes_with, remove_path, top_of
 from saeflow.planning.stages import stages
 from saeflow.storage.locks import Lock
-from saeflow.storage.publish import abandoned
+from saeflow.storage.publish import abandoned, escaped
 from saeflow.storage.receipts import RECEIPT
 
 LEFTOVERS = "leftovers"
@@ -131,7 +131,8 @@ def _remove(found: Listing, item: Item) -> str:
     """Returns why it was left, or nothing."""
     with ExitStack() as held:
         in_store = [*item.store.glob("*.lock"), item.store / ".lock"] if item.store and item.store.is_dir() else []
-        for file in dict.fromkeys([*([item.lock] if item.lock else []), *sorted(in_store)]):
+        own = [item.lock, *item.lock.parent.glob(f"{escaped(item.lock.stem)}.part-*.lock")] if item.lock else []
+        for file in dict.fromkeys([*own, *sorted(in_store)]):
             if not file.parent.is_dir():
                 continue
             lock = Lock(file)

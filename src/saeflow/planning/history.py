@@ -28,9 +28,14 @@ class Prediction(NamedTuple):
     """Stages of which nothing was ever made here: by `device.flops` where their operations are known."""
 
 
-def record(plan: Plan, instance: Instance, work: float, device: str, seconds: float, cpu_seconds: float) -> None:
+def record(
+    plan: Plan, instance: Instance, work: float, device: str, seconds: float, cpu_seconds: float, part: str = ""
+) -> None:
     """Adds a line for an artifact that took `seconds`, and `cpu_seconds` of all cores, for its `work_of` on a device;
-    in one write, so that several jobs may do so at once."""
+    in one write, so that several jobs may do so at once. The line of the whole has what its parts took, too."""
+    if not part and stages()[instance.stage].parts is not None:
+        for before in _parts(plan.results, instance):
+            seconds, cpu_seconds = seconds + before["seconds"], cpu_seconds + before["cpu_s"]
     line = {
         "experiment": plan.experiment,
         "stage": instance.stage,
@@ -41,7 +46,7 @@ def record(plan: Plan, instance: Instance, work: float, device: str, seconds: fl
         "cpu_s": round(cpu_seconds, 3),
         "gpu_s": round(gpu_seconds(device, seconds), 3),
         "work": work,
-    }
+    } | ({"part": part} if part else {})
     with open(Path(plan.results) / FILE, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -53,6 +58,19 @@ def gpu_seconds(device: str, seconds: float) -> float:
 
 def lines(results: str | Path) -> list[dict[str, Any]]:
     """All that was ever made below a results folder, the oldest first; lines that a power cut tore are left out."""
+    return [line for line in _all_lines(results) if "part" not in line]
+
+
+def _parts(results: str | Path, instance: Instance) -> list[dict[str, Any]]:
+    """The lines of parts of an artifact that were made since it was last made."""
+    found: list[dict[str, Any]] = []
+    for line in _all_lines(results):
+        if (line["stage"], line["key"]) == (instance.stage, instance.key):
+            found = [*found, line] if "part" in line else []
+    return found
+
+
+def _all_lines(results: str | Path) -> list[dict[str, Any]]:
     try:
         text = (Path(results) / FILE).read_text(errors="replace")
     except OSError:
