@@ -34,7 +34,7 @@ def cache_part(jobs: list[Job], part: Part) -> str:
     start = time.perf_counter()
     rows = longest_rows(job.input("tokens") for job in jobs)
     computed = compute_ahead(store, columns, rows, load, part, jobs[0].device)
-    return f"{part} of {store.folder}: {computed} shards, {time.perf_counter() - start:.1f} s"
+    return f"{computed} shards computed ahead, in {store.folder}: {time.perf_counter() - start:.1f} s"
 
 
 def compute_ahead(

@@ -266,8 +266,8 @@ def _leftovers(results: Path, kept: Kept, there: list[Artifact], items: list[Ite
         wanted = {root / key for s, key in (*kept.why, *there) if s == name}
         tops = {top_of(stage, results, folder) for folder in wanted}
         strays = [(path, "it holds no artifact") for path in sorted(root.glob("*")) if path.is_dir()]
-        strays = [(path, why) for path, why in strays if path not in tops and path.suffix != ".partial"]
         belongs = {path for folder in wanted for path in stage.outside(folder)}
+        strays = [(p, why) for p, why in strays if p not in tops | belongs and p.suffix != ".partial"]
         why = f"belongs to no {stage.noun[0]}"
         strays += [(path, why) for path in stage.all_outside(results) if path not in belongs]
         for path, why in strays:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MARKS = Path(".snakemake/parts")
 """Where files say that parts are done, for the rules, which wait for files; the plan looks at the units themselves."""
 _NAME = re.compile(r"(\d+)-of-(\d+)")
-_LOCK = re.compile(rf"\.part-{_NAME.pattern}$")
+_IN_NAME = re.compile(rf"\.part-{_NAME.pattern}$")
 
 
 class Part(NamedTuple):
@@ -68,6 +68,13 @@ def part_name(key: str, part: str) -> str:
     return f"{key}.part-{part}"
 
 
+def without_hash(name: str) -> str:
+    """A key for people, `L1.mlp_out-1200rows`, or a part of what it stands for: `L1.mlp_out-1200rows, part 2 of 8`."""
+    part = _IN_NAME.search(name)
+    label = _IN_NAME.sub("", name).rsplit("-", 1)[0]
+    return f"{label}, part {part[1]} of {part[2]}" if part else label
+
+
 def lock_of(folder: Path, part: Part) -> Path:
     """The lock of who makes a part of the artifact in `folder`, and of what shares its job."""
     return folder.with_name(f"{part_name(folder.name, str(part))}.lock")
@@ -75,4 +82,4 @@ def lock_of(folder: Path, part: Part) -> Path:
 
 def without_part(key: str) -> str:
     """The key of the artifact that a lock is of, whether it is of a part or not."""
-    return _LOCK.sub("", key)
+    return _IN_NAME.sub("", key)
