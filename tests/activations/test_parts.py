@@ -11,18 +11,31 @@ from pathlib import Path
 import pytest
 import torch
 from stores import contents, write_rows
-from tests.activations.test_caching import GEOMETRY, HIDDEN, HOOK_Z, MLP_OUT, model, never, rows, wanted  # noqa: F401
+from tests.activations.test_caching import (  # noqa: F401 (some are fixtures)
+    GEOMETRY,
+    HIDDEN,
+    HOOK_Z,
+    MLP_OUT,
+    _jobs,
+    model,
+    never,
+    rows,
+    tokens_by_rows,
+    wanted,
+)
 
 from saeflow.activations import parts
 from saeflow.activations.ahead import Ahead, missing
-from saeflow.activations.caching import DiskFullError, cache
+from saeflow.activations.caching import DiskFullError, cache, cache_jobs
 from saeflow.activations.parts import compute_ahead, lock_of
 from saeflow.activations.shards import ShardWriter
 from saeflow.activations.store import ActivationStore, TokenRows
 from saeflow.activations.writer import ActivationError, ColumnRequest
 from saeflow.config import ActivationsConfig
 from saeflow.planning.parts import Part
+from saeflow.planning.stages import stages
 from saeflow.storage.locks import locked
+from saeflow.storage.receipts import RECEIPT, is_whole
 
 COLUMNS = wanted(MLP_OUT, HOOK_Z, rows=33)  # 6 shards each, the last of 56 tokens
 SHARDS = 6
@@ -279,6 +292,36 @@ def test_a_shard_is_waited_for(stores) -> None:
         assert not done.wait(0.5) and not stores.ready("parts")
     thread.join()
     assert len(stores.ready("parts")) == 4
+
+
+def test_jobs_of_parts_and_the_job_that_joins_them(tmp_path, neox_folder, tokens_by_rows) -> None:  # noqa: F811
+    """As the plan calls them; what is missing, it sees on disk."""
+    asked = [(MLP_OUT, 20), (MLP_OUT, 33), (HOOK_Z, 33)]
+    jobs, whole = (_jobs(tmp_path / name, neox_folder, tokens_by_rows, asked) for name in ("parts", "whole"))
+    cache_jobs(whole)
+    declared = stages()["activations"].parts
+    assert declared is not None
+    plan, instances = jobs[0].plan, [job.instance for job in jobs]
+    assert declared.most(plan, instances) == SHARDS
+    for done, part in enumerate(both := [Part(1, 2), Part(2, 2)]):
+        assert [declared.missing(plan, instances, one) for one in both] == [done < 1, True]
+        assert "6 shards computed ahead" in declared.work(jobs, part)
+        assert "0 shards computed ahead" in declared.work(jobs, part)
+    assert not any(declared.missing(plan, instances, one) for one in both)
+    cache_jobs(jobs)
+    assert not any(declared.missing(plan, instances, one) for one in both)
+    for job, alone in zip(jobs, whole, strict=True):
+        assert is_whole(job.path)
+        ours, theirs = contents(job.path), contents(alone.path)
+        assert {name: ours[name] for name in ours if name != RECEIPT} == {
+            name: theirs[name] for name in theirs if name != RECEIPT
+        }
+    zarr = [contents(job.path.parent / "activations.zarr") for job in (jobs[0], whole[0])]
+    assert zarr[0] == zarr[1]
+    cache_jobs(jobs[1:])  # made again, though it is there: none of what lies ready is of use then
+    (jobs[0].path.parent / "parts" / MLP_OUT).mkdir(parents=True)
+    cache_jobs(jobs[1:])
+    assert not (jobs[0].path.parent / "parts" / MLP_OUT).exists()
 
 
 def test_a_part_refuses_what_one_job_does(stores, neox_folder, monkeypatch) -> None:
