@@ -61,6 +61,16 @@ def shown(of: LogHandler) -> list[str]:
     return of.stream.getvalue().splitlines()
 
 
+def test_a_part_is_called_by_what_it_is_of(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("2026-01-01 00:00:00,000 INFO 4 shards computed ahead in results/activations/s\n")
+    terminal, mark = handler(), ".snakemake/parts/activations/s-01/L1.mlp_out-9rows-0123.part-2-of-8 (update)"
+    say(terminal, LogEvent.JOB_INFO, jobid=3, rule_name="activations_part", output=[mark], log=[str(log)])
+    say(terminal, LogEvent.JOB_FINISHED, job_id=3)
+    (line,) = shown(terminal)
+    assert line.startswith("[1 of 0] activations L1.mlp_out-9rows, part 2 of 8: 4 shards computed ahead (")
+
+
 def test_a_job_is_one_line_with_what_it_found_and_what_is_left(tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     log.write_text(LOG)
@@ -126,6 +136,9 @@ def test_a_job_that_was_killed_says_so(tmp_path: Path) -> None:
     log.write_text(LOG)
     assert "train failed without a word: it was killed" in sentence(Work("train", (), (str(log),)))
     assert "without a word" in sentence(Work("train", (), (str(tmp_path / "none.log"),)))
+    log.write_text(f"2026-11-28 20:22:10,744 WARNING the first token is massive\n{LOG}")
+    said = sentence(Work("train", (), (str(log),), mem_mb=4000))
+    assert "it had asked for 4,000 MB" in said and "device.mem_mb.train=" in said and "massive" not in said
 
 
 def test_nothing_to_do_ends_with_where_it_is_and_a_dry_run_does_not() -> None:

@@ -134,7 +134,13 @@ class LogHandler(LogHandlerBase):
     def work(self, said: dict[str, Any]) -> Work:
         files = [str(file).removesuffix(UPDATED) for file in said["output"] or ()]
         outputs = (one for file in files for one in self.together.get(file, [file]))
-        return Work(said["rule_name"], tuple(outputs), tuple(said["log"] or ()))
+        memory = said["resources"].get("mem_mb") if said.get("resources") else None
+        return Work(
+            said["rule_name"].removesuffix("_part"),
+            tuple(outputs),
+            tuple(said["log"] or ()),
+            memory if type(memory) is int else 0,
+        )
 
     def finished(self, work: Work | None) -> str | None:
         if work is None or not work.outputs:

@@ -47,7 +47,7 @@ def tokens_part(job: Job, part: Part) -> str:
     with _documents(job) as documents:
         shuffled = in_order(documents, config["split"], packing["held_out_fraction"])
         made = tokenise_ahead(shuffled, tokenizer.tokenizer, ahead, part, wanted)
-    return f"{made:,} blocks of documents tokenised ahead, in {ahead.folder}/"
+    return f"{made:,} blocks of documents tokenised ahead in {ahead.folder}/"
 
 
 def _tokenizer(job: Job) -> LoadedTokenizer:
