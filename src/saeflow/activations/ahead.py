@@ -93,6 +93,8 @@ class Ahead:
 
     def find(self, hook_name: str, size: tuple[int, ...], number: int, n_tokens: int) -> ShardAhead | None:
         """A shard that holds so many tokens or more, of these rows."""
+        if not (self.store.folder / FOLDER / hook_name).is_dir():
+            return None  # as where nobody shares the work: no row of tokens is read for it
         exact = self.path(hook_name, number, n_tokens)
         if self.store.layout(size).holds(exact, n_tokens):
             return ShardAhead(exact, n_tokens, self._crc(number, n_tokens))

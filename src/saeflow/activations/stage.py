@@ -83,13 +83,14 @@ def most_parts(plan: Plan, instances: Sequence[Instance]) -> int:
     return max(len(list(shards(n, layout.shard_tokens))) for _, _, layout, n in _longest(instances))
 
 
-def part_missing(plan: Plan, instances: Sequence[Instance], part: Part) -> bool:
+def parts_missing(plan: Plan, instances: Sequence[Instance], parts: list[Part]) -> list[Part]:
     store = plan.folder("activations", instances[0].key).parent
-    return any(
-        part.has(number)
+    numbers = {
+        number
         for hook, n_dims, layout, n_tokens in _longest(instances)
         for number in missing(store, hook, n_dims, layout, n_tokens)
-    )
+    }
+    return [part for part in parts if any(map(part.has, numbers))]
 
 
 def _longest(instances: Sequence[Instance]) -> list[tuple[str, int, Layout, int]]:
@@ -161,7 +162,7 @@ STAGES = (
         outside=outside,
         all_outside=all_outside,
         resources=resources,
-        parts=Parts(most_parts, part_missing, part_work),
+        parts=Parts(most_parts, parts_missing, part_work),
         cached=True,
     ),
 )

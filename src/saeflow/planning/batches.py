@@ -89,9 +89,9 @@ def assign_parts(plan: Plan) -> None:
                 continue
             instances = [plan.stages[name][member] for member in plan.members(name, key)]
             of = min(wanted, stage.parts.most(plan, instances))
-            parts = [Part(number, of) for number in range(1, of + 1)] if of > 1 else []
-            if missing := [str(part) for part in parts if stage.parts.missing(plan, instances, part)]:
-                plan.parts.setdefault(name, {})[key] = missing
+            parts = [Part(number, of) for number in range(1, of + 1)]
+            if of > 1 and (missing := stage.parts.missing(plan, instances, parts)):
+                plan.parts.setdefault(name, {})[key] = list(map(str, missing))
 
 
 def _batches(plan: Plan, stage: Stage, keys: list[str]) -> list[list[str]]:

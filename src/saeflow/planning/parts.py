@@ -52,8 +52,8 @@ class Parts:
 
     most: Callable[["Plan", Sequence["Instance"]], int]
     """Parts of a job beyond which one would have nothing to do."""
-    missing: Callable[["Plan", Sequence["Instance"], Part], bool]
-    """Whether a part has something to make, as far as can be seen without reading it."""
+    missing: Callable[["Plan", Sequence["Instance"], list[Part]], list[Part]]
+    """Those of all parts of a job that have something to make, as far as can be seen without reading it."""
     work: Callable[[list[Any], Part], str]
     """Makes the units of a part of the `Job`s that share a job; returns a line that says what it wrote where."""
 

@@ -61,11 +61,12 @@ def most_parts(plan: Plan, instances: Sequence[Instance]) -> int:
     return -(-n_tokens // PART_TOKENS) if instance.sources["corpus"] else 1
 
 
-def part_missing(plan: Plan, instances: Sequence[Instance], part: Part) -> bool:
+def parts_missing(plan: Plan, instances: Sequence[Instance], parts: list[Part]) -> list[Part]:
     from saeflow.text.ahead import Ahead
 
     (instance,) = instances
-    return not Ahead(plan.folder("tokens", instance.key)).is_finished(part)
+    ahead = Ahead(plan.folder("tokens", instance.key))
+    return [part for part in parts if not ahead.is_finished(part)]
 
 
 def part_work(jobs: list[Job], part: Part) -> str:
@@ -110,6 +111,6 @@ STAGES = (
         outside=outside,
         all_outside=all_outside,
         resources=resources,
-        parts=Parts(most_parts, part_missing, part_work),
+        parts=Parts(most_parts, parts_missing, part_work),
     ),
 )
