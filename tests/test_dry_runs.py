@@ -98,6 +98,23 @@ def test_parts_are_jobs_that_run_ahead_and_no_artifacts(home: Path) -> None:
     assert dry_run(home, in_parts) == dry_run(home, SWEEP) == made(plan)
 
 
+def test_a_run_waits_for_all_parts_and_makes_again_those_that_are_lost(home: Path) -> None:
+    shutil.rmtree(home / "results")
+    run = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", home, "--cores", "1"]
+    run += ["--until", "tokens", "--config", f"conf={home / 'conf'}", f"hydra={SWEEP} device.parts.tokens=2"]
+    said = [subprocess.run(run, capture_output=True, text=True, cwd=home).stderr for _ in range(2)]
+    name = "tokens train-1200rows-text.51f3"
+    assert said[0].count(f"{name}, part ") == 2 and "failed" not in said[0]
+    assert said[0].rindex(f"{name}, part ") < said[0].index(f"{name}: wrote 1,200 rows")
+    assert name not in said[1]
+    (key,) = (key for key in planned(home, SWEEP).found["tokens"] if key.startswith("train"))
+    marks = [home / ".snakemake/parts/tokens" / f"{key}.part-{part}" for part in ("1-of-2", "2-of-2")]
+    assert all(mark.is_file() for mark in marks)
+    shutil.rmtree(home / "results" / "tokens" / key)
+    said = subprocess.run(run, capture_output=True, text=True, cwd=home).stderr
+    assert said.count(f"{name}, part ") == 2 and f"[3 of 3] {name}: wrote 1,200 rows" in said
+
+
 def test_times_make_nothing_stale(home: Path) -> None:
     receipts = sorted((home / "results").rglob(RECEIPT))
     for place, receipt in enumerate(reversed(receipts)):

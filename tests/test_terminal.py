@@ -123,7 +123,8 @@ def test_a_failure_is_said_once_and_last_without_traceback_or_command(tmp_path: 
     )
     job(terminal, log, LogEvent.JOB_ERROR)
     say(terminal, None, "Exiting because a job execution failed. Look above for error messages")
-    say(terminal, LogEvent.ERROR, "WorkflowError:\nAt least one job did not complete successfully.")
+    for where in ("", ' in file "workflow/rules/options.smk", line 23'):
+        say(terminal, LogEvent.ERROR, f"WorkflowError{where}:\nAt least one job did not complete successfully.")
     assert shown(terminal)[1:] == [
         "failed: train 2 (sae L1.mlp_out seed0): k4, k16; the reason stands at the end",
         "1 of 3 jobs failed, 2 did not run for it; the same command goes on from here",

@@ -39,8 +39,8 @@ def node_died(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 
 
 def late_disk(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
-    """Every process sees what others wrote some seconds late, and locks have neither `flock` nor hard links: one run,
-    and two at once, get through at the first try."""
+    """Every process sees what others wrote some seconds late, and the disk has no `flock`: one run, and two at once,
+    get through at the first try."""
     copy, seconds = bench.fresh(name), rng.uniform(0.5, 3)
     environment = {"PYTHONPATH": str(HERE / "cluster_disk"), "CHAOS_LATE": f"{seconds:.2f}"}
     copies = [copy, copy.beside()][: rng.randint(1, 2)]

@@ -20,7 +20,13 @@ def execute(executor_plugin, **settings):
         raise WorkflowError(str(error))
     if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:
         freeze_run(PLAN)  # which is a hook of ours
-    type(workflow).execute(workflow, executor_plugin=executor_plugin, **settings)
+    try:
+        type(workflow).execute(workflow, executor_plugin=executor_plugin, **settings)
+    except OSError as error:
+        raise WorkflowError(
+            f"{error.filename or 'a folder of this run (logs/, .snakemake/, results/)'} cannot be used: {error.strerror}; "
+            "once it can be written, the same command goes on from here"
+        )
 
 
 def delete_output(only_temp=False, dryrun=False):

@@ -18,7 +18,7 @@ from saeflow.jobs.progress import cpu_seconds, first_line
 from saeflow.jobs.signals import Preempted, end
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
-from saeflow.planning.history import record, work_of
+from saeflow.planning.history import record
 from saeflow.planning.parts import Part, mark, part_name
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage.publish import publish_text
@@ -48,11 +48,11 @@ def in_words(error: Exception, stage: str) -> str:
     return said
 
 
-def work_on_part(stage: Stage, jobs: list[Job], part: Part) -> str:
+def part_of(stage: Stage, name: str) -> Part:
     """Raises `ConfigError` for a stage whose jobs cannot be shared."""
     if stage.parts is None:
-        raise ConfigError(f"--part {part}: jobs of {stage.name} cannot be shared")
-    return stage.parts.work(jobs, part)
+        raise ConfigError(f"--part {name}: jobs of {stage.name} cannot be shared")
+    return Part.parse(name)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         touch(args.plan)
         wanted = plan.members(args.stage, args.job) if args.job else list(dict.fromkeys(args.key))
         jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in wanted]
-        part = Part.parse(args.part) if args.part else None
+        part = part_of(stage, args.part) if args.part else None
         needed = [plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys]
         wait_for(needed)
         again = plan.found.get(args.stage, ()) if args.job else wanted
@@ -94,11 +94,9 @@ def main() -> None:
             if not left:
                 last_line = f"another run has made {args.stage} {', '.join(wanted)}"
             else:
-                last_line = stage.work(left) if part is None else work_on_part(stage, left, part)
-            for job in left:
-                work, seconds = work_of(stage, plan, job.instance), (time.perf_counter() - started) / len(left)
-                cpu = (cpu_seconds() - cpu_started) / len(left)
-                record(plan, job.instance, work, args.device, seconds, cpu, args.part or "")
+                last_line = stage.parts.work(left, part) if part and stage.parts else stage.work(left)
+                seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
+                record(stage, plan, [job.instance for job in left], args.device, seconds, cpu, args.part or "")
             if part is not None:
                 publish_text(Path(mark(args.stage, args.job, args.part)), f"{last_line}\n")
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed, *plan.marks(args.stage, wanted[0])])

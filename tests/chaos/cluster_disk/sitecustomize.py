@@ -1,5 +1,5 @@
-"""A disk that many nodes share, for processes that have this folder on PYTHONPATH: it has no `flock` and no hard links,
-and shows what another process wrote below results/ only $CHAOS_LATE seconds later.
+"""A disk that many nodes share, for processes that have this folder on PYTHONPATH: it has no `flock`, and
+shows what another process wrote below results/ only $CHAOS_LATE seconds later.
 
 What a process opens for writing, makes or renames itself, it sees at once, with all that is below. Libraries that read
 without Python's help (pyarrow, safetensors) see everything, as they come after a look by name.
@@ -46,8 +46,8 @@ def _is_late(path):
         or any((whole + os.sep).startswith(o + os.sep) for o in _own)
     ):
         return False
-    receipt = os.path.join(whole if _is_folder(whole) else os.path.dirname(whole), "provenance.json")
-    for one in (receipt, whole):  # the receipt is the last that a folder gets
+    config = os.path.join(whole if _is_folder(whole) else os.path.dirname(whole), "config.yaml")
+    for one in (config, *[whole] * (not whole.endswith("provenance.json"))):  # which Snakemake touches later
         try:
             about = _stat(one, follow_symlinks=False)
         except OSError:
@@ -87,8 +87,10 @@ def _making(call):
 
 def _moving(call):
     def move(source, target, **kwargs):
-        call(source, target, **kwargs)
-        _mine(target)
+        try:
+            call(source, target, **kwargs)
+        finally:  # the server's refusal tells what is there, too
+            _mine(target)
 
     return move
 
@@ -102,7 +104,6 @@ def _refused(number):
 
 if _LATE:
     fcntl.flock = fcntl.lockf = _refused(errno.ENOLCK)
-    os.link = _refused(errno.EPERM)
     os.stat, os.lstat = _looking(os.stat), _looking(os.lstat)
     builtins.open = io.open = _opening(io.open)
     os.mkdir, os.rename, os.replace = _making(os.mkdir), _moving(os.rename), _moving(os.replace)
