@@ -42,7 +42,7 @@ for STAGE in stages().values():
             resources:
                 **resources_of_key(STAGE.name),
             shell:
-                JOB + " --part {wildcards.part}"
+                f"{JOB} --part {{wildcards.part}}"
 
 
 # snakemake jacobian_tables, snakemake heads_tables: the numbers of every study of the plan, on the terminal.
