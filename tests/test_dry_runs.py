@@ -78,6 +78,43 @@ def test_snakemake_runs_what_the_plan_says_whatever_is_gone(home: Path) -> None:
             (home / stage).rename(home / "results" / stage)
 
 
+def test_parts_are_jobs_that_run_ahead_and_no_artifacts(home: Path) -> None:
+    """The same artifacts as without them; by one job where there is nothing to share."""
+    shutil.rmtree(home / "results")
+    device = ["device.parts.activations=3", "device.parts.tokens=2"]
+    plan = compose(home / "conf", [SWEEP, *device], results=str(home / "results"), digests=home / "digests.json")
+    in_parts = " ".join([SWEEP, *device])
+    (tokens,), (columns,) = plan.parts["tokens"].items(), plan.parts["activations"].items()
+    assert (tokens[1], columns[1]) == (["1-of-2", "2-of-2"], ["1-of-3", "2-of-3", "3-of-3"])
+    for stage, key in (("tokens", tokens[0]), ("activations", columns[0])):  # left over from an earlier run
+        for mark in plan.marks(stage, key):
+            (home / mark).parent.mkdir(parents=True, exist_ok=True)
+            (home / mark).write_text("")
+    with opened(home, in_parts) as dag:
+        files: list[str] = []
+        dag.execute_workflow(executor="dryrun", updated_files=files)
+    marks = {file for file in files if not file.startswith("results/")}
+    assert marks == {*plan.marks("tokens", tokens[0]), *plan.marks("activations", columns[0])}
+    assert dry_run(home, in_parts) == dry_run(home, SWEEP) == made(plan)
+
+
+def test_a_run_waits_for_all_parts_and_makes_again_those_that_are_lost(home: Path) -> None:
+    shutil.rmtree(home / "results")
+    run = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", home, "--cores", "1"]
+    run += ["--until", "tokens", "--config", f"conf={home / 'conf'}", f"hydra={SWEEP} device.parts.tokens=2"]
+    said = [subprocess.run(run, capture_output=True, text=True, cwd=home).stderr for _ in range(2)]
+    name = "tokens train-1200rows-text.51f3"
+    assert said[0].count(f"{name}, part ") == 2 and "failed" not in said[0]
+    assert said[0].rindex(f"{name}, part ") < said[0].index(f"{name}: wrote 1,200 rows")
+    assert name not in said[1]
+    (key,) = (key for key in planned(home, SWEEP).found["tokens"] if key.startswith("train"))
+    marks = [home / ".snakemake/parts/tokens" / f"{key}.part-{part}" for part in ("1-of-2", "2-of-2")]
+    assert all(mark.is_file() for mark in marks)
+    shutil.rmtree(home / "results" / "tokens" / key)
+    said = subprocess.run(run, capture_output=True, text=True, cwd=home).stderr
+    assert said.count(f"{name}, part ") == 2 and f"[3 of 3] {name}: wrote 1,200 rows" in said
+
+
 def test_times_make_nothing_stale(home: Path) -> None:
     receipts = sorted((home / "results").rglob(RECEIPT))
     for place, receipt in enumerate(reversed(receipts)):

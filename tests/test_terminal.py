@@ -61,6 +61,16 @@ def shown(of: LogHandler) -> list[str]:
     return of.stream.getvalue().splitlines()
 
 
+def test_a_part_is_called_by_what_it_is_of(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("2026-01-01 00:00:00,000 INFO 4 shards computed ahead in results/activations/s\n")
+    terminal, mark = handler(), ".snakemake/parts/activations/s-01/L1.mlp_out-9rows-0123.part-2-of-8 (update)"
+    say(terminal, LogEvent.JOB_INFO, jobid=3, rule_name="activations_part", output=[mark], log=[str(log)])
+    say(terminal, LogEvent.JOB_FINISHED, job_id=3)
+    (line,) = shown(terminal)
+    assert line.startswith("[1 of 0] activations L1.mlp_out-9rows, part 2 of 8: 4 shards computed ahead (")
+
+
 def test_a_job_is_one_line_with_what_it_found_and_what_is_left(tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     log.write_text(LOG)

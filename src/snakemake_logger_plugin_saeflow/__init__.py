@@ -137,7 +137,8 @@ class LogHandler(LogHandlerBase):
         files = [str(file).removesuffix(UPDATED) for file in said["output"] or ()]
         outputs = (one for file in files for one in self.together.get(file, [file]))
         memory = said["resources"].get("mem_mb") if said.get("resources") else None
-        return Work(said["rule_name"], tuple(outputs), tuple(said["log"] or ()), memory if type(memory) is int else 0)
+        stage, logs = said["rule_name"].removesuffix("_part"), tuple(said["log"] or ())
+        return Work(stage, tuple(outputs), logs, memory if type(memory) is int else 0)
 
     def finished(self, work: Work | None) -> str | None:
         if work is None or not work.outputs:

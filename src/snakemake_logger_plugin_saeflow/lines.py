@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saeflow.jobs.log import RECORD
+from saeflow.planning.parts import MARKS, without_hash
 
 RECEIPT = "provenance.json"
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -32,9 +33,10 @@ class Work:
 
     def __str__(self) -> str:
         """Stage, number and names of what it makes, without hashes."""
-        labels = [Path(folder).name.rsplit("-", 1)[0] for folder in self.folders]
+        labels = [without_hash(Path(folder).name) for folder in self.folders]
         if not labels:
-            return self.stage
+            marks = [Path(output) for output in self.outputs if Path(output).is_relative_to(MARKS)]
+            return " ".join([self.stage, *(without_hash(mark.name) for mark in marks)])
         if len(labels) == 1:
             return f"{self.stage} {labels[0]}"
         parts = [label.split("-") for label in labels]

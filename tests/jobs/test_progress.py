@@ -176,6 +176,29 @@ def test_the_queue_says_what_waits(plan: Plan, monkeypatch: pytest.MonkeyPatch, 
     assert states(plan)[1][2] == QUEUED  # of an array Slurm knows the first job's name alone
 
 
+def test_a_part_is_a_job_of_its_own(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan.parts = {"activations": {"store/col-1": ["1-of-3", "2-of-3", "3-of-3"]}}
+    folder = Path("results/activations/store")
+    folder.mkdir(parents=True)
+    (folder / "col-1.part-2-of-3.lock").write_text("")
+    for part, line in (
+        ("2-of-3", "caching part 2-of-3: 40 of 100 tokens (40 %), 2 a second, 30 s left, 1 GB of memory"),
+    ):
+        name = f"store/col-1.part-{part}"
+        log_of(name, first_line("activations", [name]), line, stage="activations")
+    log_of(
+        "store/col-1.part-1-of-3",
+        "makes activations store/col-1.part-1-of-3 (process 1 on a)",
+        "ERROR failed",
+        stage="activations",
+    )
+    monkeypatch.setattr(status, "slurm_queue", lambda: {"store_col-1_3-of-3": "in Slurm as 5: pending"})
+    found = states(plan)
+    assert [state[2] for state in found[:4]] == [FAILED, RUNNING, QUEUED, WAITS]
+    assert found[1][3] == "caching part 2-of-3 at 40 %, 30 s left" and found[3][3] == "for 3 others"
+    assert "store/col, part 2 of 3" in str(list(unfinished(plan))[1])
+
+
 def test_torn_logs_say_nothing(plan: Plan) -> None:
     for name, text in {"a": "", "b": "\0\xff", "c": "2026-01-01 00:00:00,000 INFO something else\n"}.items():
         path = log_of(name)

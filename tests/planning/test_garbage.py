@@ -371,6 +371,31 @@ def test_what_killed_jobs_have_left_is_listed_and_what_others_write_or_go_on_wit
     assert not [name for name in gone if (RESULTS / name).exists()] and all((RESULTS / name).exists() for name in stay)
 
 
+def test_what_was_made_ahead_goes_with_what_it_is_of(mine: Plan) -> None:
+    (column,), tokens = mine.stages["activations"], next(iter(mine.stages["tokens"]))
+    store, hook = RESULTS / "activations" / column.split("/")[0], mine.stages["activations"][column].config["hook_name"]
+    shutil.rmtree(RESULTS / "activations" / column)  # it was not joined yet
+    ready = {
+        "mine": [store / "parts" / hook, RESULTS / "tokens" / f"{tokens}.parts"],
+        "nobody's": [store / "parts" / "blocks.0.hook_mlp_out", RESULTS / "tokens" / "train-8rows-01234567.parts"],
+    }
+    for folder in (*ready["mine"], *ready["nobody's"]):
+        folder.mkdir(parents=True)
+        (folder / "0").write_text("something")
+        age(folder)
+    assert {item.paths[0] for item in look().items if item.stage == LEFTOVERS} == {*ready["nobody's"]}
+    for lock in (store / ".shard-0.lock", RESULTS / "tokens" / f"{tokens}.part-1-of-2.lock"):
+        with held(lock):
+            found = look()  # what a part is being made of is known
+            with pytest.raises(ConfigError, match=r"nothing was removed: process \d+ on .* makes results"):
+                list(remove_plan(mine))
+    with held(store / ".shard-0.lock"):
+        left = [item.paths[0] for item, why in remove(found, found.token) if why]
+    assert left == ready["nobody's"][:1] and all(folder.is_dir() for folder in ready["mine"])
+    assert {*ready["mine"][1:], store} <= {*remove_plan(mine)}
+    assert not any(folder.exists() for folder in ready["mine"])
+
+
 def test_links_are_not_followed(mine: Plan, tmp_path: Path) -> None:
     away = tmp_path / "away"
     shutil.move("results/train", away / "train")

@@ -14,6 +14,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import FILE, lines, record
 from saeflow.planning.ledger import ALL, UNKNOWN, as_text, description, ledger, ledger_file, save_ledger
+from saeflow.planning.stages import stages
 from saeflow.storage.receipts import RECEIPT
 
 MORE = SWEEP.replace("0.003", "0.003,0.01")
@@ -29,7 +30,7 @@ def run(plan: Plan, device: str = "cpu") -> None:
     for stage, keys in plan.to_make.items():
         finish(plan, stage, keys)
         for n, key in enumerate(keys, start=1):
-            record(plan, plan.instance(stage, key), 1.0, device, float(n), 2.0 * n)
+            record(stages()[stage], plan, [plan.instance(stage, key)], device, float(n), 2.0 * n)
 
 
 @pytest.fixture

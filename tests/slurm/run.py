@@ -153,13 +153,13 @@ FAULTS: dict[str, tuple[Callable[[Fault], None], dict[str, Any]]] = {
 
 # ---------------------------------------------------------------- the runs
 def undisturbed(work: Path) -> dict[str, Any]:
-    """The whole small experiment here and through Slurm: the same bytes?"""
+    """The whole small experiment here and through Slurm, where three jobs share the caching: the same bytes?"""
     shutil.rmtree(work / "there", ignore_errors=True)
     here, there = Folder(work / "here", SMALL), Folder(work / "there", SMALL)
     local = here.here()
     require(local, "the run without Slurm")
     before = last_job()
-    remote = there.end(there.submit())
+    remote = there.end(there.submit(hydra="device.parts.activations=3"))
     require(remote, "the run through Slurm")
     n_jobs, wrong = len(ended(before)), differences(there, here)
     say("undisturbed", not wrong, f"{n_jobs} jobs, {remote.seconds:.0f} s (here {local.seconds:.0f} s) {wrong}")

@@ -16,6 +16,7 @@ from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
 from saeflow.planning.machine import check_disk, check_folders, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
+from saeflow.planning.parts import Part, mark, part_name
 from saeflow.planning.remote import check_remote, notes_of_bucket
 from saeflow.planning.stages import downstream, stages
 
@@ -81,6 +82,7 @@ onstart:
 
 wildcard_constraints:
     key=".+",  # of a column of activations it has a store in front
+    part=r"\d+-of-\d+",
 
 
 def forced_targets():
@@ -112,15 +114,21 @@ def inputs_of(stage, key=None):
     return find
 
 
+def marks_of(stage):
+    """Marks of the parts that the job of an artifact waits for, as a function of its wildcards."""
+    return lambda wildcards: PLAN.marks(stage, wildcards.key)
+
+
 def resources_of_key(stage):
-    """What `resources` says of the job of an artifact; device and GPU are those of all of a stage."""
+    """What `resources` says of the job of an artifact, or of a part; device and GPU are those of all of a stage."""
 
     @cache
-    def of_job(key, attempt):
-        return resources(PLAN, stage, PLAN.members(stage, key), attempt)
+    def of_job(key, attempt, parts):
+        return resources(PLAN, stage, PLAN.members(stage, key), attempt, parts)
 
     def find(wildcards, attempt, unit):
-        return of_job(wildcards.key, attempt).get(unit)
+        part = wildcards.get("part")
+        return of_job(wildcards.key, attempt, Part.parse(part).of if part else 1).get(unit)
 
     units = resources(PLAN, stage, list(PLAN.stages[stage])[:1]).keys()
     return {unit: partial(find, unit=unit) for unit in units}

@@ -9,6 +9,7 @@ for STAGE in stages().values():
                 STAGE.name
             input:
                 inputs_of(STAGE.name),
+                marks_of(STAGE.name),
             output:
                 update(f"results/{STAGE.name}/{{key}}/provenance.json"),  # another run may have made it meanwhile
             log:
@@ -20,6 +21,28 @@ for STAGE in stages().values():
                 **resources_of_key(STAGE.name),
             shell:
                 JOB
+
+
+# Parts of jobs that share the work of one (device.parts), each a job of its own that runs ahead of that one.
+for STAGE in stages().values():
+    if STAGE.name in PLAN.parts:
+
+        rule:
+            name:
+                f"{STAGE.name}_part"
+            input:
+                inputs_of(STAGE.name),
+            output:
+                update(mark(STAGE.name, "{key}", "{part}")),
+            log:
+                f"logs/{STAGE.name}/{part_name('{key}', '{part}')}.log",
+            conda:
+                "../../environment.yml"
+            threads: PLAN.threads(STAGE.name)
+            resources:
+                **resources_of_key(STAGE.name),
+            shell:
+                f"{JOB} --part {{wildcards.part}}"
 
 
 # snakemake jacobian_tables, snakemake heads_tables: the numbers of every study of the plan, on the terminal.

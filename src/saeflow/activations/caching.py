@@ -16,17 +16,19 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from saeflow.activations.ahead import Ahead, shards
 from saeflow.activations.moments import Statistics
 from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, write_column
-from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter
+from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter, HookWriter
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
@@ -46,26 +48,14 @@ class DiskFullError(OSError):
 
 def cache_jobs(jobs: list[Job]) -> str:
     """Fills columns of one store and writes their receipts: the work of `scripts/activations.py`."""
-    folders = sorted({job.path.parent for job in jobs})
-    if len(folders) > 1:
-        raise StoreError(f"columns of several stores in one job: {', '.join(map(str, folders))}")
+    store, columns, load = opened(jobs)
     config, device = jobs[0].config, jobs[0].device
-    context_size = config["tokens"]["context_size"]
-    processing = {k: v for k, v in config["model"].items() if k != "weights"}
-    model = ModelConfig(name=folders[0].name, path=str(jobs[0].source("model")), **processing)
-    asked = (job.config for job in jobs)
-    columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
-
-    store = ActivationStore(folders[0], ActivationsConfig(**config["activations"]))
     start = time.perf_counter()
-
-    def load() -> "HookedTransformer":
-        with reading_model(jobs[0]) as source:
-            return load_model(source, model, device, context_size)
 
     with store.locked():
         rows = longest_rows(job.input("tokens") for job in jobs)
-        attributes = {"model": config["model"]["weights"], "processing": processing, "context_size": context_size}
+        attributes = {"model": config["model"]["weights"], "processing": processing_of(config)}
+        attributes["context_size"] = config["tokens"]["context_size"]
         again = {column.hook_name for job, column in zip(jobs, columns, strict=True) if (job.path / RECEIPT).exists()}
         for hook in again:  # it was finished, and yet asked for
             store.forget(hook, max(column.n_tokens for column in columns if column.hook_name == hook))
@@ -76,6 +66,29 @@ def cache_jobs(jobs: list[Job]) -> str:
                 write_column(receipt, statistics[column])
     tokens = max(column.n_tokens for column in columns)
     return f"{len(jobs)} columns, {tokens:,} tokens, in {store.folder}: {time.perf_counter() - start:.1f} s"
+
+
+def opened(jobs: list[Job]) -> "tuple[ActivationStore, list[ColumnRequest], Callable[[], HookedTransformer]]":
+    """The store of the jobs, the column that each is to make, and what opens the model. Raises `StoreError` for columns
+    of several stores."""
+    folders = sorted({job.path.parent for job in jobs})
+    if len(folders) > 1:
+        raise StoreError(f"columns of several stores in one job: {', '.join(map(str, folders))}")
+    config, context_size = jobs[0].config, jobs[0].config["tokens"]["context_size"]
+    model = ModelConfig(name=folders[0].name, path=str(jobs[0].source("model")), **processing_of(config))
+    asked = (job.config for job in jobs)
+    columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
+
+    def load() -> "HookedTransformer":
+        with reading_model(jobs[0]) as source:
+            return load_model(source, model, jobs[0].device, context_size)
+
+    return ActivationStore(folders[0], ActivationsConfig(**config["activations"])), columns, load
+
+
+def processing_of(config: dict[str, Any]) -> dict[str, Any]:
+    """How a model is processed when it is opened."""
+    return {name: value for name, value in config["model"].items() if name != "weights"}
 
 
 def cache(
@@ -102,9 +115,8 @@ def cache(
             f"{rows.context_size}); lower tokens.train_tokens or use a longer corpus"
         )
     store.check_tokens(rows)
-    needed, free = _needed_bytes(store, columns), shutil.disk_usage(store.folder).free
-    if needed > free:
-        raise DiskFullError(errno.ENOSPC, _disk_full(store, "cannot hold the activations", needed, free))
+    ahead = Ahead(store, rows)
+    check_space(store, _needed_bytes(store, columns, ahead))
     attributes = {"units": "dimensionless, as the model computes them", **(attributes or {})}
     for column in columns:
         store.create(column.hook_name, column.size, attributes)
@@ -114,16 +126,18 @@ def cache(
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as thread:
             for hook in n_tokens:
                 of_hook = [column for column in columns if column.hook_name == hook]
-                writers.append(ColumnWriter(store, of_hook, device, thread))
+                take = partial(ahead.take, hook, of_hook[0].size)
+                writers.append(ColumnWriter(store, of_hook, device, thread, take))
             _fill(writers, rows, load, device)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         for writer in writers:
             writer.discard()
-        needed, free = _needed_bytes(store, columns), shutil.disk_usage(store.folder).free
-        raise DiskFullError(error.errno, _disk_full(store, "became full while caching", needed, free)) from error
+        raise disk_full(store, _needed_bytes(store, columns, ahead), error) from error
     store.commit(n_tokens, rows, attributes)
+    for writer in writers:
+        ahead.tidy(writer.hook_name, writer.size, n_tokens[writer.hook_name])
     return {column: statistics for writer in writers for column, statistics in writer.statistics.items()}
 
 
@@ -154,15 +168,23 @@ def _fill(writers: list[ColumnWriter], rows: TokenRows, load: "Callable[[], Hook
             begin = min(writer.position for writer in writers if not writer.done) // block_tokens
             blocks = range(begin, math.ceil(last / block_tokens))
             for block in progress(blocks, "caching", last, "tokens", each=block_tokens, start=begin * block_tokens):
-                first = block * block_tokens
-                needing = [w for w in writers if not w.done and w.position < first + block_tokens]
-                if needing:
-                    tokens = _block(rows, block * batch_rows, batch_rows).to(device)
-                    values = forward(model, tokens, [w.hook_name for w in needing])
-                    for writer in needing:
-                        writer.append(first, values[writer.hook_name])
+                run_block(model, writers, rows, block, device)
     for writer in writers:
         writer.wait()
+
+
+def run_block(
+    model: "HookedTransformer", writers: Sequence[HookWriter], rows: TokenRows, block: int, device: str
+) -> None:
+    """Gives the writers what they need of a block of rows."""
+    batch_rows = writers[0].store.config.batch_rows
+    first, stop = block * batch_rows * rows.context_size, (block + 1) * batch_rows * rows.context_size
+    needing = [writer for writer in writers if not writer.done and writer.position < stop]
+    if needing:
+        tokens = _block(rows, block * batch_rows, batch_rows).to(device)
+        values = forward(model, tokens, [writer.hook_name for writer in needing])
+        for writer in needing:
+            writer.append(first, values[writer.hook_name])
 
 
 @torch.inference_mode()
@@ -194,24 +216,34 @@ def _block(rows: TokenRows, first: int, batch_rows: int) -> Tensor:
 
 
 # -------------------------------------------------------------------- space
-def _needed_bytes(store: ActivationStore, columns: list[ColumnRequest]) -> int:
+def check_space(store: ActivationStore, needed: int) -> None:
+    """Raises `DiskFullError` where the disk has not so many bytes left."""
+    if needed > shutil.disk_usage(store.folder).free:
+        raise disk_full(store, needed)
+
+
+def disk_full(store: ActivationStore, needed: int, error: OSError | None = None) -> DiskFullError:
+    """`error`: with which the disk refused what was written; `needed`: bytes that are still to be."""
+    free = shutil.disk_usage(store.folder).free
+    what = "became full while caching" if error else "cannot hold the activations"
+    said = (
+        f"the disk of {store.folder} {what}: {needed / 1e9:.3g} GB are still needed and {free / 1e9:.3g} GB are free. "
+        "Make room, or use activations.dtype=bfloat16, fewer hooks or fewer tokens.train_tokens; then run again: whole "
+        "shards are kept, and caching continues after them"
+    )
+    return DiskFullError(error.errno if error else errno.ENOSPC, said)
+
+
+def _needed_bytes(store: ActivationStore, columns: list[ColumnRequest], ahead: Ahead) -> int:
     """Bytes that are still to be written: shards that are not on disk, coordinates, statistics and progress."""
     needed = 0
     longest = {column.hook_name: column for column in columns}
     for column in longest.values():
         layout = store.layout(column.size)
-        for number, start in enumerate(range(0, column.n_tokens, layout.shard_tokens)):
-            n = min(column.n_tokens - start, layout.shard_tokens)
-            if not layout.holds(store.shard(column.hook_name, column.size, number), n):
+        for number, n in shards(column.n_tokens, layout.shard_tokens):
+            there = layout.holds(store.shard(column.hook_name, column.size, number), n)
+            if not there and not ahead.find(column.hook_name, column.size, number, n):
                 needed += layout.shard_bytes(n)
     new = max(0, max(c.n_tokens for c in columns) - store.n_coordinates())
     sizes = [math.prod(c.size) for c in (*columns, *longest.values())]
     return needed + 12 * new + sum(8 * (d * d + d + 1) for d in sizes)
-
-
-def _disk_full(store: ActivationStore, what: str, needed: int, free: int) -> str:
-    return (
-        f"the disk of {store.folder} {what}: {needed / 1e9:.3g} GB are still needed and {free / 1e9:.3g} GB are free. "
-        "Make room, or use activations.dtype=bfloat16, fewer hooks or fewer tokens.train_tokens; then run again: whole "
-        "shards are kept, and caching continues after them"
-    )

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from saeflow.activations.ahead import FOLDER, missing, shards
 from saeflow.activations.elsewhere import array_url, rows_are_somewhere
-from saeflow.activations.shards import COORDINATES, hook_of, predicted_bytes
+from saeflow.activations.shards import COORDINATES, ITEMSIZE, Layout, hook_of, predicted_bytes
 from saeflow.config import ConfigError
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import joined, unusual
@@ -15,6 +16,7 @@ from saeflow.models.resources import operations as running_operations
 from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
 from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.parts import Part, Parts
 from saeflow.planning.stages import Stage, stages
 
 
@@ -84,19 +86,55 @@ def n_bytes(plan: Plan, instance: Instance) -> int:
     return predicted_bytes(n_tokens, config["size"], store["dtype"], store["chunk_tokens"], store["shard_tokens"])
 
 
+def most_parts(plan: Plan, instances: Sequence[Instance]) -> int:
+    """A part has a shard or more."""
+    return max(len(list(shards(n, layout.shard_tokens))) for _, _, layout, n in _longest(instances))
+
+
+def parts_missing(plan: Plan, instances: Sequence[Instance], parts: list[Part]) -> list[Part]:
+    store = plan.folder("activations", instances[0].key).parent
+    numbers = {
+        number
+        for hook, n_dims, layout, n_tokens in _longest(instances)
+        for number in missing(store, hook, n_dims, layout, n_tokens)
+    }
+    return [part for part in parts if any(map(part.has, numbers))]
+
+
+def _longest(instances: Sequence[Instance]) -> list[tuple[str, int, Layout, int]]:
+    """Of each hook, the dimensions and layout of its array, and how many tokens its longest column has."""
+    found: dict[str, tuple[str, int, Layout, int]] = {}
+    for config in sorted((instance.config for instance in instances), key=lambda config: int(config["n_rows"])):
+        held, size = config["activations"], config["size"]
+        layout = Layout(math.prod(size) * ITEMSIZE[held["dtype"]], held["chunk_tokens"], held["shard_tokens"])
+        n_tokens = config["n_rows"] * config["tokens"]["context_size"]
+        found[config["hook_name"]] = (config["hook_name"], 1 + len(size), layout, n_tokens)
+    return list(found.values())
+
+
 def outside(folder: Path) -> list[Path]:
-    """The array of a column's hook, and how far it is, which the hook's other columns share. The hook of a column that
-    is not there yet, its name tells."""
+    """The array of a column's hook, how far it is, and what lies ready of it, which the hook's other columns share. The
+    hook of a column that is not there yet, its name tells."""
     store, short = folder.parent, folder.name.rsplit("-", 2)[0]
-    hook = hook_of(folder) or next((a.name for a in _arrays(store) if short_hook(a.name) == short), None)
+    known = (path.name for path in (*_arrays(store), *_ready(store)))
+    hook = hook_of(folder) or next((name for name in known if short_hook(name) == short), None)
     if hook is None:
         return []
-    return [store / "activations.zarr" / hook, store / "progress" / f"{hook}.safetensors"]
+    return [store / "activations.zarr" / hook, store / "progress" / f"{hook}.safetensors", store / FOLDER / hook]
 
 
 def all_outside(results: Path) -> list[Path]:
     stores = sorted((results / "activations").glob("*"))
-    return [path for s in stores for path in [*_arrays(s), *sorted((s / "progress").glob("*.safetensors"))]]
+    return [
+        path
+        for store in stores
+        for path in [*_arrays(store), *sorted((store / "progress").glob("*.safetensors")), *_ready(store)]
+    ]
+
+
+def _ready(store: Path) -> list[Path]:
+    """Folders of shards that were computed ahead, one a hook."""
+    return sorted((store / FOLDER).glob("*/"))
 
 
 def _arrays(store: Path) -> list[Path]:
@@ -109,6 +147,12 @@ def work(jobs: list[Job]) -> str:
     from saeflow.activations.caching import cache_jobs
 
     return cache_jobs(jobs)
+
+
+def part_work(jobs: list[Job], part: Part) -> str:
+    from saeflow.activations.parts import cache_part
+
+    return cache_part(jobs, part)
 
 
 STAGES = (
@@ -129,6 +173,7 @@ STAGES = (
         all_outside=all_outside,
         operations=operations,
         resources=resources,
+        parts=Parts(most_parts, parts_missing, part_work),
         cached=True,
     ),
 )

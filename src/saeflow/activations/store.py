@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from saeflow.activations.ahead import free
 from saeflow.activations.coordinates import NO_COORDINATE
 from saeflow.activations.moments import Moments, Statistics
 from saeflow.activations.shards import COORDINATES, ITEMSIZE, Layout, ShardError, shard_path
@@ -97,7 +98,7 @@ class ActivationStore:
     def locked(self) -> Iterator[None]:
         """Waits until no other process writes this store."""
         with locked(self.folder / ".lock", str(self.folder)):
-            for leftover in self.zarr.rglob("*.partial"):
+            for leftover in (*self.zarr.rglob("*.partial"), *(self.folder / "progress").glob("*.partial")):
                 leftover.unlink()
             for file in (self.zarr / "zarr.json", *self.zarr.glob("*/zarr.json")):
                 if file.is_file() and _is_torn(file):
@@ -228,6 +229,7 @@ class ActivationStore:
         stored = (self.load_progress(hook_name, "cpu") or (0, None))[0]
         if stored <= n_tokens:
             self._progress(hook_name).unlink(missing_ok=True)
+            free(self.folder, hook_name)
         else:
             log.info("%s: the rows are kept, since a longer column of %d tokens has them too", hook_name, stored)
 

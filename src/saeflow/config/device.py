@@ -12,16 +12,21 @@ PLACE = r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/(?!\.{1,2}(/|$))[A-Za
 EXAMPLES = {"gpu_model": "a100", "gres": "gpu:a100:1"}
 
 
-def check_device(device: dict[str, Any], stages: Iterable[str]) -> None:
-    """Errors now rather than in the job: a device that is not a device's name, a speed that is no number."""
+def check_device(device: dict[str, Any], stages: Iterable[str], in_parts: Iterable[str] = ()) -> None:
+    """Errors now rather than in the job: a device that is not a device's name, a speed that is no number. `in_parts`:
+    stages of which several jobs can share the work of one."""
     for stage in ("default", *stages):
         name = str(device.get(stage, device.get("default")))
         if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
             raise ConfigError(f"device.{stage}={name}: use cpu, cuda, cuda:N or mps")
-    for unit in ("threads", "mem_mb", "runtime", "batch"):
+    for unit in ("threads", "mem_mb", "runtime", "batch", "parts"):
         for stage, value in (device.get(unit) or {}).items():
             legal = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
             require(legal, f"device.{unit}.{stage}", value, "a whole number above 0")
+    can = ", ".join(in_parts)
+    for stage, value in (device.get("parts") or {}).items():
+        if stage not in in_parts and value not in (None, 1):
+            raise ConfigError(f"device.parts.{stage}={value}: its jobs cannot be shared; these can: {can}")
     for unit, value in (device.get("most") or {}).items():
         require(unit in ("mem_mb", "runtime"), f"device.most.{unit}", value, "of mem_mb or runtime")
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from saeflow.jobs.job import Job
+from saeflow.planning.parts import Part, lock_of
 from saeflow.storage.locks import Lock
 from saeflow.storage.receipts import DamagedError, verify
 
@@ -35,6 +36,18 @@ def claimed(jobs: list[Job], again: Collection[str] = ()) -> Iterator[list[Job]]
                 job.lock.release()
                 done.add(job.path)
         yield [job for job in jobs if job.path not in done]
+
+
+@contextmanager
+def claimed_part(jobs: list[Job], part: Part) -> Iterator[list[Job]]:
+    """Gives the jobs of which a part is to be made, while no other process makes that; none where all are there by
+    now."""
+    lock = Lock(lock_of(jobs[0].path, part))
+    lock.acquire(f"part {part} of {jobs[0].path}")
+    try:
+        yield [] if all(map(_is_there, jobs)) else jobs
+    finally:
+        lock.release()
 
 
 def _is_there(job: Job) -> bool:

@@ -7,10 +7,11 @@ import random
 import re
 import sys
 import time
+from pathlib import Path
 
 from saeflow.config.checks import ConfigError, escape_controls
 from saeflow.config.device import missing
-from saeflow.jobs.claims import claimed, wait_for
+from saeflow.jobs.claims import claimed, claimed_part, wait_for
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.progress import cpu_seconds, first_line
@@ -18,7 +19,9 @@ from saeflow.jobs.signals import Preempted, end
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record
-from saeflow.planning.stages import stages
+from saeflow.planning.parts import Part, mark, part_name
+from saeflow.planning.stages import Stage, stages
+from saeflow.storage.publish import publish_text
 from saeflow.storage.receipts import DamagedError, bring_to_now
 
 log = logging.getLogger("saeflow")
@@ -45,6 +48,13 @@ def in_words(error: Exception, stage: str) -> str:
     return said
 
 
+def part_of(stage: Stage, name: str) -> Part:
+    """Raises `ConfigError` for a stage whose jobs cannot be shared."""
+    if stage.parts is None:
+        raise ConfigError(f"--part {name}: jobs of {stage.name} cannot be shared")
+    return Part.parse(name)
+
+
 def main() -> None:
     """Parses the options, lets the stage do its work on the jobs, prints the lines that it returns."""
     parser = argparse.ArgumentParser(description="Makes artifacts of a stage below results/ from a frozen plan.")
@@ -53,11 +63,14 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--key", action="append", default=[], help="key of an artifact of the stage; may be repeated")
     which.add_argument("--job", metavar="KEY", help="key of an artifact, to be made with all that share its job")
+    parser.add_argument("--part", metavar="I-of-N", help="only this part of what --job makes, ahead of it: 2-of-8")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu, cuda or cuda:1")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--log", help="file for the log; default: stderr")
     parser.add_argument("--quiet", action="store_true", help="say nothing but in the log, which the workflow reads")
     args = parser.parse_args()
+    if args.part and not args.job:
+        parser.error("--part goes with --job")
     start_log(args.log)
     limit_threads(args.threads)
     try:
@@ -65,21 +78,28 @@ def main() -> None:
         touch(args.plan)
         wanted = plan.members(args.stage, args.job) if args.job else list(dict.fromkeys(args.key))
         jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in wanted]
+        part = part_of(stage, args.part) if args.part else None
         needed = [plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys]
         wait_for(needed)
-        with claimed(jobs, again=plan.found.get(args.stage, ()) if args.job else wanted) as left:
+        again = plan.found.get(args.stage, ()) if args.job else wanted
+        with claimed(jobs, again=again) if part is None else claimed_part(jobs, part) as left:
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
-            log.info("%s", first_line(args.stage, [job.instance.key for job in left]))
+            named = [job.instance.key for job in left] if part is None else [part_name(args.job, args.part)]
+            log.info("%s", first_line(args.stage, named))
             started, cpu_started = time.perf_counter(), cpu_seconds()
             for job in left:
                 job.sharing = len(left)
             if left and (reason := missing(args.device)):
                 raise ConfigError(f"device.{args.stage}={args.device}, but {reason}")
-            last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
-            if left:
+            if not left:
+                last_line = f"another run has made {args.stage} {', '.join(wanted)}"
+            else:
+                last_line = stage.parts.work(left, part) if part and stage.parts else stage.work(left)
                 seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
-                record(stage, plan, [job.instance for job in left], args.device, seconds, cpu)
-        bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed])
+                record(stage, plan, [job.instance for job in left], args.device, seconds, cpu, args.part or "")
+            if part is not None:
+                publish_text(Path(mark(args.stage, args.job, args.part)), f"{last_line}\n")
+        bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed, *plan.marks(args.stage, wanted[0])])
     except Preempted:
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from saeflow.jobs.log import RECORD
 from saeflow.jobs.progress import MAKES, Seen, read_progress
 from saeflow.planning.graph import Plan
+from saeflow.planning.parts import Part, lock_of, part_name, without_hash
 from saeflow.storage.locks import EXPIRES
 
 RUNNING, QUEUED, FAILED, STOPPED, WAITS, READY = "running", "queued", "failed", "stopped", "waiting", "not started"
@@ -47,7 +48,7 @@ class State:
     about: str
 
     def __str__(self) -> str:
-        names = [key.rsplit("-", 1)[0] for key in self.keys]
+        names = [without_hash(key) for key in self.keys]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return f"{self.stage:12} {self.state:12} {self.about}{'  ' if self.about else ''}{names[0]}{more}"
 
@@ -75,6 +76,10 @@ def unfinished(plan: Plan, logs: Path = Path("logs")) -> Iterator[State]:
         for log in sorted(filter(None, map(read_log, (logs / stage).rglob("*.log"))), key=lambda log: log.last):
             by_key |= dict.fromkeys(log.keys, log)
         told: set[str] = set()
+        for key, parts in plan.parts.get(stage, {}).items():
+            for part in parts:
+                name = part_name(key, part)
+                yield State(stage, (name,), *_state_of_part(plan, stage, key, part, by_key.get(name), queue, making))
         for key in keys:
             if key in told:
                 continue
@@ -89,20 +94,44 @@ def unfinished(plan: Plan, logs: Path = Path("logs")) -> Iterator[State]:
 def _state(
     plan: Plan, stage: str, keys: tuple[str, ...], log: Log | None, queue: dict[str, str], making: set[tuple[str, str]]
 ) -> tuple[str, str]:
-    if any(_held(plan, stage, key) for key in keys):
-        return RUNNING, _how_far(log.seen) if log else ""
-    for key in keys:
-        if where := queue.get(key.replace("/", "_")):
-            return QUEUED, where
+    folders = [plan.folder(stage, key) for key in keys]
+    held = any(_alive(folder.with_name(folder.name + ".lock")) for folder in folders)
     needs = {(s, k) for key in keys for s, found in plan.stages[stage][key].needs.items() for k in found} & making
-    if stage in queue and not needs:
-        return QUEUED, queue[stage]
+    parts = sum(len(plan.marks(stage, key)) for key in keys)
+    return _found(log, held, queue, keys, stage, len(needs) + parts)
+
+
+def _found(
+    log: Log | None, held: bool, queue: dict[str, str], names: Iterable[str], rule: str, n_needs: int
+) -> tuple[str, str]:
+    """`names`, `rule`: of the job in Slurm's queue; `n_needs`: how many others have to be done before it."""
+    if held:
+        return RUNNING, _how_far(log.seen) if log else ""
+    for name in names:
+        if where := queue.get(name.replace("/", "_")):
+            return QUEUED, where
+    if rule in queue and not n_needs:
+        return QUEUED, queue[rule]
     if log and log.error:
         return FAILED, f"{log.error} (log: {log.path})"
     if log:
         share = f"at {log.seen.percent} %, " if log.seen and log.seen.percent is not None else ""
         return STOPPED, f"{share}last word {_ago(log.last)}; run the workflow again (log: {log.path})"
-    return (WAITS, f"for {len(needs)} other{'s' if len(needs) > 1 else ''}") if needs else (READY, "")
+    return (WAITS, f"for {n_needs} other{'s' if n_needs > 1 else ''}") if n_needs else (READY, "")
+
+
+def _state_of_part(
+    plan: Plan,
+    stage: str,
+    key: str,
+    part: str,
+    log: Log | None,
+    queue: dict[str, str],
+    making: set[tuple[str, str]],
+) -> tuple[str, str]:
+    lock = lock_of(plan.folder(stage, key), Part.parse(part))
+    needs = {(s, k) for m in plan.members(stage, key) for s, ks in plan.stages[stage][m].needs.items() for k in ks}
+    return _found(log, _alive(lock), queue, [f"{key}_{part}"], f"{stage}_part", len(needs & making))
 
 
 def _how_far(seen: Seen | None) -> str:
@@ -112,11 +141,10 @@ def _how_far(seen: Seen | None) -> str:
     return f"{seen.what}{share}{f', {seen.left} left' if seen.left else ''}"
 
 
-def _held(plan: Plan, stage: str, key: str) -> bool:
-    """Whether a process gave a sign of life for it lately."""
-    folder = plan.folder(stage, key)
+def _alive(lock: Path) -> bool:
+    """Whether a process that holds it gave a sign of life lately."""
     try:
-        return time.time() - folder.with_name(folder.name + ".lock").stat().st_mtime < EXPIRES
+        return time.time() - lock.stat().st_mtime < EXPIRES
     except OSError:
         return False
 

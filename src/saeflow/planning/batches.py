@@ -7,6 +7,7 @@ from typing import Any
 
 from saeflow.planning.digests import canonical
 from saeflow.planning.graph import Plan
+from saeflow.planning.parts import Part
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage.receipts import is_damaged, problem, read_receipt, set_aside
 
@@ -38,6 +39,7 @@ def look(plan: Plan) -> None:
     plan.to_make = {name: [key for key in table if (name, key) in making] for name, table in plan.stages.items()}
     assign_batches(plan)
     plan.forget()
+    assign_parts(plan)
 
 
 def lacks(plan: Plan, name: str, key: str) -> tuple[Path, str] | None:
@@ -49,7 +51,11 @@ def lacks(plan: Plan, name: str, key: str) -> tuple[Path, str] | None:
 
 
 def set_aside_broken(plan: Plan) -> None:
-    """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each."""
+    """Sets receipts aside that do not hold, since a rule only looks whether the file is there; logs each. For the same
+    reason removes marks of parts that are to be made."""
+    for name, jobs in plan.parts.items():
+        for file in (file for key in jobs for file in plan.marks(name, key)):
+            Path(file).unlink(missing_ok=True)
     for name, table in plan.stages.items():
         for key in table.keys() - set(plan.found[name]):
             if (found := lacks(plan, name, key)) and set_aside(plan.folder(name, key)):
@@ -69,6 +75,23 @@ def assign_batches(plan: Plan) -> None:
                 for keys in (plan.to_make[name], plan.found[name], absent)
                 for batch in _batches(plan, stage, keys)
             ]
+
+
+def assign_parts(plan: Plan) -> None:
+    """Of jobs that are to be done in parts, those that are missing."""
+    plan.parts = {}
+    for name, stage in stages().items():
+        wanted = int(plan.device.get("parts", {}).get(name) or 1)
+        if stage.parts is None or wanted == 1:
+            continue
+        for key in plan.to_make[name]:
+            if plan.leaders.get((name, key), key) != key:
+                continue
+            instances = [plan.stages[name][member] for member in plan.members(name, key)]
+            of = min(wanted, stage.parts.most(plan, instances))
+            parts = [Part(number, of) for number in range(1, of + 1)]
+            if of > 1 and (missing := stage.parts.missing(plan, instances, parts)):
+                plan.parts.setdefault(name, {})[key] = list(map(str, missing))
 
 
 def _batches(plan: Plan, stage: Stage, keys: list[str]) -> list[list[str]]:
@@ -99,14 +122,17 @@ def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str
     return parts
 
 
-def resources(plan: Plan, name: str, keys: Sequence[str], attempt: int = 1) -> dict[str, Any]:
-    """Stage, device, GPUs, `mem_mb` and `runtime` of the job that makes `keys`: never a reason to rerun.
+def resources(plan: Plan, name: str, keys: Sequence[str], attempt: int = 1, parts: int = 1) -> dict[str, Any]:
+    """Stage, device, GPUs, `mem_mb` and `runtime` of the job that makes `keys`, or of one of so many parts of it, which
+    takes its share of the time, an hour at least: never a reason to rerun.
 
     What ended for want of memory or time, or was preempted, is tried again with `attempt` times as much of both, but
     not with more than `device.most` once that is enough for the first try.
     """
     device, instances = plan.device_of(name), [plan.stages[name][key] for key in keys]
     found: dict[str, Any] = dict(stages()[name].resources(plan, instances)) if instances else {}
+    if parts > 1 and "runtime" in found:
+        found["runtime"] = min(found["runtime"], max(60, -(-found["runtime"] // parts)))
     configured = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}
     found |= {unit: value for unit, value in configured.items() if value is not None}
     for unit in found.keys() & configured.keys():

@@ -126,7 +126,7 @@ def compose(
     """
     cache = DigestCache(digests)
     sweep = Sweep(Path(conf).resolve(), overrides)
-    check_device(sweep.device, stages())
+    check_device(sweep.device, stages(), [name for name, stage in stages().items() if stage.parts])
     plan = Plan(sweep.experiment, {name: {} for name in stages()}, sweep.device, results=results)
     tells: dict[str, dict[str, str]] = {}
     points = [_planned(build(PointConfig, tree), plan, cache, tells) for tree in sweep.points()]

@@ -29,6 +29,8 @@ class Explanation(NamedTuple):
     reasons: list[str]
     """What is deleted, and what is new in what they read, nearest change first: `dictionary.l1_coefficient=0.002 is
     new`."""
+    parts: dict[str, int]
+    """Of stages whose work several jobs share, how many of these run ahead of those that make the artifacts."""
     bytes_to_cache: int
     bytes_in_all: int
     time: Prediction
@@ -40,7 +42,9 @@ def explain(plan: Plan) -> Explanation:
     sizes = {stage: sum(stages()[stage].n_bytes(plan, i) for i in instances) for stage, instances in missing.items()}
     cached = sum(size for stage, size in sizes.items() if stages()[stage].cached)
     made = lines(plan.results)
-    return Explanation(missing, _reasons(plan, missing, made), cached, sum(sizes.values()), predict(plan, made))
+    reasons = _reasons(plan, missing, made)
+    parts = {stage: sum(map(len, jobs.values())) for stage, jobs in plan.parts.items()}
+    return Explanation(missing, reasons, parts, cached, sum(sizes.values()), predict(plan, made))
 
 
 def _reasons(plan: Plan, missing: dict[str, list[Instance]], made: list[dict[str, Any]]) -> list[str]:
@@ -81,7 +85,7 @@ def sentence(explanation: Explanation) -> str:
     """The explanation in one sentence, for a person."""
     declared = stages()
     counts = {
-        stage: counted(stage, len(instances))
+        stage: counted(stage, len(instances)) + _in_parts(explanation.parts.get(stage, 0))
         for stage, instances in explanation.missing.items()
         if instances or declared[stage].cached
     }
@@ -94,6 +98,10 @@ def sentence(explanation: Explanation) -> str:
     to_cache = f"{', '.join(cached)}, {readable(explanation.bytes_to_cache)} to cache"
     text = f"{', '.join(counts.values()) or 'no other stage'}: {reason}; {to_cache}"
     return f"{text}; {readable(explanation.bytes_in_all)} in all; {_time(explanation.time)}"
+
+
+def _in_parts(n: int) -> str:
+    return f" ({n} part{'s' * (n > 1)} ahead)" if n else ""
 
 
 def _time(time: Prediction) -> str:

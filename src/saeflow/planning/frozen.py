@@ -11,6 +11,7 @@ from pathlib import Path
 
 from saeflow.planning.digests import text_hash
 from saeflow.planning.graph import Plan
+from saeflow.planning.parts import MARKS
 
 FOLDER = Path(".snakemake/plans")
 KEPT_DAYS = 60
@@ -27,14 +28,15 @@ def _file_of(text: str) -> Path:
 
 
 def freeze_run(plan: Plan) -> Path:
-    """Freezes a plan for a run, and removes those that no run has used for `KEPT_DAYS` days. Returns its file."""
+    """Freezes a plan for a run, and removes those that no run has used for `KEPT_DAYS` days, and marks of parts as old.
+    Returns its file."""
     text = plan.text
     file = _file_of(text)
     if not file.is_file() or file.read_bytes() != text.encode():  # none, or one that a power cut tore
         plan.freeze(file)
     touch(file)
     oldest = time.time() - KEPT_DAYS * 86400
-    for other in FOLDER.glob("*.json*"):
+    for other in (*FOLDER.glob("*.json*"), *MARKS.rglob("*.part-*")):
         with contextlib.suppress(OSError):  # another run may do the same
             if other.stat().st_mtime < oldest:
                 other.unlink()

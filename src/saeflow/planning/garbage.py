@@ -20,7 +20,7 @@ from saeflow.planning.keeping import MAY_BE, Artifact, Kept, all_of, makers_of, 
 from saeflow.planning.removal import artifacts, goes_with, remove_path, top_of
 from saeflow.planning.stages import stages
 from saeflow.storage.locks import Lock
-from saeflow.storage.publish import abandoned
+from saeflow.storage.publish import abandoned, escaped
 from saeflow.storage.receipts import RECEIPT
 
 LEFTOVERS = "leftovers"
@@ -131,7 +131,8 @@ def _remove(found: Listing, item: Item) -> str:
     """Returns why it was left, or nothing."""
     with ExitStack() as held:
         in_store = [*item.store.glob("*.lock"), item.store / ".lock"] if item.store and item.store.is_dir() else []
-        for file in dict.fromkeys([*([item.lock] if item.lock else []), *sorted(in_store)]):
+        own = [item.lock, *item.lock.parent.glob(f"{escaped(item.lock.stem)}.part-*.lock")] if item.lock else []
+        for file in dict.fromkeys([*own, *sorted(in_store)]):
             if not file.parent.is_dir():
                 continue
             lock = Lock(file)
@@ -265,8 +266,8 @@ def _leftovers(results: Path, kept: Kept, there: list[Artifact], items: list[Ite
         wanted = {root / key for s, key in (*kept.why, *there) if s == name}
         tops = {top_of(stage, results, folder) for folder in wanted}
         strays = [(path, "it holds no artifact") for path in sorted(root.glob("*")) if path.is_dir()]
-        strays = [(path, why) for path, why in strays if path not in tops and path.suffix != ".partial"]
         belongs = {path for folder in wanted for path in stage.outside(folder)}
+        strays = [(p, why) for p, why in strays if p not in tops | belongs and p.suffix != ".partial"]
         why = f"belongs to no {stage.noun[0]}"
         strays += [(path, why) for path in stage.all_outside(results) if path not in belongs]
         for path, why in strays:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.planning.parts import mark
 from saeflow.storage.publish import publish_text, remove_leftovers
 from saeflow.storage.receipts import RECEIPT, is_whole
 
@@ -61,6 +62,8 @@ class Plan:
     """Keys of each stage that a run makes: what is not there and wanted, or needed for something that is to be made."""
     batches: dict[str, list[list[str]]] = field(default_factory=dict)
     """Of stages whose artifacts share jobs, which do: by the first of them a job is known."""
+    parts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Of stages whose work several jobs share, by what a job is known by: the parts (`2-of-8`) that are to be made."""
     results: str = "results"
 
     # ---------------------------------------------------------------- what the rules and the jobs ask
@@ -116,6 +119,10 @@ class Plan:
         own = {one: self.receipt(*one) for one in wanted}
         jobs = (own[s, k] if own[s, k] in alone else self.receipt(s, self.leaders.get((s, k), k)) for s, k in wanted)
         return list(dict.fromkeys(jobs))
+
+    def marks(self, stage: str, key: str) -> list[str]:
+        """Files that say that the parts are done which the job known by `key` waits for."""
+        return [mark(stage, key, part) for part in self.parts.get(stage, {}).get(key, ())]
 
     def outputs(self, stage: str, keys: Iterable[str]) -> list[str]:
         """Receipts of the jobs that make some artifacts, each once."""

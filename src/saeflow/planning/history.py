@@ -30,15 +30,24 @@ class Prediction(NamedTuple):
 
 
 def record(
-    stage: Stage, plan: Plan, instances: Sequence[Instance], device: str, seconds: float, cpu_seconds: float
+    stage: Stage,
+    plan: Plan,
+    instances: Sequence[Instance],
+    device: str,
+    seconds: float,
+    cpu_seconds: float,
+    part: str = "",
 ) -> None:
     """Adds a line for each artifact of a job that took `seconds`, and `cpu_seconds` of all cores, on a device: its
-    share of them and of the work. In one write, so that several jobs may do so at once."""
+    share of them and of the work, and, of the job that ends what several have shared, what each `part` took. In one
+    write, so that several jobs may do so at once."""
     n, work = len(instances), work_of(stage, plan, instances)
-    text = "".join(
-        json.dumps(_line(plan, instance, device, seconds / n, cpu_seconds / n, work / n, n)) + "\n"
-        for instance in instances
-    )
+    parts = _parts(plan.results, stage.name) if stage.parts is not None and not part else {}
+    text = ""
+    for instance in instances:
+        took, cpu = parts.get(instance.key, (0.0, 0.0))
+        line = _line(plan, instance, device, seconds / n + took, cpu_seconds / n + cpu, work / n, n)
+        text += json.dumps(line | ({"part": part} if part else {})) + "\n"
     with open(Path(plan.results) / FILE, "a") as file:
         file.write(text)
 
@@ -67,6 +76,21 @@ def gpu_seconds(device: str, seconds: float) -> float:
 
 def lines(results: str | Path) -> list[dict[str, Any]]:
     """All that was ever made below a results folder, the oldest first; lines that a power cut tore are left out."""
+    return [line for line in _all_lines(results) if "part" not in line]
+
+
+def _parts(results: str | Path, stage: str) -> dict[str, tuple[float, float]]:
+    """Of each artifact of a stage, seconds and time of cores that parts of it took since it was last made."""
+    found: dict[str, tuple[float, float]] = {}
+    for line in _all_lines(results):
+        if line["stage"] == stage:
+            seconds, cpu = found.pop(line["key"], (0.0, 0.0))
+            if "part" in line:
+                found[line["key"]] = seconds + line["seconds"], cpu + line["cpu_s"]
+    return found
+
+
+def _all_lines(results: str | Path) -> list[dict[str, Any]]:
     try:
         text = (Path(results) / FILE).read_text(errors="replace")
     except OSError:

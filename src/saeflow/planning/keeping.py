@@ -15,6 +15,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import FOLDER, KEPT_DAYS
 from saeflow.planning.history import lines
 from saeflow.planning.overrides import split
+from saeflow.planning.parts import without_part
 from saeflow.planning.removal import artifacts
 from saeflow.planning.stages import stages
 from saeflow.planning.sweep import Sweep
@@ -199,8 +200,8 @@ def _add_what_is_made_now(kept: Kept, results: Path) -> None:
         for file in (file for file in found if not file.parent.is_symlink()):
             if not (lock := Lock(file)).taken():
                 continue
-            made = [(stage, file.with_suffix("").relative_to(root).as_posix())]
-            if file.name == ".lock":  # of a store
+            made = [(stage, without_part(file.with_suffix("").relative_to(root).as_posix()))]
+            if file.name.startswith("."):  # of a store
                 store = file.parent.relative_to(root).as_posix()
                 made = [one for one in kept.needs if one[0] == stage and one[1].startswith(f"{store}/")]
             if not made or any(one not in kept.needs for one in made):

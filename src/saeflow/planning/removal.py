@@ -8,7 +8,7 @@ from saeflow.config import ConfigError
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage.locks import Lock
-from saeflow.storage.publish import beside, remove_leftovers
+from saeflow.storage.publish import beside, escaped, remove_leftovers
 from saeflow.storage.receipts import RECEIPT, SET_ASIDE
 
 
@@ -21,7 +21,8 @@ def remove(plan: Plan, dry: bool = False) -> Iterator[Path]:
     """
     folders = [(stage, plan.folder(name, key)) for name, stage in stages().items() for key in plan.stages[name]]
     for _, folder in folders:
-        for file in (folder.with_name(folder.name + ".lock"), folder.parent / ".lock"):
+        near = (*folder.parent.glob(f"{escaped(folder.name)}.part-*.lock"), *folder.parent.glob(".*.lock"))
+        for file in (folder.with_name(folder.name + ".lock"), folder.parent / ".lock", *near):
             if file.exists() and (lock := Lock(file)).taken():
                 raise ConfigError(f"nothing was removed: {lock.holder()} makes {folder}; stop it first")
     there = {name: set(artifacts(Path(plan.results) / name)) for name in stages()}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import saeflow
 from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.parts import Parts
 
 if TYPE_CHECKING:
     from saeflow.planning.expansion import Expansion, PlannedPoint
@@ -51,6 +52,8 @@ class Stage:
     """Of the instances that may share a job, by which they are put side by side."""
     cost: Callable[[Instance], float] = lambda instance: 1.0
     """Time that an instance takes beside others of the stage; jobs are cut so that their costs are even."""
+    parts: Parts | None = None
+    """How several jobs share the work of one, where `device.parts` asks for it; None: they cannot."""
     n_bytes: Callable[[Plan, Instance], int] = lambda plan, instance: 0
     """What it will take on disk, where that is of a size to matter."""
     sized_by: Callable[[Instance], str] = lambda instance: ""

@@ -94,7 +94,7 @@ def _flush_one(path: Path) -> None:
 def remove_leftovers(path: Path, *, locked: bool = False) -> None:
     """Removes what processes that were killed had begun to write as `path`: all of it where the caller holds a lock
     on `path`, else what is of dead processes of this host, or a day old."""
-    for partial in path.parent.glob(f"{_escaped(path.name)}.*partial"):
+    for partial in path.parent.glob(f"{escaped(path.name)}.*partial"):
         if locked or abandoned(partial):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
@@ -110,5 +110,5 @@ def abandoned(partial: Path, changed: float | None = None) -> bool:
     return False
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)

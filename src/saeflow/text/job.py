@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from saeflow.jobs.job import Job
+from saeflow.planning.parts import Part
+from saeflow.text.ahead import Ahead, tokenise_ahead
 from saeflow.text.corpus import Document, read_documents, stream_dataset
 from saeflow.text.files import corpus_digest, corpus_parts
 from saeflow.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_digest
-from saeflow.text.tokens import write_tokens
+from saeflow.text.tokens import in_order, write_tokens
 
 log = logging.getLogger(__name__)
 CASE_ROWS = "saeflow.groundtruth.job:write_case_rows"
@@ -20,8 +22,7 @@ def tokens_job(job: Job) -> str:
     config, corpus, packing = job.config, job.config["corpus"], job.config["tokens"]
     if "case" in corpus:
         return str(pkgutil.resolve_name(CASE_ROWS)(job))
-    with job.reading("model", tokenizer_digest, config["tokenizer"]) as model:
-        tokenizer = load_tokenizer(model, packing["bos_token"], packing.get("eos_token"))
+    tokenizer, ahead = _tokenizer(job), Ahead(job.path)
     _tell(tokenizer, packing["prepend_bos"])
     with job.writing() as folder, _documents(job) as documents:
         n_documents = write_tokens(
@@ -31,9 +32,28 @@ def tokens_job(job: Job) -> str:
             **{name: config[name] for name in ("split", "n_rows")},
             **{name: packing[name] for name in ("context_size", "prepend_bos", "held_out_fraction")},
             tokenizer_digest=config["tokenizer"],
+            ahead=ahead,
         )
+    ahead.remove()
     rows, size = config["n_rows"], packing["context_size"]
     return f"wrote {rows:,} rows of {size} tokens from {n_documents:,} documents to {job.path}/"
+
+
+def tokens_part(job: Job, part: Part) -> str:
+    """Tokenises every N-th block of the documents that `tokens_job` will pack."""
+    config, packing, ahead = job.config, job.config["tokens"], Ahead(job.path)
+    tokenizer = _tokenizer(job)
+    wanted = config["n_rows"] * (packing["context_size"] - packing["prepend_bos"])
+    with _documents(job) as documents:
+        shuffled = in_order(documents, config["split"], packing["held_out_fraction"])
+        made = tokenise_ahead(shuffled, tokenizer.tokenizer, ahead, part, wanted)
+    return f"{made:,} blocks of documents tokenised ahead in {ahead.folder}/"
+
+
+def _tokenizer(job: Job) -> LoadedTokenizer:
+    config, packing = job.config, job.config["tokens"]
+    with job.reading("model", tokenizer_digest, config["tokenizer"]) as model:
+        return load_tokenizer(model, packing["bos_token"], packing.get("eos_token"))
 
 
 @contextmanager

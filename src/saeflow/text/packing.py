@@ -4,7 +4,7 @@ Without that notebook's flaws (reference: transcoder notes, section 1.5): docume
 boundary splits a token; no padding token enters the tokenizer; every token keeps its document and its offset in it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Packer:
         self._waiting = 0
         self._last: tuple[int, int] | None = None  # document and length of the one that the next EOS ends
 
-    def add(self, document: int, ids: list[int]) -> None:
+    def add(self, document: int, ids: Sequence[int] | np.ndarray) -> None:
         """Appends one document's token ids (no special tokens among them), after an EOS unless it is the first."""
         part = np.empty((3, len(ids) + 1), dtype=np.int32)
         part[0, 1:], part[1, 1:], part[2, 1:] = ids, document, np.arange(len(ids))

@@ -7,7 +7,10 @@ from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, PlannedPoint
 from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.parts import Part, Parts
 from saeflow.planning.stages import Stage
+
+PART_TOKENS = 1 << 16  # fewer are not worth a job of their own
 
 
 def expand(expansion: Expansion) -> None:
@@ -51,6 +54,37 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     return {"mem_mb": 2000, "runtime": max(60, round(seconds / 60))}
 
 
+def most_parts(plan: Plan, instances: Sequence[Instance]) -> int:
+    """One for what is streamed, which each part would have to fetch whole, and for a case, which has no text."""
+    (instance,) = instances
+    n_tokens = int(instance.config["n_rows"] * instance.config["tokens"]["context_size"])
+    return -(-n_tokens // PART_TOKENS) if instance.sources["corpus"] else 1
+
+
+def parts_missing(plan: Plan, instances: Sequence[Instance], parts: list[Part]) -> list[Part]:
+    from saeflow.text.ahead import Ahead
+
+    (instance,) = instances
+    ahead = Ahead(plan.folder("tokens", instance.key))
+    return [part for part in parts if not ahead.is_finished(part)]
+
+
+def part_work(jobs: list[Job], part: Part) -> str:
+    from saeflow.text.job import tokens_part
+
+    (job,) = jobs
+    return tokens_part(job, part)
+
+
+def outside(folder: Path) -> list[Path]:
+    """What was tokenised ahead of it."""
+    return [folder.with_name(f"{folder.name}.parts")]
+
+
+def all_outside(results: Path) -> list[Path]:
+    return sorted((results / "tokens").glob("*.parts"))
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.text.job import tokens_job
 
@@ -74,6 +108,9 @@ STAGES = (
         ),
         after=("groundtruth",),
         n_bytes=n_bytes,
+        outside=outside,
+        all_outside=all_outside,
         resources=resources,
+        parts=Parts(most_parts, parts_missing, part_work),
     ),
 )

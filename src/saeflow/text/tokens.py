@@ -16,6 +16,7 @@ import numpy as np
 
 from saeflow.config import ConfigError
 from saeflow.jobs.progress import progress
+from saeflow.text.ahead import Ahead, token_ids
 from saeflow.text.corpus import (
     SHUFFLE_DOCUMENTS,
     SHUFFLE_SEED,
@@ -25,7 +26,7 @@ from saeflow.text.corpus import (
     shuffle_documents,
 )
 from saeflow.text.look import too_short
-from saeflow.text.packing import Packer, Rows, encode_all
+from saeflow.text.packing import Packer, Rows
 from saeflow.text.tokenizer import LoadedTokenizer, row_bos
 
 if TYPE_CHECKING:
@@ -130,8 +131,10 @@ def write_tokens(
     prepend_bos: bool,
     held_out_fraction: float,
     tokenizer_digest: str,
+    ahead: Ahead | None = None,
 ) -> int:
-    """Writes the first `n_rows` rows of a split (`train` or `held_out`) as `tokens.zarr` and `documents.parquet`.
+    """Writes the first `n_rows` rows of a split (`train` or `held_out`) as `tokens.zarr` and `documents.parquet`. What
+    was tokenised `ahead` is taken from there.
 
     Returns the number of documents that they are from. Raises `CorpusError` where the split has fewer rows, and
     `TokenizerError` where a BOS is wanted of a tokenizer that has none.
@@ -142,8 +145,8 @@ def write_tokens(
     attributes |= {"bos_token_id": bos, "eos_token_id": tokenizer.eos_token_id}
     attributes |= {"split": split, "held_out_fraction": held_out_fraction}
     attributes |= {"tokenizer": tokenizer_digest, "packing": PACKING}
-    kept = (d for d in documents if is_held_out(d.text, held_out_fraction) == (split == "held_out"))
-    stream = _Stream(shuffle_documents(kept), tokenizer, Packer(context_size, tokenizer.eos_token_id, bos))
+    shuffled = in_order(documents, split, held_out_fraction)
+    stream = _Stream(shuffled, tokenizer, Packer(context_size, tokenizer.eos_token_id, bos), ahead)
     arrays = _create(folder / "tokens.zarr", n_rows, context_size, attributes)
     with _document_table(folder / "documents.parquet") as write, progress(None, split, n_rows, "rows") as bar:
         written = n_documents = 0
@@ -156,6 +159,12 @@ def write_tokens(
     if written < n_rows:
         raise too_short(stream.n_documents, stream.n_tokens, split, written, n_rows, context_size)
     return n_documents
+
+
+def in_order(documents: Iterable[Document], split: str, held_out_fraction: float) -> Iterator[Document]:
+    """The documents of a split, as they are packed."""
+    kept = (d for d in documents if is_held_out(d.text, held_out_fraction) == (split == "held_out"))
+    return shuffle_documents(kept)
 
 
 def write_unpacked_rows(folder: str | Path, tokens: np.ndarray, source: str, attributes: dict[str, Any]) -> None:
@@ -177,12 +186,14 @@ def write_unpacked_rows(folder: str | Path, tokens: np.ndarray, source: str, att
 class _Stream:
     """Blocks of whole rows, as documents come; keeps the records of those documents until they are taken."""
 
-    def __init__(self, documents: Iterable[Document], tokenizer: LoadedTokenizer, packer: Packer) -> None:
+    def __init__(
+        self, documents: Iterable[Document], tokenizer: LoadedTokenizer, packer: Packer, ahead: Ahead | None
+    ) -> None:
         self.packer = packer
         self.n_documents = self.n_tokens = 0
         self._records: list[tuple[int, str, str, int]] = []
-        self._documents, ahead = itertools.tee(documents)  # tokenising reads a batch ahead
-        self._ids = encode_all(tokenizer.tokenizer, (d.text for d in ahead))
+        self._documents, read = itertools.tee(documents)  # tokenising reads a batch ahead
+        self._ids = token_ids(read, tokenizer.tokenizer, ahead)
 
     def __iter__(self) -> Iterator[Rows]:
         for document, ids in zip(self._documents, self._ids, strict=True):
