@@ -77,19 +77,19 @@ def lost(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     if rng.random() < 0.3:
         stage = rng.choice(sorted({a.split("/")[0] for a in bench.artifacts}))
         removed = {a for a in bench.artifacts if a.startswith(f"{stage}/")}
-        shutil.rmtree(copy.results / stage)
+        folders = {stage}  # with the stores that columns of activations lie in
     else:
-        removed = set(rng.sample(sorted(bench.artifacts), rng.randint(1, min(most, 4))))
-        for artifact in removed:
-            shutil.rmtree(copy.results / artifact)
+        removed = folders = set(rng.sample(sorted(bench.artifacts), rng.randint(1, min(most, 4))))
+    for folder in folders:
+        shutil.rmtree(copy.results / folder)
     about = f"{', '.join(sorted(removed))[:300]} lost"
-    found = judge("lost", about, copy, bench, copy.finish(), copy.receipts(), _passing(removed))
+    found = judge("lost", about, copy, bench, copy.finish(), copy.receipts(), _passing(folders))
     return [found] * min(len(removed), most)
 
 
-def _passing(removed: set[str]) -> frozenset[str]:
+def _passing(folders: set[str]) -> frozenset[str]:
     """Of what is gone, all that is there only for others to read: nothing asks for it unless they are gone too."""
-    return frozenset(a for a in removed if not stages()[a.split("/")[0]].target)
+    return frozenset(folder for folder in folders if not stages()[folder.split("/")[0]].target)
 
 
 def _caches(hurt: set[str]) -> frozenset[str]:

@@ -51,9 +51,10 @@ def test_what_does_not_end_well_is_seen(
     assert outcome.verdict == verdict
 
 
-def test_what_may_stay_away_may(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["tokens/t", "tokens"])
+def test_what_may_stay_away_may(bench: Bench, tmp_path: Path, lost: str) -> None:
     copy = copy_of(tmp_path / "copy", {n: t for n, t in FILES.items() if not n.startswith("tokens")})
-    assert judge("lost", "", copy, bench, [WELL], lost=frozenset({"tokens/t"})).verdict == SURVIVED
+    assert judge("lost", "", copy, bench, [WELL], lost=frozenset({lost})).verdict == SURVIVED
 
 
 @pytest.mark.parametrize(("whole", "verdict"), [(False, SURVIVED), (True, SILENT)])
@@ -85,4 +86,4 @@ def test_a_line_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
 def test_shares_add_up(faults: int) -> None:
     assert sum(shares(faults, list(KINDS)).values()) == faults
     assert min(shares(1000, list(KINDS)).values()) >= 10
-    assert min(shares(14, list(KINDS)).values()) >= 1
+    assert min(shares(17, list(KINDS)).values()) >= 1
