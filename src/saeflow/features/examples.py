@@ -1,0 +1,117 @@
+"""The activations of every latent of a chunk that are shown, each with the text around it.
+
+The `top` ones, at most one in each window of as many tokens as are shown (windows are aligned within a row, so that no
+two overlap), and random ones of each of the equal intervals of the range. Shapes: A firings, E examples.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from saeflow.config import FeaturesConfig
+from saeflow.features.firings import Chunk
+from saeflow.features.order import lowest, ranks, uniform
+from saeflow.features.statistics import keys, limits, parts, sorted_keys
+from saeflow.features.text import Text
+
+SCHEMA = pa.schema(
+    {
+        "latent": pa.int32(),
+        "rank": pa.int16(),
+        "interval": pa.int16(),
+        "value": pa.float32(),
+        "quantile": pa.float32(),
+        "document": pa.int32(),
+        "row": pa.int32(),
+        "position": pa.int32(),
+        "begin": pa.int32(),
+        "token_ids": pa.list_(pa.int32()),
+        "activations": pa.list_(pa.float32()),
+    }
+)
+
+
+def top(chunk: Chunk, text: Text, window: int, most: int) -> np.ndarray:
+    """(E,) indices of firings: of each latent the `most` of largest size, at most one a window; by latent, the largest
+    first, of equal ones the earlier."""
+    row, position = text.place(chunk.token)
+    latent, size = chunk.latent, np.abs(chunk.value)
+    where = row * -(-text.context_size // window) + position // window
+    begins = np.ones(len(latent), dtype=bool)
+    begins[1:] = (latent[1:] != latent[:-1]) | (where[1:] != where[:-1])
+    if not len(latent):
+        return np.zeros(0, dtype=np.int64)
+    run = np.cumsum(begins) - 1
+    largest = np.maximum.reduceat(size, np.flatnonzero(begins))
+    at = np.flatnonzero(size == largest[run])
+    at = at[ranks(run[at]) == 0]
+    order = at[np.lexsort((at, -size[at], latent[at]))]
+    return order[ranks(latent[order]) < most]
+
+
+def examples_table(
+    chunk: Chunk, text: Text, columns: dict[str, np.ndarray], draw: np.ndarray, config: FeaturesConfig
+) -> pa.Table:
+    """A row an example, as `SCHEMA`: of each latent its top ones, then those of each interval, the highest first.
+
+    `columns`: the chunk's `saeflow.features.statistics.activity`; `draw` (A,) decides which are drawn, the lowest.
+    """
+    window = config.before + 1 + config.after
+    best = top(chunk, text, window, config.top)
+    interval = parts(chunk, limits(columns), config.intervals)
+    # the intervals of a latent from the highest down
+    group = chunk.latent * config.intervals + config.intervals - 1 - interval
+    drawn = lowest(group, draw, config.per_interval, chunk.n_latents * config.intervals)
+    chosen = np.concatenate([best, drawn])
+    number = np.concatenate([ranks(chunk.latent[best]) + 1, np.zeros(len(drawn), dtype=np.int64)])
+    order = np.argsort(chunk.latent[chosen], kind="stable")
+    chosen, number = chosen[order], number[order]
+    latent, value = chunk.latent[chosen], chunk.value[chosen]
+    below = np.searchsorted(sorted_keys(chunk), keys(latent, value)) - chunk.start[latent]
+    row, position = text.place(chunk.token[chosen])
+    begin, end = np.maximum(position - config.before, 0), np.minimum(position + config.after + 1, text.context_size)
+    ids, values = _around(chunk, text, latent, row, begin, end)
+    arrays: dict[str, Any] = {
+        "latent": chunk.first + latent,
+        "rank": pa.array(number, mask=number == 0),
+        "interval": pa.array(interval[chosen], mask=number > 0),
+        "value": value,
+        "quantile": below / np.maximum(chunk.fired[latent], 1),
+        "document": text.document[row, position],
+        "row": text.row[row],
+        "position": position,
+        "begin": begin,
+        "token_ids": ids,
+        "activations": values,
+    }
+    typed = [
+        (a if isinstance(a, pa.Array) else pa.array(a)).cast(SCHEMA.field(name).type) for name, a in arrays.items()
+    ]
+    return pa.Table.from_arrays(typed, schema=SCHEMA)
+
+
+def _around(
+    chunk: Chunk, text: Text, latent: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
+) -> tuple[pa.Array, pa.Array]:
+    """Token ids and the latent's activations from position `begin` to `end` of each example (E,), 0 at BOS."""
+    size = end - begin
+    which = np.repeat(np.arange(len(size)), size)
+    starts = np.concatenate([[0], np.cumsum(size)])
+    position = np.arange(len(which)) - starts[which] + begin[which]
+    ids = text.tokens[row[which], position].astype(np.int32)
+    known = chunk.latent * text.n_tokens + chunk.token  # ascending
+    wanted = latent[which] * text.n_tokens + text.number(row[which], position)
+    at = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
+    values = np.zeros(len(which), dtype=np.float32)
+    if len(known):
+        found = (known[at] == wanted) & (position >= text.first)
+        values[found] = chunk.value[at[found]]
+    offsets = pa.array(starts.astype(np.int32))
+    return tuple(pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (ids, values))
+
+
+def draws(chunk: Chunk, text: Text, seed: int) -> np.ndarray:
+    """(A,) what decides which firings are drawn: see `uniform`."""
+    row, position = text.place(chunk.token)
+    return uniform(seed, chunk.first + chunk.latent, text.row[row] * text.context_size + position)
