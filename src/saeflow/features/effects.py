@@ -42,11 +42,12 @@ def loss_increases(
     """Of each task's samples the rise in loss, (S,) nats. No sample may be at the last position of a row."""
     found = [np.zeros(len(task.samples.token)) for task in tasks]
     rows_of = [text.place(task.samples.token)[0] for task in tasks]
-    wanted = np.unique(np.concatenate(rows_of)) if tasks else np.zeros(0, dtype=np.int64)
+    # of the same rows whatever tasks there are, so that sums are in the same order
+    wanted = np.unique(np.concatenate(rows_of) // batch_rows) if tasks else []
     hooks = {task.dictionary.spec.hook_name_out for task in tasks}
     with each_alone(model) as recorder, torch.no_grad():
-        for start in progress(range(0, len(wanted), batch_rows), "ablating", len(wanted), "rows", each=batch_rows):
-            rows = wanted[start : start + batch_rows]
+        for batch in progress(wanted, "ablating", len(wanted), "batches"):
+            rows = np.arange(len(text.tokens))[batch * batch_rows :][:batch_rows]
             tokens = torch.from_numpy(text.tokens[rows].astype(np.int64)).to(model.cfg.device)
             recorder.clean = True
             clean = run_clean(model, tokens, hooks, hooks)
@@ -64,7 +65,7 @@ def _of_batch(
     """Of the samples in a batch of `rows`. Those at one token take turns."""
     spec, device = dictionary.spec, clean.final.device
     row, position = text.place(samples.token)
-    place = torch.from_numpy(np.searchsorted(rows, row) * text.context_size + position).to(device)  # (S,) in the batch
+    place = torch.from_numpy((row - rows[0]) * text.context_size + position).to(device)  # (S,) in the batch
     latent, value = (torch.from_numpy(column).to(device) for column in (samples.latent, samples.value))
     written = dictionary.writes(latent, value)
     turn = torch.from_numpy(ranks(samples.token)).to(device)
