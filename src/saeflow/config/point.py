@@ -6,7 +6,7 @@ checked by the plan.
 
 import dataclasses
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
@@ -36,7 +36,7 @@ class PointConfig:
     heads: HeadsConfig
     evaluation: EvaluationConfig
     seed: int
-    features: FeaturesConfig = FeaturesConfig()
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")

@@ -43,7 +43,7 @@ def loss_increases(
     found = [np.zeros(len(task.samples.token)) for task in tasks]
     rows_of = [text.place(task.samples.token)[0] for task in tasks]
     # of the same rows whatever tasks there are, so that sums are in the same order
-    wanted = np.unique(np.concatenate(rows_of) // batch_rows) if tasks else []
+    wanted = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *rows_of]) // batch_rows)
     hooks = {task.dictionary.spec.hook_name_out for task in tasks}
     with each_alone(model) as recorder, torch.no_grad():
         for batch in progress(wanted, "ablating", len(wanted), "batches"):

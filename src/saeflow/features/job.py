@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("saeflow")
 
 ENCODED = 1 << 22  # activations of latents that are held dense at once
+NO_TOKENS = "the model gives the output of an algorithm, and predicts no tokens"
 Batch = tuple[int, dict[str, Tensor]]
 """Number of the first of some rows, and what each hook has there, (B, P, d) or (B, P, head, d_head)."""
 
@@ -86,8 +87,8 @@ def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         outs = [stack.enter_context(job.writing()) for job in jobs]
         found = gather(dictionaries, batches, text, [out / "firings" for out in outs], config)
         tables = [_of_chunks(one, text, model, config, out) for one, out in zip(found, outs, strict=True)]
-        effects = _effects(model, [(one.dictionary, table.samples) for one, table in zip(found, tables, strict=True)],
-                           text, config)  # fmt: skip
+        samples = [(one.dictionary, table.samples) for one, table in zip(found, tables, strict=True)]
+        effects = _effects(model, samples, text, config, bool(first.inputs("groundtruth")))
         indices = []
         for job, one, table, effect, out in zip(jobs, found, tables, effects, outs, strict=True):
             left_out = {name: why for name, why in [("effect", effect)] if isinstance(effect, str)}
@@ -216,26 +217,32 @@ def _samples(chunk: Chunk, text: Text, draw: np.ndarray, config: FeaturesConfig)
 
 
 def _effects(
-    model: "HookedTransformer", of_all: list[tuple[Dictionary, Samples]], text: Text, config: FeaturesConfig
+    model: "HookedTransformer", of_all: list[tuple[Dictionary, Samples]], text: Text, config: FeaturesConfig, case: bool
 ) -> list[Any]:
-    """Columns of each dictionary, or why it has none."""
-    why: list[str] = [""] * len(of_all)
-    for i, (dictionary, _) in enumerate(of_all):
-        if not config.effect_samples:
-            why[i] = "features.effect_samples is 0"
-        elif not can_stand_alone(model):
-            why[i] = "the model has attention that is not plain causal attention"
-        else:
-            try:
-                dictionary.writes(torch.zeros(1, dtype=torch.int64), torch.ones(1))
-            except DictionaryError as error:
-                why[i] = str(error)
+    """Columns of each dictionary, or why it has none; `case`: whether the model is of a case."""
+    why = [_no_effect(model, dictionary, config, case) for dictionary, _ in of_all]
     tasks = [Task(*one) for one, reason in zip(of_all, why, strict=True) if not reason]
     measured = iter(loss_increases(model, tasks, text, config.batch_rows))
     found: list[Any] = []
     for (dictionary, samples), reason in zip(of_all, why, strict=True):
         found.append(reason or _summed(samples.latent, next(measured), dictionary.d_sae))
     return found
+
+
+def _no_effect(model: "HookedTransformer", dictionary: Dictionary, config: FeaturesConfig, case: bool) -> str:
+    """Why latents cannot be ablated; '' where they can."""
+    if not config.effect_samples:
+        return "features.effect_samples is 0"
+    if case:
+        return NO_TOKENS
+    if not can_stand_alone(model):
+        return "the model has attention that is not plain causal attention"
+    try:
+        one = torch.ones(1, device=model.cfg.device)
+        dictionary.writes(one.long() - 1, one)
+    except DictionaryError as error:
+        return str(error)
+    return ""
 
 
 def _summed(latent: np.ndarray, increase: np.ndarray, n: int) -> dict[str, np.ndarray]:
@@ -254,9 +261,11 @@ def _of_weights(
     """Columns that the weights say, and those that other artifacts have."""
     dictionary = one.dictionary
     columns: dict[str, Any] = {"decoder_norm": dictionary.W_dec.norm(dim=1).cpu().numpy()}
-    weights = logit_weights(model, dictionary, config.logits)
+    case = bool(job.inputs("groundtruth"))
+    weights = None if case else logit_weights(model, dictionary, config.logits)
     if weights is None:
-        left_out["raised"] = f"nothing leads from {dictionary.spec.hook_name_out} to the logits directly"
+        nothing = f"nothing leads from {dictionary.spec.hook_name_out} to the logits directly"
+        left_out["raised"] = NO_TOKENS if case else nothing
     else:
         columns |= {name: list(values) for name, values in weights._asdict().items()}
     for name, measure, near in (
