@@ -15,7 +15,7 @@ from saeflow.dictionaries import Dictionary
 from saeflow.features.order import ranks
 from saeflow.features.text import Text
 from saeflow.jobs.progress import progress
-from saeflow.kernels.next_token import next_token_losses
+from saeflow.kernels.next_token import cross_entropy
 from saeflow.models.alone import each_alone
 from saeflow.models.splicing import CleanPass, flattened, run_clean, run_spliced
 
@@ -52,38 +52,61 @@ def loss_increases(
             recorder.clean = True
             clean = run_clean(model, tokens, hooks, hooks)
             recorder.clean = False
-            for task, of_task, increase in zip(tasks, rows_of, found, strict=True):
-                begin, end = np.searchsorted(of_task, [rows[0], rows[-1] + 1])
-                some = Samples(*(column[begin:end] for column in task.samples))
-                increase[begin:end] = _of_batch(model, task.dictionary, some, clean, rows, text)
+            some = [slice(*np.searchsorted(of_task, [rows[0], rows[-1] + 1])) for of_task in rows_of]
+            parts = [Task(one, Samples(*(c[s] for c in of_one))) for (one, of_one), s in zip(tasks, some, strict=True)]
+            for increase, here, rises in zip(found, some, _of_batch(model, parts, clean, rows[0], text), strict=True):
+                increase[here] = rises
     return found
 
 
 def _of_batch(
-    model: "HookedTransformer", dictionary: Dictionary, samples: Samples, clean: CleanPass, rows: np.ndarray, text: Text
-) -> np.ndarray:
-    """Of the samples in a batch of `rows`. Those at one token take turns."""
-    spec, device = dictionary.spec, clean.final.device
-    row, position = text.place(samples.token)
-    place = torch.from_numpy((row - rows[0]) * text.context_size + position).to(device)  # (S,) in the batch
-    latent, value = (torch.from_numpy(column).to(device) for column in (samples.latent, samples.value))
-    written = dictionary.writes(latent, value)
-    turn = torch.from_numpy(ranks(samples.token)).to(device)
-    before = flattened(clean.values[spec.hook_name_out], spec.hook_head_index)
-    finals = clean.final.flatten(0, 1).new_empty(len(place), clean.final.shape[-1])
-    for n in range(int(turn.max()) + 1 if len(turn) else 0):
-        now = turn == n
+    model: "HookedTransformer", tasks: list[Task], clean: CleanPass, first_row: int, text: Text
+) -> list[np.ndarray]:  # fmt: skip
+    """Of the samples in a batch of rows. Those of all tasks of one site share passes, in which those at one token take
+    turns."""
+    places, finals = [], [clean.final.new_empty(0)] * len(tasks)
+    for task in tasks:
+        row, position = text.place(task.samples.token)
+        places.append(torch.from_numpy((row - first_row) * text.context_size + position).to(clean.final.device))
+    sites: dict[tuple[str, int | None], list[int]] = {}
+    for i, task in enumerate(tasks):
+        spec = task.dictionary.spec
+        sites.setdefault((spec.hook_name_out, spec.hook_head_index), []).append(i)
+    for (hook, head), members in sites.items():
+        of_site = torch.cat([places[i] for i in members])
+        written = torch.cat([_written(tasks[i], clean.final.device) for i in members])
+        after = _passes(model, clean, hook, head, of_site, written)
+        for i, final in zip(members, after.split([len(places[i]) for i in members]), strict=True):
+            finals[i] = final
+    W_U, b_U, softcap = model.unembed.W_U.contiguous(), model.unembed.b_U, model.cfg.output_logits_soft_cap
+    used, where = torch.unique(torch.cat(places), return_inverse=True)
+    target, before = clean.tokens.flatten(), clean.final.flatten(0, 1)
+    ce = cross_entropy(W_U, b_U, softcap, target[used + 1], before[used])[where].split([len(place) for place in places])
+    found = []
+    for place, final, clean_ce in zip(places, finals, ce, strict=True):
+        ablated = cross_entropy(W_U, b_U, softcap, target[place + 1], final)
+        found.append((ablated.double() - clean_ce.double()).cpu().numpy())
+    return found
+
+
+def _written(task: Task, device: torch.device) -> Tensor:
+    """(S, p)"""
+    latent, value = (torch.from_numpy(column).to(device) for column in (task.samples.latent, task.samples.value))
+    return task.dictionary.writes(latent, value)
+
+
+def _passes(
+    model: "HookedTransformer", clean: CleanPass, hook: str, head: int | None, place: Tensor, written: Tensor
+) -> Tensor:
+    """Final values (S, D) at `place` (S,) of a batch, where `written` (S, p) is taken out there alone."""
+    order = np.argsort(place.cpu().numpy(), kind="stable")
+    turn = np.empty_like(order)
+    turn[order] = ranks(place.cpu().numpy()[order])
+    before = flattened(clean.values[hook], head)
+    finals = clean.final.new_empty(len(place), clean.final.shape[-1])
+    for n in range(int(turn.max(initial=-1)) + 1):
+        now = torch.from_numpy(turn == n).to(place.device)
         ablated = before.clone()
         ablated[place[now]] -= written[now]
-        final = run_spliced(model, clean, spec.hook_name_out, ablated, spec.hook_head_index)
-        finals[now] = final.flatten(0, 1)[place[now]]
-    return _increase(model, clean, place, finals)
-
-
-def _increase(model: "HookedTransformer", clean: CleanPass, place: Tensor, finals: Tensor) -> np.ndarray:
-    """Of final values (S, D) at places of a batch, (S,)."""
-    W_U, b_U, softcap = model.unembed.W_U.contiguous(), model.unembed.b_U, model.cfg.output_logits_soft_cap
-    before, target = clean.final.flatten(0, 1)[place], clean.tokens.flatten()[place + 1]
-    ce, (ablated,) = next_token_losses(W_U, b_U, softcap, target, before, [finals])
-    increase: np.ndarray = (ablated.ce.double() - ce.double()).cpu().numpy()
-    return increase
+        finals[now] = run_spliced(model, clean, hook, ablated, head).flatten(0, 1)[place[now]]
+    return finals

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from saeflow.config import FeaturesConfig
 from saeflow.features.firings import Chunk
-from saeflow.features.order import lowest, ranks, uniform
-from saeflow.features.statistics import keys, limits, parts, sorted_keys
-from saeflow.features.text import Text
+from saeflow.features.order import keys, lowest, ranks, uniform, values_of
+from saeflow.features.statistics import limits, parts
+from saeflow.features.text import Seen, Text
 
 SCHEMA = pa.schema(
     {
@@ -32,12 +32,12 @@ SCHEMA = pa.schema(
 )
 
 
-def top(chunk: Chunk, text: Text, window: int, most: int) -> np.ndarray:
+def top(seen: Seen, window: int, most: int) -> np.ndarray:
     """(E,) indices of firings: of each latent the `most` of largest size, at most one a window; by latent, the largest
     first, of equal ones the earlier."""
-    row, position = text.place(chunk.token)
-    latent, size = chunk.latent, np.abs(chunk.value)
-    where = row * -(-text.context_size // window) + position // window
+    near = _large(seen, window * most)
+    (row, position), latent, size = seen.place, seen.chunk.latent[near], np.abs(seen.chunk.value[near])
+    where = row[near] * -(-seen.text.context_size // window) + position[near] // window
     begins = np.ones(len(latent), dtype=bool)
     begins[1:] = (latent[1:] != latent[:-1]) | (where[1:] != where[:-1])
     if not len(latent):
@@ -47,18 +47,28 @@ def top(chunk: Chunk, text: Text, window: int, most: int) -> np.ndarray:
     at = np.flatnonzero(size == largest[run])
     at = at[ranks(run[at]) == 0]
     order = at[np.lexsort((at, -size[at], latent[at]))]
-    return order[ranks(latent[order]) < most]
+    return near[order[ranks(latent[order]) < most]]
 
 
-def examples_table(
-    chunk: Chunk, text: Text, columns: dict[str, np.ndarray], draw: np.ndarray, config: FeaturesConfig
-) -> pa.Table:
+def _large(seen: Seen, most: int) -> np.ndarray:
+    """Indices, ascending, of all firings of each latent that are as large as its `most` largest: no others can be the
+    largest of a window that comes first."""
+    chunk, ordered = seen.chunk, seen.ordered
+    if len(chunk.value) and chunk.value.min() < 0:
+        ordered = np.sort(keys(chunk.latent, np.abs(chunk.value)))
+    if not len(ordered):
+        return np.zeros(0, dtype=np.int64)
+    least = values_of(ordered[np.clip(chunk.start[1:] - most, chunk.start[:-1], len(ordered) - 1)])
+    return np.flatnonzero(np.abs(chunk.value) >= least[chunk.latent])
+
+
+def examples_table(seen: Seen, columns: dict[str, np.ndarray], draw: np.ndarray, config: FeaturesConfig) -> pa.Table:
     """A row an example, as `SCHEMA`: of each latent its top ones, then those of each interval, the highest first.
 
     `columns`: the chunk's `saeflow.features.statistics.activity`; `draw` (A,) decides which are drawn, the lowest.
     """
-    window = config.before + 1 + config.after
-    best = top(chunk, text, window, config.top)
+    chunk, text, window = seen.chunk, seen.text, config.before + 1 + config.after
+    best = top(seen, window, config.top)
     interval = parts(chunk, limits(columns), config.intervals)
     # the intervals of a latent from the highest down
     group = chunk.latent * config.intervals + config.intervals - 1 - interval
@@ -68,8 +78,8 @@ def examples_table(
     order = np.argsort(chunk.latent[chosen], kind="stable")
     chosen, number = chosen[order], number[order]
     latent, value = chunk.latent[chosen], chunk.value[chosen]
-    below = np.searchsorted(sorted_keys(chunk), keys(latent, value)) - chunk.start[latent]
-    row, position = text.place(chunk.token[chosen])
+    below = np.searchsorted(seen.ordered, keys(latent, value)) - chunk.start[latent]
+    row, position = (where[chosen] for where in seen.place)
     begin, end = np.maximum(position - config.before, 0), np.minimum(position + config.after + 1, text.context_size)
     ids, values = _around(chunk, text, latent, row, begin, end)
     arrays: dict[str, Any] = {
@@ -111,7 +121,7 @@ def _around(
     return tuple(pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (ids, values))
 
 
-def draws(chunk: Chunk, text: Text, seed: int) -> np.ndarray:
+def draws(seen: Seen, seed: int) -> np.ndarray:
     """(A,) what decides which firings are drawn: see `uniform`."""
-    row, position = text.place(chunk.token)
-    return uniform(seed, chunk.first + chunk.latent, text.row[row] * text.context_size + position)
+    (row, position), text = seen.place, seen.text
+    return uniform(seed, seen.chunk.first + seen.chunk.latent, text.row[row] * text.context_size + position)

@@ -5,8 +5,9 @@ is read. What is read does not depend on how it came: of each latent its tokens 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,7 +19,8 @@ Segment = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Sorted by latent: where each begins, the tokens, the values."""
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """The firings of some latents in a row, each one's together, in the order of the tokens. A firings, L latents."""
 
     first: int
@@ -34,12 +36,12 @@ class Chunk(NamedTuple):
     def n_latents(self) -> int:
         return len(self.start) - 1
 
-    @property
+    @cached_property
     def fired(self) -> np.ndarray:
         """(L,) firings of each."""
         return np.diff(self.start)
 
-    @property
+    @cached_property
     def latent(self) -> np.ndarray:
         """(A,) the latent of each firing, from 0 for the first of the chunk."""
         return np.repeat(np.arange(self.n_latents), self.fired)

@@ -25,12 +25,12 @@ from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.features.artifact import GROUP, ExamplesWriter, latents_table, write_index, write_latents
 from saeflow.features.effects import Samples, Task, loss_increases
 from saeflow.features.examples import draws, examples_table
-from saeflow.features.firings import Chunk, Firings
+from saeflow.features.firings import Firings
 from saeflow.features.logits import logit_weights
 from saeflow.features.neighbours import Together, by_decoder, by_jacobian
 from saeflow.features.order import lowest
 from saeflow.features.statistics import activity, counted, limits, parts, position_bins, tokens_of
-from saeflow.features.text import Text
+from saeflow.features.text import Seen, Text
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
 from saeflow.models.alone import can_stand_alone
@@ -183,14 +183,14 @@ def _of_chunks(one: Found, text: Text, model: "HookedTransformer", config: Featu
     histograms, positions, samples = [], [], []
     examples = ExamplesWriter(out)
     for chunk in one.firings.chunks(GROUP):
-        active = activity(chunk, text)
-        draw = draws(chunk, text, config.seed)
-        examples.write(examples_table(chunk, text, active, draw, config))
-        for name, values in (active | tokens_of(chunk, text, occurrences, config)).items():
+        seen = Seen(chunk, text)
+        active, draw = activity(seen), draws(seen, config.seed)
+        examples.write(examples_table(seen, active, draw, config))
+        for name, values in (active | tokens_of(seen, occurrences, config)).items():
             columns.setdefault(name, []).extend(values)
         histograms.append(counted(chunk, parts(chunk, limits(active), config.bins), config.bins))
-        positions.append(counted(chunk, bins[text.place(chunk.token)[1]], len(edges) - 1))
-        samples.append(_samples(chunk, text, draw, config))
+        positions.append(counted(chunk, bins[seen.place[1]], len(edges) - 1))
+        samples.append(_samples(seen, draw, config))
     examples.close()
     joined = Samples(*(np.concatenate(parts) for parts in zip(*samples, strict=True)))
     order = np.argsort(joined.token, kind="stable")
@@ -207,10 +207,10 @@ def _of_chunks(one: Found, text: Text, model: "HookedTransformer", config: Featu
 _LISTS = ("tokens", "token_fired", "token_share", "token_mean")
 
 
-def _samples(chunk: Chunk, text: Text, draw: np.ndarray, config: FeaturesConfig) -> Samples:
+def _samples(seen: Seen, draw: np.ndarray, config: FeaturesConfig) -> Samples:
     """Firings to be ablated: those that are not drawn for examples first, so that the two are of different tokens."""
-    predicted = text.place(chunk.token)[1] < text.context_size - 1
-    place = np.flatnonzero(predicted)
+    chunk = seen.chunk
+    place = np.flatnonzero(seen.place[1] < seen.text.context_size - 1)
     latent = chunk.latent[place]
     chosen = place[lowest(latent, 1 - draw[place], config.effect_samples, chunk.n_latents)]
     return Samples(chunk.first + chunk.latent[chosen], chunk.token[chosen], chunk.value[chosen])

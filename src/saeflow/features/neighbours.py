@@ -73,13 +73,13 @@ class Together:
         found = Nearest([], [])
         size = max(1, AT_ONCE // self.n_latents)
         for first in range(0, self.n_latents, size):
-            both = (by_latent[first : first + size] @ fires).tocoo()
-            row, other, together = both.row, both.col, both.data
-            apart = row + first != other
-            row, other, together = row[apart], other[apart], together[apart]
-            jaccard = (together / (count[row + first] + count[other] - together)).astype(np.float32)
-            rows = min(size, self.n_latents - first)
-            _extend(found, rows, row, other, jaccard, most)
+            both = (by_latent[first : first + size] @ fires).toarray()
+            either = count[first : first + size, None] + count - both
+            jaccard = torch.from_numpy((both / np.maximum(either, 1)).astype(np.float32))
+            jaccard[torch.arange(len(both)), torch.arange(first, first + len(both))] = 0
+            for values, others in zip(*largest(jaccard, min(most, self.n_latents)), strict=True):
+                found.latent.append(others[values > 0])
+                found.value.append(values[values > 0])
         return found
 
 
@@ -92,17 +92,8 @@ def by_jacobian(folder: Path, dictionary: Dictionary, most: int) -> tuple[str, N
     own, others = ("input", "output") if dictionary.spec.hook_name == study["hook_name"] else ("output", "input")
     group = zarr.open_group(folder / "global.zarr", mode="r")
     own_latent, other, mean = (np.asarray(group[name][:]) for name in (own, others, "mean_absolute_all"))  # type: ignore[index]
-    found = Nearest([], [])
-    _extend(found, dictionary.d_sae, own_latent, other, mean.astype(np.float32), most)
+    order = np.lexsort((other, -mean, own_latent))
+    order = order[ranks(own_latent[order]) < most]
+    cuts = np.searchsorted(own_latent[order], np.arange(1, dictionary.d_sae))
+    found = Nearest(np.split(other[order], cuts), np.split(mean[order], cuts))
     return others, found
-
-
-def _extend(
-    found: Nearest, n: int, row: np.ndarray, other: np.ndarray, value: np.ndarray, most: int
-) -> None:  # fmt: skip
-    """Adds the `most` largest values of each of `n` rows."""
-    order = np.lexsort((other, -value, row))
-    order = order[ranks(row[order]) < most]
-    cuts = np.searchsorted(row[order], np.arange(1, n))
-    found.latent.extend(np.split(other[order].astype(np.int64), cuts))
-    found.value.extend(np.split(value[order], cuts))

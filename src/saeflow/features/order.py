@@ -45,10 +45,26 @@ def ranks(group: np.ndarray) -> np.ndarray:
 def largest(values: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
     """values (A, n), float32 -> the `most` largest of each row and their places, (A, most) each; of equal ones the
     lower place first, which `topk` alone does not promise."""
-    bits = values.contiguous().view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32  # as the floats are
-    n = values.shape[1]
-    place = (
-        n - 1 - (torch.topk(ordered + torch.arange(n - 1, -1, -1, device=values.device), most, dim=1)[0] & 0xFFFFFFFF)
-    )
-    return values.gather(1, place).cpu().numpy(), place.cpu().numpy()
+    found, place = values.topk(most, dim=1)
+    cut = (values >= found[:, -1:]).sum(1) > most  # rows where it chose among equal ones
+    if cut.any():
+        place[cut] = values[cut].sort(dim=1, descending=True, stable=True)[1][:, :most]
+    place = place.sort(dim=1)[0]
+    found, order = values.gather(1, place).sort(dim=1, descending=True, stable=True)
+    return found.cpu().numpy(), place.gather(1, order).cpu().numpy()
+
+
+def keys(latent: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """(A,) int64, ordered by latent, then by value (float32)."""
+    return (latent.astype(np.int64) << 32) + _flipped(value.view(np.int32)).astype(np.int64) + (1 << 31)
+
+
+def values_of(key: np.ndarray) -> np.ndarray:
+    """The values that `keys` were made of, float64."""
+    bits = ((key & 0xFFFFFFFF) - (1 << 31)).astype(np.int32)
+    return _flipped(bits).view(np.float32).astype(np.float64)
+
+
+def _flipped(bits: np.ndarray) -> np.ndarray:
+    """Bits of floats as integers of the same order, and the reverse: of those below 0 all but the sign turn."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -9,18 +9,18 @@ import numpy as np
 
 from saeflow.config import FeaturesConfig
 from saeflow.features.firings import Chunk
-from saeflow.features.order import ranks
-from saeflow.features.text import Text
+from saeflow.features.order import ranks, values_of
+from saeflow.features.text import Seen, Text
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 POSITIONS = 16  # bins of positions in a row
 
 
-def activity(chunk: Chunk, text: Text) -> dict[str, np.ndarray]:
+def activity(seen: Seen) -> dict[str, np.ndarray]:
     """(L,) columns: how often, on how many documents and at which position latents fire, and how strongly; NaN of
     those that never do."""
+    chunk, text, (row, position) = seen.chunk, seen.text, seen.place
     count, latent, value = chunk.fired, chunk.latent, chunk.value.astype(np.float64)
-    row, position = text.place(chunk.token)
     document = text.document[row, position]
     new = np.ones(len(latent), dtype=bool)  # the documents of a text are in order
     new[1:] = (latent[1:] != latent[:-1]) | (document[1:] != document[:-1])
@@ -38,44 +38,23 @@ def activity(chunk: Chunk, text: Text) -> dict[str, np.ndarray]:
         "std": np.sqrt(mean((value - middle[latent]) ** 2)),
         "mean_position": mean(position.astype(np.float64)),
     }
-    lowest, *between, highest = _quantiles(chunk, (0.0, *QUANTILES, 1.0))
+    lowest, *between, highest = _quantiles(seen, (0.0, *QUANTILES, 1.0))
     columns |= {"min": lowest, "max": highest}
     return columns | {f"q{100 * q:02.0f}": of_q for q, of_q in zip(QUANTILES, between, strict=True)}
 
 
-def _quantiles(chunk: Chunk, quantiles: tuple[float, ...]) -> list[np.ndarray]:
+def _quantiles(seen: Seen, quantiles: tuple[float, ...]) -> list[np.ndarray]:
     """(L,) each, between the two nearest firings where it lies between, as numpy's."""
-    found = []
+    found, chunk = [], seen.chunk
     last = np.maximum(chunk.fired - 1, 0)
     start = np.minimum(chunk.start[:-1], max(len(chunk.value) - 1, 0))
-    values = values_of(sorted_keys(chunk)) if len(chunk.value) else np.zeros(1)
+    values = values_of(seen.ordered) if len(chunk.value) else np.zeros(1)
     for q in quantiles:
         place = q * last
         low = np.floor(place).astype(np.int64)
         one, other = (values[start + np.minimum(i, last)] for i in (low, low + 1))
         found.append(np.where(chunk.fired > 0, one + (other - one) * (place - low), np.nan))
     return found
-
-
-def sorted_keys(chunk: Chunk) -> np.ndarray:
-    """(A,) int64, ascending: numbers that are ordered by latent, then by value."""
-    return np.sort(keys(chunk.latent, chunk.value))
-
-
-def keys(latent: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """(A,) int64, ordered by latent, then by value (float32)."""
-    return (latent.astype(np.int64) << 32) + _flipped(value.view(np.int32)).astype(np.int64) + (1 << 31)
-
-
-def values_of(key: np.ndarray) -> np.ndarray:
-    """The values that `keys` were made of, float64."""
-    bits = ((key & 0xFFFFFFFF) - (1 << 31)).astype(np.int32)
-    return _flipped(bits).view(np.float32).astype(np.float64)
-
-
-def _flipped(bits: np.ndarray) -> np.ndarray:
-    """Bits of floats as integers of the same order, and the reverse: of those below 0 all but the sign turn."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def limits(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -104,13 +83,12 @@ def position_bins(text: Text) -> tuple[np.ndarray, np.ndarray]:
     return np.searchsorted(edges, np.arange(text.context_size), side="right") - 1, edges
 
 
-def tokens_of(chunk: Chunk, text: Text, occurrences: np.ndarray, config: FeaturesConfig) -> dict[str, list[Any]]:
+def tokens_of(seen: Seen, occurrences: np.ndarray, config: FeaturesConfig) -> dict[str, list[Any]]:
     """Of each latent the token ids on which it fires most often, how often, on which share of their occurrences
     (V,), and how strongly in the mean: lists of up to `config.tokens`. Of equal ones the lower id comes first."""
-    V = len(occurrences)
-    row, position = text.place(chunk.token)
-    both = chunk.latent * V + text.tokens[row, position]
-    order = np.argsort(both, kind="stable")
+    V, chunk = len(occurrences), seen.chunk
+    both = chunk.latent * V + seen.text.tokens[seen.place]
+    order = np.argsort(both)
     both, value = both[order], chunk.value[order].astype(np.float64)
     begins = np.flatnonzero(np.concatenate([[True], both[1:] != both[:-1]])) if len(both) else np.zeros(0, np.int64)
     count = np.diff(np.concatenate([begins, [len(both)]]))

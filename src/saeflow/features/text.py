@@ -3,9 +3,14 @@
 Shapes: R rows of P positions, N = R (P - `first`) tokens.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+
+from saeflow.features.firings import Chunk
+from saeflow.features.order import keys
 
 
 class Text(NamedTuple):
@@ -40,3 +45,21 @@ class Text(NamedTuple):
     def occurrences(self, n_vocabulary: int) -> np.ndarray:
         """(V,) how often each token id is there."""
         return np.bincount(self.tokens[:, self.first :].ravel(), minlength=n_vocabulary)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The firings of some latents, and the text that they are on."""
+
+    chunk: Chunk
+    text: Text
+
+    @cached_property
+    def place(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row, from 0, and position of every firing, (A,) each."""
+        return self.text.place(self.chunk.token)
+
+    @cached_property
+    def ordered(self) -> np.ndarray:
+        """(A,) `keys` of every firing, ascending."""
+        return np.sort(keys(self.chunk.latent, self.chunk.value))
