@@ -16,7 +16,7 @@ from stores import contents, tokens_instance, weights_of, write_receipt
 from saeflow.config import FeaturesConfig, ModelConfig
 from saeflow.dictionaries import BlockDiagonal, Dictionary, Spec, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.features import firings as firings_module
+from saeflow.features import job as job_module
 from saeflow.features import open_features
 from saeflow.features.artifact import COLUMNS
 from saeflow.features.effects import Samples, Task, loss_increases
@@ -384,7 +384,7 @@ def test_the_same_bytes_whatever_is_done_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In jobs of their own, with firings on disk in many parts."""
-    monkeypatch.setattr(firings_module.Firings.__init__, "__defaults__", (300,))
+    monkeypatch.setattr(job_module, "HELD", 300)
     again = tables(kinds, each_alone=True)
     names = ("latents.parquet", "examples.parquet", "tokens.parquet", "index.json")
     for name, one in made.items():
@@ -489,3 +489,9 @@ def test_what_is_not_there_is_said(made: dict[str, Features], tmp_path: Path) ->
         open_features(tmp_path)
     with pytest.raises(IndexError, match="which has 48: 0 to 47"):
         made["topk"][48]
+
+
+def test_the_page_names_every_column() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/features.md").read_text()
+    named = {name for line in page.splitlines() if line.startswith("| `") for name in line.split("|")[1].split("`")}
+    assert COLUMNS.keys() <= named

@@ -1,7 +1,7 @@
 """Where every latent of a dictionary fires: gathered token by token, read latent by latent, in bounded memory.
 
-What comes is sorted by latent whenever `SEGMENT` firings have gathered; segments but the only one lie on disk until all
-is read. What is read does not depend on how it came: of each latent its tokens in order.
+What comes is sorted by latent whenever so many firings have gathered that they are not to be held any longer; segments
+but the only one lie on disk until all is read. What is read does not depend on how it came: of each latent its tokens in order.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-SEGMENT = 1 << 24  # firings, of 12 bytes, that are held before they are sorted
+HELD = 1 << 25  # firings, of 8 bytes, that the dictionaries of a job hold before they are sorted and put on the disk
 LATENTS = 256  # that are read at once
 
 Segment = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -50,8 +50,8 @@ class Chunk:
 class Firings:
     """All firings of one dictionary of `n_latents`, on tokens that are numbered from 0 as they come."""
 
-    def __init__(self, n_latents: int, scratch: Path, segment: int = SEGMENT) -> None:
-        """`scratch`: a folder that may be made and filled."""
+    def __init__(self, n_latents: int, scratch: Path, segment: int = HELD) -> None:
+        """`scratch`: a folder that may be made and filled; `segment`: how many firings are held."""
         self.n_latents, self.scratch, self.segment = n_latents, scratch, segment
         self._on_disk: list[Segment] = []
         self._gathered: list[sp.csr_array] = []

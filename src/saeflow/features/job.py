@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.features.artifact import GROUP, ExamplesWriter, latents_table, write_index, write_latents
 from saeflow.features.effects import Samples, Task, loss_increases
 from saeflow.features.examples import draws, examples_table
-from saeflow.features.firings import Firings
+from saeflow.features.firings import HELD, Firings
 from saeflow.features.logits import logit_weights
 from saeflow.features.neighbours import Together, by_decoder, by_jacobian
 from saeflow.features.order import lowest
@@ -86,7 +87,8 @@ def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         outs = [stack.enter_context(job.writing()) for job in jobs]
         found = gather(dictionaries, batches, text, [out / "firings" for out in outs], config)
-        tables = [_of_chunks(one, text, model, config, out) for one, out in zip(found, outs, strict=True)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            tables = list(threads.map(lambda one, out: _of_chunks(one, text, model, config, out), found, outs))
         samples = [(one.dictionary, table.samples) for one, table in zip(found, tables, strict=True)]
         effects = _effects(model, samples, text, config, bool(first.inputs("groundtruth")))
         indices = []
@@ -149,7 +151,7 @@ def gather(
     """Takes the activations of all batches through all dictionaries."""
     chosen = spread(text.n_tokens, min(text.n_tokens, config.neighbour_tokens), config.seed)
     found = [
-        Found(one, Firings(one.d_sae, folder), Together(one.d_sae, chosen))
+        Found(one, Firings(one.d_sae, folder, HELD // len(dictionaries)), Together(one.d_sae, chosen))
         for one, folder in zip(dictionaries, scratch, strict=True)
     ]
     for row, values in batches:

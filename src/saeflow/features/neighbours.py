@@ -61,7 +61,8 @@ class Together:
         here = self.chosen[(self.chosen >= first) & (self.chosen < first + n_tokens)] - first
         begin, end = (np.searchsorted(token, here, side=side) for side in ("left", "right"))
         self._counts.append(end - begin)
-        self._latents += [latent[a:b] for a, b in zip(begin, end, strict=True)]
+        some = [latent[a:b] for a, b in zip(begin, end, strict=True)]
+        self._latents.append(np.concatenate([latent[:0], *some]).astype(np.int32))  # parts would keep the whole alive
 
     def nearest(self, most: int) -> Nearest:
         """The largest Jaccard indices: tokens on which both fire, over those on which either does."""

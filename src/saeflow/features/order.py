@@ -1,7 +1,6 @@
 """Choosing a few of many in an order that nothing but their values decides. Shapes: A items."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 

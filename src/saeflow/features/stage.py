@@ -52,8 +52,8 @@ def together(plan: Plan, instance: Instance) -> list[Any]:
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """The model once over the tokens, and with each dictionary's latents ablated about once; the dictionaries twice,
-    and 500 MB for where the latents of each fire."""
-    held = 2 * dictionaries_mb(plan, instances) + 500 * len(instances)
+    and 2 GB for where they fire and what is made of that."""
+    held = 2 * dictionaries_mb(plan, instances) + 2000
     return running(plan, instances, 2 + len(instances), instances[0].config["features"]["batch_rows"], held)
 
 
