@@ -333,7 +333,7 @@ def check_effects(model: Any, one: Dictionary, true: Dense) -> None:
     row, position, latent = row[chosen], position[chosen], latent[chosen]
     text = Text(true.tokens, true.document, true.row, FIRST)
     value = true.f[row, position, latent].astype(np.float32)
-    samples = Samples(latent, text.number(row, position), value)
+    samples = Samples(latent, text.grid().number(row, position), value)
     (found,) = loss_increases(model, [Task(one, samples)], text, batch_rows=3)
     wanted = [_rise(model, one, true, *each) for each in zip(latent, row, position, strict=True)]
     np.testing.assert_allclose(found, wanted, atol=2e-5)

@@ -41,7 +41,7 @@ def loss_increases(
 ) -> list[np.ndarray]:  # fmt: skip
     """Of each task's samples the rise in loss, (S,) nats. No sample may be at the last position of a row."""
     found = [np.zeros(len(task.samples.token)) for task in tasks]
-    rows_of = [text.place(task.samples.token)[0] for task in tasks]
+    rows_of = [text.grid().row_and_position(task.samples.token)[0] for task in tasks]
     # of the same rows whatever tasks there are, so that sums are in the same order
     wanted = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *rows_of]) // batch_rows)
     hooks = {task.dictionary.spec.hook_name_out for task in tasks}
@@ -66,7 +66,7 @@ def _of_batch(
     turns."""
     places, finals = [], [clean.final.new_empty(0)] * len(tasks)
     for task in tasks:
-        row, position = text.place(task.samples.token)
+        row, position = text.grid().row_and_position(task.samples.token)
         places.append(torch.from_numpy((row - first_row) * text.context_size + position).to(clean.final.device))
     sites: dict[tuple[str, int | None], list[int]] = {}
     for i, task in enumerate(tasks):

@@ -1,7 +1,7 @@
 """The activations of every latent of a chunk that are shown, each with the text around it.
 
-The `top` ones, at most one in each window of as many tokens as are shown (windows are aligned within a row, so that no
-two overlap), and random ones of each of the equal intervals of the range. Shapes: A firings, E examples.
+The `top` ones, at most one in each window of as many tokens as are shown, and random ones of each of the equal
+intervals of the range. Shapes: A firings, E examples.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from saeflow.config import FeaturesConfig
-from saeflow.features.firings import Chunk
 from saeflow.features.order import keys, lowest, ranks, uniform, values_of
 from saeflow.features.statistics import limits, parts
 from saeflow.features.text import Seen, Text
@@ -32,12 +31,12 @@ SCHEMA = pa.schema(
 )
 
 
-def top(seen: Seen, window: int, most: int) -> np.ndarray:
-    """(E,) indices of firings: of each latent the `most` of largest size, at most one a window; by latent, the largest
-    first, of equal ones the earlier."""
-    near = _large(seen, window * most)
+def top(seen: Seen, most: int) -> np.ndarray:
+    """(E,) indices of firings: of each latent the `most` of largest size, at most one in each window of the grid; by
+    latent, the largest first, of equal ones the earlier."""
+    near = _large(seen, seen.grid.window * most)
     (row, position), latent, size = seen.place, seen.chunk.latent[near], np.abs(seen.chunk.value[near])
-    where = row[near] * -(-seen.text.context_size // window) + position[near] // window
+    where = seen.grid.window_at(row[near], position[near])
     begins = np.ones(len(latent), dtype=bool)
     begins[1:] = (latent[1:] != latent[:-1]) | (where[1:] != where[:-1])
     if not len(latent):
@@ -62,13 +61,15 @@ def _large(seen: Seen, most: int) -> np.ndarray:
     return np.flatnonzero(np.abs(chunk.value) >= least[chunk.latent])
 
 
-def examples_table(seen: Seen, columns: dict[str, np.ndarray], draw: np.ndarray, config: FeaturesConfig) -> pa.Table:
+def examples_table(
+    seen: Seen, text: Text, columns: dict[str, np.ndarray], draw: np.ndarray, config: FeaturesConfig
+) -> pa.Table:
     """A row an example, as `SCHEMA`: of each latent its top ones, then those of each interval, the highest first.
 
     `columns`: the chunk's `saeflow.features.statistics.activity`; `draw` (A,) decides which are drawn, the lowest.
     """
-    chunk, text, window = seen.chunk, seen.text, config.before + 1 + config.after
-    best = top(seen, window, config.top)
+    chunk = seen.chunk
+    best = top(seen, config.top)
     interval = parts(chunk, limits(columns), config.intervals)
     # the intervals of a latent from the highest down
     group = chunk.latent * config.intervals + config.intervals - 1 - interval
@@ -81,7 +82,7 @@ def examples_table(seen: Seen, columns: dict[str, np.ndarray], draw: np.ndarray,
     below = np.searchsorted(seen.ordered, keys(latent, value)) - chunk.start[latent]
     row, position = (where[chosen] for where in seen.place)
     begin, end = np.maximum(position - config.before, 0), np.minimum(position + config.after + 1, text.context_size)
-    ids, values = _around(chunk, text, latent, row, begin, end)
+    ids, values = _around(seen, text, latent, row, begin, end)
     arrays: dict[str, Any] = {
         "latent": chunk.first + latent,
         "rank": pa.array(number, mask=number == 0),
@@ -102,16 +103,16 @@ def examples_table(seen: Seen, columns: dict[str, np.ndarray], draw: np.ndarray,
 
 
 def _around(
-    chunk: Chunk, text: Text, latent: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
+    seen: Seen, text: Text, latent: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
 ) -> tuple[pa.Array, pa.Array]:
     """Token ids and the latent's activations from position `begin` to `end` of each example (E,), 0 at BOS."""
-    size = end - begin
+    size, chunk = end - begin, seen.chunk
     which = np.repeat(np.arange(len(size)), size)
     starts = np.concatenate([[0], np.cumsum(size)])
     position = np.arange(len(which)) - starts[which] + begin[which]
     ids = text.tokens[row[which], position].astype(np.int32)
     known = chunk.latent * text.n_tokens + chunk.token  # ascending
-    wanted = latent[which] * text.n_tokens + text.number(row[which], position)
+    wanted = latent[which] * text.n_tokens + seen.grid.number(row[which], position)
     at = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
     values = np.zeros(len(which), dtype=np.float32)
     if len(known):
@@ -121,7 +122,7 @@ def _around(
     return tuple(pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (ids, values))
 
 
-def draws(seen: Seen, seed: int) -> np.ndarray:
+def draws(seen: Seen, text: Text, seed: int) -> np.ndarray:
     """(A,) what decides which firings are drawn: see `uniform`."""
-    (row, position), text = seen.place, seen.text
+    row, position = seen.place
     return uniform(seed, seen.chunk.first + seen.chunk.latent, text.row[row] * text.context_size + position)

@@ -1,7 +1,8 @@
 """Where every latent of a dictionary fires: gathered token by token, read latent by latent, in bounded memory.
 
 What comes is sorted by latent whenever so many firings have gathered that they are not to be held any longer; segments
-but the only one lie on disk until all is read. What is read does not depend on how it came: of each latent its tokens in order.
+but the only one lie on disk until all is read. What is read does not depend on how it came: of each latent its tokens
+in order.
 """
 
 from collections.abc import Iterator

@@ -181,14 +181,15 @@ class OfChunks(NamedTuple):
 def _of_chunks(one: Found, text: Text, model: "HookedTransformer", config: FeaturesConfig, out: Path) -> OfChunks:
     occurrences = text.occurrences(model.cfg.d_vocab)
     bins, edges = position_bins(text)
+    grid = text.grid(config.before + 1 + config.after)
     columns: dict[str, list[Any]] = {}
     histograms, positions, samples = [], [], []
     examples = ExamplesWriter(out)
     for chunk in one.firings.chunks(GROUP):
-        seen = Seen(chunk, text)
-        active, draw = activity(seen), draws(seen, config.seed)
-        examples.write(examples_table(seen, active, draw, config))
-        for name, values in (active | tokens_of(seen, occurrences, config)).items():
+        seen = Seen(chunk, grid)
+        active, draw = activity(seen, text), draws(seen, text, config.seed)
+        examples.write(examples_table(seen, text, active, draw, config))
+        for name, values in (active | tokens_of(seen, text, occurrences, config)).items():
             columns.setdefault(name, []).extend(values)
         histograms.append(counted(chunk, parts(chunk, limits(active), config.bins), config.bins))
         positions.append(counted(chunk, bins[seen.place[1]], len(edges) - 1))
@@ -212,7 +213,7 @@ _LISTS = ("tokens", "token_fired", "token_share", "token_mean")
 def _samples(seen: Seen, draw: np.ndarray, config: FeaturesConfig) -> Samples:
     """Firings to be ablated: those that are not drawn for examples first, so that the two are of different tokens."""
     chunk = seen.chunk
-    place = np.flatnonzero(seen.place[1] < seen.text.context_size - 1)
+    place = np.flatnonzero(seen.place[1] < seen.grid.context_size - 1)
     latent = chunk.latent[place]
     chosen = place[lowest(latent, 1 - draw[place], config.effect_samples, chunk.n_latents)]
     return Samples(chunk.first + chunk.latent[chosen], chunk.token[chosen], chunk.value[chosen])

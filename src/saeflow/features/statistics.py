@@ -16,10 +16,10 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 POSITIONS = 16  # bins of positions in a row
 
 
-def activity(seen: Seen) -> dict[str, np.ndarray]:
+def activity(seen: Seen, text: Text) -> dict[str, np.ndarray]:
     """(L,) columns: how often, on how many documents and at which position latents fire, and how strongly; NaN of
     those that never do."""
-    chunk, text, (row, position) = seen.chunk, seen.text, seen.place
+    chunk, (row, position) = seen.chunk, seen.place
     count, latent, value = chunk.fired, chunk.latent, chunk.value.astype(np.float64)
     document = text.document[row, position]
     new = np.ones(len(latent), dtype=bool)  # the documents of a text are in order
@@ -83,11 +83,11 @@ def position_bins(text: Text) -> tuple[np.ndarray, np.ndarray]:
     return np.searchsorted(edges, np.arange(text.context_size), side="right") - 1, edges
 
 
-def tokens_of(seen: Seen, occurrences: np.ndarray, config: FeaturesConfig) -> dict[str, list[Any]]:
+def tokens_of(seen: Seen, text: Text, occurrences: np.ndarray, config: FeaturesConfig) -> dict[str, list[Any]]:
     """Of each latent the token ids on which it fires most often, how often, on which share of their occurrences
     (V,), and how strongly in the mean: lists of up to `config.tokens`. Of equal ones the lower id comes first."""
     V, chunk = len(occurrences), seen.chunk
-    both = chunk.latent * V + seen.text.tokens[seen.place]
+    both = chunk.latent * V + text.tokens[seen.place]
     order = np.argsort(both)
     both, value = both[order], chunk.value[order].astype(np.float64)
     begins = np.flatnonzero(np.concatenate([[True], both[1:] != both[:-1]])) if len(both) else np.zeros(0, np.int64)

@@ -33,31 +33,60 @@ class Text(NamedTuple):
     def n_tokens(self) -> int:
         return len(self.tokens) * (self.context_size - self.first)
 
-    def place(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row, from 0 for the first of these, and position of tokens by number."""
-        row, rest = np.divmod(token, self.context_size - self.first)
-        return row, rest + self.first
-
-    def number(self, row: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """The reverse; at BOS that of no token, or of one that is not there."""
-        return row * (self.context_size - self.first) + position - self.first
+    def grid(self, window: int = 1) -> "Grid":
+        return Grid(self.context_size, window, self.first)
 
     def occurrences(self, n_vocabulary: int) -> np.ndarray:
         """(V,) how often each token id is there."""
         return np.bincount(self.tokens[:, self.first :].ravel(), minlength=n_vocabulary)
 
 
+class Grid(NamedTuple):
+    """How tokens, numbered row by row without those before position `first`, lie in rows, and rows in windows of text.
+    Windows are aligned within a row, so that no two overlap; the last may be shorter."""
+
+    context_size: int
+    window: int
+    first: int = 1
+
+    @property
+    def per_row(self) -> int:
+        """Windows of a row."""
+        return -(-self.context_size // self.window)
+
+    def row_and_position(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row and position of a token number."""
+        row, rest = np.divmod(token, self.context_size - self.first)
+        return row, rest + self.first
+
+    def number(self, row: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """The reverse; before position `first` that of no token, or of one that is elsewhere."""
+        return row * (self.context_size - self.first) + position - self.first
+
+    def windows(self, token: np.ndarray) -> np.ndarray:
+        """Number of the window that a token is in."""
+        return self.window_at(*self.row_and_position(token))
+
+    def window_at(self, row: np.ndarray, position: np.ndarray) -> np.ndarray:
+        return row * self.per_row + position // self.window
+
+    def span(self, window: int) -> tuple[int, int, int]:
+        """Row, first position and end of a window."""
+        row, place = divmod(int(window), self.per_row)
+        return row, place * self.window, min((place + 1) * self.window, self.context_size)
+
+
 @dataclass(frozen=True)
 class Seen:
-    """The firings of some latents, and the text that they are on."""
+    """The firings of some latents, and how the tokens that they are on lie in rows and windows."""
 
     chunk: Chunk
-    text: Text
+    grid: Grid
 
     @cached_property
     def place(self) -> tuple[np.ndarray, np.ndarray]:
         """Row, from 0, and position of every firing, (A,) each."""
-        return self.text.place(self.chunk.token)
+        return self.grid.row_and_position(self.chunk.token)
 
     @cached_property
     def ordered(self) -> np.ndarray:
