@@ -16,7 +16,7 @@ from stores import contents, tokens_instance, weights_of, write_receipt
 from saeflow.config import FeaturesConfig, ModelConfig
 from saeflow.dictionaries import BlockDiagonal, Dictionary, Spec, save_dictionary
 from saeflow.dictionaries.sae import build
-from saeflow.features import job as job_module
+from saeflow.features import lookup as lookup_module
 from saeflow.features import open_features
 from saeflow.features.artifact import COLUMNS
 from saeflow.features.effects import Samples, Task, loss_increases
@@ -384,7 +384,7 @@ def test_the_same_bytes_whatever_is_done_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In jobs of their own, with firings on disk in many parts."""
-    monkeypatch.setattr(job_module, "HELD", 300)
+    monkeypatch.setattr(lookup_module, "HELD", 300)
     again = tables(kinds, each_alone=True)
     names = ("latents.parquet", "examples.parquet", "tokens.parquet", "index.json")
     for name, one in made.items():

@@ -100,7 +100,7 @@ def test_a_pair_and_a_dictionary_of_another_library(neox_folder: Path, corpus_fi
         raise AssertionError("the model is run")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saeflow.features.job.read_hooks", no_pass)
+        patch.setattr("saeflow.features.lookup.read_hooks", no_pass)
         run(plan, "features")
     found = {key: open_features(plan.folder("features", key)) for key in plan.stages["features"]}
     assert len(found) == 3

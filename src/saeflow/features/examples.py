@@ -105,21 +105,28 @@ def examples_table(
 def _around(
     seen: Seen, text: Text, latent: np.ndarray, row: np.ndarray, begin: np.ndarray, end: np.ndarray
 ) -> tuple[pa.Array, pa.Array]:
-    """Token ids and the latent's activations from position `begin` to `end` of each example (E,), 0 at BOS."""
-    size, chunk = end - begin, seen.chunk
+    """Token ids and the latent's activations from position `begin` to `end` of each example (E,)."""
+    size = end - begin
     which = np.repeat(np.arange(len(size)), size)
     starts = np.concatenate([[0], np.cumsum(size)])
     position = np.arange(len(which)) - starts[which] + begin[which]
     ids = text.tokens[row[which], position].astype(np.int32)
-    known = chunk.latent * text.n_tokens + chunk.token  # ascending
-    wanted = latent[which] * text.n_tokens + seen.grid.number(row[which], position)
-    at = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
-    values = np.zeros(len(which), dtype=np.float32)
-    if len(known):
-        found = (known[at] == wanted) & (position >= text.first)
-        values[found] = chunk.value[at[found]]
+    values = values_at(seen, latent[which], row[which], position)
     offsets = pa.array(starts.astype(np.int32))
     return tuple(pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (ids, values))
+
+
+def values_at(seen: Seen, latent: np.ndarray, row: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """(M,) float32: activations of latents of the chunk at places; 0 where they don't fire, and at BOS."""
+    values, chunk = np.zeros(len(position), dtype=np.float32), seen.chunk
+    number = seen.grid.number(row, position)
+    if len(chunk.value):
+        n = max(int(chunk.token.max()), int(number.max(initial=0))) + 1
+        known, wanted = chunk.latent * n + chunk.token, latent * n + number  # the first in order
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        found = (known[at] == wanted) & (position >= seen.grid.first)
+        values[found] = chunk.value[at[found]]
+    return values
 
 
 def draws(seen: Seen, text: Text, seed: int) -> np.ndarray:

@@ -7,7 +7,6 @@ but for what weights alone say and for ablations, which take another pass over t
 import logging
 import math
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,47 +16,32 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from torch import Tensor
 
-from saeflow.activations.store import Column, open_column
+from saeflow.activations.store import open_column
 from saeflow.config import FeaturesConfig, build
 from saeflow.dictionaries import Dictionary, DictionaryError
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.features.artifact import GROUP, ExamplesWriter, latents_table, write_index, write_latents
 from saeflow.features.effects import Samples, Task, loss_increases
 from saeflow.features.examples import draws, examples_table
-from saeflow.features.firings import HELD, Firings
 from saeflow.features.logits import logit_weights
-from saeflow.features.neighbours import Together, by_decoder, by_jacobian
+from saeflow.features.lookup import Found, choose_text, gather, run_activations, stored_activations
+from saeflow.features.neighbours import by_decoder, by_jacobian
 from saeflow.features.order import lowest
 from saeflow.features.statistics import activity, counted, limits, parts, position_bins, tokens_of
 from saeflow.features.text import Seen, Text
 from saeflow.jobs.job import Job
-from saeflow.jobs.progress import progress
 from saeflow.models.alone import can_stand_alone
-from saeflow.models.attention import fused_attention
 from saeflow.models.source import reading_model
-from saeflow.models.splicing import flattened, read_hooks
 from saeflow.text.tokenizer import open_tokenizer
-from saeflow.text.tokens import TokenStore, open_tokens, spread
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 log = logging.getLogger("saeflow")
 
-ENCODED = 1 << 22  # activations of latents that are held dense at once
 NO_TOKENS = "the model gives the output of an algorithm, and predicts no tokens"
-Batch = tuple[int, dict[str, Tensor]]
-"""Number of the first of some rows, and what each hook has there, (B, P, d) or (B, P, head, d_head)."""
-
-
-class Found(NamedTuple):
-    """What the pass found of one dictionary."""
-
-    dictionary: Dictionary
-    firings: Firings
-    together: Together
 
 
 def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
@@ -103,67 +87,6 @@ def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
             indices.append(write_index(out, about, latents, config))
             shutil.rmtree(out / "firings", ignore_errors=True)
     return indices
-
-
-# -------------------------------------------------------------------- the pass
-def choose_text(store: TokenStore, columns: dict[str, Column], config: FeaturesConfig) -> Text:
-    """Rows of the store that are spread over all, or over those of which activations are cached."""
-    first = int(store.attributes["prepend_bos"])
-    there = min([store.n_rows, *(column.n_tokens // store.context_size for column in columns.values())])
-    n_rows = min(there, -(-config.n_tokens // (store.context_size - first)))
-    row, rows = store.spread_rows(n_rows, config.seed, there)
-    return Text(rows.tokens, rows.document, row, first)
-
-
-def run_activations(model: "HookedTransformer", hooks: list[str], text: Text, batch_rows: int) -> Iterator[Batch]:
-    """By running the model as far as the highest hook."""
-    n_rows = len(text.tokens)
-    for start in progress(range(0, n_rows, batch_rows), "looking up", n_rows, "rows", each=batch_rows):
-        tokens = torch.from_numpy(text.tokens[start : start + batch_rows].astype(np.int64)).to(model.cfg.device)
-        with fused_attention(model), torch.no_grad():
-            yield start, dict(zip(hooks, read_hooks(model, tokens, hooks), strict=True))
-
-
-def stored_activations(
-    columns: dict[str, Column], hooks: list[str], text: Text, batch_rows: int, device: Any
-) -> Iterator[Batch]:
-    """From columns of cached activations, by hook."""
-    import zarr
-
-    arrays: dict[str, Any] = {hook: zarr.open_array(columns[hook].array, mode="r") for hook in hooks}
-    size, n_rows = text.context_size, len(text.tokens)
-    for start in progress(range(0, n_rows, batch_rows), "looking up", n_rows, "rows", each=batch_rows):
-        rows = text.row[start : start + batch_rows]
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-        values = {}
-        for hook, array in arrays.items():
-            parts = [np.asarray(array[run[0] * size : (run[-1] + 1) * size]) for run in runs]
-            value = torch.from_numpy(np.concatenate(parts))
-            value = value.view(torch.bfloat16) if columns[hook].dtype == "bfloat16" else value
-            values[hook] = value.to(device, torch.float32).unflatten(0, (len(rows), size))
-        yield start, values
-
-
-@torch.no_grad()
-def gather(
-    dictionaries: list[Dictionary], batches: Iterator[Batch], text: Text, scratch: list[Path], config: FeaturesConfig
-) -> list[Found]:
-    """Takes the activations of all batches through all dictionaries."""
-    chosen = spread(text.n_tokens, min(text.n_tokens, config.neighbour_tokens), config.seed)
-    found = [
-        Found(one, Firings(one.d_sae, folder, HELD // len(dictionaries)), Together(one.d_sae, chosen))
-        for one, folder in zip(dictionaries, scratch, strict=True)
-    ]
-    for row, values in batches:
-        first = row * (text.context_size - text.first)
-        for dictionary, firings, together in found:
-            spec, size = dictionary.spec, max(1, ENCODED // dictionary.d_sae)
-            x = flattened(values[spec.hook_name][:, text.first :], spec.hook_head_index)
-            for start, some in zip(range(0, len(x), size), x.split(size), strict=True):
-                token, latent, value = (t.cpu().numpy() for t in dictionary.active(some))
-                firings.add(len(some), token, latent, value)
-                together.add(first + start, len(some), token, latent)
-    return found
 
 
 # -------------------------------------------------------------------- what is made of it
