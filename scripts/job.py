@@ -3,6 +3,13 @@
 python scripts/job.py train --plan plan.json --key KEY [--key KEY ...]
 """
 
-from saeflow.jobs.command import main
+import signal
 
-main()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # it waits until `stoppable` can answer
+
+from saeflow.jobs.signals import stoppable  # noqa: E402
+
+with stoppable():
+    from saeflow.jobs.command import main
+
+    main()

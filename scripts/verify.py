@@ -1,5 +1,5 @@
-"""Compares everything below results/ with what was written: artifacts with their receipts, chunks of activations,
-checkpoints and progress files with the checksums that they carry. Says what a rerun would make again.
+"""Compares everything below results/ with what was written: artifacts with their receipts, chunks of activations
+and coordinates, checkpoints and progress files with the checksums that they carry. Says what a rerun would make again.
 
 python scripts/verify.py [--results results] [--set-aside]
 """
@@ -14,11 +14,13 @@ from saeflow.storage.receipts import RECEIPT, DamagedError, verify
 
 
 def damaged(results: Path) -> Iterator[tuple[Path, Exception | None]]:
-    """Every artifact, shard and state, with what is wrong with it."""
+    """Every artifact, array and state, with what is wrong with it."""
+    from saeflow.activations.coordinates import damaged_coordinates
     from saeflow.activations.reader import damaged_shards
     from saeflow.activations.store import Column, open_column
 
     longest: dict[Path, Column] = {}
+    n_tokens: dict[Path, int] = {}
     for receipt in sorted(results.rglob(RECEIPT)):
         folder = receipt.parent
         if any(part.endswith(".partial") for part in folder.parts):
@@ -29,6 +31,7 @@ def damaged(results: Path) -> Iterator[tuple[Path, Exception | None]]:
             if (folder / "column.json").is_file():
                 column = open_column(folder)
                 longest[column.array] = max(longest.get(column.array, column), column, key=lambda c: c.n_tokens)
+                n_tokens[column.store] = max(n_tokens.get(column.store, 0), column.n_tokens)
         except DamagedError as error:
             yield folder, error
     for array, column in longest.items():
@@ -36,6 +39,9 @@ def damaged(results: Path) -> Iterator[tuple[Path, Exception | None]]:
         yield from ((error.path, error) for error in errors)
         if not errors:
             yield array, None
+    for store, n in n_tokens.items():
+        if (store / "activations.zarr").is_dir():
+            yield from ((error.file, error) for error in damaged_coordinates(store, n))
     for pattern in ("checkpoints/*/step-*.safetensors", "activations/*/progress/*.safetensors"):
         for file in sorted(results.glob(pattern)):
             try:

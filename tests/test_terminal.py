@@ -113,7 +113,8 @@ def test_a_failure_is_said_once_and_last_without_traceback_or_command(tmp_path: 
     )
     job(terminal, log, LogEvent.JOB_ERROR)
     say(terminal, None, "Exiting because a job execution failed. Look above for error messages")
-    say(terminal, LogEvent.ERROR, "WorkflowError:\nAt least one job did not complete successfully.")
+    for where in ("", ' in file "workflow/rules/options.smk", line 23'):
+        say(terminal, LogEvent.ERROR, f"WorkflowError{where}:\nAt least one job did not complete successfully.")
     assert shown(terminal)[1:] == [
         "failed: train 2 (sae L1.mlp_out seed0): k4, k16; the reason stands at the end",
         "1 of 3 jobs failed, 2 did not run for it; the same command goes on from here",
@@ -126,6 +127,9 @@ def test_a_job_that_was_killed_says_so(tmp_path: Path) -> None:
     log.write_text(LOG)
     assert "train failed without a word: it was killed" in sentence(Work("train", (), (str(log),)))
     assert "without a word" in sentence(Work("train", (), (str(tmp_path / "none.log"),)))
+    log.write_text(f"2026-11-28 20:22:10,744 WARNING the first token is massive\n{LOG}")
+    said = sentence(Work("train", (), (str(log),), mem_mb=4000))
+    assert "it had asked for 4,000 MB" in said and "device.mem_mb.train=" in said and "massive" not in said
 
 
 def test_nothing_to_do_ends_with_where_it_is_and_a_dry_run_does_not() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from stores import TRAINING_STORE, contents, write_receipt, write_store
 
+from saeflow.activations.coordinates import damaged_coordinates
 from saeflow.storage.checksums import save_state
 from saeflow.storage.receipts import is_whole
 
@@ -66,3 +67,21 @@ def test_everything_that_is_damaged_is_named_and_set_aside(results: Path) -> Non
     assert not is_whole(results / "train/key") and not is_whole(column)
     assert not any(file.exists() for file in damaged[1:])
     assert "damaged" not in verify(results).stdout
+
+
+@pytest.mark.parametrize("name", ["token_id", "document", "position"])
+@pytest.mark.parametrize("damage", ["chunk", "metadata", "no chunk"])
+def test_damaged_coordinates_are_named_and_made_again(results: Path, name: str, damage: str) -> None:
+    store = results / "activations" / TRAINING_STORE
+    array = store / "activations.zarr" / name
+    file = array / ("zarr.json" if damage == "metadata" else "c/1")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data[:60] if damage == "metadata" else data)
+    if damage == "no chunk":
+        file.unlink()
+    assert [e.file for e in damaged_coordinates(store, 100)] == [array]
+    if (name, damage) == ("position", "chunk"):
+        done = verify(results, "--set-aside")
+        assert f"damaged: {array}" in done.stdout and "counts as missing now" in done.stdout
+        assert not is_whole(store / f"{HOOK}-100")

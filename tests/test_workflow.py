@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -315,33 +314,3 @@ def test_a_stage_is_forced_to_the_same_bytes_though_a_clock_was_ahead(finished: 
     assert contents(home) == contents(finished)
     ahead = [p for p in (home / "results/activations").rglob("provenance.json") if p.stat().st_mtime > time.time()]
     assert not ahead and Workflow(home).would_run() == {}
-
-
-def test_run_killed_at_any_moment_ends_with_the_same_bytes(
-    finished: Path, tmp_path: Path, neox_folder: Path, corpus_file: Path
-) -> None:
-    """The whole session is killed with SIGKILL at a random moment in each stage, and run again to the end.
-
-    CHAOS_SEED chooses other moments.
-    """
-    moments = random.Random(int(os.environ.get("CHAOS_SEED", "0")))
-    fill(tmp_path, neox_folder, corpus_file)
-    workflow = Workflow(tmp_path)
-    reached = set()
-    for stage in ("tokens", "activations", "train", "jacobian", "baseline", "evaluate", "figures"):
-        process = subprocess.Popen(
-            workflow.command(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        while process.poll() is None and not list((tmp_path / "logs" / stage).rglob("*.log")):
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0, {"tokens": 1.0, "train": 4.0, "figures": 2.0}.get(stage, 8.0)))
-        if process.poll() is None:
-            reached.add(stage)
-            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
-        process.wait()
-    assert len(reached) >= 4
-    workflow.run()
-    expected, found = contents(finished), contents(tmp_path)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []

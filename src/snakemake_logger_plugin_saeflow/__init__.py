@@ -34,7 +34,9 @@ UPDATED = " (update)"  # what Snakemake says behind an output that it does not d
 NOTHING = "Nothing to be done"
 AGAIN = re.compile(r"Trying to restart job (\d+)\.")
 OF_THE_JOB = "RuleException:\nCalledProcessError"  # with the whole command; that the job failed is told apart
-GAVE_UP = ("Exiting because a job execution failed", "WorkflowError:\nAt least one job did not complete")
+GAVE_UP = re.compile(
+    r"Exiting because a job execution failed|WorkflowError[^\n]*:\nAt least one job did not complete successfully"
+)
 HIDDEN = (
     LogEvent.WORKFLOW_STARTED, LogEvent.SHELLCMD, LogEvent.JOB_STARTED, LogEvent.RESOURCES_INFO, LogEvent.PROGRESS,
     LogEvent.GROUP_INFO,
@@ -111,7 +113,7 @@ class LogHandler(LogHandlerBase):
             self.whole = True
         if again := AGAIN.match(text):
             return f"trying it again: {self.failures.get(int(again[1]), 'it failed')}"
-        if text.startswith((*NOISE, OF_THE_JOB)) or (self.failures and text.startswith(GAVE_UP)):
+        if text.startswith((*NOISE, OF_THE_JOB)) or (self.failures and GAVE_UP.match(text)):
             return None
         return refusal(text)
 
@@ -134,7 +136,8 @@ class LogHandler(LogHandlerBase):
     def work(self, said: dict[str, Any]) -> Work:
         files = [str(file).removesuffix(UPDATED) for file in said["output"] or ()]
         outputs = (one for file in files for one in self.together.get(file, [file]))
-        return Work(said["rule_name"], tuple(outputs), tuple(said["log"] or ()))
+        memory = said["resources"].get("mem_mb") if said.get("resources") else None
+        return Work(said["rule_name"], tuple(outputs), tuple(said["log"] or ()), memory if type(memory) is int else 0)
 
     def finished(self, work: Work | None) -> str | None:
         if work is None or not work.outputs:

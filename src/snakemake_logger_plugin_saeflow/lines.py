@@ -21,6 +21,8 @@ class Work:
     stage: str
     outputs: tuple[str, ...]
     logs: tuple[str, ...]
+    mem_mb: int = 0
+    """That it asked for; 0 where nothing says it."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -66,9 +68,13 @@ def findings(work: Work) -> str:
 
 def sentence(work: Work) -> str:
     """Why it failed, in one line."""
-    level, lines = _last_record(work, ("ERROR", "WARNING"))
-    if level is None:
-        return f"{work.stage} failed without a word: it was killed, as for too much memory, or could not start"
+    level, lines = _last_record(work, ("ERROR", "WARNING", "INFO"))
+    if level in (None, "INFO"):  # a warning that it went on after is no reason
+        asked = f" (it had asked for {work.mem_mb:,} MB)" if work.mem_mb else ""
+        return (
+            f"{work.stage} failed without a word: it was killed, as for too much memory{asked}, or could not start; "
+            f"device.mem_mb.{work.stage}=... asks for more"
+        )
     return " ".join(" ".join(lines).split())
 
 

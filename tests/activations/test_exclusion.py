@@ -6,6 +6,7 @@ import torch
 from stores import write_store
 
 from saeflow.activations import exclusion
+from saeflow.activations.coordinates import CoordinateError
 from saeflow.activations.exclusion import find_left_out, kept_statistics, measure_massive
 from saeflow.activations.reader import open_rows
 from saeflow.activations.store import StoreError
@@ -130,5 +131,6 @@ def test_damaged_coordinates_are_no_tokens(columns, damage):
         for file in sorted(array.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         array.rmdir()
-    with pytest.raises(StoreError, match="run the workflow again"):
+    with pytest.raises(CoordinateError, match="run the workflow again") as caught:
         find_left_out(columns, ExcludeConfig(token_ids=(3,)), CONTEXT)
+    assert caught.value.affected() == sorted(column.folder for column in columns)

@@ -38,7 +38,9 @@ class Run:
     @property
     def reasons(self) -> list[str]:
         """What failed jobs and refused plans say, a line each."""
-        found = re.findall(r"^.*(?:failed: |damaged|plan: |WorkflowError:\s*\n?|Error: ).*$", self.said, re.MULTILINE)
+        found = re.findall(
+            r"^.*(?:failed: |refused: |damaged|plan: |WorkflowError:\s*\n?|Error: ).*$", self.said, re.MULTILINE
+        )
         return list(dict.fromkeys(line.strip() for line in found))
 
 
@@ -68,6 +70,8 @@ class Copy:
         command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.home)]
         command += ["--cores", "1", *options, "--config", f"conf={self.home}/conf"]
         command += [f"hydra=experiment={self.experiment} {hydra}".strip()]
+        if self.said.exists():
+            self.said.rename(self.said.with_name(f"{self.said.name}-{len(list(self.home.glob('said*')))}"))
         with self.said.open("wb") as out:
             return subprocess.Popen(
                 command,

@@ -26,16 +26,18 @@ def judge(
     lost: frozenset[str] = frozenset(),
     named: frozenset[str] = frozenset(),
 ) -> Outcome:
-    """`kept`: receipts that must be as they were; `lost`: artifacts that nothing needs, and which may stay away;
-    `named`: what the message of every run that failed must hold one of, if there is any."""
+    """`kept`: receipts that must be as they were; `lost`: artifacts that nothing needs, which may stay away, or stay
+    damaged if no receipt says that they are whole; `named`: what the message of every run that failed must hold one of,
+    if there is any."""
     if runs[-1].code:
         return Outcome(kind, STUCK, f"{about}: {' | '.join(runs[-1].reasons)[:600] or runs[-1].said[-600:]}")
-    found = copy.contents()
+    found, receipts = copy.contents(), copy.receipts()
+    away = {a for a in lost if not any(f"{receipt}/".startswith(f"{a}/") for receipt in receipts)}
     gone = {n for n in bench.expected if n not in found and not any(n.startswith(f"{a}/") for a in lost)}
     other = {n for n in bench.expected if n in found and found[n] != bench.expected[n]}
+    other = {n for n in other if not any(n.startswith(f"{a}/") for a in away)}
     if gone or other:
         return Outcome(kind, SILENT, f"{about}: differ {sorted(other)[:4]}, gone {sorted(gone)[:4]}")
-    receipts = copy.receipts()
     again = [a for a, receipt in (kept or {}).items() if receipts.get(a) != receipt]
     if again:
         return Outcome(kind, REPEATED, f"{about}: {sorted(again)[:6]}")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tests.chaos import damage, strikes  # noqa: E402
+from tests.chaos import damage, nodes, strikes  # noqa: E402
 from tests.chaos.bench import Bench, Impossible  # noqa: E402
 from tests.chaos.outcome import SURVIVED, Outcome  # noqa: E402
 
@@ -39,10 +39,15 @@ KINDS = {
     "kill": Kind(strikes.killed, 10, 8),
     "signal": Kind(strikes.signalled, 3, 4),
     "power": Kind(strikes.power_cut, 7, 8),
-    "flip": Kind(damage.flipped, 34, 16),
-    "truncate": Kind(damage.truncated, 17, 16),
-    "delete": Kind(damage.deleted, 17, 16),
-    "lost": Kind(damage.lost, 6, 4),
+    "preempted": Kind(nodes.preempted, 3, 4),
+    "node": Kind(nodes.node_died, 2),
+    "late disk": Kind(nodes.late_disk, 1),
+    "memory": Kind(nodes.memory, 1),
+    "log folder": Kind(nodes.log_folder, 1),
+    "flip": Kind(damage.flipped, 31, 16),
+    "truncate": Kind(damage.truncated, 15, 16),
+    "delete": Kind(damage.deleted, 15, 16),
+    "lost": Kind(damage.lost, 5, 4),
     "clock": Kind(damage.clock, 2),
     "bookkeeping": Kind(damage.bookkeeping, 2),
     "disk full": Kind(strikes.disk_full, 1),

@@ -56,6 +56,15 @@ def test_what_may_stay_away_may(bench: Bench, tmp_path: Path) -> None:
     assert judge("lost", "", copy, bench, [WELL], lost=frozenset({"tokens/t"})).verdict == SURVIVED
 
 
+@pytest.mark.parametrize(("whole", "verdict"), [(False, SURVIVED), (True, SILENT)])
+def test_what_may_stay_away_may_be_damaged_if_nothing_calls_it_whole(
+    bench: Bench, tmp_path: Path, whole: bool, verdict: str
+) -> None:
+    files = FILES | {"train/a/weights": "x"}
+    copy = copy_of(tmp_path / "copy", {n: t for n, t in files.items() if whole or n != "train/a/provenance.json"})
+    assert judge("flip", "", copy, bench, [WELL], lost=frozenset({"train/a"})).verdict == verdict
+
+
 def test_receipts_and_needs_are_read(bench: Bench) -> None:
     partial = bench.base.results / "train/b.host-7.partial/provenance.json"
     partial.parent.mkdir()

@@ -20,6 +20,7 @@ import dataclasses, time
 from pathlib import Path
 
 from saeflow.jobs import command
+from saeflow.jobs.signals import stoppable
 from saeflow.planning.stages import stages
 
 def work(jobs):
@@ -34,7 +35,8 @@ def work(jobs):
     return f"made {len(jobs)}"
 
 command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work, operations=lambda *_: 1.0)}
-command.main()
+with stoppable():
+    command.main()
 """
 
 

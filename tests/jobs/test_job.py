@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from saeflow.planning.history import lines
 SCRIPT = """
 import dataclasses
 
-from saeflow.jobs import command
+from saeflow.jobs import claims, command
 from saeflow.planning.stages import stages
 
 def work(jobs):
@@ -31,6 +32,7 @@ def work(jobs):
         (folder / "rest.txt").write_text("rest")
     return f"wrote two files to {job.path}/"
 
+claims.LATE = 0  # what the job needs is not there
 command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work, operations=lambda *_: 2.0)}
 command.main()
 """
@@ -132,9 +134,34 @@ def test_failed_job_leaves_no_artifact_and_says_why(plan: Plan, tmp_path: Path) 
     ],
 )
 def test_a_full_disk_is_named_whichever_library_finds_it(error: Exception) -> None:
-    assert in_words(error).startswith(f"the disk or quota of results/ is full ({error}): make room")
+    assert in_words(error, "train").startswith(f"the disk or quota of results/ is full ({error}): make room")
     named = OSError(errno.ENOSPC, "results/activations/store became full while caching")
-    assert in_words(named) == str(named) and in_words(ValueError("k")) == "k" and in_words(KeyError()) == "KeyError"
+    assert in_words(named, "train") == str(named)
+    assert in_words(ValueError("k"), "train") == "k" and in_words(KeyError(), "train") == "KeyError"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 4 bytes"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("Unable to allocate 8.00 GiB for an array with shape (1, 2)"),
+    ],
+)
+def test_too_little_memory_is_named_whichever_library_finds_it(error: Exception) -> None:
+    assert re.match(r"there is not enough memory \(.+\): device.mem_mb.train=... asks", in_words(error, "train"))
+
+
+def test_a_log_that_cannot_be_written_stands_on_stderr(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    code = "import logging, sys; from saeflow.jobs.log import start_log; start_log(sys.argv[1]); logging.info('work')"
+    command = [sys.executable, "-c", code, str(tmp_path / "logs/train/a.log")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "WARNING the log stands here, since its file can't be written" in done.stderr and "work" in done.stderr
 
 
 def test_failed_job_keeps_the_artifact_that_was_there(plan: Plan) -> None:

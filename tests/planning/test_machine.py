@@ -11,7 +11,7 @@ import torch
 from tests.planning.test_plan import finish, home, plan_of  # noqa: F401
 
 from saeflow.config import ConfigError
-from saeflow.planning.machine import bytes_on_disk, check_disk, check_machine, unfit
+from saeflow.planning.machine import bytes_on_disk, check_disk, check_folders, check_machine, unfit
 from saeflow.planning.stages import stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,25 @@ def test_a_width_that_no_disk_holds_is_refused_with_the_setting(home: Path) -> N
     with pytest.raises(ConfigError, match=r"is for 1 activation column .tokens.train_tokens=10{15}\b"):
         check_disk(plan_of(home, f"tokens.train_tokens={10**15}"))
     check_disk(plan_of(home))
+
+
+@pytest.mark.parametrize("name", ["logs", "results"])
+def test_folders_that_cannot_be_written_are_named_before_anything_runs(
+    home: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.chdir(home)
+    plan = plan_of(home)
+    check_folders(plan)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name)  # to root, all is allowed
+    (home / name).mkdir(exist_ok=True)
+    with pytest.raises(ConfigError, match=rf"{name}/ cannot be written: .*{name} is read-only"):
+        check_folders(plan)
+    (home / name).rmdir()
+    (home / name).write_text("")
+    with pytest.raises(ConfigError, match=rf"{name} is a file, and .*{name}/ has to be a folder"):
+        check_folders(plan)
 
 
 def test_a_training_that_holds_more_than_all_memory_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -16,7 +16,7 @@ from saeflow.planning.batches import look, set_aside_broken
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
-from saeflow.planning.history import FILE, lines, predict
+from saeflow.planning.history import FILE, lines, predict, work_of
 from saeflow.planning.machine import check_disk
 from saeflow.planning.stages import downstream, stages
 
@@ -141,17 +141,36 @@ def test_time_is_that_of_all_stages_by_what_they_took_here(home: Path) -> None: 
     plan = plan_of(home)
     guess = predict(plan, lines(plan.results))
     n_jobs = sum(len({plan.leaders.get((s, k), k) for k in keys}) for s, keys in plan.to_make.items())
-    operations = sum(stages()["train"].operations(plan, i) for i in plan.stages["train"].values())
+    jobs = {s: [[table[k] for k in plan.members(s, key)] for key in table if plan.leaders.get((s, key), key) == key]
+            for s, table in plan.stages.items()}  # fmt: skip
+    operations = sum(stages()[s].operations(plan, job) for s, found in jobs.items() for job in found)
     assert guess.seconds == pytest.approx(10 * n_jobs + operations / 1e11) and guess.measured == 0
     assert guess.guessed == [stage for stage, keys in plan.to_make.items() if keys]
     here = {"host": os.uname().nodename, "device": "cpu"}
-    made = [{"stage": s, "key": "k", "seconds": 3.0, "work": 1.0} | here for s in stages()]
+    made = [{"stage": s, "key": "k", "seconds": 3.0, "work": 1.0, "sharing": 1} | here for s in stages()]
     made += [made[0] | {"host": "elsewhere", "seconds": 1e9}]
-    work = {s: [stages()[s].operations(plan, i) or stages()[s].n_bytes(plan, i) or 1 for i in t.values()]
-            for s, t in plan.stages.items()}  # fmt: skip
+    work = sum(work_of(stages()[s], plan, job) for s, found in jobs.items() for job in found)
     found = predict(plan, made)
-    assert found.seconds == pytest.approx(3 * sum(map(sum, work.values()))) and not found.guessed
+    assert found.seconds == pytest.approx(3 * work) and not found.guessed
     assert found.measured == sum(map(bool, plan.to_make.values()))
+
+
+def test_jobs_of_two_sizes_tell_their_start_from_their_work(home: Path) -> None:  # noqa: F811
+    """Four seconds to start, and a nanosecond an operation, however many artifacts share a job."""
+    plan = plan_of(home)
+    plan.to_make = {stage: keys if stage == "train" else [] for stage, keys in plan.to_make.items()}
+    made = []
+    for sharing, work in ((1, 1e9), (2, 6e9), (4, 2e9), (3, 9e8)):
+        line = {"stage": "train", "seconds": (4 + 1e-9 * work) / sharing, "work": work / sharing, "sharing": sharing}
+        made += [line | {"host": os.uname().nodename, "device": "cpu", "key": "k"}] * sharing
+    jobs = [plan.members("train", key) for key in plan.to_make["train"] if plan.leaders.get(("train", key), key) == key]
+    instances = [[plan.stages["train"][key] for key in keys] for keys in jobs]
+    expected = sum(4 + 1e-9 * stages()["train"].operations(plan, job) for job in instances)
+    assert predict(plan, made).seconds == pytest.approx(expected)
+    one_size = [m for m in made if m["sharing"] == 1]
+    assert predict(plan, one_size).seconds == pytest.approx(
+        5e-9 * sum(work_of(stages()["train"], plan, job) for job in instances)
+    )
 
 
 # -------------------------------------------------------------------- plans of runs

@@ -39,7 +39,8 @@ def asked(plan: Plan, stage: str, attempt: int = 1) -> dict[str, Any]:
 def test_jobs_that_run_a_model_ask_for_its_weights_twice_and_for_time_by_its_operations(
     model: Path, stage: str
 ) -> None:
-    plan = plan_of(model, "tokens.train_tokens=20_000_000", "tokens.held_out_tokens=1_000_000", "device.flops=1e10")
+    tokens = ["tokens.train_tokens=20_000_000", "tokens.held_out_tokens=1_000_000", "device.flops=1e7"]
+    plan = plan_of(model, "dictionary.k=8", "dictionary.expansion=8", "site.layer=1", *tokens)
     sizes.cache_clear()
     small = asked(plan, stage)
     with (model / "model.safetensors").open("ab") as file:
@@ -47,12 +48,22 @@ def test_jobs_that_run_a_model_ask_for_its_weights_twice_and_for_time_by_its_ope
     sizes.cache_clear()
     large = asked(plan, stage)
     assert large["mem_mb"] - small["mem_mb"] == pytest.approx(2 * 4000 - 1000, abs=20)  # 1 GB is asked for at least
-    tokens = {"activations": 20_000_000 // 256 * 256, "baseline": 1_000_000 // 256 * 256}.get(
-        stage, 1_000_000 // 256 * 256
-    )
-    passes = {"activations": 1, "baseline": 3, "evaluate": 2}[stage]
-    assert large["runtime"] == pytest.approx(2 * passes * tokens * 2 * 1e9 / 1e10 / 60, rel=1e-3)
-    assert small["runtime"] == {"activations": 240}.get(stage, 60)
+    n_tokens = (20_000_000 if stage == "activations" else 1_000_000) // 256 * 256
+    block = 4 * 128**2 + 2 * 256 * 128 + 2 * 128 * 512  # multiplications a token: q k v o, scores and patterns, the MLP
+    logits, dictionary = 128 * 300, 2 * 128 * 1024 + 128 + 1024
+    whole = 4 * block + logits
+    each = {
+        "activations": 2 * block,
+        "baseline": whole + 2 * (3 * block + logits),
+        "evaluate": whole + 3 * block + logits + dictionary,
+    }[stage]
+    assert small["runtime"] == large["runtime"] == pytest.approx(2 * n_tokens * 2 * each / 1e7 / 60, abs=1)
+
+
+def test_a_small_job_has_time_all_the_same(model: Path) -> None:
+    plan = plan_of(model)
+    runtimes = [asked(plan, stage)["runtime"] for stage in ("activations", "baseline", "evaluate", "train")]
+    assert runtimes == [240, 60, 60, 240]
 
 
 def test_evaluations_ask_for_the_dictionaries_that_they_hold(model: Path) -> None:

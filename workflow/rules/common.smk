@@ -14,7 +14,7 @@ from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import freeze_run, plan_file
 from saeflow.planning.graph import Plan
-from saeflow.planning.machine import check_disk, check_machine, notes
+from saeflow.planning.machine import check_disk, check_folders, check_machine, notes
 from saeflow.planning.overrides import of_snakemake
 from saeflow.planning.stages import downstream, stages
 

@@ -1,8 +1,10 @@
 # What Snakemake's commands do here. A job makes several artifacts, of which Snakemake knows one file, and the plan, not
 # times, decides what runs: so these methods of the workflow, which Snakemake calls when it has read the rules, ask the plan.
 from snakemake.executors.touch import Executor as Touch
+from snakemake.jobs import Job as Scheduled
 from snakemake.logging import logger
 
+from saeflow.jobs.signals import MOST_STOPS, was_stopped
 from saeflow.planning.removal import remove
 from saeflow.planning.summary import summary
 
@@ -12,12 +14,19 @@ def execute(executor_plugin, **settings):
     if issubclass(executor_plugin.executor, Touch):
         raise WorkflowError("run without --touch: times make nothing stale here, and what is missing has to be made")
     try:
+        check_folders(PLAN)
         check_disk(PLAN)
     except ConfigError as error:
         raise WorkflowError(str(error))
     if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:
         freeze_run(PLAN)  # which is a hook of ours
-    type(workflow).execute(workflow, executor_plugin=executor_plugin, **settings)
+    try:
+        type(workflow).execute(workflow, executor_plugin=executor_plugin, **settings)
+    except OSError as error:
+        raise WorkflowError(
+            f"{error.filename or 'a folder of this run (logs/, .snakemake/, results/)'} cannot be used: {error.strerror}; "
+            "once it can be written, the same command goes on from here"
+        )
 
 
 def delete_output(only_temp=False, dryrun=False):
@@ -44,7 +53,15 @@ def list_untracked():
     )
 
 
+def restart_times(job):
+    """How often a job that has ended badly may be run again. To be asked to stop is no failure, of which `retries` are:
+    whoever preempts a node, under any executor, costs none of them."""
+    stopped = job.attempt <= MOST_STOPS and any(map(was_stopped, job.log))
+    return max(job.rule.restart_times, job.attempt if stopped else 0)
+
+
 if workflow.is_main_process:
+    Scheduled.restart_times = property(restart_times)
     workflow.execute = execute
     workflow.delete_output = delete_output
     workflow.list_changes = list_changes

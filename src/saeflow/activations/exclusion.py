@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.activations.coordinates import read_coordinate
 from saeflow.activations.reader import open_rows
 from saeflow.activations.store import Column, StoreError
 from saeflow.config.training import ExcludeConfig
@@ -53,7 +54,8 @@ def find_left_out(columns: list[Column], exclude: ExcludeConfig, context_size: i
     """The tokens of row-aligned columns of one store that `exclude` names. Takes one byte a token of memory, and with
     `norm_above` eight more and a read of each column.
 
-    Raises `StoreError` where no token is kept, the median norm is 0, or the store does not say which token is where.
+    Raises `StoreError` where no token is kept or the median norm is 0, `CoordinateError` where the store does not say
+    which token is where.
     """
     n = columns[0].n_tokens
     out = np.zeros(n, dtype=bool)
@@ -68,7 +70,8 @@ def find_left_out(columns: list[Column], exclude: ExcludeConfig, context_size: i
         in_row = np.isin(np.arange(context_size), exclude.positions)
         leave_out("positions", np.resize(in_row, n))
     if exclude.token_ids:
-        leave_out("token_ids", np.concatenate([np.isin(ids, exclude.token_ids) for ids in _token_ids(columns[0])]))
+        token_ids = read_coordinate(columns[0].store, "token_id", columns[0].n_tokens)
+        leave_out("token_ids", np.concatenate([np.isin(ids, exclude.token_ids) for ids in token_ids]))
     medians: dict[str, float] = {}
     if exclude.norm_above is not None and not out.all():
         kept = ~out
@@ -152,27 +155,3 @@ def _slabs(column: Column) -> Iterator[Tensor]:
     starts = range(0, column.n_tokens, SLAB_TOKENS)
     for start in progress(starts, "looking for outliers", column.n_tokens, "tokens", each=SLAB_TOKENS):
         yield rows.take(np.arange(start, min(start + SLAB_TOKENS, column.n_tokens)))
-
-
-def _token_ids(column: Column) -> Iterator[np.ndarray]:
-    """Of all tokens of a column in order, (N,) int32 each, as the store's coordinates say them."""
-    import zarr
-
-    file = column.store / "activations.zarr" / "token_id"
-    if not file.is_dir():
-        raise StoreError(
-            f"{file} is not there, and training.exclude.token_ids needs it: remove {column.store} and run "
-            "the workflow again"
-        )
-    array: Any = zarr.open_array(file, mode="r")
-    step = array.chunks[0]
-    for start in range(0, column.n_tokens, step):
-        try:
-            ids = np.asarray(array[start : min(start + step, column.n_tokens)])
-        except (ValueError, RuntimeError) as error:
-            raise StoreError(
-                f"{file} is damaged ({error}): remove {column.store} and run the workflow again"
-            ) from error
-        if (ids < 0).any():  # the fill value
-            raise StoreError(f"{file} lacks a chunk: remove {column.store} and run the workflow again")
-        yield ids

@@ -9,7 +9,8 @@ from saeflow.config import ConfigError
 from saeflow.config.defaults import set_apart
 from saeflow.config.labels import joined, unusual
 from saeflow.jobs.job import Job
-from saeflow.models.resources import running
+from saeflow.models.resources import block_of, running
+from saeflow.models.resources import operations as running_operations
 from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedPoint, project, short_hook
 from saeflow.planning.graph import Instance, Plan
@@ -62,10 +63,16 @@ def _check(planned: PlannedPoint) -> None:
         config.check_size(hook, size[-1] if by_head else math.prod(size), by_head)
 
 
-def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """One pass of the model over the rows of the longest column, in which the logits are not asked for."""
+def operations(plan: Plan, instances: Sequence[Instance]) -> float:
+    """One pass over the rows of the longest column, up to the last block that is asked for, without logits."""
     longest = max(instances, key=lambda instance: int(instance.config["n_rows"]))
-    found = running(plan, [longest], 1, batch_rows=0)
+    last = max(block_of(instance.config["hook_name"]) for instance in instances)
+    return running_operations(plan, longest, last=last, logits=False)
+
+
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    longest = max(instances, key=lambda instance: int(instance.config["n_rows"]))
+    found = running(plan, [longest], operations(plan, instances), batch_rows=0)
     return found | {"runtime": max(240, found["runtime"])}
 
 
@@ -117,6 +124,7 @@ STAGES = (
         whole=shards_are_there,
         outside=outside,
         all_outside=all_outside,
+        operations=operations,
         resources=resources,
         cached=True,
     ),

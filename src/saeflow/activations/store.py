@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from saeflow.activations.coordinates import NO_COORDINATE
 from saeflow.activations.moments import Moments, Statistics
 from saeflow.activations.shards import COORDINATES, ITEMSIZE, Layout, ShardError, shard_path
 from saeflow.config import ActivationsConfig
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     import zarr
 
 log = logging.getLogger("saeflow")
-NO_COORDINATE = -1  # what a chunk that is not there reads as
 NAN_BFLOAT16 = 0x7FC0
 SLAB_TOKENS = 1 << 16
 STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}

@@ -8,12 +8,12 @@ from typing import Any
 from saeflow.config import BlindConfig, ConfigError, build
 from saeflow.config.labels import file_safe
 from saeflow.jobs.job import Job
-from saeflow.models.resources import running
+from saeflow.models.resources import block_of, operations, running
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, add_instance, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
-from saeflow.training.stage import dictionaries_mb
+from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 
 def expand_baseline(expansion: Expansion) -> None:
@@ -136,27 +136,52 @@ def together(plan: Plan, instance: Instance) -> list[Any]:
     return [config["model"], config.get("evaluation"), instance.needs["tokens"], *scope]
 
 
+def operations_baseline(plan: Plan, instances: Sequence[Instance]) -> float:
+    """The model as it is, and from each hook on with it ablated in two ways."""
+    again = sum(operations(plan, i, first=_block(plan, i), passes=2) for i in instances)
+    return operations(plan, instances[0]) + again
+
+
 def resources_baseline(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model as it is, and with each hook ablated in two ways."""
-    return running(plan, instances, 1 + 2 * len(instances), instances[0].config["evaluation"]["batch_rows"])
+    batch_rows = instances[0].config["evaluation"]["batch_rows"]
+    return running(plan, instances, operations_baseline(plan, instances), batch_rows)
+
+
+def operations_evaluate(plan: Plan, instances: Sequence[Instance]) -> float:
+    """The model as it is, and from each dictionary on with that in it."""
+    baselines = (plan.instance("baseline", i.needs["baseline"][0]) for i in instances)
+    again = sum(operations(plan, baseline, first=_block(plan, baseline)) for baseline in baselines)
+    return operations(plan, instances[0]) + again + dictionaries_operations(plan, instances)
 
 
 def resources_evaluate(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model as it is, and with each dictionary in it."""
-    held = dictionaries_mb(plan, instances)
-    return running(plan, instances, 1 + len(instances), instances[0].config["evaluation"]["batch_rows"], held)
+    held, batch_rows = dictionaries_mb(plan, instances), instances[0].config["evaluation"]["batch_rows"]
+    return running(plan, instances, operations_evaluate(plan, instances), batch_rows, held)
+
+
+def operations_stack(plan: Plan, instances: Sequence[Instance]) -> float:
+    """The model as it is, and with the layers ablated in two ways and replaced, in two scopes at most."""
+    return sum(operations(plan, i, passes=5) for i in instances) + dictionaries_operations(plan, instances)
 
 
 def resources_stack(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model as it is, and with the layers ablated in two ways and replaced, in two scopes at most."""
-    held, passes = dictionaries_mb(plan, instances), 5 * len(instances)
-    return running(plan, instances, passes, instances[0].config["evaluation"]["batch_rows"], held)
+    held, batch_rows = dictionaries_mb(plan, instances), instances[0].config["evaluation"]["batch_rows"]
+    return running(plan, instances, operations_stack(plan, instances), batch_rows, held)
+
+
+def operations_blind(plan: Plan, instances: Sequence[Instance]) -> float:
+    """One pass for each dictionary, without logits."""
+    passes = sum(operations(plan, i, logits=False, passes=len(i.needs["evaluate"])) for i in instances)
+    return passes + dictionaries_operations(plan, instances)
 
 
 def resources_blind(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """One pass for each dictionary, without logits."""
-    n_dictionaries = sum(len(instance.needs["evaluate"]) for instance in instances)
-    return running(plan, instances, n_dictionaries, 0, dictionaries_mb(plan, instances))
+    return running(plan, instances, operations_blind(plan, instances), 0, dictionaries_mb(plan, instances))
+
+
+def _block(plan: Plan, baseline: Instance) -> int:
+    """That the hook of a baseline is of."""
+    return block_of(plan.instance("activations", baseline.needs["activations"][0]).config["hook_name"])
 
 
 def work_baseline(jobs: list[Job]) -> str:
@@ -214,6 +239,7 @@ STAGES = (
         needs=("tokens", "activations"),
         after=("jacobian",),
         together=together,
+        operations=operations_baseline,
         resources=resources_baseline,
     ),
     Stage(
@@ -225,6 +251,7 @@ STAGES = (
         version=5,
         needs=("train", "foreign", "baseline", "tokens"),
         together=together,
+        operations=operations_evaluate,
         resources=resources_evaluate,
         drawn="always",
         listed="saeflow.evaluation.overview:overview",
@@ -238,6 +265,7 @@ STAGES = (
         version=2,
         needs=("train", "foreign", "activations", "tokens"),
         after=("evaluate",),
+        operations=operations_stack,
         resources=resources_stack,
         drawn="where_there",
     ),
@@ -249,6 +277,7 @@ STAGES = (
         reads=("model",),
         needs=("train", "foreign", "evaluate", "tokens"),
         after=("heads",),
+        operations=operations_blind,
         resources=resources_blind,
         target=True,
     ),

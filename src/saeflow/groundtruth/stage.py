@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saeflow.jobs.job import Job
-from saeflow.models.resources import running
+from saeflow.models.resources import operations, running
 from saeflow.planning.expansion import Expansion
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
@@ -31,7 +31,8 @@ def together(plan: Plan, instance: Instance) -> list[Any]:
 def resources_recover(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """The model as it is, and with each dictionary in it, on all rows at once."""
     rows = plan.instance("tokens", instances[0].needs["tokens"][0]).config["n_rows"]
-    return running(plan, instances, 1 + len(instances), rows, dictionaries_mb(plan, instances))
+    n_operations = operations(plan, instances[0], passes=1 + len(instances))
+    return running(plan, instances, n_operations, rows, dictionaries_mb(plan, instances))
 
 
 def work_groundtruth(jobs: list[Job]) -> str:

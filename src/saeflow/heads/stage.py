@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 from saeflow.figures.registry import declared
 from saeflow.jobs.job import Job
+from saeflow.models.resources import operations as running_operations
 from saeflow.models.resources import running
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedPoint, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
-from saeflow.training.stage import dictionaries_mb
+from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 
 def expand(expansion: Expansion) -> None:
@@ -38,11 +39,17 @@ def expand(expansion: Expansion) -> None:
         points[0].add("heads", short_hook(hook), needs, {"hook_name": hook}, name=hook)
 
 
+def operations(plan: Plan, instances: Sequence[Instance]) -> float:
+    """The model twice over the held-out tokens, and the dictionaries."""
+    passes = sum(running_operations(plan, instance, passes=2) for instance in instances)
+    return passes + dictionaries_operations(plan, instances)
+
+
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model twice over the held-out tokens, 4 GB for the moments and pairs of heads, and the dictionaries three
-    times: as they are, and what pairs of their latents share; two hours at least."""
+    """4 GB for the moments and pairs of heads, and the dictionaries three times: as they are, and what pairs of their
+    latents share; two hours at least."""
     held = 4000 + 3 * dictionaries_mb(plan, instances)
-    found = running(plan, instances, 2 * len(instances), instances[0].config["heads"]["batch_rows"], held)
+    found = running(plan, instances, operations(plan, instances), instances[0].config["heads"]["batch_rows"], held)
     return found | {"runtime": max(120, found["runtime"])}
 
 
@@ -70,6 +77,7 @@ STAGES = (
         version=2,
         needs=("train", "foreign", "tokens"),
         after=("stack",),
+        operations=operations,
         resources=resources,
         drawn="where_there",
         table=True,

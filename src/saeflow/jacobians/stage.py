@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
 from saeflow.models.folder import block_of_hooks
+from saeflow.models.resources import operations as running_operations
 from saeflow.models.resources import running
 from saeflow.planning.expansion import Expansion, PlannedPoint, short_hook
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
-from saeflow.training.stage import dictionaries_mb
+from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 
 def expand(expansion: Expansion) -> None:
@@ -41,11 +42,17 @@ def _check(planned: PlannedPoint, pair: bool) -> None:
         )
 
 
+def operations(plan: Plan, instances: Sequence[Instance]) -> float:
+    """The model once over the held-out tokens, and the dictionaries."""
+    passes = sum(running_operations(plan, instance, logits=False) for instance in instances)
+    return passes + dictionaries_operations(plan, instances)
+
+
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model once over the held-out tokens, the dictionaries three times, and the Jacobians that are stored whole:
-    of a token 256 by 256 entries of 16 bytes, more than is usual."""
+    """Memory for the dictionaries three times, and the Jacobians that are stored whole: of a token 256 by 256 entries
+    of 16 bytes, more than is usual."""
     stored = sum(16e-6 * instance.config["jacobian"]["stored_tokens"] * 256**2 for instance in instances)
-    return running(plan, instances, len(instances), 0, 3 * dictionaries_mb(plan, instances) + stored)
+    return running(plan, instances, operations(plan, instances), 0, 3 * dictionaries_mb(plan, instances) + stored)
 
 
 def work(jobs: list[Job]) -> str:
@@ -68,6 +75,7 @@ STAGES = (
         version=4,
         needs=("train", "tokens"),
         after=("foreign",),
+        operations=operations,
         resources=resources,
         drawn="where_there",
         table=True,

@@ -1,14 +1,19 @@
 """Artifacts are made by one process at a time: two runs that want the same one share what the first of them makes."""
 
 import logging
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from saeflow.jobs.job import Job
 from saeflow.storage.locks import Lock
 from saeflow.storage.receipts import DamagedError, verify
 
 log = logging.getLogger("saeflow")
+LATE = 60.0
+"""Seconds after which a network disk shows on one node what another wrote, at the latest: `acdirmax` of nfs(5)."""
+LOOK = 0.5  # seconds between two looks
 
 
 @contextmanager
@@ -38,3 +43,12 @@ def _is_there(job: Job) -> bool:
     except DamagedError:
         return False
     return True
+
+
+def wait_for(receipts: Collection[str]) -> None:
+    """Waits until this machine sees what a job needs and another has written; what stays away, the job itself names."""
+    started, missing = time.monotonic(), [r for r in receipts if not Path(r).exists()]
+    if missing:
+        log.info("waiting up to %.0f s for %s, which this machine does not see yet", LATE, missing[0])
+    while (missing := [r for r in missing if not Path(r).exists()]) and time.monotonic() - started < LATE:
+        time.sleep(LOOK)

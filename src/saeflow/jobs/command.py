@@ -3,33 +3,39 @@
 import argparse
 import errno
 import logging
-import os
 import random
-import signal
+import re
 import sys
 import time
 
 from saeflow.config.checks import ConfigError, escape_controls
 from saeflow.config.device import missing
-from saeflow.jobs.claims import claimed
+from saeflow.jobs.claims import claimed, wait_for
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.progress import cpu_seconds, first_line
-from saeflow.jobs.signals import Preempted, Stopped, stop_on_term
-from saeflow.jobs.slurm import queue_again
+from saeflow.jobs.signals import Preempted, end
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
-from saeflow.planning.history import record, work_of
+from saeflow.planning.history import record
 from saeflow.planning.stages import stages
 from saeflow.storage.receipts import DamagedError, bring_to_now
 
 log = logging.getLogger("saeflow")
-TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
-def in_words(error: Exception) -> str:
-    """What went wrong. Libraries do not say which disk is full, and not all do it by an errno."""
+NO_MEMORY = re.compile(r"out of memory|(?:can't|cannot|unable to) allocate|bad_alloc", re.IGNORECASE)
+
+
+def in_words(error: Exception, stage: str) -> str:
+    """What went wrong. Libraries do not say which disk is full, nor what asks for more memory, and not all do it by an
+    errno."""
     said = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or NO_MEMORY.search(said):
+        return (
+            f"there is not enough memory ({said}): device.mem_mb.{stage}=... asks a cluster for more, and on one "
+            "machine fewer jobs at a time (--cores 1) have more each; what is finished is kept"
+        )
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if (full or "No space left on device" in said or "Disk quota exceeded" in said) and "results/" not in said:
         return (
@@ -54,12 +60,13 @@ def main() -> None:
     args = parser.parse_args()
     start_log(args.log)
     limit_threads(args.threads)
-    stop_on_term()
     try:
         plan, stage = Plan.load(args.plan), stages()[args.stage]
         touch(args.plan)
         wanted = plan.members(args.stage, args.job) if args.job else list(dict.fromkeys(args.key))
         jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in wanted]
+        needed = [plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys]
+        wait_for(needed)
         with claimed(jobs, again=plan.found.get(args.stage, ()) if args.job else wanted) as left:
             random.seed(0)  # nothing should draw from the global generators; if a library does, it does so equally
             log.info("%s", first_line(args.stage, [job.instance.key for job in left]))
@@ -69,31 +76,23 @@ def main() -> None:
             if left and (reason := missing(args.device)):
                 raise ConfigError(f"device.{args.stage}={args.device}, but {reason}")
             last_line = stage.work(left) if left else f"another run has made {args.stage} {', '.join(wanted)}"
-            for job in left:
-                work, seconds = work_of(stage, plan, job.instance), (time.perf_counter() - started) / len(left)
-                record(plan, job.instance, work, args.device, seconds, (cpu_seconds() - cpu_started) / len(left))
-        needed = (plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys)
+            if left:
+                seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
+                record(stage, plan, [job.instance for job in left], args.device, seconds, cpu)
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed])
-    except (Preempted, Stopped) as stop:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
-        log.warning("%s %s", args.stage, stop)
-        queue_again()
-        if args.log and not args.quiet:
-            print(f"{args.stage} {stop}", file=sys.stderr)
-        sys.exit(TEMPORARY_FAILURE)
+    except Preempted:
+        raise
     except Exception as error:
         log.exception("failed")
-        reason = escape_controls(f"{args.stage} failed: {in_words(error)}")
+        reason = escape_controls(f"{args.stage} failed: {in_words(error, args.stage)}")
         if isinstance(error, DamagedError):
             for folder in error.set_aside():
                 log.warning("%s counts as missing from now on", folder)
         log.error(reason)  # after the traceback: the last record is the reason in one sentence
         if args.log and not args.quiet:
             print(f"{reason}\n(log: {args.log})", file=sys.stderr)
-        sys.exit(1)
+        end(1)
     log.info(last_line)
     if not args.quiet:
-        print(escape_controls(last_line), flush=True)
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(0)  # all is written and renamed; taking the libraries down would cost another second
+        print(escape_controls(last_line))
+    end(0)

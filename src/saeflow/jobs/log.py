@@ -12,12 +12,19 @@ RECORD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (INFO|WARNING|ERROR
 
 
 def start_log(path: str | None) -> None:
-    """Sends the log to a file, or to stderr."""
+    """Sends the log to a file, or to stderr: also where the file can't be written, which no result depends on."""
+    handler: logging.Handler = logging.StreamHandler()
+    problem = None
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode="w") if path else logging.StreamHandler()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path, mode="w")
+        except OSError as error:
+            problem = error
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    if problem:
+        logging.getLogger("saeflow").warning("the log stands here, since its file can't be written: %s", problem)
 
 
 class _Formatter(logging.Formatter):

@@ -1,9 +1,24 @@
 """Being asked to stop: the step at work is finished, the state saved, and the job ends so that it is run again."""
 
 import contextlib
+import logging
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import NoReturn
+
+from saeflow.jobs.log import RECORD, start_log
+from saeflow.jobs.slurm import queue_again
+
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
+MOST_STOPS = 10
+"""Times that a job is run again because it was asked to stop: one that has not finished after so many never will."""
+STOPPED_BY = "stopped by "
+"""How the message of `Preempted` and `Stopped` begins."""
 
 
 class Preempted(Exception):
@@ -22,9 +37,37 @@ def stop_on_term() -> None:
         if os.getpid() != own:  # a process that a library has forked
             os._exit(128 + number)
         signal.signal(number, signal.SIG_IGN)  # asked again, it is ending already
-        raise Stopped(f"stopped by {signal.Signals(number).name}; run again")
+        raise Stopped(f"{STOPPED_BY}{signal.Signals(number).name}; run again")
 
     signal.signal(signal.SIGTERM, stop)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """The life of a job, its imports included: asked to stop, it ends with code 75, and its log says so last."""
+    stop_on_term()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        yield
+    except (Preempted, Stopped) as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        stage, file = sys.argv[1], sys.argv[sys.argv.index("--log") + 1] if "--log" in sys.argv else None
+        if not logging.root.handlers:
+            start_log(file)
+        logging.getLogger("saeflow").warning("%s %s", stage, stop)
+        queue_again()
+        if file and "--quiet" not in sys.argv:
+            sys.stderr.write(f"{stage} {stop}\n")
+        end(TEMPORARY_FAILURE)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process now: all is written and renamed. Taking libraries down would cost another second, and some log
+    what they did then, where the reason stands last."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def pass_on_term() -> None:
@@ -48,6 +91,18 @@ def _pass_on(read: int) -> None:
                 with contextlib.suppress(psutil.Error):
                     if process.cmdline()[1:2] and process.cmdline()[1].endswith("scripts/job.py"):
                         process.send_signal(signal.SIGTERM)
+
+
+def was_stopped(log: str | Path) -> bool:
+    """Whether the last that a job's log says is that the job was asked to stop, which is no failure. Executors do not
+    tell the scheduler its exit code, which says the same."""
+    try:
+        lines = Path(log).read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    records = filter(None, map(RECORD.match, reversed(lines)))
+    last = takewhile(lambda record: record[2] == "WARNING", records)
+    return any(record[3].split(" ", 1)[-1].startswith(STOPPED_BY) for record in last)
 
 
 class StopSignals:

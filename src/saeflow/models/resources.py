@@ -1,10 +1,12 @@
 """What a job that runs a model asks of the machine, by the sizes of the plan."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from saeflow.models.folder import ModelError, config_file, read_geometry, read_keys
+from saeflow.models.folder import Geometry, ModelError, config_file, read_geometry, read_keys
 from saeflow.planning.graph import Instance, Plan
 
 BASE_MB = 3000  # the interpreter, torch, TransformerLens, and what they take while they start
@@ -12,20 +14,18 @@ LOGITS = 4  # copies of a batch's logits that are there at once: of two models, 
 
 
 def running(
-    plan: Plan, instances: Sequence[Instance], passes: float, batch_rows: int, held_mb: float = 0.0
+    plan: Plan, instances: Sequence[Instance], n_operations: float, batch_rows: int, held_mb: float = 0.0
 ) -> dict[str, int]:
-    """`mem_mb` and `runtime` (minutes) of a job that runs the model `passes` times over the tokens that its instances
-    share, `batch_rows` rows at a time, and holds `held_mb` beside it.
+    """`mem_mb` and `runtime` (minutes) of a job that runs the model of its instances for so many operations,
+    `batch_rows` rows at a time, and holds `held_mb` beside it.
 
     Memory is for the weights in float32 twice, as while a model is opened, and for the logits of a batch; time twice
     that of the operations, but an hour at least.
     """
     first = instances[0]
-    tokens = plan.instance("tokens", first.needs["tokens"][-1]).config
-    context = int(tokens["tokens"]["context_size"])
+    context = int(_tokens(plan, first)["tokens"]["context_size"])
     weights, d_vocab = sizes(Path(first.sources["model"]))
     logits = LOGITS * 4 * batch_rows * context * d_vocab
-    n_operations = passes * tokens["n_rows"] * context * weights / 2  # 2 a parameter, of 4 bytes
     minutes = 2 * n_operations / float(plan.device["flops"]) / 60
     return {
         "mem_mb": BASE_MB + max(1000, round(2e-6 * weights + 1e-6 * logits)) + round(held_mb),
@@ -33,12 +33,48 @@ def running(
     }
 
 
+def operations(
+    plan: Plan, instance: Instance, first: int = 0, last: int | None = None, logits: bool = True, passes: float = 1
+) -> float:
+    """Floating-point operations, additions and multiplications, of `passes` of the model over an instance's tokens,
+    from block `first` to `last` (both included; None: the last of the model): two for each weight of a block and of
+    the unembedding, and the products of queries with keys and of patterns with values, which are computed whole. 0 for
+    a model that the workflow has not made yet."""
+    geometry = _geometry(Path(instance.sources["model"]))
+    if geometry is None:
+        return 0.0
+    tokens = _tokens(plan, instance)
+    context = tokens["tokens"]["context_size"]
+    g, n_blocks = geometry, (geometry.n_layers - 1 if last is None else last) - first + 1
+    heads = 2 * g.d_model * g.d_head * (g.n_heads + g.n_key_value_heads) + 2 * context * g.n_heads * g.d_head
+    block = heads + (3 if g.gated else 2) * g.d_model * g.d_mlp
+    unembedding = g.d_model * (g.d_vocab or 0) if logits else 0
+    return 2.0 * passes * tokens["n_rows"] * context * (max(n_blocks, 0) * block + unembedding)
+
+
+def block_of(hook_name: str) -> int:
+    """Number of the block of a hook, `blocks.L.…`; 0 for one of no block, which lies before all."""
+    found = re.match(r"blocks\.(\d+)\.", hook_name)
+    return int(found[1]) if found else 0
+
+
+def _tokens(plan: Plan, instance: Instance) -> dict[str, Any]:
+    return plan.instance("tokens", instance.needs["tokens"][-1]).config
+
+
+@cache
+def _geometry(folder: Path) -> Geometry | None:
+    try:
+        return read_geometry(folder)
+    except (ModelError, OSError):
+        return None
+
+
 @cache
 def sizes(folder: Path) -> tuple[int, int]:
     """Bytes of a model's weights as float32 and its vocabulary; both 0 where the workflow has not made it yet."""
-    try:
-        geometry = read_geometry(folder)
-    except (ModelError, OSError):
+    geometry = _geometry(folder)
+    if geometry is None:
         return 0, 0
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return stored * (2 if _is_half(folder) else 1), geometry.d_vocab or 0

@@ -6,6 +6,7 @@ result depends on it, and it may be deleted too.
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,24 @@ class Prediction(NamedTuple):
     """Stages of which nothing was ever made here: by `device.flops` where their operations are known."""
 
 
-def record(plan: Plan, instance: Instance, work: float, device: str, seconds: float, cpu_seconds: float) -> None:
-    """Adds a line for an artifact that took `seconds`, and `cpu_seconds` of all cores, for its `work_of` on a device;
-    in one write, so that several jobs may do so at once."""
-    line = {
+def record(
+    stage: Stage, plan: Plan, instances: Sequence[Instance], device: str, seconds: float, cpu_seconds: float
+) -> None:
+    """Adds a line for each artifact of a job that took `seconds`, and `cpu_seconds` of all cores, on a device: its
+    share of them and of the work. In one write, so that several jobs may do so at once."""
+    n, work = len(instances), work_of(stage, plan, instances)
+    text = "".join(
+        json.dumps(_line(plan, instance, device, seconds / n, cpu_seconds / n, work / n, n)) + "\n"
+        for instance in instances
+    )
+    with open(Path(plan.results) / FILE, "a") as file:
+        file.write(text)
+
+
+def _line(
+    plan: Plan, instance: Instance, device: str, seconds: float, cpu_seconds: float, work: float, sharing: int
+) -> dict[str, Any]:
+    return {
         "experiment": plan.experiment,
         "stage": instance.stage,
         "key": instance.key,
@@ -41,9 +56,8 @@ def record(plan: Plan, instance: Instance, work: float, device: str, seconds: fl
         "cpu_s": round(cpu_seconds, 3),
         "gpu_s": round(gpu_seconds(device, seconds), 3),
         "work": work,
+        "sharing": sharing,
     }
-    with open(Path(plan.results) / FILE, "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def gpu_seconds(device: str, seconds: float) -> float:
@@ -73,19 +87,41 @@ def predict(plan: Plan, made: list[dict[str, Any]]) -> Prediction:
         if not keys:
             continue
         here = (platform.node(), plan.device_of(stage))
-        alike = [m for m in made if (m.get("host"), m.get("device")) == here and m["stage"] == stage][-RECENT:]
-        work = [work_of(stages()[stage], plan, plan.stages[stage][key]) for key in keys]
+        alike = [m for m in made if (m.get("host"), m.get("device")) == here and m["stage"] == stage and "sharing" in m]
+        leaders = [key for key in keys if plan.leaders.get((stage, key), key) == key]
+        jobs = [[plan.stages[stage][k] for k in plan.members(stage, leader)] for leader in leaders]
         if alike:
-            seconds += sum(m["seconds"] for m in alike) / sum(m["work"] for m in alike) * sum(work)
-            measured += len(alike)
+            start, rate = _fit(alike[-RECENT:])
+            seconds += sum(start + rate * work_of(stages()[stage], plan, job) for job in jobs)
+            measured += len(alike[-RECENT:])
         else:
-            jobs = len({plan.leaders.get((stage, key), key) for key in keys})
-            operations = sum(stages()[stage].operations(plan, plan.stages[stage][key]) for key in keys)
-            seconds += jobs * START_SECONDS + operations / float(plan.device["flops"])
+            operations = sum(stages()[stage].operations(plan, job) for job in jobs)
+            seconds += len(jobs) * START_SECONDS + operations / float(plan.device["flops"])
             guessed.append(stage)
     return Prediction(seconds, measured, guessed)
 
 
-def work_of(stage: Stage, plan: Plan, instance: Instance) -> float:
-    """What the time of an artifact goes by: operations, else bytes, else 1 for each."""
-    return float(stage.operations(plan, instance) or stage.n_bytes(plan, instance) or 1)
+def _fit(made: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds that a job takes to start, and for each unit of its work: those that leave the least squares of relative
+    errors, none of them negative. Jobs of one size do not tell the two apart: all is then work."""
+    job_seconds = [max(m["seconds"], 1e-3) * m["sharing"] for m in made]
+    starts = [1 / s for s in job_seconds]
+    rates = [m["work"] * m["sharing"] / s for m, s in zip(made, job_seconds, strict=True)]
+    ss, rr = (sum(v * v for v in values) for values in (starts, rates))
+    sr = sum(a * b for a, b in zip(starts, rates, strict=True))
+    determinant = ss * rr - sr * sr
+    if determinant > 1e-3 * ss * rr:
+        start = (sum(starts) * rr - sum(rates) * sr) / determinant
+        rate = (ss * sum(rates) - sr * sum(starts)) / determinant
+        if start >= 0 and rate >= 0:
+            return start, rate
+        if rate < 0:
+            return sum(starts) / ss, 0.0
+    return 0.0, sum(rates) / rr
+
+
+def work_of(stage: Stage, plan: Plan, instances: Sequence[Instance]) -> float:
+    """What the time of a job goes by: operations, else bytes, else 1 for each artifact."""
+    if n_operations := stage.operations(plan, instances):
+        return float(n_operations)
+    return float(sum(stage.n_bytes(plan, instance) for instance in instances) or len(instances))

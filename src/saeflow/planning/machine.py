@@ -34,6 +34,21 @@ def check_disk(plan: Plan) -> None:
         )
 
 
+def check_folders(plan: Plan) -> None:
+    """Raises `ConfigError` where the folders of artifacts and logs cannot be written, before anything runs."""
+    for name in (plan.results, "logs"):
+        folder = Path(name).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is a file, and {name}/ has to be a folder: move it away")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{name}/ cannot be written: {folder} is read-only, or another user's; change its rights, or work in "
+                "another folder (--directory)"
+            )
+
+
 def check_machine(plan: Plan) -> None:
     """Raises `ConfigError` where this machine cannot run the plan."""
     for problem in unfit(plan):

@@ -61,8 +61,8 @@ class Stage:
     """Bytes of memory that a job cannot do without, where they may be more than a machine has."""
     cached: bool = False
     """Whether these bytes are said apart: what is cached can be deleted once all is made from it."""
-    operations: Callable[[Plan, Instance], float] = lambda plan, instance: 0.0
-    """Floating-point operations that it takes, where they decide how long a run is."""
+    operations: Callable[[Plan, Sequence[Instance]], float] = lambda plan, instances: 0.0
+    """Floating-point operations of a job that makes some instances, where they decide how long it takes."""
     whole: Callable[[Path], bool] = lambda folder: True
     """Whether what lies outside of an artifact's folder and belongs to it is there, as far as can be seen without
     reading it."""

@@ -28,7 +28,7 @@ from saeflow.dictionaries.saelens_format import save_dictionary
 from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
-from saeflow.jobs.signals import Preempted, StopSignals
+from saeflow.jobs.signals import STOPPED_BY, Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.models.source import PROCESSING, reading_model
 from saeflow.planning.graph import Instance
@@ -128,7 +128,7 @@ def _steps(members: list[Member], batches: Batches, signals: StopSignals, timer:
             for member in members:
                 member.save()
             step = min(m.trainer.step for m in members)
-            raise Preempted(f"stopped by {signals.received} after step {step}; run again to go on from there")
+            raise Preempted(f"{STOPPED_BY}{signals.received} after step {step}; run again to go on from there")
 
 
 def _batch_groups(batches: Iterator[tuple[Tensor, ...]], start: int) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:

@@ -91,8 +91,12 @@ def _columns(plan: Plan, instance: Instance) -> Columns:
     return Columns([c["hook_name"] for c in read], [tuple(c["size"]) for c in read], instance.config.get("head"))
 
 
-def operations(plan: Plan, instance: Instance) -> float:
+def operations(plan: Plan, instances: Sequence[Instance]) -> float:
     """Floating-point operations, additions and multiplications."""
+    return sum(_operations(plan, instance) for instance in instances)
+
+
+def _operations(plan: Plan, instance: Instance) -> float:
 
     def d_mlp() -> int | None:
         try:
@@ -141,17 +145,22 @@ def dictionaries_mb(plan: Plan, instances: Sequence[Instance]) -> float:
     return 1e-6 * (trained + sum(file.stat().st_size for file in files if file.is_file()))
 
 
+def dictionaries_operations(plan: Plan, instances: Sequence[Instance]) -> float:
+    """Of all dictionaries that some instances read, each once over the tokens that they share: two for each weight."""
+    tokens = plan.instance("tokens", instances[0].needs["tokens"][-1]).config
+    return 2 * dictionaries_mb(plan, instances) * 1e6 / 4 * tokens["n_rows"] * tokens["tokens"]["context_size"]
+
+
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Weights, gradients and Adam's two moments of every dictionary beside 3 GB, and what it takes to find the tokens
     to leave out; twice the time of its operations."""
-    n_operations, memory = 0.0, 3000
+    n_operations, memory = operations(plan, instances), 3000
     if instances and (exclude := instances[0].config["training"].get("exclude")):
         column = plan.instance("activations", instances[0].needs["activations"][0]).config
         bytes_a_token = 20 if "norm_above" in exclude else 8
         memory += round(1e-6 * bytes_a_token * column["n_rows"] * column["tokens"]["context_size"])
     for instance in instances:
         memory += max(250, round(1e-6 * holds(plan, [instance])))
-        n_operations += operations(plan, instance)
     return {"mem_mb": memory, "runtime": max(240, round(2 * n_operations / float(plan.device["flops"]) / 60))}
 
 
