@@ -383,9 +383,14 @@ def test_the_same_bytes_whatever_is_done_at_once(
     kinds: dict[str, Dictionary],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In jobs of their own, with firings on disk in many parts."""
+    """In jobs of their own, with firings on disk in many parts, by two threads."""
     monkeypatch.setattr(lookup_module, "HELD", 300)
-    again = tables(kinds, each_alone=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again = tables(kinds, each_alone=True)
+    finally:
+        torch.set_num_threads(before)
     names = ("latents.parquet", "examples.parquet", "tokens.parquet", "index.json")
     for name, one in made.items():
         assert not (again[name].folder / "firings").exists()
