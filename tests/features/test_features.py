@@ -435,6 +435,24 @@ def test_more_is_asked_than_there_is(tables: Callable[..., Any], tokens_folder: 
     assert len(feature.raised) == 300 and len(feature.near["decoder"]) == N_LATENTS - 1
 
 
+def test_what_cannot_be_ablated_says_why(tables: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_lens import SAE
+
+    from saeflow.dictionaries.saelens_classes import SAELensDictionary
+
+    config = {"d_in": D, "d_sae": N_LATENTS, "device": "cpu", "dtype": "float32", "architecture": "standard"}
+    sae = SAE.from_dict(
+        {**config, "normalize_activations": "layer_norm", "metadata": {"hook_name": OUT, "model_name": "tiny"}}
+    )
+    spec = Spec("sae", "saelens", D, D, N_LATENTS, OUT, OUT, saelens="standard", apply_b_dec_to_input=True)
+    found = tables({"scaled": SAELensDictionary(spec, sae), "plain": dictionary()})
+    assert "normalises activations by layer_norm at run time" in found["scaled"].index["left_out"]["effect"]
+    assert found["scaled"].table["effect"].isna().all() and found["plain"].table["effect"].notna().any()
+    monkeypatch.setattr("saeflow.features.job.can_stand_alone", lambda model: False)
+    found = tables({"plain": dictionary()})
+    assert "not plain causal attention" in found["plain"].index["left_out"]["effect"]
+
+
 def test_activations_below_0_count(tables: Callable[..., Any], model: Any, tokens_folder: Path, tmp_path: Path) -> None:
     """AbsTopK keeps the largest by size; also, what only SAELens computes."""
     from sae_lens import SAE

@@ -10,26 +10,33 @@ The final value at t is then that of a pass in which t alone was changed (and th
 changes); a pass for each changed position would give the same. Shapes: B rows, P positions, H query heads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from saeflow.models.attention import is_plain
+from saeflow.models.attention import fused, is_plain, plain_forward
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 
 class Recorder:
-    """Keys and values (B, P, heads, d_head) of the last clean pass, by layer; while `clean`, passes are recorded."""
+    """Keys and values (B, P, G, d_head) of the last clean pass, by layer; while `clean`, passes are recorded."""
 
     def __init__(self) -> None:
         self.clean = True
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """An `Attend` of a layer."""
+        if self.clean:
+            self.seen[layer] = k, v
+            return fused(q, k, v, scale)
+        return _attend(q, self.seen[layer], (k, v), scale)
 
 
 def can_stand_alone(model: "HookedTransformer") -> bool:
@@ -43,31 +50,12 @@ def each_alone(model: "HookedTransformer") -> Iterator[Recorder]:
     earlier positions. All layers must be plain (`can_stand_alone`)."""
     recorder = Recorder()
     for layer, block in enumerate(model.blocks):
-        block.attn.forward = _forward(block.attn, layer, recorder)
+        block.attn.forward = plain_forward(block.attn, partial(recorder.attend, layer))
     try:
         yield recorder
     finally:
         for block in model.blocks:
             del block.attn.forward  # uncovers the method of its class
-
-
-def _forward(attention: Any, layer: int, recorder: Recorder) -> Callable[..., Tensor]:
-    def forward(query_input: Tensor, key_input: Tensor, value_input: Tensor, **rest: Any) -> Tensor:
-        """Inputs (B, P, d_model) -> (B, P, d_model); without a cache of past keys, padding or position bias."""
-        assert all(value is None for value in rest.values()), f"no {', '.join(rest)} here"
-        q, k, v = attention.calculate_qkv_matrices(query_input, key_input, value_input)  # (B, P, heads, d_head)
-        if attention.cfg.positional_embedding_type == "rotary":
-            q = attention.hook_rot_q(attention.apply_rotary(q, 0))
-            k = attention.hook_rot_k(attention.apply_rotary(k, 0))
-        if recorder.clean:
-            recorder.seen[layer] = k, v
-        before, own = recorder.seen[layer], (k, v)
-        z = _attend(q, before, own, 1 / attention.attn_scale)
-        z = attention.hook_z(z)
-        W_O = attention.W_O.flatten(0, 1)  # (H d_head, d_model)
-        return F.linear(z.flatten(2), W_O.T, attention.b_O)
-
-    return forward
 
 
 def _attend(q: Tensor, before: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], scale: float) -> Tensor:
