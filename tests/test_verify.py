@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 from stores import TRAINING_STORE, contents, write_receipt, write_store
 
 from saeflow.activations.coordinates import damaged_coordinates
@@ -85,3 +87,10 @@ def test_damaged_coordinates_are_named_and_made_again(results: Path, name: str, 
         done = verify(results, "--set-aside")
         assert f"damaged: {array}" in done.stdout and "counts as missing now" in done.stdout
         assert not is_whole(store / f"{HOOK}-100")
+
+
+def test_the_bos_of_a_row_is_of_no_document_and_no_damage(results: Path) -> None:
+    store = results / "activations" / TRAINING_STORE
+    document = zarr.open_array(store / "activations.zarr" / "document", mode="r+")
+    document[:] = np.where(np.arange(100) % 10 == 0, -1, 3)
+    assert list(damaged_coordinates(store, 100)) == []

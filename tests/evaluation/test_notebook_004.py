@@ -136,7 +136,7 @@ def test_the_notebooks_settings_are_a_plan(tmp_path: Path) -> None:
         "max_position_embeddings": 2048,
     }
     write_plain_model(tmp_path, config)
-    settings = ["experiment=notebook_004", f"+model.path={tmp_path}", "~model.hub", "~model.revision"]
+    settings = ["experiment=notebook_004", f"model.path={tmp_path}"]
     plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
     trained = [instance.config for instance in plan.stages["train"].values()]
     assert {(c["dictionary"]["kind"], c["dictionary"]["l1_coefficient"]) for c in trained} == NOTEBOOK_004.keys()

@@ -71,7 +71,7 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
     write_plain_model(tmp_path, config)
     settings = [f"model={name}", "experiment=jsae_paper", f"site.layer={layer}"]
     settings += [f"dictionary.jacobian_coefficient={coefficients}".replace(" ", "")]
-    settings += [f"+model.path={tmp_path}", "~model.hub", "~model.revision"]
+    settings += [f"model.path={tmp_path}"]
     plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
     trained = [instance.config for instance in plan.stages["train"].values()]
     assert [c["dictionary"]["jacobian_coefficient"] for c in trained] == coefficients

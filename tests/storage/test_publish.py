@@ -118,6 +118,15 @@ def test_a_folder_replaces_another_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["key", "second"]
 
 
+def test_a_folder_that_may_stay_stays(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        partial = beside(tmp_path / "key")
+        partial.mkdir()
+        (partial / content).write_text(content)
+        publish(partial, tmp_path / "key", unless=lambda path: (path / "first").exists())
+    assert [p.name for p in tmp_path.rglob("*")] == ["key", "first"]
+
+
 def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "file"
     publish_text(file, "old")

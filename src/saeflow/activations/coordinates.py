@@ -10,7 +10,7 @@ from saeflow.activations.shards import COORDINATES
 from saeflow.storage.receipts import DamagedError
 
 NO_COORDINATE = -1
-"""Stands where no value has been written."""
+"""Stands where no value has been written, and for the document of a BOS in front of a row."""
 
 
 class CoordinateError(DamagedError):
@@ -39,7 +39,7 @@ def read_coordinate(store: Path, name: str, n_tokens: int) -> Iterator[np.ndarra
             values = np.asarray(array[start:stop])
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise CoordinateError(file, f"tokens {start:,} to {stop:,}: {error}", store) from error
-        if (values < 0).any():
+        if (values == NO_COORDINATE).all():  # one of them may be: of the BOS in front of a row, which is of no document
             raise CoordinateError(file, f"the chunk of tokens {start:,} to {stop:,} is missing", store)
         yield values
 

@@ -48,8 +48,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_seed(self, "model.randomise_seed")
-        if sum(source is not None for source in (self.path, self.hub, self.tracr)) != 1:
-            raise ConfigError("model: set exactly one of model.path (a local folder), model.hub (a hub name) and tracr")
+        if (self.path is not None or self.hub is not None) == (self.tracr is not None):
+            raise ConfigError(
+                "model: set exactly one of model.path (a local folder), model.hub (a hub name, which with model.path "
+                "says of what that folder is a copy) and tracr"
+            )
         processed = self.fold_ln or self.center_writing_weights or self.center_unembed or self.randomise != "none"
         if self.tracr and processed:
             raise ConfigError(

@@ -21,7 +21,7 @@ from saeflow.planning.digests import DIGESTS_FILE, DigestCache
 from saeflow.planning.graph import Instance, Plan
 from saeflow.storage.locks import Lock
 from saeflow.storage.publish import beside, make_folder, publish, remove_leftovers
-from saeflow.storage.receipts import RECEIPT, verify
+from saeflow.storage.receipts import RECEIPT, is_whole, verify
 
 
 class SourceError(ConfigError):
@@ -113,7 +113,7 @@ class Job:
 
         On an error, or when killed, the final folder is not touched; the next try starts with an empty one.
         """
-        partial = beside(self.path)
+        partial, replaced = beside(self.path), self.path.exists()
         make_folder(self.path.parent)
         remove_leftovers(self.path, locked=self.lock is not None)
         partial.mkdir()
@@ -126,6 +126,7 @@ class Job:
         seconds, cpu = time.perf_counter() - self.started, cpu_seconds() - self.cpu_started
         about = provenance(self.instance, self.device, seconds, cpu, self.sharing, partial)
         (partial / RECEIPT).write_text(json.dumps(about, indent=1) + "\n")
-        publish(partial, self.path)
+        # What another has made meanwhile, as its lock said where a disk shows files late, is the same, and may be read.
+        publish(partial, self.path, unless=lambda path: not replaced and is_whole(path))
         if self.lock:
             self.lock.release()

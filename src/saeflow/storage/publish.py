@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from saeflow.storage.modes import share
@@ -24,18 +24,24 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Moves a file or folder, written beside its place, into it; a folder that was there is replaced."""
+def publish(partial: Path, path: Path, unless: Callable[[Path], bool] = lambda path: False) -> None:
+    """Moves a file or folder, written beside its place, into it. A folder that is there is replaced, `unless` it
+    says that it may stay; what was written is then removed."""
     share(partial)
     flush(partial)
-    if partial.is_dir() and path.exists():
+    try:
+        partial.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # A folder is there. To look for it first would not do: a network disk may not show it yet.
+        if unless(path):
+            return shutil.rmtree(partial)
         old = beside(path.with_name(path.name + ".old"))
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         partial.rename(path)
         shutil.rmtree(old)
-    else:
-        partial.replace(path)
     _flush_one(path.parent)
 
 

@@ -46,8 +46,8 @@ def _is_late(path):
         or any((whole + os.sep).startswith(o + os.sep) for o in _own)
     ):
         return False
-    receipt = os.path.join(whole if _is_folder(whole) else os.path.dirname(whole), "provenance.json")
-    for one in (receipt, whole):  # the receipt is the last that a folder gets
+    config = os.path.join(whole if _is_folder(whole) else os.path.dirname(whole), "config.yaml")
+    for one in (config, *[whole] * (not whole.endswith("provenance.json"))):  # which Snakemake touches later
         try:
             about = _stat(one, follow_symlinks=False)
         except OSError:
@@ -87,8 +87,10 @@ def _making(call):
 
 def _moving(call):
     def move(source, target, **kwargs):
-        call(source, target, **kwargs)
-        _mine(target)
+        try:
+            call(source, target, **kwargs)
+        finally:  # the server's refusal tells what is there, too
+            _mine(target)
 
     return move
 
