@@ -16,6 +16,7 @@ from saeflow.config import ConfigError
 from saeflow.dictionaries import Spec, load_dictionary, save_dictionary
 from saeflow.features import open_features
 from saeflow.jobs.job import Job
+from saeflow.planning.batches import resources
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
@@ -65,6 +66,19 @@ def test_a_foreign_transcoder_is_not_looked_up_where_nothing_is_cached(home: Pat
     assert len(plan_of(home, *foreign).stages["features"]) == 1
     with pytest.raises(ConfigError, match=r"those at blocks\.2\.ln2\.hook_normalized are not cached"):
         plan_of(home, *foreign, "features.split=train")
+
+
+def test_time_and_memory_follow_what_is_looked_at(home: Path) -> None:  # noqa: F811
+    def asked(*overrides: str) -> float:
+        plan = plan_of(home, "features=all", *overrides)
+        instances = list(plan.stages["features"].values())
+        found = resources(plan, "features", [i.key for i in instances])
+        assert found["mem_mb"] > 6000 and found["runtime"] >= 60
+        return stages()["features"].operations(plan, instances)
+
+    usual, half = asked(), asked("features.n_tokens=32768")
+    assert usual == pytest.approx(2 * half) and asked("features.n_tokens=10000000") == usual
+    assert asked("features.effect_samples=0") < usual < asked("dictionary.expansion=16")
 
 
 def run(plan: Plan, *wanted: str) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 
 from saeflow.config import ConfigError
 from saeflow.jobs.job import Job
+from saeflow.models.resources import operations as running_operations
 from saeflow.models.resources import running
 from saeflow.planning.expansion import Expansion, PlannedPoint
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
-from saeflow.training.stage import dictionaries_mb
+from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 
 def expand(expansion: Expansion) -> None:
@@ -50,11 +51,21 @@ def together(plan: Plan, instance: Instance) -> list[Any]:
     return [instance.config["model"], instance.config["features"], instance.needs["tokens"]]
 
 
+def operations(plan: Plan, instances: Sequence[Instance]) -> float:
+    """Of the tokens that are looked at: the model once, and, where latents are ablated, once more clean and about once
+    for each dictionary; and the dictionaries."""
+    first, config = instances[0], instances[0].config["features"]
+    tokens = plan.instance("tokens", first.needs["tokens"][0]).config
+    share = min(1.0, config["n_tokens"] / (tokens["n_rows"] * tokens["tokens"]["context_size"]))
+    passes = 1 + (1 + len(instances) if config["effect_samples"] else 0)
+    all_tokens = running_operations(plan, first, logits=False, passes=passes)
+    return share * (all_tokens + dictionaries_operations(plan, instances))
+
+
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
-    """The model once over the tokens, and with each dictionary's latents ablated about once; the dictionaries twice,
-    and 2 GB for where they fire and what is made of that."""
-    held = 2 * dictionaries_mb(plan, instances) + 2000
-    return running(plan, instances, 2 + len(instances), instances[0].config["features"]["batch_rows"], held)
+    """The dictionaries twice, and 2 GB for where they fire and what is made of that."""
+    held, batch_rows = 2 * dictionaries_mb(plan, instances) + 2000, instances[0].config["features"]["batch_rows"]
+    return running(plan, instances, operations(plan, instances), batch_rows, held)
 
 
 def work(jobs: list[Job]) -> str:
@@ -76,6 +87,7 @@ STAGES = (
         reads=("features", "model"),
         needs=("train", "foreign", "activations", "tokens", "groundtruth", "jacobian", "recover"),
         together=together,
+        operations=operations,
         resources=resources,
         target=True,
     ),
