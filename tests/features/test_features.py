@@ -453,6 +453,27 @@ def test_what_cannot_be_ablated_says_why(tables: Callable[..., Any], monkeypatch
     assert "not plain causal attention" in found["plain"].index["left_out"]["effect"]
 
 
+def test_nothing_is_asked(tables: Callable[..., Any]) -> None:
+    """Of a dictionary of one latent, too."""
+    one = Spec("sae", "relu", D, D, 1, OUT, OUT)
+    single = build(one, torch.ones(D, 1), torch.ones(1), torch.ones(1, D), torch.zeros(D))
+    nothing = dict.fromkeys(("per_interval", "before", "after", "tokens", "logits", "neighbours", "effect_samples"), 0)
+    for found in tables({"some": dictionary(), "single": single}, **nothing).values():
+        feature = found[0]
+        assert feature.top[0].tokens == [feature.top[0].text] and not any(feature.intervals)
+        assert feature.raised == feature.lowered == feature.tokens == [] and not any(feature.near.values())
+        assert found.index["left_out"] == {n: f"features.{o} is 0" for n, o in _SIZES.items()}
+
+
+_SIZES = {"effect": "effect_samples", "raised": "logits"}
+
+
+def test_a_dictionary_of_one_latent_has_no_neighbours(tables: Callable[..., Any]) -> None:
+    one = Spec("sae", "relu", D, D, 1, OUT, OUT)
+    found = tables({"single": build(one, torch.ones(D, 1), torch.ones(1), torch.ones(1, D), torch.zeros(D))})["single"]
+    assert len(found) == 1 and not any(found[0].near.values()) and len(found[0].raised) == SETTINGS.logits
+
+
 def test_activations_below_0_count(tables: Callable[..., Any], model: Any, tokens_folder: Path, tmp_path: Path) -> None:
     """AbsTopK keeps the largest by size; also, what only SAELens computes."""
     from sae_lens import SAE

@@ -50,7 +50,7 @@ def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     Raises `FitError` before any forward pass where a dictionary does not fit the model.
     """
     first = jobs[0]
-    config = build(FeaturesConfig, {"make": True} | first.config["features"])
+    config = build(FeaturesConfig, first.config["features"])
     dictionaries = [open_dictionary(folder, first) for job in jobs for folder in job.dictionaries()]
     store = open_tokens(first.input("tokens"))
     columns = {column.hook_name: column for job in jobs for column in map(open_column, job.inputs("activations"))}
@@ -191,7 +191,7 @@ def _of_weights(
     weights = None if case else logit_weights(model, dictionary, config.logits)
     if weights is None:
         nothing = f"nothing leads from {dictionary.spec.hook_name_out} to the logits directly"
-        left_out["raised"] = NO_TOKENS if case else nothing
+        left_out["raised"] = NO_TOKENS if case else nothing if config.logits else "features.logits is 0"
     else:
         columns |= {name: list(values) for name, values in weights._asdict().items()}
     for name, measure, near in (

@@ -45,6 +45,8 @@ def largest(values: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
     """values (A, n), float32 -> the `most` largest of each row and their places, (A, most) each; of equal ones the
     lower place first, which `topk` alone does not promise."""
     found, place = values.topk(most, dim=1)
+    if not most:
+        return found.cpu().numpy(), place.cpu().numpy()
     cut = (values >= found[:, -1:]).sum(1) > most  # rows where it chose among equal ones
     if cut.any():
         place[cut] = values[cut].sort(dim=1, descending=True, stable=True)[1][:, :most]
