@@ -7,7 +7,7 @@ features[123].top[0].text                    # the text around the largest activ
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,10 +66,11 @@ class Feature(NamedTuple):
 
 
 class Features:
-    """A table of latents on disk. What is asked for is read; of examples those of one latent's row group."""
+    """A table of latents on disk. What is asked for is read: of one latent its row group of each file."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._read = lru_cache(2)(lambda name, group: self._files[name].read_row_group(group).to_pandas())
         try:
             self.index: dict[str, Any] = json.loads((self.folder / "index.json").read_text())
         except OSError as error:
@@ -85,18 +86,15 @@ class Features:
 
     def __getitem__(self, latent: int) -> Feature:
         """Raises `IndexError` for a latent that there is not."""
-        import pandas as pd
-
         if not 0 <= latent < len(self):
             raise IndexError(f"latent {latent} of {self.folder}, which has {len(self)}: 0 to {len(self) - 1}")
-        row, rows = self.table.iloc[latent], self._examples(latent)
-        examples = [self._example(r) for r in rows.to_dict("records")]
+        row = self._group("latents", latent).iloc[0]
+        examples = [self._example(r) for r in self._group("examples", latent).to_dict("records")]
         intervals: list[list[Example]] = [[] for _ in range(self.index["intervals"])]
         for example in examples:
             if example.interval is not None:
                 intervals[example.interval].append(example)
         measures = {"decoder": "cosine", "firing": "jaccard", "jacobian": "mean"}
-        assert isinstance(row, pd.Series)
         return Feature(
             latent,
             row,
@@ -134,13 +132,14 @@ class Features:
         return dict(zip(table["token"].to_pylist(), table["text"].to_pylist(), strict=True))
 
     @cached_property
-    def _file(self) -> Any:
+    def _files(self) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.folder / "examples.parquet")
+        return {name: pq.ParquetFile(self.folder / f"{name}.parquet") for name in ("latents", "examples")}
 
-    def _examples(self, latent: int) -> "pd.DataFrame":
-        group = self._file.read_row_group(latent // self.index["latents_per_group"]).to_pandas()
+    def _group(self, name: str, latent: int) -> "pd.DataFrame":
+        """The rows of one latent, from the row group that has them."""
+        group = self._read(name, latent // self.index["latents_per_group"])
         return group[group["latent"] == latent]
 
     def _example(self, row: Any) -> Example:
