@@ -18,7 +18,6 @@ from saeflow.dictionaries import Spec
 from saeflow.dictionaries.sae import build
 from saeflow.evaluation.blind import (
     BANDS,
-    Activations,
     SheetError,
     choose_features,
     examples,
@@ -28,6 +27,7 @@ from saeflow.evaluation.blind import (
     read_sheet,
     score,
 )
+from saeflow.features.text import Text
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 
@@ -47,31 +47,32 @@ def test_live_features_are_chosen() -> None:
 
 def test_examples_are_evenly_spaced_in_activation() -> None:
     value = np.concatenate([np.full(500, 0.01), np.linspace(0, 10, 101)[1:]])
-    active = Activations(np.arange(600), np.zeros(600, dtype=int), value)
-    bands = examples(active, 25)
+    bands = examples(value, 25)
     assert [len(band) for band in bands] == [5, 5, 5, 5, 5]
     chosen = [value[i] for band in bands for i in band]
     assert chosen == sorted(chosen, reverse=True) and chosen[0] == 10
     np.testing.assert_allclose(chosen, np.linspace(10, 0.01, 25), atol=0.06)
-    few = examples(Activations(np.arange(3), np.arange(3), np.array([1.0, 5.0, 5.0])), 25)
+    few = examples(np.array([1.0, 5.0, 5.0]), 25)
     assert sorted(i for band in few for i in band) == [0, 1, 2] and few[0] == [1, 2] and few[-1] == [0]
 
 
-def test_activations_are_those_of_the_dictionary(neox_folder: Path) -> None:
+def test_activations_are_those_of_the_dictionary(neox_folder: Path, tmp_path: Path) -> None:
     model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
     g = torch.Generator().manual_seed(0)
     hook = "blocks.1.hook_mlp_out"
     made = build(Spec("sae", "relu", 32, 32, 20, hook, hook), torch.randn(32, 20, generator=g), -torch.ones(20),
                  torch.randn(20, 32, generator=g), torch.zeros(32))  # fmt: skip
     rows = np.random.default_rng(0).integers(1, 300, (7, 12))
-    found = find_activations(model, made, np.array([3, 11]), rows, True, batch_rows=3)
+    text = Text(rows, np.zeros_like(rows), np.arange(7), first=1)
+    found = find_activations(model, made, np.array([11, 3]), text, 3, tmp_path / "firings")
     _, cache = model.run_with_cache(torch.from_numpy(rows), names_filter=[hook])
     f = torch.relu(cache[hook] @ made.W_enc + made.b_enc)
     f[:, 0] = 0  # BOS
-    for feature, active in zip((3, 11), found, strict=True):
+    for number, feature in enumerate((11, 3)):
+        here = slice(*found.chunk.start[number : number + 2])
         row, position = np.nonzero(f[..., feature].numpy())
-        assert active.row.tolist() == row.tolist() and active.position.tolist() == position.tolist()
-        np.testing.assert_allclose(active.value, f[..., feature].numpy()[row, position], rtol=1e-4)
+        assert [where[here].tolist() for where in found.place] == [row.tolist(), position.tolist()]
+        np.testing.assert_allclose(found.chunk.value[here], f[..., feature].numpy()[row, position], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

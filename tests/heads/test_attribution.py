@@ -8,7 +8,8 @@ import torch
 from tests.heads.test_geometry import HEAD, HOOK, TOKENS, H, random, sae
 
 from saeflow.config import ModelConfig
-from saeflow.heads.attribution import bias, by_head, by_source, de_embedding, logit_effects
+from saeflow.features.logits import logit_effects
+from saeflow.heads.attribution import bias, by_head, by_source, de_embedding
 from saeflow.heads.weights import encoder_by_head, read_attention
 from saeflow.models.loading import load_model
 

@@ -20,7 +20,7 @@ from saeflow.dictionaries import load_dictionary, save_dictionary
 from saeflow.figures.job import draw_figure
 from saeflow.heads.attribution import bias
 from saeflow.heads.cross_terms import removals
-from saeflow.heads.dashboards import in_row, top_contexts
+from saeflow.heads.dashboards import in_row, seen, top_contexts
 from saeflow.heads.decomposition import METHODS
 from saeflow.heads.folder import read_head_studies
 from saeflow.heads.job import heads_job
@@ -318,6 +318,7 @@ def test_contexts_are_the_rows_of_the_largest_activations() -> None:
     dense[0, 2], dense[0, 4], dense[2, 1], dense[1, 0] = 3.0, 1.0, 3.0, 2.0
     column = sp.csc_array(dense.reshape(-1, 1))
     held = HeadMeasurements(np.zeros((3, 6), dtype=np.int64), 1, xr.Dataset(), {}, {}, pd.DataFrame())
-    found = top_contexts(held, column, 2)
+    latent = seen(held, column)
+    found = top_contexts(latent, 2)
     assert [(c.row, c.position, c.value) for c in found] == [(0, 3, 3.0), (2, 2, 3.0)]
-    assert in_row(held, column, 0).tolist() == [0, 0, 0, 3.0, 0, 1.0]
+    assert in_row(latent, 0).tolist() == [0, 0, 0, 3.0, 0, 1.0]

@@ -1,5 +1,6 @@
 """Top pairs against NumPy on a dense array, and windows against what the model's own activations say."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from tests.jacobians.test_jacobian_sums import dense, random_blocks, summed
 from tests.jacobians.test_study import IN, LAYER, OUT, make_job, topk_sae
 
 from saeflow.config import JacobianConfig, ModelConfig
+from saeflow.features.firings import Firings
+from saeflow.features.text import Grid
 from saeflow.jacobians import examples as jacobian_examples
-from saeflow.jacobians.examples import Grid, TopWindows, top_inputs_table, top_pairs_table
+from saeflow.jacobians.examples import TopWindows, top_inputs_table, top_pairs_table
 from saeflow.jacobians.study import jacobian_job
 from saeflow.models.blocks import read_mlp
 from saeflow.models.loading import load_model
@@ -60,15 +63,20 @@ def test_top_inputs_are_those_of_the_top_outputs() -> None:
     assert len(nothing) == 0 and nothing.schema == top_inputs_table(pairs, CONFIG).schema
 
 
-def test_top_windows_are_those_of_all_activations_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jacobian_examples, "GATHERED", 50)
+@pytest.mark.parametrize("segment", [50, 10**6])
+def test_top_windows_are_those_of_all_activations_sorted(
+    segment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jacobian_examples, "Firings", partial(Firings, segment=segment))
     grid = Grid(context_size=21, window=8)  # windows of 8, 8 and 5
     g = torch.Generator().manual_seed(0)
     latents = torch.stack([torch.randperm(6, generator=g)[:3] for _ in range(100)])  # five rows without position 0
     values = ((torch.rand(100, 3, generator=g) - 0.1).relu() * 20).round() / 20  # some are equal
-    top = TopWindows(grid, keep=4)
+    top = TopWindows(7, grid, 4, tmp_path / "firings")
     for start in range(0, 100, 7):
-        top.add(start, latents[start : start + 7], values[start : start + 7])
+        top.add(latents[start : start + 7], values[start : start + 7])
+    assert (tmp_path / "firings").exists() == (segment < 100)
+    found = top.windows()
     for latent in range(6):
         best: dict[int, float] = {}
         for t in range(100):
@@ -76,8 +84,10 @@ def test_top_windows_are_those_of_all_activations_sorted(monkeypatch: pytest.Mon
             window = t // 20 * 3 + (t % 20 + 1) // 8
             if value > 0:
                 best[window] = max(best.get(window, 0), value)
-        assert top.windows_of(latent) == sorted(best, key=lambda w: (-best[w], w))[:4]
-    assert top.windows_of(99) == []
+        assert found[latent] == sorted(best, key=lambda w: (-best[w], w))[:4]
+    assert 6 not in found
+    top.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_grid_spans_cover_each_row_once() -> None:

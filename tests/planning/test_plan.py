@@ -66,6 +66,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "evaluate": 2,
         "stack": 0,
         "heads": 0,
+        "features": 0,
         "blind": 0,
         "recover": 0,
         "figures": 1,

@@ -4,6 +4,7 @@ from saeflow.config.checks import ConfigError, build
 from saeflow.config.corpus import CorpusConfig, TokensConfig
 from saeflow.config.dictionary import DictionaryConfig
 from saeflow.config.evaluation import BlindConfig, EvaluationConfig
+from saeflow.config.features import FeaturesConfig
 from saeflow.config.heads import HeadsConfig
 from saeflow.config.jacobian import JacobianConfig
 from saeflow.config.model import ModelConfig, TracrConfig
@@ -13,6 +14,6 @@ from saeflow.config.training import TrainingConfig
 
 __all__ = [
     "ActivationsConfig", "BlindConfig", "ConfigError", "CorpusConfig", "DictionaryConfig", "EvaluationConfig",
-    "HeadsConfig", "JacobianConfig", "ModelConfig", "PointConfig", "SiteConfig", "TokensConfig", "TracrConfig",
-    "TrainingConfig", "build", "takes_list",
+    "FeaturesConfig", "HeadsConfig", "JacobianConfig", "ModelConfig", "PointConfig", "SiteConfig", "TokensConfig",
+    "TracrConfig", "TrainingConfig", "build", "takes_list",
 ]  # fmt: skip

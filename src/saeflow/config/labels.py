@@ -61,6 +61,8 @@ SHORT: dict[str, str] = {
     "training.jacobian_warm_up_steps": "jwarmup",
     "training.jacobian_fraction": "jfraction",
     "training.log_every": "log",
+    "features.n_tokens": "looked",
+    "features.split": "on",
     "activations.dtype": "",
     "activations.batch_rows": "rows",
 }

@@ -6,13 +6,14 @@ checked by the plan.
 
 import dataclasses
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
 from saeflow.config.corpus import CorpusConfig, TokensConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
 from saeflow.config.evaluation import EvaluationConfig
+from saeflow.config.features import FeaturesConfig
 from saeflow.config.heads import HeadsConfig
 from saeflow.config.jacobian import JacobianConfig
 from saeflow.config.model import ModelConfig
@@ -35,6 +36,7 @@ class PointConfig:
     heads: HeadsConfig
     evaluation: EvaluationConfig
     seed: int
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")

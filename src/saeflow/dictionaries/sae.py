@@ -97,6 +97,21 @@ class Dictionary:
         pre = self.pre_activations(x)
         return pre.relu_() if self.threshold is None else pre.mul_(pre > self.threshold)
 
+    def active(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, d) -> of all activations that are not 0 the token, the latent and the value, (A,) each, in the order of
+        the tokens."""
+        if self.spec.activation == "topk":
+            values, indices = self.top_latents(x)
+            token, place = values.nonzero(as_tuple=True)
+            return token, indices[token, place], values[token, place]
+        f = self.encode(x)
+        token, latent = f.nonzero(as_tuple=True)
+        return token, latent, f[token, latent]
+
+    def writes(self, latents: Tensor, values: Tensor) -> Tensor:
+        """What single latents add to the output: `latents` and their `values` (A,) -> (A, p)."""
+        return values[:, None] * self.W_dec[latents]
+
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
         """f (N, n) -> (N, p); a skip transcoder also needs the input x (N, d)."""
         return self._with_skip(torch.addmm(self.b_dec, f, self.W_dec), x)

@@ -12,6 +12,8 @@ from torch import Tensor
 from saeflow.dictionaries.sae import Dictionary, Scale
 from saeflow.dictionaries.spec import DictionaryError, Spec
 
+WRITTEN = 256  # latents that are decoded at once, each beside zeros for all others
+
 
 class SAELensDictionary(Dictionary):
     """A dictionary that only SAELens computes: `sae` is its class for use."""
@@ -41,6 +43,25 @@ class SAELensDictionary(Dictionary):
             raise DictionaryError(f"this dictionary of {self.spec.hook_name} takes activations {self.d_in} wide")
         f: Tensor = self.sae.encode(x)
         return f.to_dense() if f.is_sparse else f
+
+    @property
+    def W_dec(self) -> Tensor:  # type: ignore[override]
+        found: Tensor = self.sae.W_dec
+        return found
+
+    def writes(self, latents: Tensor, values: Tensor) -> Tensor:
+        """Raises `DictionaryError` where it depends on what `encode` saw."""
+        if self.sae.cfg.normalize_activations not in ("none", "expected_average_only_in"):
+            raise DictionaryError(
+                f"it normalises activations by {self.sae.cfg.normalize_activations} at run time, so that what a latent "
+                "writes depends on the token"
+            )
+        nothing = values.new_zeros(1, self.d_sae)
+        found = []
+        for latent, value in zip(latents.split(WRITTEN), values.split(WRITTEN), strict=True):
+            f = nothing.repeat(len(latent), 1).scatter_(1, latent[:, None], value[:, None])
+            found.append(self.sae.decode(f) - self.sae.decode(nothing))
+        return torch.cat(found) if found else values.new_zeros(0, self.d_out)
 
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
         """f (N, n) -> (N, p). What SAELens scales at run time is scaled back by what `encode` saw last."""

@@ -11,7 +11,8 @@ import html
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,13 +23,14 @@ from saeflow.config import BlindConfig, ConfigError
 from saeflow.config.checks import escape_controls
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
-from saeflow.evaluation.sums import Rows, token_batches
+from saeflow.features.examples import values_at
+from saeflow.features.firings import Firings
+from saeflow.features.lookup import active, run_activations
+from saeflow.features.text import Seen, Text
 from saeflow.jobs.job import Job
-from saeflow.models.attention import fused_attention
 from saeflow.models.source import reading_model
-from saeflow.models.splicing import flattened, read_hooks
 from saeflow.text.tokenizer import open_tokenizer
-from saeflow.text.tokens import TokenStore, open_tokens
+from saeflow.text.tokens import open_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -40,14 +42,6 @@ LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: names spell nothing
 
 class SheetError(ConfigError):
     """A sheet that cannot be scored; the message names the line and what may stand there."""
-
-
-class Activations(NamedTuple):
-    """Where one feature is active: row, position and value, (activations,) each."""
-
-    row: np.ndarray
-    position: np.ndarray
-    value: np.ndarray
 
 
 def choose_features(fired: np.ndarray, n_tokens: int, config: BlindConfig, seed: int) -> np.ndarray:
@@ -64,34 +58,27 @@ def choose_features(fired: np.ndarray, n_tokens: int, config: BlindConfig, seed:
     return np.sort(np.random.default_rng(seed).choice(live, config.n_features, replace=False))
 
 
+@torch.no_grad()
 def find_activations(
-    model: "HookedTransformer", dictionary: Dictionary, features: np.ndarray, rows: Rows,
-    prepend_bos: bool, batch_rows: int,
-) -> list[Activations]:  # fmt: skip
-    """Where each of `features` is active in `rows` (sequence, position), BOS left out."""
-    found: list[list[np.ndarray]] = [[] for _ in features]
-    chosen = torch.from_numpy(features).to(model.cfg.device)
-    start = 0
-    for tokens, _ in token_batches(rows, prepend_bos, batch_rows, model.cfg.device, "examples"):
-        with fused_attention(model), torch.no_grad():
-            (value,) = read_hooks(model, tokens, [dictionary.spec.hook_name])
-            x = flattened(value, dictionary.spec.hook_head_index)
-            size = max(1, (1 << 22) // dictionary.d_sae)
-            f = torch.cat([dictionary.encode(some)[:, chosen] for some in x.split(size)])
-        values = f.view(*tokens.shape, -1).cpu().numpy()
-        values[:, : int(prepend_bos)] = 0
-        for parts, of_one in zip(found, np.moveaxis(values, 2, 0), strict=True):
-            row, position = np.nonzero(of_one)
-            parts.append(np.stack([row + start, position, of_one[row, position]]))
-        start += len(tokens)
-    joined = (np.concatenate(parts, axis=1) for parts in found)
-    return [Activations(one[0].astype(int), one[1].astype(int), one[2]) for one in joined]
+    model: "HookedTransformer", dictionary: Dictionary, features: np.ndarray, text: Text, batch_rows: int, scratch: Path
+) -> Seen:
+    """Where each of `features` fires, numbered as they stand there. `scratch`: a folder that may be made and filled."""
+    number = np.full(dictionary.d_sae, -1)
+    number[features] = np.arange(len(features))
+    firings = Firings(len(features), scratch)
+    for _, values in run_activations(model, [dictionary.spec.hook_name], text, batch_rows):
+        for n_tokens, token, latent, value in active(dictionary, values, text):
+            wanted = number[latent] >= 0
+            firings.add(n_tokens, token[wanted], number[latent[wanted]], value[wanted])
+    (chunk,) = firings.chunks(len(features))
+    return Seen(chunk, text.grid())
 
 
-def examples(active: Activations, n_examples: int) -> list[list[int]]:
-    """For each band, strongest first, indices into `active`: those nearest to evenly spaced values, each once."""
-    order = np.argsort(-active.value, kind="stable")
-    values = active.value[order]
+def examples(active: np.ndarray, n_examples: int) -> list[list[int]]:
+    """For each band, strongest first, indices into `active`, the values of one feature where it fires: those nearest to
+    evenly spaced values, each once."""
+    order = np.argsort(-active, kind="stable")
+    values = active[order]
     wanted = np.linspace(values[0], values[-1], min(n_examples, len(values)))
     free = np.ones(len(values), dtype=bool)
     chosen = []
@@ -153,7 +140,9 @@ def example(tokens: list[str], values: np.ndarray, at: int, largest: float) -> s
 def blind_job(job: Job) -> int:
     """Makes the set that a job names; returns the number of features in it."""
     settings = BlindConfig(**job.config["blind"])
-    rows = open_tokens(job.input("tokens"))
+    store = open_tokens(job.input("tokens"))
+    row, rows = store.spread_rows(store.n_rows)  # all
+    text = Text(rows.tokens, rows.document, row, int(store.attributes["prepend_bos"]))
     model = open_model(job)
     with reading_model(job) as folder:
         tokenizer = open_tokenizer(folder)
@@ -163,10 +152,11 @@ def blind_job(job: Job) -> int:
         name = json.loads((evaluated / "summary.json").read_text())["dictionary_key"]
         dictionary = open_dictionary(folders[name], job)
         fired = pd.read_parquet(evaluated / "latents.parquet")["fired_without_bos"].to_numpy()
-        features = choose_features(fired, rows.n_rows * rows.context_size, settings, settings.seed)
-        found = find_activations(model, dictionary, features, rows, rows.attributes["prepend_bos"], settings.batch_rows)
-        for feature, active in zip(features, found, strict=True):
-            shown.append(_bands(active, rows, tokenizer, settings))
+        features = choose_features(fired, rows.tokens.size, settings, settings.seed)
+        with TemporaryDirectory() as scratch:
+            seen = find_activations(model, dictionary, features, text, settings.batch_rows, Path(scratch) / "firings")
+        for number, feature in enumerate(features):
+            shown.append(_bands(seen, number, text, tokenizer, settings))
             key.append({"dictionary": name, "kind": dictionary.spec.kind, "feature": int(feature)})
     order = list(range(len(shown)))
     random.Random(settings.seed).shuffle(order)
@@ -182,18 +172,21 @@ def blind_job(job: Job) -> int:
     return len(order)
 
 
-def _bands(active: Activations, rows: TokenStore, tokenizer: Any, settings: BlindConfig) -> list[list[str]]:
-    values = {(r, p): v for r, p, v in zip(*active, strict=True)}
-    largest = float(active.value.max())
+def _bands(seen: Seen, number: int, text: Text, tokenizer: Any, settings: BlindConfig) -> list[list[str]]:
+    firings = slice(*seen.chunk.start[number : number + 2])
+    value = seen.chunk.value[firings]
+    rows, positions = (where[firings] for where in seen.place)
+    largest = float(value.max())
 
-    def text(i: int) -> str:
-        row, position = int(active.row[i]), int(active.position[i])
+    def shown(i: int) -> str:
+        row, position = int(rows[i]), int(positions[i])
         first = max(0, position - settings.window)
-        ids = rows[row : row + 1][0, first : position + settings.window + 1]
-        at = np.array([values.get((row, p), 0.0) for p in range(first, first + len(ids))])
-        return example([tokenizer.decode([int(t)]) for t in ids], at, position - first, largest)
+        ids = text.tokens[row, first : position + settings.window + 1]
+        around = np.arange(first, first + len(ids))
+        values = values_at(seen, np.full_like(around, number), np.full_like(around, row), around)
+        return example([tokenizer.decode([int(t)]) for t in ids], values, position - first, largest)
 
-    return [[text(i) for i in band] for band in examples(active, settings.n_examples)]
+    return [[shown(i) for i in band] for band in examples(value, settings.n_examples)]
 
 
 # -------------------------------------------------------------------- the score

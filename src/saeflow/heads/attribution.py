@@ -7,8 +7,8 @@ by head h's attention pattern A_h, which is taken as it is:
 
 with bias = b_enc less what the dictionary subtracts from its input. `by_head` and `by_source` are the terms (Kissane et
 al. 2406.17759, DFA). Further back, `de_embedding` asks which tokens' embeddings w_h reads through W_V[h]; forward,
-`logit_effects` which tokens d W_O promotes directly. Both leave out a norm's scale, which depends on the text (as
-`saeflow.circuits` does), but have its gain and centring.
+`saeflow.features.logits` which tokens d W_O promotes directly. Both leave out a norm's scale, which depends on the
+text (as `saeflow.circuits` does), but have its gain and centring.
 """
 
 from typing import TYPE_CHECKING
@@ -50,13 +50,3 @@ def de_embedding(model: "HookedTransformer", attention: Attention, w: Tensor) ->
     if attention.centred:
         embedding = embedding - embedding.mean(dim=1, keepdim=True)
     return torch.einsum("ve,hed,hdm->hmv", embedding, attention.W_V, w)
-
-
-def logit_effects(model: "HookedTransformer", directions: Tensor) -> Tensor:
-    """What directions (m, D) of the stream add to the logits directly, (m, V), but for the last norm's scale."""
-    gain = getattr(getattr(model, "ln_final", None), "w", None)
-    if str(model.cfg.normalization_type).startswith("LN"):
-        directions = directions - directions.mean(dim=1, keepdim=True)
-    if gain is not None:
-        directions = directions * gain
-    return directions @ model.unembed.W_U

@@ -21,7 +21,11 @@ from torch import Tensor
 from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
-from saeflow.heads.attribution import by_source, de_embedding, logit_effects
+from saeflow.features.examples import top, values_at
+from saeflow.features.firings import Chunk
+from saeflow.features.logits import logit_effects
+from saeflow.features.text import Grid, Seen
+from saeflow.heads.attribution import by_source, de_embedding
 from saeflow.heads.shares import MEASURES
 from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import Attention, decoder_by_head, encoder_by_head
@@ -55,25 +59,24 @@ class Context(NamedTuple):
     value: float
 
 
-def top_contexts(measurements: HeadMeasurements, column: sp.csc_array, most: int) -> list[Context]:
-    """The rows with the largest activations of one latent (N, 1), the largest first; of equal ones the earlier."""
-    tokens, values = column.indices, column.data
-    found: dict[int, Context] = {}
-    for i in np.lexsort((tokens, -values)):
-        row, position = measurements.row_and_position(tokens[i])
-        found.setdefault(row, Context(row, position, float(values[i])))
-        if len(found) == most:
-            break
-    return list(found.values())
+def seen(measurements: HeadMeasurements, column: sp.csc_array) -> Seen:
+    """The activations of one latent (N, 1), each row of text a window."""
+    size = measurements.rows.shape[1]
+    chunk = Chunk(0, np.array([0, column.nnz]), column.indices.astype(np.int64), column.data.astype(np.float32))
+    return Seen(chunk, Grid(size, size, measurements.first))
 
 
-def in_row(measurements: HeadMeasurements, column: sp.csc_array, row: int) -> np.ndarray:
-    """Activations of one latent (N, 1) at every position of a row, 0 at BOS."""
-    width = measurements.rows.shape[1] - measurements.first
-    dense = np.zeros(measurements.rows.shape[1])
-    in_this_row = (column.indices >= row * width) & (column.indices < (row + 1) * width)
-    dense[column.indices[in_this_row] - row * width + measurements.first] = column.data[in_this_row]
-    return dense
+def top_contexts(latent: Seen, most: int) -> list[Context]:
+    """The rows with its largest activations, the largest first; of equal ones the earlier."""
+    best = top(latent, most)
+    places = (where[best].tolist() for where in latent.place)
+    return [Context(*place) for place in zip(*places, latent.chunk.value[best].tolist(), strict=True)]
+
+
+def in_row(latent: Seen, row: int) -> np.ndarray:
+    """Its activations at every position of a row, 0 at BOS."""
+    position = np.arange(latent.grid.context_size)
+    return values_at(latent, np.zeros_like(position), np.full_like(position, row), position)
 
 
 class HeadDictionary(NamedTuple):
@@ -115,15 +118,15 @@ def dashboards(
     parts = []
     rows = [_sources_table(-1, 0, Context(0, 0, 0.0), np.zeros((n_heads, 1)))[:0]]  # columns, whatever is shown
     for m, i in enumerate(latents):
-        column = measurements.latents[key][:, [i]]
-        left = [f"<h3>latent {i}, active on {column.nnz:,} tokens</h3>"]
+        of_latent = seen(measurements, measurements.latents[key][:, [i]])
+        left = [f"<h3>latent {i}, active on {of_latent.chunk.fired[0]:,} tokens</h3>"]
         left.append(_share_table(shares.sel(latent=i), read[:, m], renderer.text))
         up, down = _tokens(promoted[m], renderer.text), _tokens(-promoted[m], renderer.text)
         left.append(f'<p class="note">promotes {up}<br>demotes {down}</p>')
-        for number, context in enumerate(top_contexts(measurements, column, config.contexts)):
+        for number, context in enumerate(top_contexts(of_latent, config.contexts)):
             by_token = by_source(*pattern_and_values(context.row), encoder[:, :, i])
             attribution = by_token[:, context.position].numpy()  # (H, P)
-            left.append(renderer.active(context, column))
+            left.append(renderer.active(context, of_latent))
             left.append(renderer.line(context, attribution.sum(0), f"attribution, sum {attribution.sum():.3g}"))
             left.append(renderer.sources(context, attribution))
             rows.append(_sources_table(i, number, context, attribution))
@@ -144,15 +147,15 @@ def _atoms(renderer: "_Renderer", head_dictionary: HeadDictionary, latent: int) 
     parts = []
     for _, atom in head_dictionary.agreement[head_dictionary.agreement["latent"] == latent].head(ATOMS).iterrows():
         number = int(atom["head"]) * head_dictionary.dictionary.heads[0].d_sae + int(atom["atom"])
-        column = renderer.measurements.latents[head_dictionary.key][:, [number]]
+        of_atom = seen(renderer.measurements, renderer.measurements.latents[head_dictionary.key][:, [number]])
         agrees = f"Jaccard {atom['jaccard']:.2f}, correlation {atom['correlation']:.2f}"
         parts.append(f"<h3>head {int(atom['head'])}, latent {int(atom['atom'])}</h3>")
         parts.append(
             f'<p class="note">coefficient {atom["coefficient"]:.3g}, cosine {atom["cosine"]:.2f}; fires on '
-            f"{column.nnz:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
+            f"{of_atom.chunk.fired[0]:,} tokens, {int(atom['tokens_together']):,} of them with the latent; {agrees}</p>"
         )
-        for context in top_contexts(renderer.measurements, column, renderer.config.contexts):
-            parts.append(renderer.active(context, column))
+        for context in top_contexts(of_atom, renderer.config.contexts):
+            parts.append(renderer.active(context, of_atom))
     return parts
 
 
@@ -184,9 +187,9 @@ class _Renderer(NamedTuple):
             parts.append(f'<span{at}{style} title="{position}: {value:.3g}">{token}</span>')
         return f'<div class="text">{"".join(parts)}</div><p class="note">{html.escape(label)}</p>'
 
-    def active(self, context: Context, column: sp.csc_array) -> str:
-        """`line` of the activations of a latent (N, 1)."""
-        return self.line(context, in_row(self.measurements, column, context.row), f"activation {context.value:.3g}")
+    def active(self, context: Context, latent: Seen) -> str:
+        """`line` of the activations of a latent."""
+        return self.line(context, in_row(latent, context.row), f"activation {context.value:.3g}")
 
     def sources(self, context: Context, attribution: np.ndarray) -> str:
         """The largest terms of `attribution` (H, P), and what each head adds."""

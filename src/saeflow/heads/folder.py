@@ -1,13 +1,10 @@
 """A study of heads on disk, as its job writes it and figures and the report read it.
 
-Datasets are Zarr v3, compressed, one file a variable; the same dataset gives the same bytes.
-
 What is of one dictionary is shown of the one of all heads whose L0 is nearest to 20 (what Kissane et al. aim for) and
 of the one of single heads that it is decomposed in.
 """
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -77,11 +74,3 @@ def read_head_studies(folders: Iterable[Path]) -> list[HeadStudy]:
     """Their summaries; datasets are read when a figure wants them."""
     found = [HeadStudy(folder, json.loads((folder / "summary.json").read_text())) for folder in folders]
     return sorted(found, key=lambda study: (study.summary["layer"], study.key))
-
-
-def write_dataset(path: Path, dataset: xr.Dataset) -> None:
-    """Writes a dataset with its names, coordinates and attributes; `xarray.open_zarr(path)` opens it."""
-    with warnings.catch_warnings():  # it is outside the specification of version 3, and xarray warns where it lacks
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
-        dataset.to_zarr(path, mode="w", zarr_format=3, consolidated=True)

@@ -22,7 +22,7 @@ from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import HeadDictionary, dashboards
 from saeflow.heads.decomposition import agreement, choose_latents, decompose_latents
-from saeflow.heads.folder import HeadStudy, write_dataset
+from saeflow.heads.folder import HeadStudy
 from saeflow.heads.geometry import MATRICES, decoder_norms, principal_angles, rank, spectra
 from saeflow.heads.interference import interference_dataset, lifted_table
 from saeflow.heads.report import report
@@ -32,6 +32,7 @@ from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rot
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
 from saeflow.models.source import reading_model
+from saeflow.storage.datasets import write_dataset
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 

@@ -45,11 +45,6 @@ class HeadMeasurements(NamedTuple):
     """Of the dictionaries that are no `BlockDiagonal`."""
     cross_terms: pd.DataFrame
 
-    def row_and_position(self, token: int) -> tuple[int, int]:
-        """Row and position of a kept token."""
-        row, rest = divmod(int(token), self.rows.shape[1] - self.first)
-        return row, rest + self.first
-
 
 def measure(
     model: "HookedTransformer",

@@ -6,7 +6,9 @@ the windows of text with its largest activations, and for every pair the windows
 aligned within a row of tokens, so that no two overlap, and a latent's windows are ranked by their largest activation.
 """
 
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +16,12 @@ import pyarrow as pa
 from torch import Tensor
 
 from saeflow.config import JacobianConfig
+from saeflow.features.examples import top
+from saeflow.features.firings import Firings
+from saeflow.features.text import Grid, Seen
 from saeflow.jacobians.maps import JacobianBlocks
 from saeflow.jacobians.sums import Pairs
 
-GATHERED = 1 << 20  # activations that are gathered before they are sorted
 STATISTICS = ("mean", "mean_absolute", "count")
 
 
@@ -65,72 +69,32 @@ def _describe(pairs: Pairs, places: np.ndarray) -> dict[str, np.ndarray]:
 
 
 # -------------------------------------------------------------------- windows
-class Grid(NamedTuple):
-    """How the study's tokens, numbered in order without those at position 0, lie in rows and windows."""
-
-    context_size: int
-    window: int
-
-    @property
-    def per_row(self) -> int:
-        """Windows of a row; the last may be shorter."""
-        return -(-self.context_size // self.window)
-
-    def row_and_position(self, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row and position of a token number."""
-        row, rest = divmod(token, self.context_size - 1)
-        return row, rest + 1
-
-    def windows(self, token: np.ndarray) -> np.ndarray:
-        """Number of the window that a token is in."""
-        row, position = self.row_and_position(token)
-        return row * self.per_row + position // self.window
-
-    def span(self, window: int) -> tuple[int, int, int]:
-        """Row, first position and end of a window."""
-        row, place = divmod(int(window), self.per_row)
-        return row, place * self.window, min((place + 1) * self.window, self.context_size)
-
-
 class TopWindows:
     """The windows with the largest activations of every latent of one side."""
 
-    def __init__(self, grid: Grid, keep: int) -> None:
-        self.grid, self.keep = grid, keep
-        self._best = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-        self._gathered: list[tuple[np.ndarray, ...]] = []
-        self._waiting = 0
+    def __init__(self, n_latents: int, grid: Grid, keep: int, scratch: Path) -> None:
+        """`scratch`: a folder that may be made and filled."""
+        self.grid, self.keep, self.firings = grid, keep, Firings(n_latents, scratch)
 
-    def add(self, first: int, latents: Tensor, values: Tensor) -> None:
-        """`latents` and `values` (N, k) of the tokens from number `first` on."""
-        row, place = (values > 0).nonzero(as_tuple=True)
-        window = self.grid.windows(first + row.cpu().numpy())
-        self._gathered.append((latents[row, place].cpu().numpy(), window, values[row, place].float().cpu().numpy()))
-        self._waiting += len(window)
-        if self._waiting >= GATHERED:
-            self._sort()
+    def add(self, latents: Tensor, values: Tensor) -> None:
+        """`latents` and `values` (N, k) of the next N tokens."""
+        token, place = (values > 0).nonzero(as_tuple=True)
+        found = (token, latents[token, place], values[token, place].float())
+        self.firings.add(len(values), *(column.cpu().numpy() for column in found))
 
-    def windows_of(self, latent: int) -> list[int]:
-        """Windows of a latent, the largest activation first; of equal ones the earlier."""
-        self._sort()
-        start, end = np.searchsorted(self._best[0], [latent, latent + 1])
-        return [int(w) for w in self._best[1][start:end]]
+    def remove(self) -> None:
+        """Frees the disk."""
+        shutil.rmtree(self.firings.scratch, ignore_errors=True)
 
-    def _sort(self) -> None:
-        if not self._waiting:
-            return
-        columns = [np.concatenate(parts) for parts in zip(self._best, *self._gathered, strict=True)]
-        self._gathered, self._waiting = [], 0
-        latent, window, value = columns
-        order = np.lexsort((-value, window, latent))  # the largest of each latent and window comes first
-        latent, window, value = latent[order], window[order], value[order]
-        new = np.ones(len(latent), bool)
-        new[1:] = (latent[1:] != latent[:-1]) | (window[1:] != window[:-1])
-        latent, window, value = latent[new], window[new], value[new]
-        order = np.lexsort((window, -value, latent))
-        latent, window, value = latent[order], window[order], value[order]
-        rank = np.arange(len(latent)) - np.searchsorted(latent, latent)
-        self._best = (latent[rank < self.keep], window[rank < self.keep], value[rank < self.keep])
+    def windows(self) -> dict[int, list[int]]:
+        """Of every latent that is active, the largest activation first; of equal ones the earlier."""
+        found: dict[int, list[int]] = {}
+        for chunk in self.firings.chunks():
+            best = top(Seen(chunk, self.grid), self.keep)
+            windows = self.grid.windows(chunk.token[best])
+            for latent, window in zip((chunk.first + chunk.latent[best]).tolist(), windows.tolist(), strict=True):
+                found.setdefault(latent, []).append(window)
+        return found
 
 
 class ExampleSelection(NamedTuple):
@@ -151,8 +115,9 @@ def select_examples(tables: Iterable[pa.Table], outputs: TopWindows, inputs: Top
     """Everything that the tables of pairs name."""
     named = (zip(t["output"].to_pylist(), t["input"].to_pylist(), strict=True) for t in tables)
     pairs = list(dict.fromkeys(pair for table in named for pair in table))
-    by_output = {i: outputs.windows_of(i) for i in sorted({i for i, _ in pairs})}
-    by_input = {j: inputs.windows_of(j) for j in sorted({j for _, j in pairs})}
+    of_outputs, of_inputs = outputs.windows(), inputs.windows()
+    by_output = {i: of_outputs.get(i, []) for i in sorted({i for i, _ in pairs})}
+    by_input = {j: of_inputs.get(j, []) for j in sorted({j for _, j in pairs})}
     return ExampleSelection({"output": by_output, "input": by_input}, pairs)
 
 

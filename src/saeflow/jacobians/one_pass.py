@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.jacobians.examples import Activity, ExampleSelection, Grid
+from saeflow.features.text import Grid
+from saeflow.jacobians.examples import Activity, ExampleSelection
 from saeflow.jacobians.maps import JacobianBlocks, JacobianMap
 from saeflow.jobs.progress import progress
 from saeflow.models.attention import fused_attention

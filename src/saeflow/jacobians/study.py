@@ -21,8 +21,9 @@ from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
 from saeflow.evaluation.sums import write_tables
+from saeflow.features.text import Grid
 from saeflow.jacobians import examples, statistics
-from saeflow.jacobians.examples import Grid, Read, TopWindows, Window
+from saeflow.jacobians.examples import Read, TopWindows, Window
 from saeflow.jacobians.linearity import Samples, choose_tokens, linearity_table, summarise_linearity
 from saeflow.jacobians.maps import JacobianMap, Pair, TranscoderMap
 from saeflow.jacobians.one_pass import Tokens, collect_activity, iterate_jacobians
@@ -68,6 +69,8 @@ def jacobian_job(job: Job) -> dict[str, Any]:
             tables = {"pairs": examples.top_pairs_table(pairs, config)}
             tables["top_inputs"] = examples.top_inputs_table(pairs, config)
             wanted = examples.select_examples(tables.values(), *tops)
+            for one in tops:
+                one.remove()
             activity = collect_activity(model, jacobian_map, tokens, grid, wanted)
             read = _reader(tokens, grid, tokenizer)
             tables["contexts"] = examples.contexts_table(activity, grid, read)
@@ -101,7 +104,8 @@ def _run_pass(
     """
     tally = Tally(config, tokens.n_documents)
     sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
-    tops = [TopWindows(grid, config.contexts) for _ in ("outputs", "inputs")]
+    sizes = {"outputs": jacobian_map.n_out, "inputs": jacobian_map.n_in}
+    tops = [TopWindows(n, grid, config.contexts, out / f"{side}.firings") for side, n in sizes.items()]
     row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))
     stored = TokenBlocks(out / "tokens.zarr", tokens.rows[row, position], tokens.sequence[row], position)
     chosen = choose_tokens(tokens.n_tokens, config.linearity_samples)
@@ -113,8 +117,8 @@ def _run_pass(
         sums.add(chunk.blocks)
         stored.add(chunk.first, chunk.blocks)
         if not jacobian_map.shared:  # the model's own dimensions are active everywhere, and have no examples
-            tops[0].add(chunk.first, chunk.blocks.outputs, chunk.blocks.values_out)
-            tops[1].add(chunk.first, chunk.blocks.inputs, chunk.blocks.values_in)
+            tops[0].add(chunk.blocks.outputs, chunk.blocks.values_out)
+            tops[1].add(chunk.blocks.inputs, chunk.blocks.values_in)
         sampled = chosen[(chosen >= here.start) & (chosen < here.stop)] - here.start
         kept.append([v[sampled] for v in chunk.values])
     stored.close()

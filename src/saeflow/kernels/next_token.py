@@ -51,11 +51,25 @@ def next_token_losses(
     return clean_ce, losses
 
 
+@torch.no_grad()
+def cross_entropy(W_U: Tensor, b_U: Tensor, softcap: float, targets: Tensor, final: Tensor) -> Tensor:
+    """(N,) of `final` (N, D) and `targets` (N,), as in `next_token_losses`; where nothing else is asked. The last chunk
+    is filled up, so that what one prediction gives does not depend on how many others there are."""
+    ce = torch.empty(len(targets), device=final.device)
+    for start in range(0, len(targets), CHUNK_POSITIONS):
+        some, target = final[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
+        logits = _logits(F.pad(some, (0, 0, 0, CHUNK_POSITIONS - len(some))), W_U, b_U, softcap)[: len(some)]
+        ce[start : start + CHUNK_POSITIONS] = logits.logsumexp(1) - logits.gather(1, target[:, None])[:, 0]
+    return ce
+
+
 def _log_probabilities(final: Tensor, W_U: Tensor, b_U: Tensor, softcap: float) -> Tensor:
+    return F.log_softmax(_logits(final, W_U, b_U, softcap), dim=1)
+
+
+def _logits(final: Tensor, W_U: Tensor, b_U: Tensor, softcap: float) -> Tensor:
     logits = torch.addmm(b_U, final, W_U)
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.log_softmax(logits, dim=1)
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
 
 def next_token_losses_slow(logits_clean: Tensor, logits: Tensor, targets: Tensor) -> Losses:

@@ -25,7 +25,7 @@ def fused_attention(model: "HookedTransformer") -> Iterator[None]:
     """
     changed = [block.attn for block in model.blocks if is_plain(block.attn)]
     for attention in changed:
-        attention.forward = _forward(attention)
+        attention.forward = plain_forward(attention, fused)
     try:
         yield
     finally:
@@ -50,8 +50,20 @@ def is_plain(attention: Any) -> bool:
     )
 
 
-def _forward(attention: Any) -> Callable[..., Tensor]:
-    """The forward pass of one layer. B rows, P positions, H query heads, G key and value heads."""
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""From queries (B, P, H, d_head), keys and values (B, P, G, d_head) and the factor of scores to z (B, P, H, d_head)."""
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Plain causal attention: an `Attend`."""
+    grouped = k.shape[2] != q.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def plain_forward(attention: Any, attend: Attend) -> Callable[..., Tensor]:
+    """The forward pass of one plain layer, with its attention by `attend`. B rows, P positions, H query heads, G key
+    and value heads."""
 
     def forward(query_input: Tensor, key_input: Tensor, value_input: Tensor, **rest: Any) -> Tensor:
         """Inputs (B, P, d_model) -> (B, P, d_model); without a cache of past keys, padding or position bias."""
@@ -60,11 +72,7 @@ def _forward(attention: Any) -> Callable[..., Tensor]:
         if attention.cfg.positional_embedding_type == "rotary":
             q = attention.hook_rot_q(attention.apply_rotary(q, 0))
             k = attention.hook_rot_k(attention.apply_rotary(k, 0))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        z = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=1 / attention.attn_scale, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        z = attention.hook_z(z.transpose(1, 2))
+        z = attention.hook_z(attend(q, k, v, 1 / attention.attn_scale))
         W_O = attention.W_O.flatten(0, 1)  # (H d_head, d_model)
         return F.linear(z.flatten(2), W_O.T, attention.b_O)
 

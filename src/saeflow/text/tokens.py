@@ -75,9 +75,10 @@ class TokenStore:
     def rows(self, start: int, stop: int) -> Rows:
         return Rows(*(self._read(name, slice(start, stop)) for name in Rows._fields))
 
-    def spread_rows(self, n: int, seed: int = 0) -> tuple[np.ndarray, Rows]:
-        """Numbers (n,), ascending, and the arrays of `n` rows that are spread over all (`spread`)."""
-        chosen = spread(self.n_rows, n, seed)
+    def spread_rows(self, n: int, seed: int = 0, of: int | None = None) -> tuple[np.ndarray, Rows]:
+        """Numbers (n,), ascending, and the arrays of `n` rows that are spread over all, or over the first `of`
+        (`spread`)."""
+        chosen = spread(self.n_rows if of is None else of, n, seed)
         return chosen, Rows(*(self._read(name, chosen) for name in Rows._fields))
 
     def _read(self, name: str, rows: slice | np.ndarray) -> np.ndarray:

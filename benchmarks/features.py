@@ -1,0 +1,115 @@
+"""How many latents are looked up a second: the stage `features` on twelve dictionaries of the embedded model.
+
+Last line: {"latents_per_s", "seconds", "n_latents", "n_tokens", "bytes_per_latent", "peak_bytes"}.
+
+Eight SAEs of the MLP's output of layer 3 and four transcoders, 1,024 latents each, with random encoders: TopK of k = 8,
+16, 32 and 64, the others ReLU, of which 20 to 150 latents are active on a token. Everything that the stage
+makes is made and written: pass, examples, logits, neighbours, ablations. The model is open before the clock starts.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--tokens", type=int, default=65_536)
+args = parser.parse_args()
+os.environ.update({"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+warnings.simplefilter("ignore")
+
+import numpy as np  # noqa: E402 (after the number of threads is set)
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import saeflow.features.job as features  # noqa: E402
+from saeflow.config import ModelConfig  # noqa: E402
+from saeflow.dictionaries import Dictionary, Spec, save_dictionary  # noqa: E402
+from saeflow.dictionaries.sae import build  # noqa: E402
+from saeflow.jobs.job import Job  # noqa: E402
+from saeflow.models.folder import model_digest  # noqa: E402
+from saeflow.models.loading import load_model  # noqa: E402
+from saeflow.models.splicing import read_hooks  # noqa: E402
+from saeflow.planning.digests import DigestCache  # noqa: E402
+from saeflow.planning.graph import Instance, Plan  # noqa: E402
+from saeflow.storage.receipts import RECEIPT, contents  # noqa: E402
+from saeflow.text.corpus import read_documents  # noqa: E402
+from saeflow.text.tokenizer import load_tokenizer, tokenizer_digest  # noqa: E402
+from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, IN, OUT = ROOT / "resources/model", "blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"
+D, N_LATENTS = 128, 1024
+
+
+def main() -> None:
+    torch.set_num_threads(args.threads)
+    model = load_model(MODEL, ModelConfig("embedded", path=str(MODEL)), "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = planned(model, Path(folder))
+        jobs = [Job(instance, plan, "cpu") for instance in plan.stages["features"].values()]
+        features.open_model = lambda job: model
+        start = time.perf_counter()
+        indices = features.features_jobs(jobs)
+        seconds = time.perf_counter() - start
+        size = sum(file.stat().st_size for job in jobs for file in job.path.rglob("*") if file.is_file())
+    n = sum(index["n_latents"] for index in indices)
+    found = {"latents_per_s": n / seconds, "seconds": seconds, "n_latents": n, "n_tokens": indices[0]["n_tokens"]}
+    found |= {"bytes_per_latent": size / n, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    print(json.dumps(found))
+
+
+def planned(model: Any, root: Path) -> Plan:
+    """Tokens and dictionaries on disk, and the jobs that look their latents up."""
+    receipt_of = {"stage": "any", "needs": {}, "blake2s": {}}
+    digest = tokenizer_digest(MODEL, DigestCache(None))
+    tokens = root / "tokens/held"
+    tokens.mkdir(parents=True)
+    documents = read_documents(ROOT / "resources/corpus.jsonl.gz")
+    shape = {"n_rows": -(-args.tokens // 256), "context_size": 256, "prepend_bos": True, "held_out_fraction": 0.1}
+    write_tokens(tokens, documents, load_tokenizer(MODEL), split="held_out", tokenizer_digest=digest, **shape)
+    rows = torch.from_numpy(open_tokens(tokens)[:8].astype(np.int64))
+    values = {
+        hook: value[:, 1:].flatten(0, 1)
+        for hook, value in zip((IN, OUT), read_hooks(model, rows, [IN, OUT]), strict=True)
+    }
+    plan = Plan("bench", {"features": {}}, {}, results=str(root))
+    plan.stages["tokens"] = {"held": Instance("tokens", "held", {"tokenizer": digest}, {}, {})}
+    folders = [tokens]
+    processing = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+    weights = {"weights": model_digest(MODEL, DigestCache(None)), **processing}
+    for i in range(12):
+        folders.append(root / f"train/{i}")
+        folders[-1].mkdir(parents=True)
+        save_dictionary(dictionary(i, values), folders[-1])
+        config = {"features": {"n_tokens": args.tokens}, "model": weights}
+        needs = {"train": [f"{i}"], "tokens": ["held"]}
+        plan.stages["features"][f"{i}"] = Instance("features", f"{i}", config, needs, {"model": str(MODEL)})
+    for one in folders:
+        (one / "config.yaml").touch()
+        (one / RECEIPT).write_text(json.dumps({**receipt_of, "key": one.name, **contents(one)}))
+    return plan
+
+
+def dictionary(i: int, values: dict[str, Tensor]) -> Dictionary:
+    """`values` (N, d) of some tokens by hook."""
+    g = torch.Generator().manual_seed(i)
+    W_enc = torch.randn(D, N_LATENTS, generator=g) / D**0.5
+    k = 8 << i if i < 4 else None
+    hook = IN if i >= 8 else OUT
+    kind, activation = ("transcoder" if i >= 8 else "sae"), ("topk" if k else "relu")
+    spec = Spec(kind, activation, D, D, N_LATENTS, hook, OUT, k=k)
+    share = np.linspace(0.02, 0.15, 8)[i - 4]  # of latents that are active on a token
+    bias = torch.zeros(N_LATENTS) if k else -(values[hook] @ W_enc).quantile(1 - share, dim=0)
+    return build(spec, W_enc, bias, W_enc.T.contiguous(), torch.zeros(D))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
