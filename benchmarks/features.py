@@ -23,6 +23,7 @@ parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--tokens", type=int, default=65_536)
 args = parser.parse_args()
 os.environ.update({"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the stage does
 warnings.simplefilter("ignore")
 
 import numpy as np  # noqa: E402 (after the number of threads is set)

@@ -1,5 +1,6 @@
 """The stage `features`: tables of what every latent of a dictionary is about."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,7 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
 
 
 def work(jobs: list[Job]) -> str:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait would take the cores from those that work
     from saeflow.features.job import features_jobs
 
     lines = []
