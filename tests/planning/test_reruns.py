@@ -187,6 +187,22 @@ def test_every_run_has_a_plan_of_its_own(home: Path, monkeypatch: pytest.MonkeyP
     assert not files[0].exists() and files[1].exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "stays"),
+    [(b'{"rule": "train"}', True), (b"", True), (b"\xf2\x80noise", False), (b"[]", False), (b'{"rule": "tr', False)],
+)
+def test_notes_of_snakemake_that_it_cannot_read_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, stays: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    frozen.remove_torn_records()  # none are there
+    file = frozen.RECORDS[0] / "deep/cmVzdWx0cw=="
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    frozen.remove_torn_records()
+    assert file.exists() == stays
+
+
 def test_what_follows_from_a_stage() -> None:
     assert downstream([]) == set()
     assert downstream(["figures"]) == {"figures"} and downstream(["heads"]) == {"heads", "figures"}

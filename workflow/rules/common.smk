@@ -12,7 +12,7 @@ from saeflow.jobs.signals import pass_on_term
 from saeflow.planning.batches import resources, set_aside_broken
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
-from saeflow.planning.frozen import freeze_run, plan_file
+from saeflow.planning.frozen import freeze_run, plan_file, remove_torn_records
 from saeflow.planning.graph import Plan
 from saeflow.planning.machine import check_disk, check_folders, check_machine, notes
 from saeflow.planning.overrides import of_snakemake

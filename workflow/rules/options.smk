@@ -21,6 +21,7 @@ def execute(executor_plugin, **settings):
         raise WorkflowError(str(error))
     if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:
         freeze_run(PLAN)  # which is a hook of ours
+    remove_torn_records()
     try:
         type(workflow).execute(workflow, executor_plugin=executor_plugin, **settings)
     except OSError as error:

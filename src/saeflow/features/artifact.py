@@ -23,7 +23,7 @@ import xarray as xr
 from saeflow.config import FeaturesConfig
 from saeflow.features.examples import SCHEMA
 from saeflow.features.statistics import QUANTILES
-from saeflow.storage.datasets import write_dataset
+from saeflow.storage.xarrays import write_dataset
 
 FORMAT = 1
 GROUP = 256  # latents

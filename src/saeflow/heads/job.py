@@ -32,7 +32,7 @@ from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rot
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
 from saeflow.models.source import reading_model
-from saeflow.storage.datasets import write_dataset
+from saeflow.storage.xarrays import write_dataset
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
 

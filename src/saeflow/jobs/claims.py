@@ -31,6 +31,7 @@ def claimed(jobs: list[Job], again: Collection[str] = ()) -> Iterator[list[Job]]
             job.lock = Lock(job.path.with_name(job.path.name + ".lock"))
             waited = job.lock.acquire(str(job.path))
             held.callback(job.lock.release)
+            job.is_new = not job.path.exists()
             if (waited or job.instance.key not in again) and _is_there(job):
                 log.info("%s was made by another run meanwhile", job.path)
                 job.lock.release()

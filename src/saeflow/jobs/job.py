@@ -47,6 +47,8 @@ class Job:
     """Artifacts that one process makes together, this one among them: each has an equal share of its time."""
     lock: Lock | None = None
     """Held, by a job of the workflow, until its artifact is there."""
+    is_new: bool = False
+    """Whether there was nothing in its place when it took the lock."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class Job:
 
         On an error, or when killed, the final folder is not touched; the next try starts with an empty one.
         """
-        partial, replaced = beside(self.path), self.path.exists()
+        partial = beside(self.path)
         make_folder(self.path.parent)
         remove_leftovers(self.path, locked=self.lock is not None)
         partial.mkdir()
@@ -126,7 +128,7 @@ class Job:
         seconds, cpu = time.perf_counter() - self.started, cpu_seconds() - self.cpu_started
         about = provenance(self.instance, self.device, seconds, cpu, self.sharing, partial)
         (partial / RECEIPT).write_text(json.dumps(about, indent=1) + "\n")
-        # What another has made meanwhile, as its lock said where a disk shows files late, is the same, and may be read.
-        publish(partial, self.path, unless=lambda path: not replaced and is_whole(path))
+        # What another has made meanwhile, which a disk showed too late, is the same, and may be read by now.
+        publish(partial, self.path, unless=lambda path: self.is_new and is_whole(path))
         if self.lock:
             self.lock.release()

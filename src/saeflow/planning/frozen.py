@@ -5,6 +5,8 @@ was told to do.
 """
 
 import contextlib
+import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -13,7 +15,9 @@ from saeflow.planning.digests import text_hash
 from saeflow.planning.graph import Plan
 from saeflow.planning.parts import MARKS
 
+log = logging.getLogger("saeflow")
 FOLDER = Path(".snakemake/plans")
+RECORDS = (Path(".snakemake/metadata"), Path(".snakemake/incomplete"))
 KEPT_DAYS = 60
 """No run is older than that; a plan counts as used when a run or one of its jobs reads it."""
 
@@ -41,6 +45,21 @@ def freeze_run(plan: Plan) -> Path:
             if other.stat().st_mtime < oldest:
                 other.unlink()
     return file
+
+
+def remove_torn_records() -> None:
+    """Removes what Snakemake noted of files and cannot read any longer, as a failing disk leaves it: a run would end
+    with a `UnicodeDecodeError` that names no file. Nothing depends on these notes here."""
+    for file in (p for folder in RECORDS for p in folder.rglob("*") if p.is_file()):
+        try:
+            torn = not isinstance(json.loads(file.read_bytes() or b"{}"), dict)
+        except ValueError:
+            torn = True
+        except FileNotFoundError:  # another run has removed it
+            continue
+        if torn:
+            log.warning("%s is damaged: Snakemake's note of a file, removed", file)
+            file.unlink(missing_ok=True)
 
 
 def touch(file: str | Path) -> None:

@@ -1,5 +1,5 @@
-"""A disk that many nodes share, for processes that have this folder on PYTHONPATH: it has no `flock`, and
-shows what another process wrote below results/ only $CHAOS_LATE seconds later.
+"""A disk that many nodes share, for processes that have this folder on PYTHONPATH: it has no `flock`, and shows an
+artifact that another process wrote only $CHAOS_LATE seconds later.
 
 What a process opens for writing, makes or renames itself, it sees at once, with all that is below. Libraries that read
 without Python's help (pyarrow, safetensors) see everything, as they come after a look by name.
@@ -46,15 +46,11 @@ def _is_late(path):
         or any((whole + os.sep).startswith(o + os.sep) for o in _own)
     ):
         return False
-    config = os.path.join(whole if _is_folder(whole) else os.path.dirname(whole), "config.yaml")
-    for one in (config, *[whole] * (not whole.endswith("provenance.json"))):  # which Snakemake touches later
-        try:
-            about = _stat(one, follow_symlinks=False)
-        except OSError:
-            continue
-        if not stat.S_ISDIR(about.st_mode) and time.time() - about.st_ctime < _LATE:
-            return True
-    return False
+    folder = whole if _is_folder(whole) else os.path.dirname(whole)
+    try:  # a file of an artifact that is written last, and never again: receipts Snakemake touches
+        return time.time() - _stat(os.path.join(folder, "config.yaml")).st_ctime < _LATE
+    except OSError:
+        return False
 
 
 def _looking(call):
