@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from stores import contents
 
+from saeflow.jobs import claims
 from saeflow.jobs.claims import claimed
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
@@ -91,6 +93,42 @@ def test_what_a_killed_process_held_is_taken_over(plan: Plan, tmp_path: Path, ho
     assert second.communicate() and second.returncode == 0
     assert (tmp_path / "made.txt").read_text() == "one\none\n"
     assert [p.name for p in (tmp_path / "results/train").iterdir()] == ["one"]  # no lock, nothing half written
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_appears_while_a_job_works_stays_and_what_was_there_is_replaced(plan: Plan, there: bool) -> None:
+    """As on a disk that shows late what the holder of the lock before has made."""
+
+    def make(name: str, job: Job) -> None:
+        with job.writing() as folder:
+            (folder / name).touch()
+
+    job = Job(plan.instance("train", "one"), plan, "cpu")
+    if there:
+        make("other", Job(plan.instance("train", "one"), plan, "cpu"))
+    with claimed([job], again=["one"]) as left:
+        assert left == [job]
+        if not there:
+            make("other", Job(plan.instance("train", "one"), plan, "cpu"))
+        make("own", job)
+    names = {path.name for path in job.path.iterdir()}
+    assert names == {"own" if there else "other", "config.yaml", "provenance.json"}
+    assert [path.name for path in job.path.parent.iterdir()] == ["one"]
+
+
+def test_a_job_waits_for_what_its_node_does_not_see_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(claims, "LOOK", 0.01)
+    late, never = tmp_path / "late", tmp_path / "never"
+    timer = threading.Timer(0.1, late.touch)
+    timer.start()
+    with caplog.at_level("INFO"):
+        claims.wait_for([str(late)])
+    assert late.exists() and f"waiting up to 60 s for {late}" in caplog.text
+    monkeypatch.setattr(claims, "LATE", 0.05)
+    claims.wait_for([str(late), str(never)])  # what stays away, the job itself names
+    assert not never.exists()
 
 
 def fake_scontrol(home: Path, preempted: str) -> dict[str, str]:
