@@ -156,6 +156,27 @@ def test_too_little_memory_is_named_whichever_library_finds_it(error: Exception)
     assert re.match(r"there is not enough memory \(.+\): device.mem_mb.train=... asks", in_words(error, "train"))
 
 
+def test_a_stop_that_python_hides_in_an_error_is_a_stop(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from saeflow.jobs.signals import raise_again, stoppable
+
+class Name:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sys.argv = ["job.py", "train"]
+with stoppable():
+    try:
+        type("Owner", (), {"name": Name()})
+    except Exception as error:
+        raise_again(error)
+        raise
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 75 and "train stopped by SIGTERM; run again" in done.stderr
+
+
 def test_a_log_that_cannot_be_written_stands_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("")
     code = "import logging, sys; from saeflow.jobs.log import start_log; start_log(sys.argv[1]); logging.info('work')"

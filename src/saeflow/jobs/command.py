@@ -15,7 +15,7 @@ from saeflow.jobs.claims import claimed, claimed_part, wait_for
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.progress import cpu_seconds, first_line
-from saeflow.jobs.signals import Preempted, end
+from saeflow.jobs.signals import Preempted, end, raise_again
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record
@@ -103,6 +103,7 @@ def main() -> None:
     except Preempted:
         raise
     except Exception as error:
+        raise_again(error)
         log.exception("failed")
         reason = escape_controls(f"{args.stage} failed: {in_words(error, args.stage)}")
         if isinstance(error, DamagedError):

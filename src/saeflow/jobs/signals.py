@@ -29,17 +29,29 @@ class Stopped(BaseException):
     """SIGTERM reached a job where it has no state to save: it gives up its locks and half-written folders, and ends."""
 
 
+_raised: list[Stopped] = []
+
+
 def stop_on_term() -> None:
     """Has SIGTERM raise `Stopped` in the main thread, where nothing handles it otherwise, as `StopSignals` does."""
     own = os.getpid()
 
-    def stop(number: int, _: object) -> None:
+    def answer(number: int, _: object) -> None:
         if os.getpid() != own:  # a process that a library has forked
             os._exit(128 + number)
         signal.signal(number, signal.SIG_IGN)  # asked again, it is ending already
-        raise Stopped(f"{STOPPED_BY}{signal.Signals(number).name}; run again")
+        stop = Stopped(f"{STOPPED_BY}{signal.Signals(number).name}; run again")
+        _raised.append(stop)
+        raise stop
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, answer)
+
+
+def raise_again(error: Exception) -> None:
+    """Raises the `Stopped` that an error is, or hides: Python turns what is raised while it makes a class into a
+    `RuntimeError`."""
+    if _raised:
+        raise _raised[0] from error
 
 
 @contextlib.contextmanager
