@@ -69,12 +69,8 @@ def prediction(folder: Path, width: int) -> dict[str, float]:
     from saeflow.planning.history import lines, predict
 
     results = str(folder / "results")
-    plan = compose(ROOT / "conf", overrides(folder, width), results=results)
-    whole, found = plan.to_make, {}
-    for stage in STAGES:
-        plan.to_make = {name: keys if name == stage else [] for name, keys in whole.items()}
-        found[stage] = predict(plan, lines(results)).seconds
-    return found
+    found = predict(compose(ROOT / "conf", overrides(folder, width), results=results), lines(results)).by_stage
+    return {stage: found[stage] for stage in STAGES}
 
 
 def run(folder: Path, width: int) -> dict[str, float]:

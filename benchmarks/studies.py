@@ -51,6 +51,7 @@ STUDIES = {
     "Pythia-410M, layer 12, 200M tokens": ("pythia-410m", [*LARGE, "site.layer=12"]),
     "Llama-3-8B, layer 16, 200M tokens": ("llama-3-8b", [*LARGE, "site.layer=16"]),
 }
+KEYS = ("activations", "train")  # with columns of their own
 SHAPES = {"pythia-410m": PYTHIA_410M, "pythia-70m": PYTHIA_70M, "gelu-2l": GELU_2L, "llama-3-8b": LLAMA_3_8B}
 
 
@@ -68,9 +69,9 @@ def main() -> None:
                 f"model.name={model}",
             ]
             plan = compose(ROOT / "conf", [*overrides, *device], results=f"{work}/results")
-            hours = {stage: hours_of(plan, stage) for stage in plan.to_make}
+            hours = {stage: seconds / 3600 for stage, seconds in predict(plan, []).by_stage.items()}
             sizes = bytes_on_disk(plan)
-            rest = sum(hours.values()) - hours["activations"] - hours["train"]
+            rest = sum(hours.values()) - sum(map(hours.get, KEYS))
             memory = max(resources(plan, stage, keys).get("mem_mb", 0) for stage, keys in jobs(plan))
             cells = [
                 study, str(len([*jobs(plan)])), f"{sizes['activations'] / 1e12:.2f} TB",
@@ -81,9 +82,6 @@ def main() -> None:
             found |= {f"{study}.gpu_hours": round(sum(hours.values()), 1)}
             found |= {f"{study}.tb": round(sum(sizes.values()) / 1e12, 2)}
     print(json.dumps(found))
-
-
-KEYS = ("activations", "train")
 
 
 def stand_in(folder: Path, name: str) -> Path:
@@ -98,14 +96,6 @@ def stand_in(folder: Path, name: str) -> Path:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + n)
     return folder
-
-
-def hours_of(plan, stage: str) -> float:
-    whole = plan.to_make
-    plan.to_make = {name: keys if name == stage else [] for name, keys in whole.items()}
-    seconds = predict(plan, []).seconds
-    plan.to_make = whole
-    return seconds / 3600
 
 
 main()

@@ -20,7 +20,6 @@ def damaged(results: Path) -> Iterator[tuple[Path, Exception | None]]:
     from saeflow.activations.store import Column, open_column
 
     longest: dict[Path, Column] = {}
-    n_tokens: dict[Path, int] = {}
     for receipt in sorted(results.rglob(RECEIPT)):
         folder = receipt.parent
         if any(part.endswith(".partial") for part in folder.parts):
@@ -31,7 +30,6 @@ def damaged(results: Path) -> Iterator[tuple[Path, Exception | None]]:
             if (folder / "column.json").is_file():
                 column = open_column(folder)
                 longest[column.array] = max(longest.get(column.array, column), column, key=lambda c: c.n_tokens)
-                n_tokens[column.store] = max(n_tokens.get(column.store, 0), column.n_tokens)
         except DamagedError as error:
             yield folder, error
     for array, column in longest.items():
@@ -39,9 +37,10 @@ def damaged(results: Path) -> Iterator[tuple[Path, Exception | None]]:
         yield from ((error.path, error) for error in errors)
         if not errors:
             yield array, None
-    for store, n in n_tokens.items():
+    for store in sorted({column.store for column in longest.values()}):
+        n_tokens = max(column.n_tokens for column in longest.values() if column.store == store)
         if (store / "activations.zarr").is_dir():
-            yield from ((error.file, error) for error in damaged_coordinates(store, n))
+            yield from ((error.file, error) for error in damaged_coordinates(store, n_tokens))
     for pattern in ("checkpoints/*/step-*.safetensors", "activations/*/progress/*.safetensors"):
         for file in sorted(results.glob(pattern)):
             try:

@@ -139,6 +139,14 @@ class Copy:
         return found
 
 
+def ended_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def strike(process: subprocess.Popen[bytes], number: signal.Signals, only: str = "") -> None:
     """Sends a signal to a session: Snakemake and all that it started; or to those alone whose command holds `only`, if
     there are any."""

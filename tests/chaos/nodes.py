@@ -4,18 +4,15 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from random import Random
 
 import psutil
-from tests.chaos.bench import HERE, Bench, strike
+from tests.chaos.bench import HERE, Bench, ended_within, strike
 from tests.chaos.outcome import STUCK, SURVIVED, UNNAMED, Outcome, judge
 
-JOB = "scripts/job.py"
+from saeflow.jobs.signals import jobs_below
 
 
 def node_died(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
@@ -23,8 +20,7 @@ def node_died(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     name a process of another host, whose last sign of life is some time ago."""
     copy = bench.fresh(name)
     process, moment = copy.start(), rng.uniform(3, 1 + 0.8 * bench.seconds)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(moment)
+    ended_within(process, moment)
     strike(process, signal.SIGKILL)
     halves = [p for p in copy.results.rglob("*.partial*") if p.is_file()]
     halves += [p for folder in copy.results.rglob("*.partial") for p in folder.rglob("*") if p.is_file()]
@@ -61,8 +57,7 @@ def log_folder(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]
         logs.unlink()
     else:
         process = copy.start()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(3, bench.seconds / 2))
+        ended_within(process, rng.uniform(3, bench.seconds / 2))
         logs.rename(copy.home / "logs-before")
         logs.write_text("")
         first = copy.ended(process)
@@ -78,7 +73,7 @@ def preempted(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     while process.poll() is None:
         time.sleep(rng.uniform(1, 2 + bench.seconds / 10))
         if hits < most:
-            for job in _jobs(process):
+            for job in jobs_below(process.pid):
                 with contextlib.suppress(psutil.Error):
                     job.terminate()
                     hits += 1
@@ -95,7 +90,7 @@ def memory(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 
     def kill() -> None:
         while process.poll() is None and not killed.is_set():
-            for job in _jobs(process):
+            for job in jobs_below(process.pid):
                 with contextlib.suppress(psutil.Error):
                     if job.memory_info().rss > limit:
                         job.kill()
@@ -111,14 +106,6 @@ def memory(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     if found.verdict == SURVIVED and killed.is_set() and "too much memory" not in run.said:
         found = Outcome("memory", UNNAMED, f"{about}: {run.said[-300:]}")
     return [found]
-
-
-def _jobs(process: "subprocess.Popen[bytes]") -> Iterator[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        for one in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if any(part.endswith(JOB) for part in one.cmdline()[:3]) and "python" in Path(one.cmdline()[0]).name:
-                    yield one
 
 
 def _at_once(found: Outcome, code: int) -> Outcome:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from tests.chaos.bench import HERE, Bench, Copy, Impossible, strike
+from tests.chaos.bench import HERE, Bench, Copy, Impossible, ended_within, strike
 from tests.chaos.outcome import STUCK, SURVIVED, Outcome, judge
 
 
@@ -39,7 +39,7 @@ def _struck(
     for _ in range(3 * most):
         process = copy.start(environment=environment)
         moment = rng.uniform(1, 1 + bench.seconds / 3)
-        if _wait(process, moment):
+        if ended_within(process, moment):
             if process.returncode == 0 or len(hits) >= most:
                 break
             continue
@@ -60,15 +60,6 @@ def _struck(
             break
     found = judge(kind, "; ".join(hits), copy, bench, copy.finish(), None if kind == "power" else kept)
     return [Outcome(kind, found.verdict, found.about)] * len(hits)
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether it ended before so many seconds were over."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def _states(copy: Copy) -> set[str]:
@@ -108,7 +99,7 @@ def disk_full(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     try:
         process = copy.start()
         moment, spare = rng.uniform(3, 3 + bench.seconds), rng.choice([0, 0, 4096, 65536])
-        _wait(process, moment)
+        ended_within(process, moment)
         _fill(copy.results / "filler", spare)
         first = copy.ended(process)
         kept = copy.receipts()
@@ -142,7 +133,7 @@ def source_swapped(bench: Bench, rng: Random, name: str, most: int) -> list[Outc
     process, delay = copy.start(), rng.uniform(0, bench.seconds / 2)
     while process.poll() is None and not list((copy.home / ".snakemake/plans").glob("*.json")):
         time.sleep(0.01)
-    _wait(process, delay)
+    ended_within(process, delay)
     data = bytearray(whole)
     data[-rng.randrange(1, len(data) // 2)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
@@ -166,7 +157,7 @@ def two_runs(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     elif how == "two experiments":
         hydra = "experiment_name=other seed=1"
     first, delay = copy.start(), rng.uniform(0, bench.seconds / 2)
-    _wait(first, delay)
+    ended_within(first, delay)
     if how == "orphan and successor":
         first.kill()
         runs = other.finish()

@@ -15,7 +15,7 @@ from saeflow.jobs.claims import claimed, claimed_part, wait_for
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
 from saeflow.jobs.progress import cpu_seconds, first_line
-from saeflow.jobs.signals import Preempted, end, raise_again
+from saeflow.jobs.signals import end, raise_again
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import record
@@ -25,8 +25,6 @@ from saeflow.storage.publish import publish_text
 from saeflow.storage.receipts import DamagedError, bring_to_now
 
 log = logging.getLogger("saeflow")
-
-
 NO_MEMORY = re.compile(r"out of memory|(?:can't|cannot|unable to) allocate|bad_alloc", re.IGNORECASE)
 
 
@@ -100,8 +98,6 @@ def main() -> None:
             if part is not None:
                 publish_text(Path(mark(args.stage, args.job, args.part)), f"{last_line}\n")
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed, *plan.marks(args.stage, wanted[0])])
-    except Preempted:
-        raise
     except Exception as error:
         raise_again(error)
         log.exception("failed")

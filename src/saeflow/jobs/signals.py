@@ -9,10 +9,13 @@ import threading
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from saeflow.jobs.log import RECORD, start_log
 from saeflow.jobs.slurm import queue_again
+
+if TYPE_CHECKING:
+    import psutil
 
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 MOST_STOPS = 10
@@ -21,7 +24,7 @@ STOPPED_BY = "stopped by "
 """How the message of `Preempted` and `Stopped` begins."""
 
 
-class Preempted(Exception):
+class Preempted(BaseException):
     """The job was asked to stop (SIGTERM, SIGINT, SIGUSR1) and has saved its state; run again, it goes on."""
 
 
@@ -99,10 +102,22 @@ def _pass_on(read: int) -> None:
 
     while received := os.read(read, 64):
         if signal.SIGTERM in received:
-            for process in psutil.Process().children(recursive=True):
+            for job in jobs_below(os.getpid()):
                 with contextlib.suppress(psutil.Error):
-                    if process.cmdline()[1:2] and process.cmdline()[1].endswith("scripts/job.py"):
-                        process.send_signal(signal.SIGTERM)
+                    job.terminate()
+
+
+def jobs_below(pid: int) -> "list[psutil.Process]":
+    """The processes of jobs that a process has started, without the shells between; none where it has ended."""
+    import psutil
+
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[1:2] and process.cmdline()[1].endswith("scripts/job.py"):
+                    found.append(process)
+    return found
 
 
 def was_stopped(log: str | Path) -> bool:

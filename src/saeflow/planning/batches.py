@@ -84,14 +84,12 @@ def assign_parts(plan: Plan) -> None:
         wanted = int(plan.device.get("parts", {}).get(name) or 1)
         if stage.parts is None or wanted == 1:
             continue
-        for key in plan.to_make[name]:
-            if plan.leaders.get((name, key), key) != key:
-                continue
-            instances = [plan.stages[name][member] for member in plan.members(name, key)]
+        for keys in plan.jobs(name):
+            instances = [plan.stages[name][key] for key in keys]
             of = min(wanted, stage.parts.most(plan, instances))
             parts = [Part(number, of) for number in range(1, of + 1)]
             if of > 1 and (missing := stage.parts.missing(plan, instances, parts)):
-                plan.parts.setdefault(name, {})[key] = list(map(str, missing))
+                plan.parts.setdefault(name, {})[keys[0]] = list(map(str, missing))
 
 
 def _batches(plan: Plan, stage: Stage, keys: list[str]) -> list[list[str]]:

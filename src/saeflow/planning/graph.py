@@ -108,6 +108,11 @@ class Plan:
     def _members(self) -> dict[tuple[str, str], list[str]]:
         return {(stage, batch[0]): batch for stage, batches in self.batches.items() for batch in batches}
 
+    def jobs(self, stage: str) -> list[list[str]]:
+        """Keys of every job of a stage that a run has, each job's known key first."""
+        keys = self.to_make[stage]
+        return [self.members(stage, key) for key in keys if self.leaders.get((stage, key), key) == key]
+
     def inputs(self, stage: str, key: str, again: bool = False, alone: Collection[str] = ()) -> list[str]:
         """Receipts of the jobs that make what the job known by `key` needs, each once. Where it has been done, it waits
         for nothing that is gone, unless it is to be done `again`. `alone`: receipts that were asked for by name, each

@@ -21,12 +21,16 @@ START_SECONDS = 10.0
 
 
 class Prediction(NamedTuple):
-    seconds: float
-    """Of all jobs of a run, one after another."""
+    by_stage: dict[str, float]
+    """Seconds of all jobs of a run, one after another, of each stage that has some."""
     measured: int
     """Earlier artifacts made on this machine that it is from."""
     guessed: list[str]
     """Stages of which nothing was ever made here: by `device.flops` where their operations are known."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.by_stage.values())
 
 
 def record(
@@ -106,23 +110,22 @@ def _all_lines(results: str | Path) -> list[dict[str, Any]]:
 
 def predict(plan: Plan, made: list[dict[str, Any]]) -> Prediction:
     """How long the run takes that the plan is for, from earlier jobs on this machine and these devices."""
-    seconds, measured, guessed = 0.0, 0, []
+    by_stage, measured, guessed = dict[str, float](), 0, list[str]()
     for stage, keys in plan.to_make.items():
         if not keys:
             continue
         here = (platform.node(), plan.device_of(stage))
         alike = [m for m in made if (m.get("host"), m.get("device")) == here and m["stage"] == stage and "sharing" in m]
-        leaders = [key for key in keys if plan.leaders.get((stage, key), key) == key]
-        jobs = [[plan.stages[stage][k] for k in plan.members(stage, leader)] for leader in leaders]
+        jobs = [[plan.stages[stage][key] for key in keys] for keys in plan.jobs(stage)]
         if alike:
             start, rate = _fit(alike[-RECENT:])
-            seconds += sum(start + rate * work_of(stages()[stage], plan, job) for job in jobs)
+            by_stage[stage] = sum(start + rate * work_of(stages()[stage], plan, job) for job in jobs)
             measured += len(alike[-RECENT:])
         else:
             operations = sum(stages()[stage].operations(plan, job) for job in jobs)
-            seconds += len(jobs) * START_SECONDS + operations / float(plan.device["flops"])
+            by_stage[stage] = len(jobs) * START_SECONDS + operations / float(plan.device["flops"])
             guessed.append(stage)
-    return Prediction(seconds, measured, guessed)
+    return Prediction(by_stage, measured, guessed)
 
 
 def _fit(made: list[dict[str, Any]]) -> tuple[float, float]:

@@ -18,10 +18,7 @@ def check_disk(plan: Plan) -> None:
     wanted = bytes_on_disk(plan)
     beside = (stages()[stage].beside(plan, _of(plan, stage, keys)) for stage, keys in jobs(plan))
     total = sum(wanted.values()) + max(beside, default=0)
-    root = Path(plan.results)
-    while not root.exists():
-        root = root.absolute().parent
-    free = shutil.disk_usage(root).free
+    free = shutil.disk_usage(_there(plan.results)).free
     if total > free:
         most = max(wanted, key=lambda stage: wanted[stage])
         largest = max((plan.stages[most][k] for k in plan.to_make[most]), key=lambda i: stages()[most].n_bytes(plan, i))
@@ -37,9 +34,7 @@ def check_disk(plan: Plan) -> None:
 def check_folders(plan: Plan) -> None:
     """Raises `ConfigError` where the folders of artifacts and logs cannot be written, before anything runs."""
     for name in (plan.results, "logs"):
-        folder = Path(name).absolute()
-        while not folder.exists():
-            folder = folder.parent
+        folder = _there(name)
         if not folder.is_dir():
             raise ConfigError(f"{folder} is a file, and {name}/ has to be a folder: move it away")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -47,6 +42,12 @@ def check_folders(plan: Plan) -> None:
                 f"{name}/ cannot be written: {folder} is read-only, or another user's; change its rights, or work in "
                 "another folder (--directory)"
             )
+
+
+def _there(name: str) -> Path:
+    """A path, or what of it is there."""
+    path = Path(name).absolute()
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
 def check_machine(plan: Plan) -> None:
@@ -88,8 +89,8 @@ def bytes_on_disk(plan: Plan) -> dict[str, int]:
 
 def jobs(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     """Stage and keys of every job of a run."""
-    for stage, keys in plan.to_make.items():
-        yield from ((stage, plan.members(stage, key)) for key in keys if plan.leaders.get((stage, key), key) == key)
+    for stage in plan.to_make:
+        yield from ((stage, keys) for keys in plan.jobs(stage))
 
 
 def _of(plan: Plan, stage: str, keys: list[str]) -> list[Instance]:
