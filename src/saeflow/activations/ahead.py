@@ -9,7 +9,6 @@ of parts, so what an earlier run had begun in other parts is as good.
 
 import logging
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,12 +53,6 @@ def n_stored(store: Path, hook_name: str) -> int:
     return 0
 
 
-def shards(n_tokens: int, shard_tokens: int) -> Iterator[tuple[int, int]]:
-    """Of a column, the number of each shard and how many tokens of it the column needs."""
-    for number, start in enumerate(range(0, n_tokens, shard_tokens)):
-        yield number, min(n_tokens - start, shard_tokens)
-
-
 def missing(store: Path, hook_name: str, n_dims: int, layout: Layout, n_tokens: int) -> list[int]:
     """Numbers of those shards of a column that neither lie ready nor are in the array, as far as can be seen without
     reading them; of which tokens they are is not asked."""
@@ -67,7 +60,7 @@ def missing(store: Path, hook_name: str, n_dims: int, layout: Layout, n_tokens: 
     array = store / "activations.zarr" / hook_name
     return [
         number
-        for number, needed in shards(n_tokens, layout.shard_tokens)
+        for number, needed in layout.shards(n_tokens)
         if not any(found.n_tokens >= needed for found in ready.get(number, ()))
         and not is_stored(array, n_dims, layout, stored, number, needed)
     ]
@@ -118,8 +111,7 @@ class Ahead:
         layout = self.store.layout(size)
         try:
             shard = Shard(found.path, layout, found.n_tokens)
-            for c in range(layout.chunks_of(found.n_tokens)):
-                shard.check(c)
+            shard.check_all()
         except (ShardError, LayoutError) as error:
             log.warning("%s: computing it again", error)
             found.path.unlink()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saeflow.activations.ahead import Ahead, shards
+from saeflow.activations.ahead import Ahead
 from saeflow.activations.moments import Statistics
 from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, write_column
 from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter, HookWriter
@@ -240,7 +240,7 @@ def _needed_bytes(store: ActivationStore, columns: list[ColumnRequest], ahead: A
     longest = {column.hook_name: column for column in columns}
     for column in longest.values():
         layout = store.layout(column.size)
-        for number, n in shards(column.n_tokens, layout.shard_tokens):
+        for number, n in layout.shards(column.n_tokens):
             there = layout.holds(store.shard(column.hook_name, column.size, number), n)
             if not there and not ahead.find(column.hook_name, column.size, number, n):
                 needed += layout.shard_bytes(n)

@@ -40,16 +40,15 @@ def push(root: Remote, folder: Path) -> int:
 
     def put_shard(number: int) -> int:
         path = _shard(column, number)
-        file, n_rows = column.array / path, _rows_of(column, layout, number)
+        file, n_rows = column.array / path, layout.rows_of(number, column.n_tokens)
         shard, place = Shard(file, layout, n_rows), f"{column.hook_name}/{path}"
-        for c in range(shard.n_chunks):
-            shard.check(c)
+        shard.check_all()
         n_bytes = file.stat().st_size
         if known.get(place, 0) > n_bytes:
             return 0  # a longer column's, which begins with the same rows
         return n_bytes if put(there, file, place, maybe_there=place in known) else 0
 
-    sent = sum(each(range(_n_shards(column, layout)), put_shard, _shown("pushing", column, layout)))
+    sent = sum(each(range(layout.n_shards(column.n_tokens)), put_shard, _shown("pushing", column, layout)))
     _put_longer(there, column.array.parent, column.hook_name)
     if _put_longer(there, column.array.parent, ""):
         files = [p for name in COORDINATES for p in (column.array.parent / name).rglob("*") if p.is_file()]
@@ -105,7 +104,7 @@ def pull(root: Remote, folder: Path, arrays: bool) -> int:
         if layout is None:
             raise StoreError(f"{there.name(column.hook_name)} is not laid out as saeflow writes it")
         bring = lambda number: _pull_shard(there, column, layout, number)  # noqa: E731
-        came += sum(each(range(_n_shards(column, layout)), bring, _shown("pulling", column, layout)))
+        came += sum(each(range(layout.n_shards(column.n_tokens)), bring, _shown("pulling", column, layout)))
         if _length(_read(column.array / "zarr.json")) < _length(about):
             publish_text(column.array / "zarr.json", about.decode())
         _lengthen_all(store / GROUP)
@@ -120,9 +119,9 @@ def damaged(root: Remote, folder: Path) -> Iterator[tuple[str, str]]:
     except RemoteShardError as error:
         yield f"{GROUP}/{column.hook_name}/{error.path}", str(error)
         return
-    for number in range(_n_shards(column, rows.layout)):
+    for number in range(rows.layout.n_shards(column.n_tokens)):
         try:
-            n_chunks = rows.layout.chunks_of(_rows_of(column, rows.layout, number))
+            n_chunks = rows.layout.chunks_of(rows.layout.rows_of(number, column.n_tokens))
             for run in rows.runs(number * rows.layout.chunks + np.arange(n_chunks)):
                 rows.chunks(run)
         except RemoteShardError as error:
@@ -131,7 +130,7 @@ def damaged(root: Remote, folder: Path) -> Iterator[tuple[str, str]]:
 
 # -------------------------------------------------------------------- shards
 def _pull_shard(there: Remote, column: Column, layout: Layout, number: int) -> int:
-    path, n_rows = _shard(column, number), _rows_of(column, layout, number)
+    path, n_rows = _shard(column, number), layout.rows_of(number, column.n_tokens)
     file = column.array / path
     if layout.holds(file, n_rows):
         return 0
@@ -142,8 +141,7 @@ def _pull_shard(there: Remote, column: Column, layout: Layout, number: int) -> i
     try:
         get(there, f"{column.hook_name}/{path}", partial, found)
         shard = Shard(partial, layout, n_rows)
-        for c in range(shard.n_chunks):
-            shard.check(c)
+        shard.check_all()
         publish(partial, file)
     except ShardError as error:
         raise RemoteError(f"{there.name(f'{column.hook_name}/{path}')} is damaged ({error.problem})") from None
@@ -154,19 +152,11 @@ def _pull_shard(there: Remote, column: Column, layout: Layout, number: int) -> i
 
 def _shown(what: str, column: Column, layout: Layout) -> Any:
     """What says how far a loop over all shards is."""
-    return lambda done: progress(done, f"{what} {column.hook_name}", _n_shards(column, layout), "shards")
+    return lambda done: progress(done, f"{what} {column.hook_name}", layout.n_shards(column.n_tokens), "shards")
 
 
 def _shard(column: Column, number: int) -> str:
     return shard_path(Path(), number, len(column.size) + 1).as_posix()
-
-
-def _n_shards(column: Column, layout: Layout) -> int:
-    return -(-column.n_tokens // layout.shard_tokens)
-
-
-def _rows_of(column: Column, layout: Layout, number: int) -> int:
-    return min(column.n_tokens - number * layout.shard_tokens, layout.shard_tokens)
 
 
 # -------------------------------------------------------------------- metadata and coordinates

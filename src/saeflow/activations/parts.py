@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from saeflow.activations.ahead import Ahead, shards
+from saeflow.activations.ahead import Ahead
 from saeflow.activations.caching import check_space, disk_full, longest_rows, opened, run_block
 from saeflow.activations.store import ActivationStore, TokenRows
 from saeflow.activations.writer import AheadWriter, ColumnRequest
@@ -50,20 +50,22 @@ def compute_ahead(
     ahead, open_model = Ahead(store, rows), cache(load)
     longest = {column.hook_name: column for column in sorted(columns)}  # sorted: the longest of each hook
     most = max(column.n_tokens for column in columns)
-    numbers = [(number, n) for number, n in shards(most, store.config.shard_tokens) if part.has(number)]
+    layouts = {column: store.layout(column.size) for column in longest.values()}
+    shards = next(iter(layouts.values())).shards(most)
+    numbers = [(number, n) for number, n in shards if part.has(number)]
 
     def missing(number: int) -> list[tuple[ColumnRequest, Path]]:
         """Of a shard, the hooks that lack it, and where it is to lie."""
         found = []
         for column in longest.values():
-            n = min(column.n_tokens - number * store.config.shard_tokens, store.config.shard_tokens)
+            n = layouts[column].rows_of(number, column.n_tokens)
             if n > 0 and not ahead.is_there(column.hook_name, column.size, number, n):
                 found.append((column, ahead.path(column.hook_name, number, n)))
         return found
 
     def needed() -> int:
         wanted = (column for number, _ in numbers for column, _ in missing(number))
-        return sum(store.layout(column.size).shard_bytes(store.config.shard_tokens) for column in wanted)
+        return sum(layouts[column].shard_bytes(store.config.shard_tokens) for column in wanted)
 
     make_folder(store.folder)
     check_space(store, needed())

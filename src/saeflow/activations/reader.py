@@ -181,11 +181,10 @@ class MappedRows:
         if layout is None:
             raise LayoutError(f"{column.array} is not laid out as saeflow writes it")
         self.layout, n_dims = layout, len(column.size) + 1
-        starts = range(0, column.n_tokens, layout.shard_tokens)
-        _allow_open_files(len(starts))
+        _allow_open_files(layout.n_shards(column.n_tokens))
         self.shards = [
-            Shard(shard_path(column.array, i, n_dims), layout, min(column.n_tokens - start, layout.shard_tokens))
-            for i, start in enumerate(starts)
+            Shard(shard_path(column.array, number, n_dims), layout, n_rows)
+            for number, n_rows in layout.shards(column.n_tokens)
         ]
 
     def take(self, rows: np.ndarray) -> Tensor:
@@ -279,9 +278,8 @@ def damaged_shards(column: Column) -> Iterator[ShardError]:
     except ShardError as error:
         yield error
         return
-    for number, start in enumerate(range(0, column.n_tokens, layout.shard_tokens) if layout else ()):
+    for number, n_rows in layout.shards(column.n_tokens) if layout else ():
         assert layout
-        n_rows = min(column.n_tokens - start, layout.shard_tokens)
         try:
             shard = Shard(shard_path(column.array, number, len(column.size) + 1), layout, n_rows)
             for c in range(layout.chunks_of(n_rows)):

@@ -76,7 +76,7 @@ class RemoteRows:
             )
         self.layout: Layout = layout
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="chunks")
-        list(self._threads.map(self._open, range(-(-column.n_tokens // layout.shard_tokens))))
+        list(self._threads.map(self._open, range(layout.n_shards(column.n_tokens))))
 
     def take(self, rows: np.ndarray) -> Tensor:
         """Rows by token number in any order, (N,) int64 -> (N, d) float32."""
@@ -128,8 +128,7 @@ class RemoteRows:
         yield range(start, stop)
 
     def _open(self, number: int) -> None:
-        path, n_rows = self._path(number), self.column.n_tokens - number * self.layout.shard_tokens
-        n_rows = min(n_rows, self.layout.shard_tokens)
+        path, n_rows = self._path(number), self.layout.rows_of(number, self.column.n_tokens)
         for left in reversed(range(READ_TRIES)):
             try:
                 found = self.remote.tail(path, self.layout.index_bytes)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,18 @@ class Layout:
     def shard_bytes(self, n_rows: int) -> int:
         """Size of a shard file that holds `n_rows` rows; its last chunk is padded to a whole one."""
         return self.chunks_of(n_rows) * self.chunk_bytes + self.index_bytes
+
+    def n_shards(self, n_tokens: int) -> int:
+        """Shards that a column of `n_tokens` rows has."""
+        return -(-n_tokens // self.shard_tokens)
+
+    def rows_of(self, number: int, n_tokens: int) -> int:
+        """Rows of a column of `n_tokens` that are in a shard; none, or fewer, where the column ends before it."""
+        return min(n_tokens - number * self.shard_tokens, self.shard_tokens)
+
+    def shards(self, n_tokens: int) -> Iterator[tuple[int, int]]:
+        """Of a column of `n_tokens` rows, the number of each shard and how many rows it has there."""
+        return ((number, self.rows_of(number, n_tokens)) for number in range(self.n_shards(n_tokens)))
 
     def damaged(self, c: int) -> str:
         """What is said of a chunk whose crc32c is another."""
@@ -223,6 +235,11 @@ class Shard:
         start = c * self.layout.chunk_bytes
         values = self._map[start : start + self.layout.chunk_bytes - CRC.size]
         return values.reshape(self.layout.chunk_tokens, self.layout.row_bytes)[:n_rows]
+
+    def check_all(self) -> None:
+        """Compares every chunk with its crc32c; raises `ShardError`."""
+        for c in range(self.n_chunks):
+            self.check(c)
 
     def check(self, c: int) -> None:
         """Compares a chunk with its crc32c; raises `ShardError` where they differ."""

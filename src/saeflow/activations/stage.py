@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from saeflow.activations.ahead import FOLDER, missing, shards
+from saeflow.activations.ahead import FOLDER, missing
 from saeflow.activations.elsewhere import array_url, rows_are_somewhere
 from saeflow.activations.shards import COORDINATES, ITEMSIZE, Layout, hook_of, predicted_bytes
 from saeflow.config import ConfigError
@@ -88,7 +88,7 @@ def n_bytes(plan: Plan, instance: Instance) -> int:
 
 def most_parts(plan: Plan, instances: Sequence[Instance]) -> int:
     """A part has a shard or more."""
-    return max(len(list(shards(n, layout.shard_tokens))) for _, _, layout, n in _longest(instances))
+    return max(layout.n_shards(n) for _, _, layout, n in _longest(instances))
 
 
 def parts_missing(plan: Plan, instances: Sequence[Instance], parts: list[Part]) -> list[Part]:

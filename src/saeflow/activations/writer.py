@@ -273,7 +273,7 @@ class ColumnWriter(HookWriter):
 
     def _available(self, number: int) -> int:
         """Rows of a shard that are known to be on disk: they are on record, and the file is long enough."""
-        rows = min(self.stored - number * self.layout.shard_tokens, self.layout.shard_tokens)
+        rows = self.layout.rows_of(number, self.stored)
         return rows if rows > 0 and self.layout.holds(self._path(number), rows) else 0
 
     def _close(self) -> None:
