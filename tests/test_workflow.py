@@ -194,10 +194,12 @@ def test_the_terminal_shows_a_line_a_job_and_where_to_look(finished: Path) -> No
     assert any(
         re.search(r"\] tokens train-128rows-\S+: wrote 128 rows of 32 tokens from \d+ documents \(", j) for j in jobs
     )
-    assert lines[-4].startswith("done in ")
-    assert lines[-3].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
-    assert lines[-2].startswith("tables:  ") and "evaluations.csv" in lines[-2]
-    assert lines[-1].startswith(f"report:  none of these yet: make report DIRECTORY={finished} HYDRA='sweep=")
+    assert lines[-5].startswith("done in ")
+    assert lines[-4].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
+    assert lines[-3].startswith("tables:  ") and "evaluations.csv" in lines[-3]
+    assert lines[-2].startswith(f"report:  none of these yet: make report DIRECTORY={finished} HYDRA='sweep=")
+    assert lines[-1] == f"page:    {(finished / 'results/index.html').as_uri()}"
+    assert "sparsity faithfulness" in (finished / "results/index.html").read_text()
 
 
 def test_files_have_the_mode_that_the_umask_leaves(finished: Path) -> None:
@@ -228,7 +230,12 @@ def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((home / "results/ledger").glob("*.parquet"))
     assert "CPU saved" in (home / "results/report.html").read_text()
-    assert (home / "results/report.html").is_file() and done.stdout.splitlines()[-1] == "report:  results/report.html"
+    *_, report, page = done.stdout.splitlines()
+    assert (home / "results/report.html").is_file() and report == "report:  results/report.html"
+    assert page == f"page:    {(home / 'results/index.html').as_uri()}"
+    assert 'href="report.html"' in (home / "results/index.html").read_text()
+    opened = Workflow(home).script("open.py")
+    assert opened.returncode == 0 and opened.stdout == f"no browser opens here: {page.removeprefix('page:    ')}\n"
 
 
 def test_relative_paths_and_odd_names_are_read_alike_by_all(home: Path) -> None:

@@ -1,9 +1,20 @@
-from saeflow.figures.registry import caption
+from saeflow.figures.captions import about, caption
+from saeflow.figures.registry import declared
 from saeflow.planning.ledger import description
 from saeflow.planning.stages import listed
 
 
 report: description(PLAN, f"{workflow.basedir}/workflow/report/workflow.rst", ".snakemake/captions")
+
+
+# What figures are of stands in summaries, of which there may be thousands: they are read where a report is made.
+REPORTED = any(argument.startswith("--report") for argument in sys.argv)
+
+
+def caption_of(figure, key, instance):
+    shown = REPORTED and figure in declared()
+    data = about(PLAN.results, instance.needs, declared()[figure].stage) if shown else ""
+    return caption(figure, f"{workflow.basedir}/workflow/report", f".snakemake/captions/{key}", data)
 
 
 # One job draws all figures of the experiment.
@@ -20,7 +31,7 @@ for key, instance in PLAN.stages["figures"].items():
                 update(
                     report(
                         f"results/figures/{key}/{figure}.png",
-                        caption=caption(figure, f"{workflow.basedir}/workflow/report", ".snakemake/captions"),
+                        caption=caption_of(figure, key, instance),
                         category=PLAN.experiment,
                         labels={"figure": figure.replace("_", " ")},
                     )
