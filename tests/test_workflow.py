@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -67,8 +68,8 @@ def contents(home: Path) -> dict[str, bytes]:
     root = home / "results"
     return {
         str(p.relative_to(root)): p.read_bytes()
-        for p in sorted(root.rglob("*"))
-        if p.is_file() and p.name not in ("provenance.json", "made.jsonl") and p.suffix != ".lock"
+        for p in sorted(root.glob("*/**/*"))
+        if p.is_file() and p.name != "provenance.json" and p.suffix != ".lock"
     }
 
 
@@ -101,6 +102,13 @@ def home(finished: Path, tmp_path: Path) -> Path:
 
 def test_second_run_has_nothing_to_do(home: Path) -> None:
     assert Workflow(home).would_run() == {}
+
+
+def test_the_snakefile_that_the_catalogue_looks_for_is_the_same_workflow(home: Path) -> None:
+    assert Workflow(home).would_run("-s", str(ROOT / "workflow/Snakefile")) == {}
+    catalogue = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())
+    assert catalogue["usage"]["mandatory-flags"]["flags"].startswith("--config hydra=")
+    assert (ROOT / "config/README.md").is_file()
 
 
 def test_an_environment_that_jobs_would_not_use_is_refused(home: Path) -> None:

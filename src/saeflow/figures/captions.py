@@ -25,7 +25,7 @@ def caption(name: str, written: str | Path, folder: str | Path, data: str = "") 
     if (own.is_file() and not data) or (not own.is_file() and name not in declared()):
         return str(own)  # the job refuses a name that no figure has, and says which there are
     path = Path(folder).resolve() / f"{name}.rst"
-    text = "\n\n".join(part for part in (text_of(name, written).rstrip(), _escaped(data)) if part) + "\n"
+    text = "\n\n".join(part for part in (text_of(name, written).rstrip(), as_rst(data)) if part) + "\n"
     if not path.is_file() or path.read_text() != text:  # several processes may parse the rules at once
         publish_text(path, text)
     return str(path)
@@ -90,7 +90,7 @@ def _range(rows: list[dict[str, Any]], name: str) -> str:
     return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
-def _escaped(text: str) -> str:
-    """Plain text as reStructuredText, in which braces are Jinja's."""
+def as_rst(text: str) -> str:
+    """Plain text as reStructuredText, in which braces are Jinja's. For Snakemake, which renders both."""
     escaped = re.sub(r"([\\`*_|<>])", r"\\\1", escape_controls(text))
     return re.sub(r"[{}]", lambda brace: f'{{{{ "{brace[0]}" }}}}', escaped)

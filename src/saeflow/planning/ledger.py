@@ -6,7 +6,7 @@ earlier versions did not say is counted as unknown, never guessed. It holds time
 `results/ledger/<experiment>.parquet`, the same as `.csv`, and as a table for people in `.txt`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,12 +172,14 @@ def ledger_file(plan: Plan) -> Path:
     return Path(plan.results) / "ledger" / f"{file_safe(plan.experiment)}.parquet"
 
 
-def as_text(rows: list[Row]) -> str:
-    """A table that reads as it is, and that reStructuredText makes one of."""
+HEAD = ("stage", "artifacts", "made", "found", "wall", "CPU", "GPU", "on disk", "memory", "saved", "CPU saved")
+
+
+def as_text(rows: list[Row], shown: Collection[str] = HEAD) -> str:
+    """A table that reads as it is, and that reStructuredText makes one of; `shown`: its columns."""
     if not rows:
         return "nothing has been made yet"
-    head = ("stage", "artifacts", "made", "found", "wall", "CPU", "GPU", "on disk", "memory", "saved", "CPU saved")
-    cells = [head, *(_cells(row) for row in rows)]
+    cells = [tuple(c for c, name in zip(row, HEAD, strict=True) if name in shown) for row in (HEAD, *map(_cells, rows))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = "  ".join("=" * width for width in widths)
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
@@ -205,15 +207,3 @@ def span(seconds: float | None, unknown: int) -> str:
         return UNKNOWN
     unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 2 * s or s == 1)
     return f"{seconds / size:.1f} {unit}" + (f" + {unknown} {UNKNOWN}" if unknown else "")
-
-
-def description(plan: Plan, written: str | Path, folder: str | Path) -> str:
-    """Path of the report's description: what is `written`, with the ledger of the last run below it, in `folder`."""
-    table = ledger_file(plan).with_suffix(".txt")
-    if not table.is_file():
-        return str(Path(written).resolve())
-    path = Path(folder).resolve() / f"{table.stem}_report.rst"
-    text = f"{Path(written).read_text()}\n{ABOUT}\n\n{table.read_text()}"
-    if not path.is_file() or path.read_text() != text:
-        publish_text(path, text)
-    return str(path)
