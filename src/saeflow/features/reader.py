@@ -66,7 +66,7 @@ class Feature(NamedTuple):
 
     def __repr__(self) -> str:
         top = f": {self.top[0].value:.4g} at {self.top[0].text!r}" if self.top else ""
-        return f"<latent {self.latent}, fires on {self.row['fired']:,} tokens{top}>"
+        return f"<latent {self.latent}, fires on {int(self.row['fired']):,} tokens{top}>"
 
     def _repr_html_(self) -> str:
         from saeflow.features.show import feature_html

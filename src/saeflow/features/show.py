@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from saeflow.config.checks import escape_controls
@@ -22,14 +23,14 @@ def feature_html(feature: "Feature") -> str:
     if not row["fired"]:
         return f"<h4>latent {feature.latent}</h4><p>It fires on no token that was looked at.</p>"
     facts = [
-        f"fires on {row['fired']:,} tokens ({row['frequency']:.3%}) of {row['n_documents']:,} documents",
+        f"fires on {int(row['fired']):,} tokens ({row['frequency']:.3%}) of {int(row['n_documents']):,} documents",
         f"largest activation {row['max']:.4g}, median {row['q50']:.4g}",
     ]
-    if row["effect"] == row["effect"] and row["effect"] is not None:
+    if _known(row["effect"]):
         error = f" ± {row['effect_error']:.2g}" if _known(row["effect_error"]) else ""
         facts.append(f"without it the loss rises by {row['effect']:.3g}{error} nats where it fires")
     if isinstance(row["label"], str):
-        facts.append(f"label: {row['label']} (F1 {row['label_f1']:.2f})")
+        facts.append(f"label: {row['label']}" + (f" (F1 {row['label_f1']:.2f})" if _known(row["label_f1"]) else ""))
     parts = [f"<h4>latent {feature.latent}</h4><p>{'; '.join(_text(fact) for fact in facts)}</p>"]
     parts += ["<b>largest activations</b>", *(_example(one, row["max"]) for one in feature.top[:TOP])]
     parts.append("<b>over its range, from the strongest part to the weakest</b>")
@@ -90,11 +91,13 @@ def visible(token: str) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else f"{value}"
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return f"{value:.3g}"
+    return "" if value is None else str(value)
 
 
 def _known(value: Any) -> bool:
-    return isinstance(value, float) and not math.isnan(value)
+    return isinstance(value, Real) and not math.isnan(value)
 
 
 def _text(text: object) -> str:
