@@ -3,6 +3,7 @@
 Snakemake's report reads captions as reStructuredText from files, the front page as HTML.
 """
 
+import functools
 import html
 import json
 import re
@@ -15,6 +16,7 @@ from saeflow.figures.registry import declared
 from saeflow.planning.explain import counted
 from saeflow.storage.publish import publish_text
 
+_TOLD = ("seed", "model_name", "n_tokens", "n_documents", "confidence")
 _NOT_WRITTEN = "The table behind it is ``{}.csv``."
 
 
@@ -70,12 +72,14 @@ def about(results: str | Path, needs: Mapping[str, Iterable[str]], stage: str) -
     return f"Data: {'; '.join(told)}."
 
 
+@functools.cache
 def _summary(folder: Path) -> dict[str, Any]:
-    """Empty where there is none that is whole."""
+    """What captions say of it, read once for all figures; empty where there is none that is whole."""
     try:
-        return dict(json.loads((folder / "summary.json").read_bytes()))
+        held = dict(json.loads((folder / "summary.json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return {}
+    return {name: held[name] for name in _TOLD if name in held}
 
 
 def _values(rows: list[dict[str, Any]], name: str) -> list[Any]:

@@ -28,9 +28,8 @@ from saeflow.storage.publish import publish_text
 
 PAGE = "index.html"
 _CAPTIONS = ROOT / "workflow" / "report"
-_DPI = 200
-"""Of figures on disk; 8 points are then shown as 13 pixels, as they are read."""
 _SCALE = 0.6
+"""CSS pixels for a pixel of a figure: at its 200 dots an inch 8 points are 13 pixels, as text is read."""
 _IMAGES = ("png", "svg", "pdf")
 _SAID = ("place", "series", "amount_name", "amount", "seed", "d_sae", "dictionary_key", "worse_than_the_mean")
 _METRIC = re.compile(r"(l0|ce_\w+|loss_recovered_\w+|explained_variance|dead_fraction)(_low|_high)?")
@@ -71,8 +70,8 @@ class Row(NamedTuple):
     """A point of a front, with where it comes from."""
 
     point: Point
-    chain: list[Link]
-    """From the measurement down to the corpus."""
+    chains: list[list[Link]]
+    """From each measurement, one a seed, down to the corpus."""
     links: list[Link]
     """Dashboards and tables of latents."""
 
@@ -212,20 +211,16 @@ class _Maker:
         return [Front(place, [self._row(point, judged) for point in place.points]) for place in best_points(folder)]
 
     def _row(self, point: Point, judged: dict[str, list[tuple[str, str]]]) -> Row:
-        chain, links = dict[str, Link](), list[Link]()
+        chains, links = list[list[Link]](), list[Link]()
         for key in point.keys:
             for one in judged.get(key.partition("/")[0], []):
-                if self._is_of(*one) != key:
-                    continue
-                self.chains.setdefault(one, self.lineage.chain(*one))
-                for step in self.chains[one]:
-                    at = f"#{anchor(step.stage, step.key)}"
-                    chain.setdefault(at, Link(step.stage, at, step.title))
-                for content in self.chains[one].contents.get("corpus", []):
-                    at = f"#corpus/{content}"
-                    chain.setdefault(at, Link(f"corpus {content[:8]}", at, "hash of its content"))
+                if self._is_of(*one) == key:
+                    found = self.chains.setdefault(one, self.lineage.chain(*one))
+                    steps = [Link(step.stage, f"#{anchor(step.stage, step.key)}", step.title) for step in found]
+                    corpora = found.contents.get("corpus", [])
+                    chains.append(steps + [Link(f"corpus {c[:8]}", f"#corpus/{c}", "hash of its content") for c in corpora])
             links += self._of_dictionary.get(key, [])
-        return Row(point, list(chain.values()), links)
+        return Row(point, chains, links)
 
     def _judged(self, needs: dict[str, list[str]]) -> dict[str, list[tuple[str, str]]]:
         """What measured the dictionaries of each training, of what the figures show."""
@@ -306,7 +301,7 @@ def _asked(table: list[dict[str, str]]) -> list[Series]:
         Series(
             series,
             f"{mine[0]['amount_name']} = {_values(row['amount'] for row in mine)}" if mine[0].get("amount") else "",
-            _values(row["place"] for row in mine),
+            _values((row["place"] for row in mine), "; "),
             _values(row.get("seed", "") for row in mine),
             len(mine),
         )
@@ -324,10 +319,10 @@ def _axes(table: list[dict[str, str]]) -> list[tuple[str, str]]:
     return [(name, _values(row[name] or "none" for row in table)) for name in varies]
 
 
-def _values(found: Iterable[str]) -> str:
+def _values(found: Iterable[str], between: str = ", ") -> str:
     values = list(dict.fromkeys(value for value in found if value))
     more = f" and {len(values) - _MOST_VALUES} more" if len(values) > _MOST_VALUES else ""
-    return ", ".join(values[:_MOST_VALUES]) + more
+    return between.join(values[:_MOST_VALUES]) + more
 
 
 def experiments_of(conf: Path) -> dict[str, str]:
