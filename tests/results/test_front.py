@@ -181,17 +181,27 @@ def test_the_same_results_give_the_same_bytes_and_it_is_whole_whoever_writes(her
     assert not list(Path("results").glob("*.partial"))
 
 
-def test_dashboards_and_tables_are_linked_where_they_are(here: Path) -> None:
+def test_dashboards_and_tables_are_linked_where_they_are(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = run(SWEEP)
-    train = next(iter(plan.stages["train"]))
-    table = Path("results/features/of-01234567")
-    table.mkdir(parents=True)
-    (table / "index.json").write_text(json.dumps({"dictionary_key": train}))
-    (table / "latents.parquet").touch()
-    write_receipt(table, "features", {"train": [train]})
+    train, other = list(plan.stages["train"])[:2]
+    monkeypatch.setattr("saeflow.results.disk.stages", lambda: stages() | {"dashboards": stages()["features"]})
+    for stage, key, needs, files in (
+        ("features", "of-01234567", {"train": [train]}, ["index.json", "latents.parquet"]),
+        ("dashboards", "of-12345678", {"features": ["of-01234567"], "train": [train]}, ["index.html"]),
+        ("jacobian", "pair-23456789", {"train": [train, other]}, ["pairs.html"]),
+        ("jacobian", "elsewhere-3456789a", {"train": [train, "of-another-experiment"]}, ["pairs.html"]),
+    ):
+        folder = Path("results") / stage / key
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_text(json.dumps({"dictionary_key": train}))
+        write_receipt(folder, stage, needs)
     page = page_of()
-    linked = [row for row in page.rows if "features/of-01234567/latents.parquet" in row["links"]]
-    assert len(linked) == 1
+    linked = [row["links"] for row in page.rows if "features/of-01234567/latents.parquet" in row["links"]]
+    assert len(linked) == 1 and "dashboards/of-12345678/index.html" in linked[0]
+    assert page.links.count("dashboards/of-12345678/index.html") == 2  # among the pages too
+    assert "jacobian/pair-23456789/pairs.html" in page.links
+    assert not [href for href in page.links if "elsewhere" in href]
 
 
 def test_nothing_is_written_where_there_is_nothing(tmp_path: Path) -> None:

@@ -263,17 +263,26 @@ class _Maker:
         return [Link(path.name, self._href(path)) for path in files if path.stem not in figures]
 
     def _pages(self, needs: dict[str, list[str]]) -> list[Link]:
-        """Pages to read that stages have made of what the figures show, and of the same dictionaries."""
+        """Pages to read: of what the figures show, and of nothing but dictionaries that are among theirs."""
+        mine = {(stage, key) for stage, keys in needs.items() for key in keys}
+        dictionaries = {key for one in mine for key in self._made_from(*one)}
         found = []
-        for stage, keys in needs.items():
-            for key in keys:
-                receipt = self.disk.whole.get(stage, {}).get(key, {})
-                pages = [name for name in receipt.get("sizes", {}) if name.endswith(".html")]
-                found += [
-                    Link(f"{stage} {without_hash(key.rsplit('/', 1)[-1])}: {Path(page).stem}",
-                         self._href(self.disk.folder(stage, key) / page)) for page in pages
-                ]  # fmt: skip
+        for stage, receipts in self.disk.whole.items():
+            for key, receipt in receipts.items() if stage != FIGURES else ():
+                of = self._made_from(stage, key)
+                if (stage, key) in mine or (of and of <= dictionaries):
+                    pages = [name for name in receipt.get("sizes", {}) if name.endswith(".html")]
+                    name = f"{stage} {without_hash(key.rsplit('/', 1)[-1])}"
+                    for page in [PAGE] if PAGE in pages else pages:
+                        title = name if page == PAGE else f"{name}: {page.removesuffix('.html')}"
+                        found.append(Link(title, self._href(self.disk.folder(stage, key) / page)))
         return found
+
+    def _made_from(self, stage: str, key: str) -> set[str]:
+        """Keys of the dictionaries that an artifact was made from, or is."""
+        receipt = self.disk.whole[stage].get(key, {})
+        of = {made for name in HOLDS_DICTIONARIES for made in receipt.get("needs", {}).get(name, [])}
+        return of | ({key} if stage in HOLDS_DICTIONARIES else set())
 
     def _reports(self, key: str | None) -> list[Link]:
         """Snakemake's report, where it is of these figures."""
