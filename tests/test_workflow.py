@@ -237,7 +237,7 @@ def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> Non
     done = Workflow(home).script("report.py", f"{SWEEP} {TINY}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((home / "results/ledger").glob("*.parquet"))
-    assert "CPU saved" in (home / "results/report.html").read_text()
+    assert "What each stage made, by name" in (home / "results/report.html").read_text()
     *_, report, page = done.stdout.splitlines()
     assert (home / "results/report.html").is_file() and report == "report:  results/report.html"
     assert page == f"page:    {(home / 'results/index.html').as_uri()}"

@@ -23,7 +23,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
 from saeflow.results.disk import Disk
-from saeflow.results.front import experiments_of, png_size, render, write_front_page
+from saeflow.results.front import experiments_of, png_size, write_front_page
 from saeflow.results.points import best_points
 from saeflow.storage.receipts import RECEIPT, SET_ASIDE
 
@@ -233,8 +233,3 @@ def test_the_size_of_a_picture_is_read_from_its_head(tmp_path: Path) -> None:
 
     Figure(figsize=(3, 2)).savefig(tmp_path / "a.png", dpi=100)
     assert png_size(tmp_path / "a.png") == (300, 200)
-
-
-def test_rendering_reads_the_disk_alone(here: Path) -> None:
-    run(SWEEP)
-    assert render(Disk("results"), Path("conf")) == render(Disk(Path("results")), Path("conf"))

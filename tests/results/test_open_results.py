@@ -135,6 +135,7 @@ def test_a_dictionary_is_the_one_on_disk_by_any_part_of_its_key_that_is_enough(r
         found = run.dictionary(name)
         assert found.tensors.keys() == tensors.keys()
         assert all(torch.equal(found.tensors[n], tensors[n]) for n in tensors)
+    assert repr(found) == "<SAE (relu, l1_coefficient = 0.001) of blocks.1.hook_mlp_out, 32 to 64 latents to 32>"
     with pytest.raises(ResultsError, match=r"'sae' may be train sae-.*, train sae-.*: give more of the key"):
         run.dictionary("sae")
     with pytest.raises(ResultsError, match=r"there is no train or foreign 'sea-1' in .*; there are: train sae-"):
