@@ -3,10 +3,9 @@ and where each number came from. A static file that needs nothing from elsewhere
 """
 
 import functools
-import re
+import math
 import shlex
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +18,20 @@ from saeflow.figures.registry import declared
 from saeflow.figures.whereabouts import ROOT
 from saeflow.planning.explain import readable
 from saeflow.planning.parts import without_hash
+from saeflow.results.asked import Series, asked, axes, experiments_of
 from saeflow.results.disk import FIGURES, HOLDS_DICTIONARIES, Disk, ResultsError, read_config, read_json
 from saeflow.results.lineage import Chain, Lineage, Step
-from saeflow.results.points import Place, Point, best_points, read_table
+from saeflow.results.points import Place, Point, best_points, number, read_table
 from saeflow.results.show import settings_text
 from saeflow.results.state import Note, notes
 from saeflow.storage.publish import publish_text
+from saeflow.storage.receipts import DamagedError, verify
 
 PAGE = "index.html"
 _CAPTIONS = ROOT / "workflow" / "report"
 _SCALE = 0.6
 """CSS pixels for a pixel of a figure: at its 200 dots an inch 8 points are 13 pixels, as text is read."""
 _IMAGES = ("png", "svg", "pdf")
-_SAID = ("place", "series", "amount_name", "amount", "seed", "d_sae", "dictionary_key", "worse_than_the_mean")
-_METRIC = re.compile(r"(l0|ce_\w+|loss_recovered_\w+|explained_variance|dead_fraction)(_low|_high)?")
-_MOST_VALUES, _MOST_SERIES = 12, 24
 
 
 class Link(NamedTuple):
@@ -54,16 +52,6 @@ class Shown(NamedTuple):
     width: int
     height: int
     files: list[Link]
-
-
-class Series(NamedTuple):
-    """What was compared: dictionaries that are equal in all but their amounts, seeds and places."""
-
-    series: str
-    amounts: str
-    places: str
-    seeds: str
-    n: int
 
 
 class Row(NamedTuple):
@@ -145,6 +133,8 @@ class _Maker:
         self.runs = {file_safe(str(raw["experiment"])): raw for raw in disk.runs}
         self.told = experiments_of(conf)
         self.chains: dict[tuple[str, str], Chain] = {}
+        self.damaged: dict[str, None] = {}
+        """What was found of an experiment that is not what was written, in order."""
 
     @property
     def names(self) -> list[str]:
@@ -171,24 +161,28 @@ class _Maker:
     def experiment(self, name: str) -> Experiment:
         keys, raw = self.disk.experiments.get(name, []), self.runs.get(name)
         key = keys[0] if keys else None
+        self.damaged = {}
         folder = self.disk.folder(FIGURES, key) if key else None
+        folder = folder if folder and self._is_sound(folder) else None
         table = read_table(folder / "table.csv") if folder else []
         needs = self.disk.whole[FIGURES][key]["needs"] if key else {}
         overrides = " ".join((raw or {}).get("overrides", []))
+        fronts = self._fronts(folder, needs) if folder else []
+        damaged = [Note("damaged", said) for said in self.damaged]
         return Experiment(
             name,
             self.told.get(name, ""),
             f"make run HYDRA={shlex.quote(overrides)}" if overrides else "",
-            _asked(table),
-            _axes(table),
-            notes(self.disk, raw, key),
+            asked(table),
+            axes(table),
+            damaged + notes(self.disk, raw, key),
             self._figures(folder, needs) if folder else [],
-            self._fronts(folder, needs) if folder else [],
+            fronts,
             self._tables(folder) if folder else [],
             self._pages(needs),
             self._reports(key),
             *self._costs(name),
-        )  # fmt: skip
+        )
 
     # ---------------------------------------------------------------- figures
     def _figures(self, folder: Path, needs: dict[str, list[str]]) -> list[Shown]:
@@ -213,14 +207,48 @@ class _Maker:
     def _row(self, point: Point, judged: dict[str, list[tuple[str, str]]]) -> Row:
         chains, links = list[list[Link]](), list[Link]()
         for key in point.keys:
-            for one in judged.get(key.partition("/")[0], []):
-                if self._is_of(*one) == key:
-                    found = self.chains.setdefault(one, self.lineage.chain(*one))
-                    steps = [Link(step.stage, f"#{anchor(step.stage, step.key)}", step.title) for step in found]
-                    corpora = found.contents.get("corpus", [])
-                    chains.append(steps + [Link(f"corpus {c[:8]}", f"#corpus/{c}", "hash of its content") for c in corpora])
+            for one in self._measured(key, point, judged):
+                if one not in self.chains:
+                    self.chains[one] = self.lineage.chain(*one)
+                found = self.chains[one]
+                steps = [Link(step.stage, f"#{anchor(step.stage, step.key)}", step.title) for step in found]
+                corpora = found.contents.get("corpus", [])
+                chains.append(steps + [Link(f"corpus {c[:8]}", f"#corpus/{c}", "hash of its content") for c in corpora])
             links += self._of_dictionary.get(key, [])
         return Row(point, chains, links)
+
+    def _measured(
+        self, dictionary: str, point: Point, judged: dict[str, list[tuple[str, str]]]
+    ) -> list[tuple[str, str]]:
+        """What measured a dictionary; where several did, on other tokens say, the one that has the point's numbers."""
+        found = {}
+        for stage, key in judged.get(dictionary.partition("/")[0], []):
+            summary = self._summary(stage, key)
+            parts = (summary.get("train_key", ""), summary.get("part") or "")
+            if dictionary == (summary.get("dictionary_key") or "/".join(part for part in parts if part)):
+                found[stage, key] = summary
+        if len(found) > 1 and len(point.keys) == 1:
+            shown = {name: number(cell.value) for name, cell in point.cells.items()}
+            found = {
+                one: summary for one, summary in found.items()
+                if all(math.isclose(value, summary.get(name) or math.nan, rel_tol=1e-5) for name, value in shown.items()
+                       if value and name in summary)
+            }  # fmt: skip
+        return list(found)
+
+    def _summary(self, stage: str, key: str) -> dict[str, Any]:
+        """Empty where it is not what was written, which is noted."""
+        folder = self.disk.folder(stage, key)
+        return read_json(folder / "summary.json") if self._is_sound(folder, "summary.json") else {}
+
+    def _is_sound(self, folder: Path, *names: str) -> bool:
+        """Whether files are what their receipt says; what is not is noted, and not shown."""
+        try:
+            verify(folder, names)
+        except DamagedError as error:
+            self.damaged[str(error)] = None
+            return False
+        return True
 
     def _judged(self, needs: dict[str, list[str]]) -> dict[str, list[tuple[str, str]]]:
         """What measured the dictionaries of each training, of what the figures show."""
@@ -232,12 +260,6 @@ class _Maker:
                     for made in (k for s in HOLDS_DICTIONARIES for k in receipt["needs"].get(s, [])):
                         found.setdefault(made, []).append((stage, key))
         return found
-
-    def _is_of(self, stage: str, key: str) -> str:
-        """Key of the dictionary that a summary is of; empty where it is of several."""
-        summary = read_json(self.disk.folder(stage, key) / "summary.json")
-        parts = (summary.get("train_key", ""), summary.get("part") or "")
-        return str(summary.get("dictionary_key") or "/".join(part for part in parts if part))
 
     @functools.cached_property
     def _of_dictionary(self) -> dict[str, list[Link]]:
@@ -298,53 +320,6 @@ class _Maker:
 
     def _href(self, path: Path) -> str:
         return quote(path.relative_to(self.disk.root).as_posix())
-
-
-# -------------------------------------------------------------------- what an experiment asked
-def _asked(table: list[dict[str, str]]) -> list[Series]:
-    """By series: which amounts, at which places, with which seeds."""
-    rows: dict[str, list[dict[str, str]]] = {}
-    for row in table:
-        rows.setdefault(row["series"], []).append(row)
-    return [
-        Series(
-            series,
-            f"{mine[0]['amount_name']} = {_values(row['amount'] for row in mine)}" if mine[0].get("amount") else "",
-            _values((row["place"] for row in mine), "; "),
-            _values(row.get("seed", "") for row in mine),
-            len(mine),
-        )
-        for series, mine in list(rows.items())[:_MOST_SERIES]
-    ]  # fmt: skip
-
-
-def _axes(table: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """What else differs between dictionaries of one kind, by its name in `conf/`."""
-    columns = [name for name in (table[0] if table else {}) if name not in _SAID and not _METRIC.fullmatch(name)]
-    kinds: dict[str, list[dict[str, str]]] = {}
-    for row in table:
-        kinds.setdefault(row["series"].partition(",")[0], []).append(row)
-    varies = [name for name in columns if any(len({row[name] for row in rows}) > 1 for rows in kinds.values())]
-    return [(name, _values(row[name] or "none" for row in table)) for name in varies]
-
-
-def _values(found: Iterable[str], between: str = ", ") -> str:
-    values = list(dict.fromkeys(value for value in found if value))
-    more = f" and {len(values) - _MOST_VALUES} more" if len(values) > _MOST_VALUES else ""
-    return between.join(values[:_MOST_VALUES]) + more
-
-
-def experiments_of(conf: Path) -> dict[str, str]:
-    """What the files of `conf/experiment` say of themselves: the comment at their head, by the experiment's name."""
-    found = {}
-    for file in sorted((conf / "experiment").rglob("*.yaml")):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        named = re.search(r"^experiment_name: *[\"']?([\w.+-]+)", text, re.MULTILINE)
-        head = [line[1:].strip() for line in text.split("\n\n")[0].splitlines() if line.startswith("#")]
-        about_it = " ".join(line for line in head if not line.startswith("@package"))
-        if named and about_it:
-            found[file_safe(named[1])] = about_it
-    return found
 
 
 def png_size(file: Path) -> tuple[int, int]:

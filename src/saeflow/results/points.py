@@ -54,7 +54,8 @@ class Point:
     """The seed, or how many there are."""
     keys: tuple[str, ...]
     """Of the dictionaries."""
-    cells: tuple[Cell, ...]
+    cells: dict[str, Cell]
+    """By the name of the metric."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _point(row: dict[str, str], metrics: dict[str, Metric]) -> Point:
     )  # fmt: skip
     n = int(float(row.get("seeds") or 1))
     seed = f"{number(row['seed']):g}" if row.get("seed") else ""
-    cells = tuple(_cell(row, name, metric, n) for name, metric in metrics.items())
+    cells = {name: _cell(row, name, metric, n) for name, metric in metrics.items()}
     return Point(row["series"], amount, f"{n} seeds" if n > 1 else seed, tuple(keys.split()), cells)
 
 
