@@ -229,6 +229,8 @@ def test_the_reason_of_a_failure_comes_once_and_last(finished: Path, home: Path)
     *_, before, last = said.strip().splitlines()
     assert before.startswith("1 of ") and before.endswith("the same command goes on from here")
     assert last.startswith("train failed: ") and "(log: logs/train/" in last
+    page = (home / "results/index.html").read_text()
+    assert "1 training, 1 evaluation, 1 set of figures that the last run was to make" in page
 
 
 def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> None:
