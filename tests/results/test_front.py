@@ -22,8 +22,8 @@ from saeflow.planning import frozen
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
-from saeflow.results.disk import Disk
 from saeflow.results.asked import experiments_of
+from saeflow.results.disk import Disk
 from saeflow.results.front import png_size, write_front_page
 from saeflow.results.points import best_points
 from saeflow.storage.receipts import RECEIPT, SET_ASIDE
@@ -70,6 +70,12 @@ def write_receipt_of(plan: Plan, stage: str, key: str) -> None:
     assert (folder / "config.yaml").read_bytes() == config
 
 
+def rows_of(file: Path) -> dict[str, dict[str, str]]:
+    """Rows of a table by the amount."""
+    with open(file, newline="") as lines:
+        return {row["amount"]: row for row in csv.DictReader(lines)}
+
+
 def page_of() -> Page:
     file = write_front_page("results", "conf")
     assert file == Path("results/index.html")
@@ -87,13 +93,15 @@ def test_it_shows_the_front_with_the_numbers_of_the_csv(here: Path) -> None:
     plan = run(SWEEP, "experiment_name=mine")
     page = page_of()
     (folder,) = Path("results/figures").iterdir()
-    table = {row["amount"]: row for row in csv.DictReader(open(folder / "table.csv"))}
+    table = rows_of(folder / "table.csv")
     front = [table[k] for k in ("4", "8", "32")]  # at k = 16 the loss is higher than at 8
     assert [row["numbers"][:3] for row in page.rows] == [[r["l0"], r["ce_replaced"], r["ce_increase"]] for r in front]
     for row in front:
         low, high = float(row["ce_increase_low"]), float(row["ce_increase_high"])
         assert f"[{low:.4f}, {high:.4f}]" in page.text
-    assert "TopK SAE" in page.text and "k = 4, 8, 16, 32" in page.text and "3 of 3 points of the front of 4" in page.text
+    assert (
+        "TopK SAE" in page.text and "k = 4, 8, 16, 32" in page.text and "3 of 3 points of the front of 4" in page.text
+    )
     content = plan.stages["tokens"][next(iter(plan.stages["tokens"]))].config["corpus"]["content"]
     assert all(row["links"][-1] == f"#corpus/{content}" for row in page.rows)
     assert f"make run HYDRA='{' '.join(plan.overrides)}'" in page.text
@@ -104,7 +112,7 @@ def test_of_several_seeds_it_shows_their_means_as_the_figure_has_them(here: Path
     run(SWEEP, "seed=[0,1,2]")
     page = page_of()
     (file,) = Path("results").glob("figures/*/sparsity_faithfulness.csv")
-    table = {row["amount"]: row for row in csv.DictReader(open(file))}
+    table = rows_of(file)
     front = [table[k] for k in ("4", "8", "32")]
     assert [row["numbers"][:2] for row in page.rows] == [[r["l0"], r["ce_replaced"]] for r in front]
     assert "3 seeds" in page.text and "over seeds" in page.text
@@ -139,7 +147,9 @@ def test_what_is_missing_stale_damaged_or_gone_is_said(here: Path, monkeypatch: 
     newer = dataclasses.replace(stages()["evaluate"], version=99, version_of=lambda config: None)
     monkeypatch.setattr("saeflow.results.state.stages", lambda: stages() | {"evaluate": newer})
     text = page_of().text
-    assert "stale: 4 evaluations computed otherwise since (evaluate is at version 99, CHANGELOG.md); a run makes" in text
+    assert (
+        "stale: 4 evaluations computed otherwise since (evaluate is at version 99, CHANGELOG.md); a run makes" in text
+    )
 
 
 def test_what_is_not_as_it_was_written_is_not_shown(here: Path) -> None:
@@ -177,7 +187,9 @@ def test_an_experiment_without_figures_is_there_and_of_several_states_the_last_t
     os.utime(frozen.plan_file(first), (future, future))  # asked for again, with nothing to do
     assert Disk("results").experiments["flips"] == [key, *newer]
     frozen.freeze_run(plan_of(SWEEP, "experiment_name=begun", "dictionary.expansion=2"))
-    assert "begun" in page_of().text and "4 trainings, 4 evaluations, 1 set of figures that the last run" in page_of().text
+    assert (
+        "begun" in page_of().text and "4 trainings, 4 evaluations, 1 set of figures that the last run" in page_of().text
+    )
 
 
 def test_the_same_results_give_the_same_bytes_and_it_is_whole_whoever_writes(here: Path) -> None:

@@ -58,7 +58,8 @@ def test_importing_saeflow_imports_nothing_else() -> None:
 def test_opening_a_folder_reads_no_array_and_needs_no_torch(results: Path) -> None:
     code = (
         "import sys, saeflow\n"
-        f"run = saeflow.open_results({str(results)!r})\nrun.experiments, run.keys('train'), repr(run), run._repr_html_()\n"
+        f"run = saeflow.open_results({str(results)!r})\n"
+        "run.experiments, run.keys('train'), repr(run), run._repr_html_()\n"
         f"print(*[name for name in {HEAVY} if name in sys.modules])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -92,7 +93,10 @@ def test_evaluations_are_the_summaries_with_what_a_row_is_of_first(run: Results,
     without = run.evaluations(without_bos=True)
     for summary in summaries:
         (row,) = without[without["dictionary_key"] == summary["dictionary_key"]].to_dict("records")
-        assert row["ce_replaced"] == summary["ce_replaced_without_bos"] and row["n_tokens"] == summary["n_tokens_without_bos"]
+        assert (
+            row["ce_replaced"] == summary["ce_replaced_without_bos"]
+            and row["n_tokens"] == summary["n_tokens_without_bos"]
+        )
     assert "explained_variance_legacy" not in without and set(without) < set(table)
 
 
@@ -123,7 +127,7 @@ def test_studies_have_a_row_each(run: Results, results: Path) -> None:
     assert table["key"].tolist() == [file.parent.name]
     assert table["mean_absolute"].item() == json.loads(file.read_text())["mean_absolute"]
     assert run.summary(file.parent.name) == json.loads(file.read_text())
-    with pytest.raises(ResultsError, match="no train has a summary.json here; those that do: jacobian, evaluate"):
+    with pytest.raises(ResultsError, match=r"no train has a summary\.json here; those that do: jacobian, eval"):
         run.summaries("train")
 
 
@@ -152,7 +156,11 @@ def test_activations_are_the_column_and_read_when_asked(run: Results, results: P
     assert not found.variable._in_memory
     stored = xr.open_zarr(store, consolidated=False)[found.name]
     np.testing.assert_array_equal(found[100:110].values, stored[100:110].values)
-    assert {"token_id", "document", "position"} <= set(found.coords) and found["position"].values[:3].tolist() == [0, 1, 2]
+    assert {"token_id", "document", "position"} <= set(found.coords) and found["position"].values[:3].tolist() == [
+        0,
+        1,
+        2,
+    ]
     assert run.activations(column).equals(found)
     with pytest.raises(ResultsError, match=r"activations\(''\): give more of the key; "):
         run.activations()
@@ -200,7 +208,9 @@ def test_a_figure_is_drawn_of_what_is_on_disk_to_be_changed(run: Results, tmp_pa
     figure.axes[0].set_title("mine")
     figure.savefig(tmp_path / "mine.png")
     assert (tmp_path / "mine.png").stat().st_size > 5000
-    with pytest.raises(ResultsError, match=r"no figure 'stacks' can be drawn of this; these can: .*sparsity_faithfulness"):
+    with pytest.raises(
+        ResultsError, match=r"no figure 'stacks' can be drawn of this; these can: .*sparsity_faithfulness"
+    ):
         run.figure("stacks")
     with pytest.raises(ResultsError, match="no experiment 'demo' has figures; there are: default"):
         run.figure("sparsity_faithfulness", "demo")
@@ -225,9 +235,11 @@ def test_what_is_damaged_is_named_and_not_shown(copied: Path) -> None:
     assert "not whole: 2 (run.left_out)" in repr(run) and lost.name not in run.keys("evaluate")
     with pytest.raises(ResultsError, match=r"is not whole \(sae_weights.safetensors: .* bytes instead of"):
         run.dictionary(key)
-    with pytest.warns(UserWarning, match=rf"left out of evaluate: 1 that are not whole, such as {re.escape(lost.name)}"):
+    with pytest.warns(
+        UserWarning, match=rf"left out of evaluate: 1 that are not whole, such as {re.escape(lost.name)}"
+    ):
         assert len(run.evaluations()) == 3
-    with pytest.raises(DamagedError, match="summary.json is damaged"):
+    with pytest.raises(DamagedError, match=r"summary\.json is damaged"):
         run.evaluations("default")
 
 
@@ -279,7 +291,7 @@ def test_from_each_number_a_chain_leads_to_the_corpus(results: Path, run: Result
     assert len(page.rows) >= 2
     for row in page.rows:
         assert row["links"][-1] == f"#corpus/{content}"
-        assert [href.partition("/")[0][1:] for href in row["links"] if href.startswith("#")][0] == "evaluate"
+        assert next(href for href in row["links"] if href.startswith("#")).startswith("#evaluate/")
     drawn = pd.read_csv(next(results.glob("figures/*/table.csv")), dtype=str, keep_default_na=False)
     shown = {value for row in page.rows for value in row["numbers"]}
     assert shown <= set(drawn.to_numpy().ravel()) and shown

@@ -20,7 +20,9 @@ def activations(column: Column) -> xr.DataArray:
     What is stored as bfloat16 reads as the same numbers in float32. Raises `ValueError` where they lie in a bucket.
     """
     if url := array_url(column.folder):
-        raise ValueError(f"the activations of {column.hook_name} are in {url}: make pull HYDRA=... ARRAYS=1 brings them")
+        raise ValueError(
+            f"the activations of {column.hook_name} are in {url}: make pull HYDRA=... ARRAYS=1 brings them"
+        )
     store = xr.open_zarr(column.store / "activations.zarr", consolidated=False, chunks=None, mask_and_scale=False)
     named = store[column.hook_name]
     if column.dtype == "bfloat16":

@@ -156,7 +156,10 @@ class _Maker:
         for step in self.steps:
             for name, content in step.contents.items():
                 found.setdefault((name, content), set()).add(step.names.get(f"{name}_name", ""))
-        return [(name, content, ", ".join(sorted(filter(None, called)))) for (name, content), called in sorted(found.items())]
+        return [
+            (name, content, ", ".join(sorted(filter(None, called))))
+            for (name, content), called in sorted(found.items())
+        ]
 
     def experiment(self, name: str) -> Experiment:
         keys, raw = self.disk.experiments.get(name, []), self.runs.get(name)

@@ -118,7 +118,7 @@ class Results:
         return summaries(self._job_of(stage, experiment), stage)
 
     def table(self, name: str, experiment: str | None = None) -> "pd.DataFrame":
-        """The numbers behind a figure, or `table`, `evaluations` and the like: a CSV beside the experiment's figures."""
+        """The numbers behind a figure, or `table`, `evaluations` and the like: a CSV beside an experiment's figures."""
         import pandas as pd
 
         folder = self._disk.folder(FIGURES, self._figures_of(experiment))
@@ -138,7 +138,9 @@ class Results:
         verify(folder)
         parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
         if not part and parts and not parts[0].startswith("head_"):
-            raise ResultsError(f"{folder.name} is {len(parts)} dictionaries: ask for {folder.name}/{' or /'.join(parts)}")
+            raise ResultsError(
+                f"{folder.name} is {len(parts)} dictionaries: ask for {folder.name}/{' or /'.join(parts)}"
+            )
         return load_dictionary(folder / part, device)
 
     def features(self, key: str) -> "Features":
@@ -160,7 +162,9 @@ class Results:
         arrays = {column.array for column in named.values()}
         if len(arrays) != 1:
             there = ", ".join(sorted(named or columns)) or "none"
-            raise ResultsError(f"activations({key!r}): {'give more of the key' if arrays else 'no such column'}; {there}")
+            raise ResultsError(
+                f"activations({key!r}): {'give more of the key' if arrays else 'no such column'}; {there}"
+            )
         longest = max(named.values(), key=lambda column: column.n_tokens)
         verify(longest.folder)
         return activations(longest)
@@ -232,7 +236,11 @@ class Results:
     def _summarised(self) -> list[str]:
         """Stages of which something has a `summary.json`."""
         whole = self._disk.whole
-        return [name for name in whole if any("summary.json" in receipt.get("sizes", {}) for receipt in whole[name].values())]
+        return [
+            name
+            for name in whole
+            if any("summary.json" in receipt.get("sizes", {}) for receipt in whole[name].values())
+        ]
 
     def _dictionary(self, key: str) -> tuple[Path, str]:
         """Folder of the artifact that holds a dictionary, and which part of it is meant."""

@@ -28,13 +28,24 @@ def notes(disk: Disk, raw: dict[str, Any] | None, shown: str | None) -> list[Not
     to_make = {(stage, key) for stage, keys in (raw or {}).get("to_make", {}).items() for key in keys}
     missing = [one for one in lineage if one in to_make and one not in there and one not in broken]
     if missing:
-        found.append(Note("missing", f"{_counts(missing)} that the last run was to make; the same command goes on, unless it still runs"))
+        found.append(
+            Note(
+                "missing",
+                f"{_counts(missing)} that the last run was to make; the same command goes on, unless it still runs",
+            )
+        )
     if raw and shown and shown not in raw["stages"].get(FIGURES, {}):
         found.append(Note("stale", f"the figures below are of an earlier state of this experiment, {shown}"))
     stale = [one for one in lineage if one in there and _is_old(one[0], lineage[one])]
     if stale:
-        versions = ", ".join(f"{name} is at version {stages()[name].version}" for name in dict.fromkeys(s for s, _ in stale))
-        found.append(Note("stale", f"{_counts(stale)} computed otherwise since ({versions}, CHANGELOG.md); a run makes them anew"))
+        versions = ", ".join(
+            f"{name} is at version {stages()[name].version}" for name in dict.fromkeys(s for s, _ in stale)
+        )
+        found.append(
+            Note(
+                "stale", f"{_counts(stale)} computed otherwise since ({versions}, CHANGELOG.md); a run makes them anew"
+            )
+        )
     gone = [one for one in lineage if one not in there and one not in broken and one not in to_make]
     if gone:
         found.append(Note("deleted", f"{_counts(gone)} not here; what was made from them stays valid"))
