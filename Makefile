@@ -40,7 +40,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status model open report verify push pull remote-verify gc ledger figures test test-real test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify gc ledger figures test test-real test-slurm lint notebooks bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -127,6 +127,9 @@ lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+
+notebooks: $(INSTALLED) ## execute docs/notebooks/ anew, or one, of results/: make notebooks NAME=004_transcoders_against_saes
+	@$(BIN)/python docs/notebooks/execute.py $(if $(filter command line,$(origin NAME)),$(NAME))
 
 bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 	@failed=; \
