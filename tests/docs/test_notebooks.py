@@ -91,6 +91,27 @@ def test_its_code_runs_at_reduced_size(
     assert "make run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_your_own_model_goes_from_a_folder_and_a_file_to_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands: it is small, and runs Snakemake."""
+    monkeypatch.chdir(SCRIPT.parent)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    of = {"FOLDER": tmp_path, "MODEL": tmp_path / "model", "TEXT": tmp_path / "text.jsonl"}
+    shown = "\n".join(run_cells(NOTEBOOKS["your_own_model_and_text"], of))
+    printed = capsys.readouterr().out
+    assert "1 training, 1 evaluation" in shown and "largest activations" in shown
+    assert "layer 2 is out of range" in printed and "figures: results/figures/mine-" in printed
+
+
+def test_there_is_one_for_each_notebook_that_the_project_began_from() -> None:
+    assert [name[:3] for name in OF_RESULTS] == ["000", "001", "002", "003", "004"]
+    assert set(NOTEBOOKS) - set(OF_RESULTS) == {"your_own_model_and_text"}
+    listed = (ROOT / "docs/results.md").read_text()
+    assert [name for name in NOTEBOOKS if f"(notebooks/{name}.ipynb)" not in listed] == []
+
+
 # -------------------------------------------------------------------- what is saved
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_what_is_saved_was_executed_to_its_end_and_shows_nothing_of_where(name: str) -> None:
