@@ -1,4 +1,5 @@
-"""The three how-tos of docs/ (a kind, a stage, a metric and a figure), followed step by step in a copy of the tree."""
+"""How to add a kind, a stage, a metric and a figure, a site: each page of docs/, followed step by step in a copy of the
+tree."""
 
 import os
 import re
@@ -108,3 +109,16 @@ def test_a_metric_is_a_line_and_a_figure_a_function(copy: Copy) -> None:
     assert len(table) == 2 and table["relative_norm"].between(0, 10).all()
     summary = pd.read_csv(next(copy.tree.glob("results/figures/*/evaluations.csv")))
     assert {"relative_norm_low", "relative_norm_without_bos"} <= set(summary.columns)
+
+
+@pytest.mark.slow
+def test_a_site_is_a_file(copy: Copy) -> None:
+    assert follow("add_a_site.md", copy.tree) == {"conf/site/block.yaml": "new"}
+    page = (ROOT / "docs/add_a_site.md").read_text()
+    by_hook, by_name = re.findall(r'^snakemake --config hydra="(.+)"$', page, re.MULTILINE)
+    plan = copy.call("snakemake", "-n", "--config", f"hydra={by_hook.replace('blocks.2', 'blocks.1')} {TINY}")
+    assert re.search(r"^train +1$", plan, re.MULTILINE)
+    copy.snakemake(by_name.replace("[1,2]", "[0,1]") + " dictionary.k=4")
+    trained = sorted(path.name for path in copy.tree.glob("results/train/*"))
+    assert [name.split("-")[2].split(".")[0] for name in trained] == ["L0", "L1"]
+    assert len(copy.figure("sparsity_faithfulness")) == 2

@@ -1,0 +1,87 @@
+"""The tutorial, followed word by word in a copy of the tree with a tiny model and text."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import save_model
+from tests.test_workflow import fill
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("src", "scripts", "workflow", "profiles", "Snakefile", "Makefile", "pyproject.toml", "environment.yml")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs/tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+SMALL: dict[str, dict[str, Any]] = {
+    "config.yaml": {
+        "tokens": {"context_size": 32, "train_tokens": 4096, "held_out_tokens": 1024, "held_out_fraction": 0.3},
+        "activations": {"batch_rows": 8, "chunk_tokens": 256, "shard_tokens": 1024},
+    },
+    "training/default.yaml": {"n_tokens": 4096, "batch_size": 256, "lr_warm_up_steps": 2, "lr_decay_steps": 2}
+    | {"l1_warm_up_steps": 2, "log_every": 4},
+    "jacobian/default.yaml": {"n_tokens": 256, "linearity_samples": 50},
+}
+"""What the copy's `conf/` says, so that a study takes seconds."""
+
+
+@pytest.fixture
+def clone(tmp_path: Path, tokenizer_folder: Path, corpus_file: Path) -> Path:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = GPTNeoXConfig(**sizes, intermediate_size=64, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
+    config.use_parallel_residual = False
+    model = save_model(GPTNeoXForCausalLM(config), tmp_path / "model", tokenizer_folder)
+    tree = tmp_path / "saeflow"
+    tree.mkdir()
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tree / name)
+    fill(tree, model, corpus_file)
+    for name, settings in SMALL.items():
+        file = tree / "conf" / name
+        said = yaml.safe_load(file.read_text())
+        for key, value in settings.items():
+            said[key] = said[key] | value if isinstance(value, dict) else value
+        file.write_text(yaml.safe_dump(said, sort_keys=False))
+    (tree / ".venv").symlink_to(sys.prefix)
+    return tree
+
+
+def follow(language: str, block: str, tree: Path) -> str:
+    """Does what one block says, and returns what it showed."""
+    if language == "yaml":
+        name, text = re.fullmatch(r"# (\S+)\n(.*)", block, re.DOTALL).groups()  # type: ignore[union-attr]
+        assert not (tree / name).exists()
+        (tree / name).write_text(text)
+        return ""
+    assert language in ("sh", "python"), language
+    make = 'make() { command make -o .venv/.installed "$@"; }\n'  # the environment is set up already
+    command = ["bash", "-euc", make + block] if language == "sh" else [".venv/bin/python", "-c", block]
+    environment = os.environ | {"PYTHONPATH": f"{tree}/src", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{block}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_tutorial_does_what_it_says(clone: Path) -> None:
+    (first, clone_it), *rest = BLOCKS
+    assert first == "sh" and clone_it.startswith("git clone")
+    shown = [(block, follow(language, block, clone)) for language, block in rest]
+    said = [text for block, text in shown if block == "make demo\n"]
+    assert "results/report.html" in said[0]
+    assert "nothing to do" in said[1].lower() or "up to date" in said[1].lower(), said[1]
+    plans = {block: text for block, text in shown if block.startswith("make plan")}
+    one, other = plans.values()
+    assert re.search(r"^1 training, 1 evaluation, 1 set of figures", one, re.MULTILINE), one
+    assert re.search(r"^4 trainings", other, re.MULTILINE) or "4 trainings" in other, other
+    tables = [text for block, text in shown if "evaluations.csv" in block]
+    assert len(re.findall(r"\d\.\d+", tables[0])) > 50
+    (latent,) = [text for block, text in shown if "open_features" in block]
+    assert "effect" in latent
+    assert (clone / "results/figures").is_dir() and list((clone / "results/figures").glob("middle-*/*.png"))
