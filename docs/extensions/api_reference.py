@@ -38,7 +38,7 @@ def pages() -> dict[str, str]:
 
 
 def _page(package: str, files: list[Path]) -> str:
-    lines = [f"# `saeflow.{package}`", ""]
+    lines = [f"# saeflow.{package}", ""]
     for file in sorted(files, key=lambda f: (f.name != "__init__.py", f)):
         module = ".".join(("saeflow", *file.relative_to(LIBRARY).with_suffix("").parts)).removesuffix(".__init__")
         tree = ast.parse(file.read_text())
@@ -47,7 +47,7 @@ def _page(package: str, files: list[Path]) -> str:
         if module != f"saeflow.{package}" or package == file.stem:
             if not ast.get_docstring(tree):
                 continue
-            lines += [f"## `{module}`", ""] if module != f"saeflow.{package}" else []
+            lines += [f"## {_escaped(module)}", ""] if module != f"saeflow.{package}" else []
         lines += [f":::{{py:module}} {module}\n:::", "", prose(ast.get_docstring(tree)), "", body, ""]
     return "\n".join(lines)
 
@@ -151,8 +151,12 @@ def prose(text: str | None) -> str:
     found: list[str] = []
     for block in re.split(r"((?:^    .*(?:\n|\Z))+)", inspect.cleandoc(text or ""), flags=re.MULTILINE):
         shown = [block] if block.startswith("    ") else re.split(r"(`[^`]*`)", block)
-        found += [s if s.startswith(("`", "    ")) else re.sub(r"([<$_])", r"\\\1", s) for s in shown]
+        found += [s if s.startswith(("`", "    ")) else _escaped(s) for s in shown]
     return "".join(found)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([<$_])", r"\\\1", text)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

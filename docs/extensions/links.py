@@ -35,7 +35,7 @@ class LinkNames(SphinxTransform):
         settings = self.env.config_paths  # type: ignore[attr-defined]
         for literal in list(self.document.findall(nodes.literal)):
             text = literal.astext()
-            if isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
+            if isinstance(literal.parent, nodes.reference | nodes.title | addnodes.pending_xref):
                 continue
             if _NAME.fullmatch(text):
                 self._link(literal, "py", "obj", text)
