@@ -17,7 +17,7 @@ author = "saeflow contributors"
 release = version = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
 copyright = author
 
-extensions = ["myst_parser", "sphinx_copybutton", "api_reference", "config_reference", "links", "mathml"]
+extensions = ["myst_parser", "sphinx_copybutton", "api_reference", "config_reference", "links", "mathml", "notebooks"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist"]

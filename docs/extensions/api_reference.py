@@ -7,11 +7,14 @@ begin with an underscore are left out.
 import ast
 import inspect
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 LIBRARY = Path(__file__).resolve().parents[2] / "src/saeflow"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -159,6 +162,20 @@ def _escaped(text: str) -> str:
     return re.sub(r"([<$_])", r"\\\1", text)
 
 
+class Packages(SphinxDirective):
+    """A table of contents of all packages, in the order of the data flow, which is that of the layers of imports."""
+
+    def run(self) -> list[nodes.Node]:
+        project = tomllib.loads((LIBRARY.parents[1] / "pyproject.toml").read_text())
+        (layers,) = (c["layers"] for c in project["tool"]["importlinter"]["contracts"] if "layers" in c)
+        order = {name: place for place, name in enumerate(reversed(layers))}
+        names = sorted(pages(), key=lambda name: (order.get(name, len(order)), name))
+        return self.parse_text_to_nodes(
+            "\n".join(["```{toctree}", ":maxdepth: 1", "", *(f"api/{n}" for n in names), "```"])
+        )
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("packages", Packages)
     app.connect("builder-inited", write_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

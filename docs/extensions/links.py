@@ -39,7 +39,7 @@ class LinkNames(SphinxTransform):
                 continue
             if _NAME.fullmatch(text):
                 self._link(literal, "py", "obj", text)
-            elif text.partition("=")[0] in settings:
+            elif "." in text and text.partition("=")[0] in settings:
                 self._link(literal, "std", "confval", text.partition("=")[0])
 
     def _link(self, literal: nodes.literal, domain: str, role: str, target: str) -> None:

@@ -1,5 +1,6 @@
 """The documentation is built without a warning, and shows itself without a network."""
 
+import json
 import os
 import re
 import shutil
@@ -8,10 +9,28 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import notebooks
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src"}
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+NOTEBOOK = {
+    "cells": [
+        {"cell_type": "markdown", "source": ["# An example\n", "\n", "with $x^2$ and `training.lr`"]},
+        {
+            "cell_type": "code",
+            "source": ["frame"],
+            "outputs": [
+                {"output_type": "display_data", "data": {"text/html": "<table><tr><td>7</td></tr></table>"}},
+                {"output_type": "display_data", "data": {"image/png": PIXEL, "text/plain": "<Figure>"}},
+                {"output_type": "stream", "name": "stdout", "text": ["\x1b[31mred\x1b[0m <b>&\n"]},
+            ],
+        },
+    ]
+}
 
 
 class Page(HTMLParser):
@@ -39,6 +58,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that nothing is written into the tree."""
     tree = tmp_path_factory.mktemp("documentation")
     shutil.copytree(ROOT / "docs", tree / "docs", ignore=shutil.ignore_patterns("_build", "api"))
+    (tree / "docs/notebooks").mkdir(exist_ok=True)
+    (tree / "docs/notebooks/example.ipynb").write_text(json.dumps(NOTEBOOK))
     for name in ("src", "conf", "resources", "benchmarks", "CHANGELOG.md", "pyproject.toml"):
         (tree / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", "html"]
@@ -68,6 +89,8 @@ def test_no_page_loads_anything_from_elsewhere(site: Path, pages: dict[Path, Pag
     assert len(pages) > 30
     for file, page in pages.items():
         for address in page.loads:
+            if address.startswith("data:"):
+                continue
             assert not re.match(r"(\w+:)?//", address), f"{file.name} loads {address}"
             assert (file.parent / address.partition("?")[0].partition("#")[0]).exists(), f"{file.name}: {address}"
     for sheet in site.rglob("*.css"):
@@ -105,3 +128,17 @@ def test_a_search_finds_settings_and_functions(site: Path) -> None:
     index = (site / "searchindex.js").read_text()
     assert index.startswith("Search.setIndex(")  # a script, which a page opened from the disk may load
     assert "training.lr" in index and "take_step" in index
+
+
+@pytest.mark.slow
+def test_a_notebook_is_a_page_with_its_outputs(site: Path) -> None:
+    text = (site / "notebooks/example.html").read_text()
+    assert "<h1>An example" in text and "<math" in text and "configuration.html#confval-training.lr" in text
+    assert "<td>7</td>" in text and f"data:image/png;base64,{PIXEL}" in text and "red &lt;b&gt;&amp;" in text
+    assert "notebooks/example.html" in (site / "index.html").read_text()
+
+
+def test_a_notebook_that_failed_is_refused() -> None:
+    failed = {"output_type": "error", "ename": "KeyError", "evalue": "'l0'"}
+    with pytest.raises(ValueError, match="KeyError: 'l0'"):
+        notebooks.page(json.dumps({"cells": [{"cell_type": "code", "source": "x", "outputs": [failed]}]}))
