@@ -1,5 +1,5 @@
-"""Links that nobody writes: names of the library and of settings in `code` lead to their entry in the reference, and
-links to the library's files to the entry of their module."""
+"""Links that nobody writes: names of the library and of settings in `code` lead to their entry in the reference, links
+to the library's files to the entry of their module, and the table of contents to the pages that are there."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {"changelog": "CHANGELOG.md", "embedded_model": "resources/model/README.md"}
@@ -48,7 +49,26 @@ class LinkNames(SphinxTransform):
         literal.replace_self(reference)
 
 
+class Pages(SphinxDirective):
+    """A part of the table of contents, of pages that are there: `{pages} Caption`, then names, titles or globs."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        folder, entries = Path(self.env.srcdir), []
+        for entry in self.content:
+            name = entry.partition("<")[2].removesuffix(">") or entry
+            there = sorted(file for end in ("md", "ipynb") for file in folder.glob(f"{name}.{end}"))
+            named = [file.relative_to(folder).with_suffix("").as_posix() for file in there]
+            entries += [entry] if named == [name] else named
+        options = ["```{toctree}", ":hidden:", f":caption: {self.arguments[0]}", "", *entries, "```"]
+        return self.parse_text_to_nodes("\n".join(options)) if entries else []
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("pages", Pages)
     app.connect("source-read", prepare)
     app.add_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

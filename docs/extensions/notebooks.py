@@ -5,9 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 FENCE = "`" * 7
 CONTROLS = re.compile(r"\x1b\[[0-9;]*m")
@@ -50,19 +48,7 @@ def convert(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = page(source[0])
 
 
-class Notebooks(SphinxDirective):
-    """A table of contents of the notebooks that are there; nothing where there are none."""
-
-    def run(self) -> list[nodes.Node]:
-        there = sorted((Path(self.env.srcdir) / "notebooks").glob("*.ipynb"))
-        if not there:
-            return []
-        options = ["```{toctree}", ":hidden:", ":caption: Notebooks", ""]
-        return self.parse_text_to_nodes("\n".join([*options, *(f"notebooks/{file.stem}" for file in there), "```"]))
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_source_suffix(".ipynb", "markdown")
-    app.add_directive("notebooks", Notebooks)
     app.connect("source-read", convert, priority=400)  # before links are looked at
     return {"parallel_read_safe": True, "parallel_write_safe": True}
