@@ -9,6 +9,7 @@ import inspect
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def pages() -> dict[str, str]:
 def _page(package: str, files: list[Path]) -> str:
     lines = [f"# saeflow.{package}", ""]
     for file in sorted(files, key=lambda f: (f.name != "__init__.py", f)):
-        module = ".".join(("saeflow", *file.relative_to(LIBRARY).with_suffix("").parts)).removesuffix(".__init__")
+        module = _module(file)
         tree = ast.parse(file.read_text())
         _resolve(tree, module)
         body = "\n".join(_members(tree.body, ":::::"))
@@ -132,17 +133,41 @@ class _Resolved(ast.NodeTransformer):
 
 
 def _resolve(tree: ast.Module, module: str) -> None:
-    """Puts into every annotation the full names of what the module defines or imports of the library."""
+    """Puts into every annotation the full names of what the module defines or imports of the library; of others only
+    where the library has a class of the same name."""
     names = {n.name: f"{module}.{n.name}" for n in tree.body if isinstance(n, ast.ClassDef)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("saeflow"):
-            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names if a.name[:1].isupper()}
+        for one in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
+            if one.name in _classes():
+                names[one.asname or one.name] = _defined(node.module, one.name)
     resolved = _Resolved(names)
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
             node.annotation = resolved.visit(node.annotation)
         elif isinstance(node, Function) and node.returns is not None:
             node.returns = resolved.visit(node.returns)
+
+
+@cache
+def _classes() -> dict[str, list[str]]:
+    """The modules that define a class, by its name."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(LIBRARY.rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(_module(file))
+    return found
+
+
+def _defined(module: str, name: str) -> str:
+    """The full name of a class that is imported from `module`, which may have it from one of its own modules."""
+    there = _classes()[name]
+    inner = [one for one in there if one.startswith(f"{module}.")]
+    return f"{inner[0] if module not in there and len(inner) == 1 else module}.{name}"
+
+
+def _module(file: Path) -> str:
+    return ".".join(("saeflow", *file.relative_to(LIBRARY).with_suffix("").parts)).removesuffix(".__init__")
 
 
 def _flat(node: ast.AST) -> str:
