@@ -118,7 +118,8 @@ def test_a_site_is_a_file(copy: Copy) -> None:
     by_hook, by_name = re.findall(r'^snakemake --config hydra="(.+)"$', page, re.MULTILINE)
     plan = copy.call("snakemake", "-n", "--config", f"hydra={by_hook.replace('blocks.2', 'blocks.1')} {TINY}")
     assert re.search(r"^train +1$", plan, re.MULTILINE)
-    copy.snakemake(by_name.replace("[1,2]", "[0,1]") + " dictionary.k=4")
+    hydra = f"{by_name.replace('[1,2]', '[0,1]')} dictionary.k=4 {TINY.replace('site.layer=1', '')}"
+    copy.call("snakemake", "--cores", "2", "--config", f"hydra={hydra}")
     trained = sorted(path.name for path in copy.tree.glob("results/train/*"))
-    assert [name.split("-")[2].split(".")[0] for name in trained] == ["L0", "L1"]
+    assert [name.split("_to_")[0] for name in trained] == ["transcoder-L0.resid_pre", "transcoder-L1.resid_pre"]
     assert len(copy.figure("sparsity_faithfulness")) == 2
