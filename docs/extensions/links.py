@@ -12,7 +12,11 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = {"changelog": "CHANGELOG.md", "embedded_model": "resources/model/README.md"}
+SHOWN = {
+    "changelog": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
+    "embedded_model": "resources/model/README.md",
+}
 """Pages that show a file which stands elsewhere in the tree."""
 _NAME = re.compile(r"saeflow(\.\w+)+")
 _FILE = re.compile(r"\[([^\]]+)\]\(\.\./src/(saeflow(?:/\w+)+)\.py\)")

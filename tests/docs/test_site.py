@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "docs", tree / "docs", ignore=shutil.ignore_patterns("_build", "api"))
     (tree / "docs/notebooks").mkdir(exist_ok=True)
     (tree / "docs/notebooks/example.ipynb").write_text(json.dumps(NOTEBOOK))
-    for name in ("src", "conf", "resources", "benchmarks", "CHANGELOG.md", "pyproject.toml"):
+    for name in ("src", "conf", "resources", "benchmarks", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml"):
         (tree / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", "html"]
     done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": "src"}, capture_output=True, text=True)

@@ -84,14 +84,14 @@ def test_the_tutorial_does_what_it_says(clone: Path) -> None:
     assert first == "sh" and clone_it.startswith("git clone")
     shown = [(block, follow(language, block, clone)) for language, block in rest]
     said = [text for block, text in shown if block == "make demo\n"]
-    assert "results/report.html" in said[0]
+    assert "results/index.html" in said[0]
     assert "Nothing to be done" in said[1], said[1]
     plans = {block: text for block, text in shown if block.startswith("make plan")}
     one, other = plans.values()
     assert re.search(r"^1 training, 1 evaluation, 1 set of figures", one, re.MULTILINE), one
     assert "4 trainings" in other, other
-    tables = [text for block, text in shown if "evaluations.csv" in block]
+    tables = [text for block, text in shown if "evaluations(" in block]
     assert len(re.findall(r"\d\.\d+", tables[0])) >= 12  # L0 and loss of six dictionaries
-    (latent,) = [text for block, text in shown if "open_features" in block]
+    (latent,) = [text for block, text in shown if "run.features" in block]
     assert "effect" in latent
-    assert (clone / "results/figures").is_dir() and list((clone / "results/figures").glob("middle-*/*.png"))
+    assert (clone / "mine.svg").is_file() and list((clone / "results/figures").glob("middle-*/*.png"))
