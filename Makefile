@@ -40,7 +40,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status model open report verify push pull remote-verify gc ledger figures test test-real test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify gc ledger figures test test-real test-slurm lint docs bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -127,6 +127,10 @@ lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+
+docs: $(INSTALLED) ## the documentation, from docs/ and the code, into docs/_build/html
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 	@failed=; \
