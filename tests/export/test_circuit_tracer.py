@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries import load_dictionary
-from saeflow.export.circuit_tracer import refusal
+from saeflow.export.circuit_tracer import refusal, write
 from saeflow.export.run import export
 from saeflow.export.subjects import subjects
 from saeflow.planning.graph import Plan
@@ -113,9 +114,18 @@ def test_a_set_without_a_layer_is_refused(plan: Plan, tmp_path: Path) -> None:
         and s.dictionary.spec.kind == "transcoder" and s.dictionary.spec.activation == "relu"
     )  # fmt: skip
     del plan.stages["train"][last]
-    with pytest.raises(ConfigError, match=r"replaces the MLP of every layer, .* of layer 1: sweep site.layer=\[0,1\]"):
-        export(plan, "circuit-tracer", tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    lacks = r"replaces the MLP of every layer, and there is none like it of layer 1: sweep site.layer=\[0,1\]"
+    _, about = export(plan, "circuit-tracer", tmp_path / "x")
+    left = [why for why in about["left_out"].values() if re.search(lacks, why)]
+    assert len(left) == 1 and len(about["entries"]) == 2  # the other set is whole
+    for name in about["entries"]:
+        del plan.stages["train"][name]
+    with pytest.raises(ConfigError, match="circuit-tracer cannot take"):
+        export(plan, "circuit-tracer", tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+    with pytest.raises(ConfigError, match="differ in nothing but their weights: export one of them alone"):
+        one = next(s for s in subjects(plan) if not refusal(s.dictionary))
+        write([one, one], tmp_path)
 
 
 def test_an_experiment_without_transcoders_is_refused(plan: Plan, tmp_path: Path) -> None:

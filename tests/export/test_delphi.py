@@ -98,7 +98,7 @@ def test_memory_and_width_follow_the_firings(tmp_path: Path) -> None:
     for start in range(0, 140_000, 20_000):
         values = rng.random(20_000).astype(np.float32) + 1
         firings.add(20_000, np.arange(20_000), latent[start : start + 20_000], values)
-    assert delphi.write_splits(firings, 140_000, text, tmp_path, held=10_000) == 14 == len([*tmp_path.glob("*_*.s*")])
+    assert delphi.write_splits(firings, text, tmp_path, held=10_000) == 14 == len([*tmp_path.glob("*_*.s*")])
     first = load_file(tmp_path / "0_2.safetensors")
     assert first["locations"].dtype == np.uint32 and first["locations"][:, 0].max() > 65_535
     token = first["locations"][:, 0].astype(int) * 2 + first["locations"][:, 1]

@@ -217,6 +217,29 @@ def test_tensorboard_gets_curves_settings_and_final_metrics(tmp_path, monkeypatc
     assert metrics == {f"final/{name}": value for name, value in CURVES.items()} and seen[9] == "closed"
 
 
+def test_a_training_tells_loggers_what_it_is_and_how_it_ends(results, monkeypatch):
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    plan = training_plan(results, [HOOK, HOOK_OUT], {"it-1234": TRANSCODER}, TRAINING, '{"loggers": ["wandb"]}')
+    plan.stages["tokens"]["text-train"].config |= {"split": "train", "n_rows": 20}
+    plan.stages["tokens"]["text-train"].config["tokens"]["context_size"] = 50
+    training.train([job_of(plan)])
+    started, *logged, final, end = fake.seen
+    assert started["name"] == (
+        "transcoder relu, layer 0, ln2.normalized to layer 0, mlp_out, L1 = 0.1, 16 latents, seed 5"
+    )
+    assert started["group"] == "test" and started["tags"] == ["transcoder", "relu", HOOK, HOOK_OUT, "tiny-gpt2"]
+    config = started["config"]
+    assert config["key"] == "it-1234" and config["training.lr"] == TRAINING["lr"] and config["d_sae"] == 16
+    assert config["tokens.train_tokens"] == 1000 and config["dictionary.l1_coefficient"] == 0.1
+    table = pd.read_parquet(results / "train/it-1234/metrics.parquet")
+    assert [step for step, _ in logged] == table["step"].tolist() and end == "finished"
+    assert [row["losses/overall_loss"] for _, row in logged] == table["loss"].tolist()
+    last = table.iloc[-1].to_dict()
+    assert final[1]["final"] == {"columns": ["dictionary", *last], "data": [["whole", *last.values()]]}
+    assert fake.summary["metrics/explained_variance"] == last["explained_variance"]
+
+
 def test_curves_of_heads_are_under_the_heads():
     row = {"step": 5, "tokens": 20, "l0": 3.0, "head_0.loss": 1.0, "head_11.dead": 2}
     assert loggers.curves(row) == {

@@ -28,23 +28,25 @@ OF_A_LAYER = ("site.layer", "dictionary.content", "dictionary.label", "dictionar
 
 
 def write(subjects: list[Subject], folder: Path) -> dict[str, Any]:
-    """Writes a folder for every set of transcoders that differ in nothing but the layer.
-
-    Raises `Refusal` where a set lacks a layer of the model, which circuit-tracer cannot do without.
-    """
+    """Writes a folder for every set of transcoders that differ in nothing but the layer. Raises `Refusal` where no set
+    can be computed there."""
     why_not = {subject.name: why for subject in subjects if (why := refusal(subject.dictionary))}
     sets: dict[str, dict[int, Subject]] = {}
     for subject in kept(subjects, why_not, "circuit-tracer"):
         _add(sets.setdefault(_but_for_layer(subject), {}), subject)
+    for layers in sets.values():
+        if why := _lacks(layers):
+            why_not |= {subject.name: why for subject in layers.values()}
+    kept(subjects, why_not, "circuit-tracer")
     entries: dict[str, list[str]] = {}
     for layers in sets.values():
-        _check_layers(layers)
         names = [subject.name for _, subject in sorted(layers.items())]
-        label = re.sub(r"-L\d+\.", "-", names[0].rsplit("-", 1)[0])
-        name = f"{label}-{short_hash(names)}"
-        (folder / name).mkdir()
-        _write_set(layers, folder / name)
-        entries |= {key: [name] for key in names}
+        if not why_not.keys() & set(names):
+            label = re.sub(r"-L\d+\.", "-", names[0].rsplit("-", 1)[0])
+            name = f"{label}-{short_hash(names)}"
+            (folder / name).mkdir()
+            _write_set(layers, folder / name)
+            entries |= {key: [name] for key in names}
     return {"entries": entries, "left_out": why_not}
 
 
@@ -120,11 +122,14 @@ def _add(layers: dict[int, Subject], subject: Subject) -> None:
     layers[layer] = subject
 
 
-def _check_layers(layers: dict[int, Subject]) -> None:
+def _lacks(layers: dict[int, Subject]) -> str:
+    """What a set lacks; '' of a whole one."""
     some = next(iter(layers.values()))
     n_layers = read_geometry(Path(some.plan.instance(some.stage, some.key).sources["model"])).n_layers
-    if missing := sorted(set(range(n_layers)) - set(layers)):
-        raise Refusal(
-            f"circuit-tracer replaces the MLP of every layer, and there is no transcoder like {some.name} of layer "
-            f"{', '.join(map(str, missing))}: sweep site.layer=[{','.join(map(str, range(n_layers)))}]"
-        )
+    missing = sorted(set(range(n_layers)) - set(layers))
+    if not missing:
+        return ""
+    return (
+        f"circuit-tracer replaces the MLP of every layer, and there is none like it of layer "
+        f"{', '.join(map(str, missing))}: sweep site.layer=[{','.join(map(str, range(n_layers)))}]"
+    )

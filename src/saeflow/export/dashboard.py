@@ -6,12 +6,12 @@ once, correlations with neurons and with other latents, is left out. Shapes: L l
 dictionary writes.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -24,12 +24,20 @@ from saeflow.features.logits import direct_path, logit_effects
 from saeflow.features.order import largest
 from saeflow.features.reader import Features
 from saeflow.jobs.job import Job
+from saeflow.planning.digests import canonical
 from saeflow.storage.receipts import verify
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 LOGIT_BINS, ALIGNED = 50, 3  # SAEDashboard's
 AT_ONCE = 1 << 24  # logits that are held at once
 LEFT_OUT = "correlations with neurons and with other latents, and the losses of single sequences"
 """What neither format gets of ours."""
+
+
+Example = dict[str, Any]
+"""A row of `examples.parquet`."""
 
 
 class Histogram(NamedTuple):
@@ -48,16 +56,15 @@ class Group(NamedTuple):
     """Upper end; the largest activation."""
     contains: float
     """Share of all tokens that are in the interval, in the one with 0 those too on which it does not fire; -1."""
-    examples: pd.DataFrame
-    """Rows of `examples.parquet`."""
+    examples: list[Example]
 
 
 class Latent(NamedTuple):
     """One latent."""
 
     latent: int
-    row: pd.Series
-    """Of the table of latents."""
+    row: dict[str, Any]
+    """Of the table of latents; None for what does not apply."""
     groups: list[Group]
     """The largest activations, then the intervals of its range, the highest first."""
     histogram: Histogram | None
@@ -87,9 +94,13 @@ class Dashboard(NamedTuple):
     latents: Iterator[Latent]
 
 
-def open_dashboard(subject: Subject) -> Dashboard:
-    """Raises `ConfigError` where its latents have not been looked up, or in bins that do not add up to intervals, and
-    `FitError` where it does not fit its model."""
+Models = dict[str, "HookedTransformer"]
+"""Those that are open, by what identifies them."""
+
+
+def open_dashboard(subject: Subject, models: Models) -> Dashboard:
+    """`models`: where those that are opened stay. Raises `ConfigError` where its latents have not been looked up, or in
+    bins that do not add up to intervals, and `FitError` where it does not fit its model."""
     job = subject.features()
     if not subject.plan.done("features", job.instance.key):
         raise ConfigError(f"{job.path} is not made yet: run the experiment with features=all first, then export it")
@@ -104,32 +115,35 @@ def open_dashboard(subject: Subject) -> Dashboard:
     hook = features.index["hook_name_out"]
     found = re.match(r"blocks\.(\d+)\.", hook)
     model, corpus = (str(subject.settings.get(f"{source}.name", "")) for source in ("model", "corpus"))
-    return Dashboard(features, int(found[1]) if found else 0, model, corpus, _latents(features, job))
+    return Dashboard(features, int(found[1]) if found else 0, model, corpus, _latents(features, job, models))
 
 
-def _latents(features: Features, job: Job) -> Iterator[Latent]:
+def _latents(features: Features, job: Job, models: Models) -> Iterator[Latent]:
     (path,) = job.dictionaries()
     dictionary = open_dictionary(path, job)
-    effects = None if "raised" in features.index["left_out"] else _effects(job)
+    effects = None if "raised" in features.index["left_out"] else _effects(features, job, models)
     files = [pq.ParquetFile(features.folder / f"{name}.parquet") for name in ("latents", "examples")]
     size = features.index["latents_per_group"]
     for group, first in enumerate(range(0, len(features), size)):
-        rows, examples = (file.read_row_group(group).to_pandas() for file in files)
-        of_latent = dict(iter(examples.groupby("latent")))
+        rows, examples = (file.read_row_group(group).to_pylist() for file in files)
+        of_latent = {key: [*some] for key, some in itertools.groupby(examples, key=lambda example: example["latent"])}
         histograms = np.asarray(features.profiles["histogram"][first : first + size])
         shares = features.profiles.get("head_share")
+        of_heads = None if shares is None else np.asarray(shares[first : first + size]).tolist()
         decoder = dictionary.W_dec[first : first + size].detach().float()
-        logits = _each(effects, decoder)
-        for i, (aligned, added) in enumerate(zip(_aligned(decoder), logits, strict=True)):
-            row, own = rows.iloc[i], of_latent.get(first + i, examples.iloc[:0])
-            share = None if shares is None else np.asarray(shares[first + i]).tolist()
-            histogram = _histogram(row, histograms[i])
-            yield Latent(first + i, row, _groups(row, own, histograms[i], features), histogram, added, aligned, share)
+        weights = zip(_aligned(decoder), _each(effects, decoder), strict=True)
+        for i, (row, (aligned, added)) in enumerate(zip(rows, weights, strict=True)):
+            groups = _groups(row, of_latent.get(first + i, []), histograms[i], features)
+            histogram, share = _histogram(row, histograms[i]), of_heads and of_heads[i]
+            yield Latent(first + i, row, groups, histogram, added, aligned, share)
 
 
-def _effects(job: Job) -> Callable[[Tensor], Tensor]:
+def _effects(features: Features, job: Job, models: Models) -> Callable[[Tensor], Tensor]:
     """Decoder rows (L, p) to what they add to the logits (L, V)."""
-    model, index = open_model(job), open_features(job.path).index
+    key = canonical([job.instance.sources["model"], job.config["model"], job.device])
+    if key not in models:
+        models[key] = open_model(job)
+    model, index = models[key], features.index
     path = direct_path(model, index["hook_name_out"], index["hook_head_index"])
     assert path is not None
     return lambda rows: logit_effects(model, rows.to(path) @ path)
@@ -153,19 +167,19 @@ def _aligned(decoder: Tensor) -> list[list[tuple[int, float, float]]]:
     return [list(zip(*of_one, strict=True)) for of_one in zip(*columns, strict=True)]
 
 
-def _ends(row: pd.Series) -> tuple[float, float]:
+def _ends(row: dict[str, Any]) -> tuple[float, float]:
     """Of the range that its histogram and its intervals cut."""
     return min(0.0, float(row["min"])), max(0.0, float(row["max"]))
 
 
-def _histogram(row: pd.Series, counts: np.ndarray) -> Histogram | None:
+def _histogram(row: dict[str, Any], counts: np.ndarray) -> Histogram | None:
     if not row["fired"]:
         return None
     edges = np.linspace(*_ends(row), len(counts) + 1)
     return Histogram((edges[1:] + edges[:-1]) / 2, counts)
 
 
-def _groups(row: pd.Series, examples: pd.DataFrame, counts: np.ndarray, features: Features) -> list[Group]:
+def _groups(row: dict[str, Any], examples: list[Example], counts: np.ndarray, features: Features) -> list[Group]:
     """None of a latent that never fires."""
     if not row["fired"]:
         return []
@@ -173,8 +187,15 @@ def _groups(row: pd.Series, examples: pd.DataFrame, counts: np.ndarray, features
     low, high = _ends(row)
     edges, inside = np.linspace(low, high, n + 1), counts.reshape(n, -1).sum(1)
     inside[min(n - 1, int(np.searchsorted(edges, 0.0, side="right")) - 1)] += n_tokens - row["fired"]
-    found = [Group(-1.0, high, -1.0, examples[examples["interval"].isna()])]
+    of: dict[int | None, list[Example]] = {}
+    for example in examples:
+        of.setdefault(example["interval"], []).append(example)
+    found = [Group(-1.0, high, -1.0, of.get(None, []))]
     for i in reversed(range(n)):
-        some = examples[examples["interval"] == i]
-        found.append(Group(float(edges[i]), float(edges[i + 1]), float(inside[i] / n_tokens), some))
+        found.append(Group(float(edges[i]), float(edges[i + 1]), float(inside[i] / n_tokens), of.get(i, [])))
     return found
+
+
+def at(example: Example) -> int:
+    """Which of an example's tokens it is an example of."""
+    return int(example["position"] - example["begin"])

@@ -19,44 +19,44 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from saeflow.activations.store import open_column
-from saeflow.config import FeaturesConfig, build
-from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.export.subjects import Subject
 from saeflow.features.firings import HELD, Firings
-from saeflow.features.lookup import active, choose_text, run_activations, stored_activations
+from saeflow.features.job import open_pass
+from saeflow.features.lookup import gather
+from saeflow.features.stage import together
 from saeflow.features.text import Text
+from saeflow.jobs.job import Job
+from saeflow.planning.digests import canonical
 from saeflow.storage.modes import share
-from saeflow.text.tokens import open_tokens
 
 SPLITS = 5
 """Files that delphi cuts the latents into; here more where one would have more than `HELD` firings."""
 
+Looked = tuple[Subject, Job]
+"""A dictionary, and the job that looks its latents up."""
+
 
 def write(subjects: list[Subject], folder: Path) -> dict[str, Any]:
-    """Writes the cache of every dictionary. Raises `ConfigError` where the experiment has no features=all, and
-    `FitError` where a dictionary does not fit its model."""
-    jobs = [subject.features() for subject in subjects]
-    entries = {}
-    for subject, job in zip(subjects, jobs, strict=True):
-        cache = folder / subject.name / "latents"
-        cache.mkdir(parents=True)
-        config = build(FeaturesConfig, job.config["features"])
-        (path,) = job.dictionaries()
-        dictionary, store = open_dictionary(path, job), open_tokens(job.input("tokens"))
-        columns = {column.hook_name: column for column in map(open_column, job.inputs("activations"))}
-        text = choose_text(store, columns, config)
-        model, hooks = open_model(job), [dictionary.spec.hook_name]
-        stored = stored_activations(columns, hooks, text, config.batch_rows, model.cfg.device)
-        batches = stored if columns else run_activations(model, hooks, text, config.batch_rows)
-        firings, n_firings = Firings(dictionary.d_sae, cache / "scratch"), 0
-        for _, values in batches:
-            for n_tokens, *firing in active(dictionary, values, text):
-                firings.add(n_tokens, *firing)
-                n_firings += len(firing[0])
-        module = cache / hooks[0]
+    """Writes the cache of every dictionary, those of one model and text by one pass. Raises `ConfigError` where the
+    experiment has no features=all, and `FitError` where a dictionary does not fit its model."""
+    groups: dict[str, list[Looked]] = {}
+    for subject in subjects:
+        job = subject.features()
+        groups.setdefault(canonical(together(subject.plan, job.instance)), []).append((subject, job))
+    for some in groups.values():
+        _write_together(some, folder)
+    return {"entries": {subject.name: [f"{subject.name}/latents"] for subject in subjects}, "left_out": {}}
+
+
+def _write_together(some: list[Looked], folder: Path) -> None:
+    config, dictionaries, text, _, batches = open_pass([job for _, job in some])
+    places = [folder / subject.name / "latents" for subject, _ in some]
+    for place in places:
+        place.mkdir(parents=True)
+    found = gather(dictionaries, batches, text, [place / "scratch" for place in places], config)
+    for (subject, job), one, place in zip(some, found, places, strict=True):
+        module = place / one.dictionary.spec.hook_name
         module.mkdir()
-        n_splits = write_splits(firings, n_firings, text, module)
         about = {
             "dataset_repo": str(subject.settings.get("corpus.name", "")),
             "dataset_split": config.split,
@@ -65,18 +65,16 @@ def write(subjects: list[Subject], folder: Path) -> dict[str, Any]:
             "batch_size": config.batch_rows,
             "cache_ctx_len": text.context_size,
             "n_tokens": text.tokens.size,
-            "n_splits": n_splits,
+            "n_splits": write_splits(one.firings, text, module),
             "model_name": job.instance.sources["model"],
         }
         (module / "config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.rmtree(cache / "scratch", ignore_errors=True)
-        entries[subject.name] = [f"{subject.name}/latents"]
-    return {"entries": entries, "left_out": {}}
+        shutil.rmtree(place / "scratch", ignore_errors=True)
 
 
-def write_splits(firings: Firings, n_firings: int, text: Text, folder: Path, held: int = HELD) -> int:
+def write_splits(firings: Firings, text: Text, folder: Path, held: int = HELD) -> int:
     """Writes the files of a module; returns how many. `held`: firings that one may have, on average."""
-    size = -(-firings.n_latents // max(SPLITS, -(-n_firings // held)))
+    size = -(-firings.n_latents // max(SPLITS, -(-firings.n_firings // held)))
     tokens, grid = text.tokens.astype(np.int64), text.grid()
     for chunk in firings.chunks(size):
         row, position = grid.row_and_position(chunk.token)

@@ -71,10 +71,9 @@ From Hugging Face, where this lies as user/name, it is `load_transcoder_from_hub
 """
 
 NEURONPEDIA = """
-`FOLDER` is what SAEDashboard's `neuronpedia-runner` leaves: Neuronpedia's converter makes its upload of it, by
-`sae_dashboard.neuronpedia.neuronpedia_export.export_neuronpedia_dashboards` or
-`convert-saedashboard-to-neuronpedia-export.py --saedashboard-output-dir=FOLDER`, with who publishes it and where the
-weights lie.
+`FOLDER` is what SAEDashboard's `neuronpedia-runner` leaves. Neuronpedia makes its upload of it by
+`convert-saedashboard-to-neuronpedia-export.py --saedashboard-output-dir=FOLDER`, which asks who publishes it and where
+the weights lie (after sae-dashboard 0.8, also `sae_dashboard.neuronpedia.neuronpedia_export`).
 """
 
 SAEDASHBOARD = """

@@ -7,14 +7,11 @@ runner counts, though it lets nothing fire there.
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from saeflow.export.dashboard import Dashboard, Group, Histogram, Latent, open_dashboard
+from saeflow.export.dashboard import Dashboard, Example, Group, Histogram, Latent, Models, at, open_dashboard
 from saeflow.export.subjects import Subject
 
 BATCH, DECIMALS = 128, 3  # their defaults
@@ -22,9 +19,9 @@ BATCH, DECIMALS = 128, 3  # their defaults
 
 def write(subjects: list[Subject], folder: Path) -> dict[str, Any]:
     """Writes a folder for each dictionary, batch by batch. Raises what `open_dashboard` does."""
-    entries = {}
+    entries, models = {}, Models()
     for subject in subjects:
-        dashboard, place = open_dashboard(subject), folder / subject.name
+        dashboard, place = open_dashboard(subject, models), folder / subject.name
         place.mkdir(parents=True)
         about = {"model_id": dashboard.model_id, "layer": dashboard.layer, "sae_set": subject.name}
         for i, latents in enumerate(_batches(dashboard.latents)):
@@ -48,11 +45,11 @@ def feature(latent: Latent, dashboard: Dashboard) -> dict[str, Any]:
         "neuron_alignment_values": _rounded(values),
         "neuron_alignment_l1": _rounded(shares),
         **{f"correlated_{of}_{what}": [] for of in ("neurons", "features") for what in ("indices", "l1", "pearson")},
-        "neg_str": [texts[token] for token in row["lowered"].tolist()],
+        "neg_str": [texts[token] for token in row["lowered"]],
         "neg_values": _rounded(row["lowered_by"]),
-        "pos_str": [texts[token] for token in row["raised"].tolist()],
+        "pos_str": [texts[token] for token in row["raised"]],
         "pos_values": _rounded(row["raised_by"]),
-        "frac_nonzero": float(row["frequency"]),
+        "frac_nonzero": row["frequency"],
         "freq_hist_data_bar_heights": heights,
         "freq_hist_data_bar_values": bars,
         "logits_hist_data_bar_heights": logit_heights,
@@ -61,21 +58,19 @@ def feature(latent: Latent, dashboard: Dashboard) -> dict[str, Any]:
         "n_tokens_in_prompt": index["context_size"],
         "dataset": dashboard.corpus,
         "decoder_weights_dist": latent.head_share or [],
-        "activations": [
-            _activation(example, group, texts) for group in latent.groups for _, example in group.examples.iterrows()
-        ],
+        "activations": [_activation(example, group, texts) for group in latent.groups for example in group.examples],
         "vector": [],
     }
 
 
-def _activation(example: pd.Series, group: Group, texts: dict[int, str]) -> dict[str, Any]:
+def _activation(example: Example, group: Group, texts: dict[int, str]) -> dict[str, Any]:
     """Its `NeuronpediaDashboardActivation`."""
     return {
         "bin_min": group.low,
         "bin_max": group.high,
         "bin_contains": group.contains,
-        "qualifying_token_index": int(example["position"] - example["begin"]),
-        "tokens": [texts[token] for token in example["token_ids"].tolist()],
+        "qualifying_token_index": at(example),
+        "tokens": [texts[token] for token in example["token_ids"]],
         "values": _rounded(example["activations"]),
     }
 
@@ -110,9 +105,8 @@ def _bars(histogram: Histogram | None) -> tuple[list[int], list[float]]:
     return histogram.counts.tolist(), _rounded(histogram.centres)
 
 
-def _rounded(values: Any) -> list[float]:
-    found: list[float] = np.round(np.asarray(values, dtype=np.float64), DECIMALS).tolist()
-    return found
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(float(value), DECIMALS) for value in values]
 
 
 def _dump(file: Path, content: dict[str, Any]) -> None:

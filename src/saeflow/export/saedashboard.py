@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from saeflow.export.dashboard import Group, Histogram, Latent, open_dashboard
+from saeflow.export.dashboard import Example, Group, Histogram, Latent, Models, at, open_dashboard
 from saeflow.export.subjects import Subject
 
 DECIMALS = 4  # SAEDashboard's, of activations
@@ -23,9 +22,9 @@ INTERVAL_TITLE = "INTERVAL {:.3f} - {:.3f}<br>CONTAINS {:.3%}"
 
 def write(subjects: list[Subject], folder: Path) -> dict[str, Any]:
     """Writes `<dictionary>/sae_vis_data.json`, latent by latent. Raises what `open_dashboard` does."""
-    entries = {}
+    entries, models = {}, Models()
     for subject in subjects:
-        dashboard, place = open_dashboard(subject), folder / subject.name
+        dashboard, place = open_dashboard(subject, models), folder / subject.name
         place.mkdir(parents=True)
         highest, frequency = list[float](), list[float]()
         with (place / "sae_vis_data.json").open("w", encoding="utf-8") as file:
@@ -33,8 +32,8 @@ def write(subjects: list[Subject], folder: Path) -> dict[str, Any]:
             for latent in dashboard.latents:
                 start = ",\n" if highest else "\n"
                 file.write(f'{start}"{latent.latent}": {json.dumps(feature_data(latent), allow_nan=False)}')
-                highest.append(0.0 if np.isnan(latent.row["max"]) else float(latent.row["max"]))
-                frequency.append(float(latent.row["frequency"]))
+                highest.append(latent.row["max"] or 0.0)
+                frequency.append(latent.row["frequency"])
             stats = {"max": highest, "frac_nonzero": frequency}
             stats |= {name: [] for name in ("skew", "kurtosis", "quantile_data", "quantiles", "ranges_and_precisions")}
             file.write(f'\n}},\n"feature_stats": {json.dumps(stats, allow_nan=False)}\n}}\n')
@@ -59,10 +58,10 @@ def feature_data(latent: Latent) -> dict[str, Any]:
         },
         "acts_histogram_data": _histogram(latent.histogram, ACTS_TITLE.format(row["frequency"])),
         "logits_table_data": {
-            "bottom_token_ids": row["lowered"].tolist(),
-            "bottom_logits": row["lowered_by"].tolist(),
-            "top_token_ids": row["raised"].tolist(),
-            "top_logits": row["raised_by"].tolist(),
+            "bottom_token_ids": row["lowered"],
+            "bottom_logits": row["lowered_by"],
+            "top_token_ids": row["raised"],
+            "top_logits": row["raised_by"],
         },
         "logits_histogram_data": _histogram(latent.logit_histogram(), None),
         "sequence_data": {"seq_group_data": [_group(group, latent) for group in latent.groups]},
@@ -77,20 +76,14 @@ def feature_data(latent: Latent) -> dict[str, Any]:
 def _group(group: Group, latent: Latent) -> dict[str, Any]:
     top = group.contains < 0
     title = TOP_TITLE.format(group.high) if top else INTERVAL_TITLE.format(group.low, group.high, group.contains)
-    return {"title": title, "seq_data": [_example(row, latent) for _, row in group.examples.iterrows()]}
+    return {"title": title, "seq_data": [_example(example, latent) for example in group.examples]}
 
 
-def _example(example: pd.Series, latent: Latent) -> dict[str, Any]:
-    ids = example["token_ids"].tolist()
-    logits = np.zeros(len(ids)) if latent.logits is None else latent.logits[ids].astype(np.float64)
-    acts = example["activations"].astype(np.float64)
-    rounded = (np.round(values, DECIMALS).tolist() for values in (acts, logits))
-    return _sequence(ids, *rounded, int(example["row"]), _at(example))
-
-
-def _at(example: pd.Series) -> int:
-    """Which of an example's tokens it is an example of."""
-    return int(example["position"] - example["begin"])
+def _example(example: Example, latent: Latent) -> dict[str, Any]:
+    ids = example["token_ids"]
+    logits = [0.0] * len(ids) if latent.logits is None else latent.logits[ids].tolist()
+    acts, logits = ([round(value, DECIMALS) for value in values] for values in (example["activations"], logits))
+    return _sequence(ids, acts, logits, example["row"], at(example))
 
 
 def _sequence(ids: list[int], acts: list[float], logits: list[float], row: int, at: int) -> dict[str, Any]:

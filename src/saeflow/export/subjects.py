@@ -77,11 +77,13 @@ class Subject:
         return Job(instance, self.plan, self.plan.device_of("features"))
 
     def _of(self, stage: str) -> Instance | None:
-        """What a stage makes of this dictionary."""
-        for instance in self.plan.stages.get(stage, {}).values():
-            if self.key in instance.needs.get(self.stage, ()) and instance.config.get("part", "") == self.part:
-                return instance
-        return None
+        """What a stage makes of this dictionary: of several, as in a pair and alone, one that is there."""
+        found = [
+            instance
+            for instance in self.plan.stages.get(stage, {}).values()
+            if self.key in instance.needs.get(self.stage, ()) and instance.config.get("part", "") == self.part
+        ]
+        return next((one for one in found if one.key in self.plan.found[stage]), found[0] if found else None)
 
 
 def subjects(plan: Plan) -> list[Subject]:
@@ -112,7 +114,7 @@ def subjects(plan: Plan) -> list[Subject]:
     return found
 
 
-def kept(subjects: list[Subject], why_not: "dict[str, str]", tool: str) -> list[Subject]:
+def kept(subjects: list[Subject], why_not: dict[str, str], tool: str) -> list[Subject]:
     """The subjects that a tool can take; `why_not`: of the others, why, by name. Raises `Refusal` where all are."""
     found = [subject for subject in subjects if subject.name not in why_not]
     if not found:

@@ -74,8 +74,9 @@ class WandbLogger:
         self.wandb = _package("wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         config = {"key": about.key, **about.config}
-        named = {"name": about.name, "group": about.group, "tags": list(about.tags), "job_type": "train"}
-        self.run = self.wandb.init(project="saeflow", config=config, dir=str(folder), **named)
+        tags = [tag[:64] for tag in about.tags]  # wandb takes no longer ones
+        named = {"project": "saeflow", "name": about.name, "group": about.group, "job_type": "train"}
+        self.run = self.wandb.init(config=config, tags=tags, dir=str(folder), **named)
 
     def log(self, row: Mapping[str, float]) -> None:
         self.run.log(curves(row), step=int(row["step"]))
