@@ -15,6 +15,7 @@ from saeflow.planning.stages import stages
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = (
     "sweep=[{dictionary:topk,site:mlp_out,site.layer:1,dictionary.k:4},"
+    "{dictionary:relu,site:mlp_out,site.layer:1,dictionary.l1_coefficient:0.01},"
     "{dictionary:transcoder,site:mlp,dictionary.l1_coefficient:0.01,site.layer:[0,1]},"
     "{dictionary:transcoder_topk,site:mlp,dictionary.k:4,site.layer:[0,1]},"
     "{dictionary:skip_transcoder,site:mlp,dictionary.k:4,site.layer:[0,1]},"

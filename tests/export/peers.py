@@ -11,8 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-bench"
-NAMES = {"saedashboard": "sae_dashboard", "neuronpedia": "sae_dashboard", "delphi": "delphi",
-         "circuit-tracer": "circuit_tracer"}  # fmt: skip
+NAMES = {
+    "saedashboard": "sae_dashboard",
+    "saedashboard-runs": "sae_dashboard",
+    "neuronpedia": "sae_dashboard",
+    "delphi": "delphi",
+    "circuit-tracer": "circuit_tracer",
+}
 
 
 def ask(tool: str, *arguments: object) -> Any:

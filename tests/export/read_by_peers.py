@@ -51,6 +51,30 @@ def saedashboard(file, folder):
     return {"again": json.loads(again.read_text()), "page": page.read_text(), "live": live}
 
 
+def saedashboard_runs(folder, tokens, model_folder, bos):
+    """What SAEDashboard finds itself, of an SAE on rows of tokens: of every latent on how many tokens it fires, those
+    that are a BOS left out, and the neurons aligned with its decoder row."""
+    import numpy as np
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+    from sae_dashboard.sae_vis_runner import SaeVisRunner
+    from sae_lens import SAE
+
+    from saeflow.config import ModelConfig
+    from saeflow.models.loading import load_model
+
+    published = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+    model = load_model(Path(model_folder), ModelConfig("tiny", path=model_folder, **published), "cpu")
+    sae, rows = SAE.load_from_disk(folder), torch.from_numpy(np.load(tokens))
+    hook, latents = sae.cfg.metadata.hook_name, range(sae.cfg.d_sae)
+    data = SaeVisRunner(SaeVisConfig(hook, latents, ignore_tokens={int(bos)})).run(sae, model, rows)
+    of_each = [data.feature_data_dict[i] for i in latents]
+    return {
+        "fired": [sum(one.acts_histogram_data.bar_heights) for one in of_each],
+        "aligned": [one.feature_tables_data.neuron_alignment_indices for one in of_each],
+        "shares": [one.feature_tables_data.neuron_alignment_l1 for one in of_each],
+    }
+
+
 def neuronpedia(folder):
     """Every batch as its classes read it, written again."""
     from sae_dashboard.neuronpedia.neuronpedia_converter import NpEncoder
@@ -143,6 +167,7 @@ if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
         found = {
             "saedashboard": saedashboard,
+            "saedashboard-runs": saedashboard_runs,
             "neuronpedia": neuronpedia,
             "delphi": delphi,
             "circuit-tracer": circuit_tracer,

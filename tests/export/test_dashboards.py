@@ -16,7 +16,9 @@ from saeflow.export.subjects import Subject, subjects
 from saeflow.features import open_features
 from saeflow.features.reader import Features
 from saeflow.models.loading import load_model
+from saeflow.models.splicing import flattened, read_hooks
 from saeflow.planning.graph import Plan
+from saeflow.text.tokens import open_tokens
 
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text())
 PROCESSING = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
@@ -113,20 +115,20 @@ def test_numbers_are_those_of_the_tables(made: Made) -> None:
                 assert found["activations"] == found["freq_hist_data_bar_heights"] == []
 
 
-def test_intervals_contain_what_the_tokens_say(made: Made, model: Any) -> None:
-    """Against all activations, found by running the model and the dictionary."""
-    from saeflow.models.splicing import flattened, read_hooks
-    from saeflow.text.tokens import open_tokens
-
-    subject = next(one for one in made.subjects if one.dictionary.spec.kind == "sae")
-    job = subject.features()
-    store = open_tokens(job.input("tokens"))
+def activations(model: Any, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Of all tokens looked at but the BOS in front of rows, by running the model and the dictionary: of all latents
+    (N, n), and the tokens (R, P)."""
+    store = open_tokens(subject.features().input("tokens"))
     _, rows = store.spread_rows(table(subject).index["n_rows"], 0)
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64))
     with torch.no_grad():
-        (value,) = read_hooks(
-            model, torch.from_numpy(rows.tokens.astype(np.int64)), [subject.dictionary.spec.hook_name]
-        )
-    f = subject.dictionary.encode(flattened(value[:, 1:], None)).numpy()
+        (value,) = read_hooks(model, tokens, [subject.dictionary.spec.hook_name])
+    return subject.dictionary.encode(flattened(value[:, 1:], None)).numpy(), tokens.numpy()
+
+
+def test_intervals_contain_what_the_tokens_say(made: Made, model: Any) -> None:
+    subject = next(one for one in made.subjects if one.dictionary.spec.kind == "sae")
+    f, _ = activations(model, subject)
     checked = 0
     for found in made.features(subject):
         of_one, contains = f[:, found["feature_index"]], {}
@@ -257,6 +259,25 @@ def test_saedashboard_reads_it_and_makes_a_page(made: Made, neox_folder: Path, t
     for latent in found["live"]:
         title = data[str(latent)]["sequence_data"]["seq_group_data"][0]["title"]
         assert title in found["page"]
+
+
+def test_saedashboard_finds_the_same_itself(made: Made, model: Any, neox_folder: Path, tmp_path: Path) -> None:
+    """Its own run of model and SAE on the same tokens. It leaves out a BOS wherever it stands, which here is the EOS
+    between documents too."""
+    subject = next(one for one in made.subjects if one.dictionary.spec.activation == "relu")
+    assert subject.dictionary.spec.kind == "sae"
+    f, tokens = activations(model, subject)
+    np.save(tmp_path / "tokens.npy", tokens)
+    found = ask("saedashboard-runs", subject.folder, tmp_path / "tokens.npy", neox_folder, tokens[0, 0])
+    data = made.data(subject)["feature_data_dict"]
+    between = (tokens[:, 1:] == tokens[0, 0]).ravel()
+    assert between.any()
+    for latent, (fired, aligned, shares) in enumerate(zip(*found.values(), strict=True)):
+        own = data[str(latent)]["feature_tables_data"]
+        assert own["neuron_alignment_indices"] == aligned
+        np.testing.assert_allclose(own["neuron_alignment_l1"], shares, rtol=1e-4)
+        ours = sum(data[str(latent)]["acts_histogram_data"]["bar_heights"])
+        assert abs(ours - (f[between, latent] > 0).sum() - fired) <= 1
 
 
 def test_the_schemas_are_those_of_the_tools() -> None:

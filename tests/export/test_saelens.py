@@ -33,7 +33,7 @@ def test_saelens_opens_every_dictionary_and_computes_the_same(release: tuple[Pat
 
     folder, about = release
     ids = [one for several in about["entries"].values() for one in several]
-    assert len(ids) == len(set(ids)) == 1 + 2 + 2 + 2 + 4 + 2  # of heads and pairs, each
+    assert len(ids) == len(set(ids)) == 2 + 2 + 2 + 2 + 4 + 2  # of heads and pairs, each
     for one in ids:
         theirs, ours = SAE.load_from_disk(folder / one), load_dictionary(folder / one)
         x = torch.randn(50, ours.d_in, generator=torch.Generator().manual_seed(0))
