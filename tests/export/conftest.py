@@ -2,11 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.models.test_architectures import TINY
 
+from saeflow.export.run import export
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
@@ -46,11 +49,11 @@ def make(plan: Plan, *wanted: str) -> None:
 def compose_tiny(neox_folder: Path, corpus_file: Path) -> Callable[..., Plan]:
     """The plan of the experiment, with other overrides, below a folder."""
 
-    def composed(results: Path, *overrides: str, features: list[str] = FEATURES) -> Plan:
+    def composed(results: Path, *overrides: str, features: list[str] = FEATURES, sweep: str = SWEEP) -> Plan:
         chosen = [f"model.path={neox_folder}", "corpus=local", f"corpus.path={corpus_file}"]
         chosen += ["model=local", "model.name=tiny-neox", "corpus.name=words", "experiment_name=tiny", "figures=[]"]
         chosen += [one for one in TINY if not one.startswith("site.")]
-        return compose(ROOT / "conf", [*chosen, SWEEP, *features, *overrides], results=str(results))
+        return compose(ROOT / "conf", [*chosen, sweep, *features, *overrides], results=str(results))
 
     return composed
 
@@ -73,3 +76,16 @@ def copy(compose_tiny: Callable[..., Plan], finished: Path, tmp_path: Path) -> P
     """Of a copy of the results, which a test may damage."""
     shutil.copytree(finished, tmp_path / "results")
     return compose_tiny(tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def exported(
+    compose_tiny: Callable[..., Plan], finished: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """The export of the experiment in a format, made once, and what it says of itself: read it only."""
+
+    @cache
+    def made(name: str) -> tuple[Path, dict[str, Any]]:
+        return export(compose_tiny(finished), name, tmp_path_factory.mktemp("exports") / name, "cc-by-4.0")
+
+    return made

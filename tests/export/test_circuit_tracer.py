@@ -23,9 +23,9 @@ from saeflow.planning.graph import Plan
 SCHEMA = json.loads((Path(__file__).parent / "schemas.json").read_text())["circuit-tracer"]
 
 
-@pytest.fixture(scope="module")
-def sets(compose_tiny: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return export(compose_tiny(finished), "circuit-tracer", tmp_path_factory.mktemp("sets") / "tiny")
+@pytest.fixture
+def sets(exported: Any) -> tuple[Path, dict[str, Any]]:
+    return exported("circuit-tracer")
 
 
 def read(file: Path, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def test_a_set_without_a_layer_is_refused(plan: Plan, tmp_path: Path) -> None:
     for name in about["entries"]:
         del plan.stages["train"][name]
     with pytest.raises(ConfigError, match="circuit-tracer cannot take"):
-        export(plan, "circuit-tracer", tmp_path / "y")
+        export(plan, "circuit-tracer", tmp_path / "y/z")
     assert not (tmp_path / "y").exists()
     with pytest.raises(ConfigError, match="differ in nothing but their weights: export one of them alone"):
         one = next(s for s in subjects(plan) if not refusal(s.dictionary))

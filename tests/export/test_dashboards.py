@@ -27,10 +27,8 @@ PROCESSING = {"fold_ln": False, "center_writing_weights": False, "center_unembed
 class Made:
     """Both exports of the experiment."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.folder, self.subjects = folder, subjects(plan)
-        self.pages, _ = export(plan, "neuronpedia", folder / "neuronpedia")
-        self.vis, _ = export(plan, "saedashboard", folder / "saedashboard")
+    def __init__(self, plan: Plan, pages: Path, vis: Path) -> None:
+        self.subjects, self.pages, self.vis = subjects(plan), pages, vis
 
     def batches(self, subject: Subject) -> list[dict[str, Any]]:
         files = sorted((self.pages / subject.name).glob("batch-*.json"), key=lambda f: int(f.stem[6:]))
@@ -46,9 +44,9 @@ class Made:
         return json.loads(self.file(subject).read_text())
 
 
-@pytest.fixture(scope="module")
-def made(compose_tiny: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(compose_tiny(finished), tmp_path_factory.mktemp("dashboards"))
+@pytest.fixture
+def made(plan: Plan, exported: Any) -> Made:
+    return Made(plan, exported("neuronpedia")[0], exported("saedashboard")[0])
 
 
 @pytest.fixture(scope="module")

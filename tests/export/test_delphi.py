@@ -12,7 +12,6 @@ from tests.export.peers import ask, fits
 
 from saeflow.config import ModelConfig
 from saeflow.export import delphi
-from saeflow.export.run import export
 from saeflow.export.subjects import Subject, subjects
 from saeflow.features.firings import Firings
 from saeflow.features.text import Text
@@ -26,9 +25,9 @@ PROCESSING = {"fold_ln": False, "center_writing_weights": False, "center_unembed
 P, ROWS = 32, 16  # all that are held out
 
 
-@pytest.fixture(scope="module")
-def caches(compose_tiny: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return export(compose_tiny(finished), "delphi", tmp_path_factory.mktemp("caches") / "tiny")
+@pytest.fixture
+def caches(exported: Any) -> tuple[Path, dict[str, Any]]:
+    return exported("delphi")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stores import contents
+from tests.export.conftest import make
 
 from saeflow.config import ConfigError
+from saeflow.dictionaries import Spec, load_dictionary, save_dictionary
+from saeflow.dictionaries.sae import build
 from saeflow.export import run as run_module
 from saeflow.export.formats import FORMATS
 from saeflow.export.run import export
@@ -26,16 +30,16 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_two_exports_have_the_same_bytes_and_results_stay(plan: Plan, tmp_path: Path, name: str) -> None:
+def test_two_exports_have_the_same_bytes_and_results_stay(plan: Plan, exported: Any, tmp_path: Path, name: str) -> None:
+    one, about = exported(name)
     before = state(Path(plan.results))
-    one, about = export(plan, name, tmp_path / "one")
-    other, _ = export(plan, name, tmp_path / "other")
+    other, _ = export(plan, name, tmp_path / "other", "cc-by-4.0")
     assert contents(one) == contents(other) and about["entries"]
     assert state(Path(plan.results)) == before
     assert json.loads((one / "export.json").read_text()) == about
     for entries in about["entries"].values():
         assert all((one / entry).exists() for entry in entries)
-    assert not [path for path in tmp_path.iterdir() if path.name not in ("one", "other")]
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
     assert about["entries"].keys() | about["left_out"].keys() == {one.name for one in subjects(plan)}
 
 
@@ -110,6 +114,32 @@ def test_without_tables_of_latents_it_says_how_to_get_them(compose_tiny: Any, co
     for name in ("neuronpedia", "saedashboard"):
         with pytest.raises(ConfigError, match=r"is not made yet: run the experiment with features=all first"):
             export(copy, name, tmp_path / "x")
+
+
+def test_what_another_library_made_is_exported_too(compose_tiny: Any, finished: Path, tmp_path: Path) -> None:
+    spec = Spec("transcoder", "relu", 32, 32, 40, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out")
+    g = torch.Generator().manual_seed(0)
+    theirs = build(spec, *(torch.randn(size, generator=g) for size in ((32, 40), (40,), (40, 32), (32,))))
+    for layer in (0, 1):
+        (tmp_path / f"theirs{layer}").mkdir()
+        save_dictionary(theirs, tmp_path / f"theirs{layer}")
+        config = tmp_path / f"theirs{layer}/cfg.json"
+        text = json.loads(config.read_text().replace("blocks.0", f"blocks.{layer}"))
+        del text["metadata"]["saeflow"]  # as SAELens writes it
+        config.write_text(json.dumps(text))
+    blocks = [f"{{dictionary:foreign,site:mlp,site.layer:{i},dictionary.path:{tmp_path}/theirs{i}}}" for i in (0, 1)]
+    shutil.copytree(finished, tmp_path / "results")
+    plan = compose_tiny(tmp_path / "results", features=[], sweep=f"sweep=[{','.join(blocks)}]")
+    make(plan, "foreign")
+    plan = compose_tiny(tmp_path / "results", features=[], sweep=f"sweep=[{','.join(blocks)}]")
+    folder, about = export(plan, "saelens", tmp_path / "saelens")
+    x = torch.randn(20, 32, generator=g)
+    for (entry,) in about["entries"].values():
+        assert torch.equal(load_dictionary(folder / entry).forward(x), theirs.forward(x))
+    card = (folder / "README.md").read_text()
+    assert "made elsewhere" in card and "They have not been evaluated." in card
+    _, about = export(plan, "circuit-tracer", tmp_path / "sets")
+    assert len(about["entries"]) == 2 and len({entry for (entry,) in about["entries"].values()}) == 1
 
 
 def test_a_licence_is_an_identifier(plan: Plan, tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from saeflow.planning.graph import Plan
 HOSTILE = 'x"\n---\nlicense: mit\n---\n| a | `b` | <script>alert(1)</script> ``` ![i](j) \u202e: #'
 
 
-@pytest.fixture(scope="module")
-def release(compose_tiny: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return export(compose_tiny(finished), "saelens", tmp_path_factory.mktemp("release") / "tiny", "cc-by-4.0")
+@pytest.fixture
+def release(exported: Any) -> tuple[Path, dict[str, Any]]:
+    return exported("saelens")
 
 
 def test_saelens_opens_every_dictionary_and_computes_the_same(release: tuple[Path, dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """An export: a folder that appears whole or not at all, and never below results/."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ def export(
         raise ConfigError(f"LICENSE={licence!r} is no identifier as Hugging Face has them, such as mit or cc-by-4.0")
     folder = _folder(plan, chosen, to)
     found = subjects(plan)
+    new = [parent for parent in folder.parents if not parent.exists()]
     make_folder(folder.parent)
     remove_leftovers(folder)
     partial = beside(folder)
@@ -45,6 +47,9 @@ def export(
         publish(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new:
+            with contextlib.suppress(OSError):  # another export may have begun there
+                parent.rmdir()
         raise
     return folder, about
 
