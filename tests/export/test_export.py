@@ -1,6 +1,7 @@
 """An export is whole or not there, and touches nothing that no export has written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,16 @@ def test_a_licence_is_an_identifier(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"LICENSE='MIT License\\nx' is no identifier as Hugging Face has them"):
         export(plan, "saelens", tmp_path / "x", "MIT License\nx")
     assert not (tmp_path / "x").exists()
+
+
+def test_make_uploads_by_its_command_line_alone() -> None:
+    """A variable of the environment is not meant; a $ or a quote in a name is nobody's but the script's."""
+    command = ["make", "-n", "export", "FORMAT=saelens", "TO=a '$(touch x)' b"]
+    environment = os.environ | {"UPLOAD": "someone/else", "LICENSE": "mit"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
+    assert '--to="$TO"' in done.stdout and "--upload" not in done.stdout and "--license" not in done.stdout
+    done = subprocess.run([*command, "UPLOAD=me/saes"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '--upload="$UPLOAD"' in done.stdout and "touch" not in done.stdout
 
 
 def test_the_script_refuses_in_one_sentence(tmp_path: Path) -> None:
