@@ -75,15 +75,16 @@ def saedashboard_runs(folder, tokens, model_folder, bos):
     }
 
 
-def neuronpedia(folder):
-    """Every batch as its classes read it, written again."""
+def neuronpedia(*folders):
+    """Of folders every batch as its classes read it, written again."""
     from sae_dashboard.neuronpedia.neuronpedia_converter import NpEncoder
     from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
 
-    found = {}
-    for file in sorted(Path(folder).glob("batch-*.json")):
-        batch = NeuronpediaDashboardBatch(**json.loads(file.read_text()))
-        found[file.name] = json.loads(json.dumps(batch, cls=NpEncoder))
+    found = []
+    for folder in folders:
+        texts = [file.read_text() for file in sorted(Path(folder).glob("batch-*.json"))]
+        batches = [NeuronpediaDashboardBatch(**json.loads(text)) for text in texts]
+        found.append([json.loads(json.dumps(batch, cls=NpEncoder)) for batch in batches])
     return found
 
 
