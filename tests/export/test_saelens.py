@@ -108,6 +108,17 @@ def test_without_a_licence_and_evaluations_the_card_says_so(compose_tiny: Any, c
     assert not [*folder.rglob("sparsity.safetensors")]
 
 
+def test_every_model_of_an_experiment_is_named(plan: Plan) -> None:
+    found = subjects(plan)[:2]
+    found[1].settings["model.name"] = "another"
+    about = {"experiment": "tiny", "entries": {one.name: [one.name] for one in found}, "left_out": {}}
+    text = model_card(format_named("saelens"), found, about, None)
+    lines = [line for line in text.splitlines() if line.startswith("- Model: ")]
+    assert [line.split(",")[0] for line in lines] == ["- Model: `tiny-neox`", "- Model: `another`"]
+    assert len([line for line in text.splitlines() if line.startswith("- Text: ")]) == 1
+    assert text.count("# Dictionaries of `tiny-neox, another`") == 1
+
+
 def test_hostile_names_stay_names(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     found = subjects(plan)[:2]
     for subject in found:

@@ -26,7 +26,7 @@ METRICS = {
 }
 """Of the evaluation, in the table of the dictionaries."""
 TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "saeflow"]
-NOBODY = "nothing is said of it: whoever publishes this folder names one with `make export … LICENSE=…`"
+NO_LICENCE = "Nothing is said of it: whoever publishes this folder names one with `make export … LICENSE=…`."
 
 
 def model_card(form: Format, subjects: Sequence[Subject], about: Mapping[str, Any], licence: str | None) -> str:
@@ -54,7 +54,7 @@ def model_card(form: Format, subjects: Sequence[Subject], about: Mapping[str, An
         + (f"; they differ in {', '.join(code(path) for path in varying)}." if varying else "."),
         fenced(yaml.safe_dump(common, sort_keys=True), "yaml"),
         "## Licence",
-        code(licence) if licence else NOBODY[0].upper() + NOBODY[1:] + ".",
+        code(licence) if licence else NO_LICENCE,
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -99,24 +99,27 @@ def _left_out(left_out: Mapping[str, str]) -> str:
 
 
 def _origin(subjects: Sequence[Subject]) -> str:
-    origin = subjects[0].dictionary.spec.origin
-    processing = {name: getattr(origin, name) for name in ("fold_ln", "center_writing_weights", "center_unembed")}
-    said = ", ".join(f"`{name}={str(value).lower()}`" for name, value in processing.items() if value is not None)
-    lines = [
-        f"- Model: {code(_names(subjects, 'model.name'))}, weights {code(origin.model_weights or 'not known')}, "
-        f"opened by TransformerLens with {said or 'settings that are not known'}. Activations depend on both.",
-        f"- Text: {code(_names(subjects, 'corpus.name'))}, rows of {origin.context_size or 'an unknown number of'} "
-        f"tokens{', each with a BOS in front' if origin.prepend_bos else ''}; {_trained(subjects)}.",
-        "- Weights take raw activations: whatever normalisation training had is folded into them.",
-    ]
-    return "\n".join(lines)
+    models, texts = dict[str, None](), dict[str, None]()
+    for subject in subjects:
+        origin = subject.dictionary.spec.origin
+        processing = {name: getattr(origin, name) for name in ("fold_ln", "center_writing_weights", "center_unembed")}
+        said = ", ".join(f"`{name}={str(value).lower()}`" for name, value in processing.items() if value is not None)
+        models[
+            f"- Model: {code(_names([subject], 'model.name'))}, weights {code(origin.model_weights or 'not known')}, "
+            f"opened by TransformerLens with {said or 'settings that are not known'}. Activations depend on both."
+        ] = None
+        size = origin.context_size or "an unknown number of"
+        bos = ", each with a BOS in front" if origin.prepend_bos else ""
+        text = f"- Text: {code(_names([subject], 'corpus.name'))}, rows of {size} tokens{bos}; {_trained(subject)}."
+        texts[text] = None
+    scaled = "- Weights take raw activations: whatever normalisation training had is folded into them."
+    return "\n".join([*models, *texts, scaled])
 
 
-def _trained(subjects: Sequence[Subject]) -> str:
+def _trained(subject: Subject) -> str:
     """On how many tokens."""
-    held = {subject.settings.get("training.n_tokens") for subject in subjects}
-    several = ", ".join(f"{n:,}" for n in sorted(n for n in held if n is not None))
-    return f"trained on {several} tokens" if several else "made elsewhere"
+    n = subject.settings.get("training.n_tokens")
+    return "made elsewhere" if n is None else f"trained on {n:,} tokens"
 
 
 def _names(subjects: Sequence[Subject], setting: str) -> str:
