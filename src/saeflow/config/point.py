@@ -11,6 +11,7 @@ from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
 from saeflow.config.corpus import CorpusConfig, TokensConfig
+from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
 from saeflow.config.evaluation import EvaluationConfig
 from saeflow.config.features import FeaturesConfig
@@ -37,6 +38,7 @@ class PointConfig:
     evaluation: EvaluationConfig
     seed: int
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    dashboards: DashboardsConfig = field(default_factory=DashboardsConfig)
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")

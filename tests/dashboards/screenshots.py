@@ -1,0 +1,55 @@
+"""Pictures of the pages, for docs/figures: python tests/dashboards/screenshots.py results docs/figures
+
+They are of the widest TopK SAE of the demo with its dashboards (experiment=demo dashboards=all), and of the comparison
+of its dictionaries; needs a Chromium.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from browser import CHROMIUM, Opened, chromium
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("results", type=Path)
+parser.add_argument("out", type=Path)
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+def main() -> None:
+    args = parser.parse_args()
+    if CHROMIUM is None:
+        sys.exit("there is no Chromium: apt-get install chromium")
+    folders = sorted((args.results / "dashboards").glob("sae-*mlp_out-k32-*"))
+    comparisons = sorted((args.results / "comparisons").iterdir())
+    if not folders or not comparisons:
+        sys.exit(f"{args.results} has no dashboards of the demo: snakemake --config hydra='experiment=demo dashboards=all'")
+    page, comparison = folders[0] / "index.html", comparisons[0] / "index.html"
+    some = [folder.name for folder in folders[:1] + sorted((args.results / "dashboards").glob("sae-*l1_1-*"))[:1]]
+    beside = f"#one={some[0]}&other={some[1]}&sort=-cosine&latent="
+    shots = {
+        "dashboard_overview": (page, "", {}),
+        "dashboard_latent": (page, "#sort=-effect&latent=", {}),
+        "dashboard_dark": (page, "#sort=-effect&latent=", {"color_scheme": "dark"}),
+        "dashboard_phone": (page, "#sort=-effect&latent=", PHONE),
+        "comparison_overview": (comparison, "", {}),
+        "comparison_latent": (comparison, beside, {}),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with chromium() as browser:
+        for name, (file, address, how) in shots.items():
+            with_latent = address.endswith("latent=")
+            one = Opened(browser, file, address.removesuffix("latent=").rstrip("&"), **how)
+            if with_latent:
+                one.page.wait_for_selector("#list tbody tr[data-row]", state="attached")
+                one.page.keyboard.press("j")
+                one.page.wait_for_selector("ol.examples")
+            one.page.wait_for_timeout(200)
+            one.page.screenshot(path=args.out / f"{name}.png")
+            one.context.close()
+
+
+if __name__ == "__main__":
+    main()
