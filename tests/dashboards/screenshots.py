@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from browser import CHROMIUM, Opened, chromium
+from browser import CHROMIUM, Opened, chromium  # noqa: E402 (which is beside this file)
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("results", type=Path)
@@ -25,7 +25,9 @@ def main() -> None:
     folders = sorted((args.results / "dashboards").glob("sae-*mlp_out-k32-*"))
     comparisons = sorted((args.results / "comparisons").iterdir())
     if not folders or not comparisons:
-        sys.exit(f"{args.results} has no dashboards of the demo: snakemake --config hydra='experiment=demo dashboards=all'")
+        sys.exit(
+            f"{args.results} has no dashboards of the demo: snakemake --config hydra='experiment=demo dashboards=all'"
+        )
     page, comparison = folders[0] / "index.html", comparisons[0] / "index.html"
     some = [folder.name for folder in folders[:1] + sorted((args.results / "dashboards").glob("sae-*l1_1-*"))[:1]]
     beside = f"#one={some[0]}&other={some[1]}&sort=-cosine&latent="

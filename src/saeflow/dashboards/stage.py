@@ -11,7 +11,7 @@ from saeflow.planning.stages import Stage
 from saeflow.training.stage import dictionaries_mb
 
 Looked = tuple[PlannedPoint, str]
-"""A point, and what one of its dictionaries is called there in `keys`."""
+"""A point, and the key of the dashboard of one of its dictionaries."""
 
 
 def expand(expansion: Expansion) -> None:
@@ -47,16 +47,17 @@ def expand_comparisons(expansion: Expansion) -> None:
             if key := planned.keys.get("dashboards", {}).get(name):
                 table = expansion.plan.instance("features", planned.keys["features"][name])
                 same = [table.config["model"], table.config["features"], table.needs["tokens"], found.hook_name]
-                places.setdefault(canonical([*same, found.head]), {})[key] = planned, name
+                group = places.setdefault(canonical([*same, found.head]), {})
+                if name not in group or "jacobian" in table.needs:  # of one with and without partners, that with
+                    group[name] = planned, key
     for group in places.values():
         if len(group) > 1:
             _add_comparison(group)
 
 
 def _add_comparison(group: dict[str, Looked]) -> None:
-    needs: dict[str, list[str]] = {"dashboards": sorted(group)}
-    for key in sorted(group):
-        planned, name = group[key]
+    needs: dict[str, list[str]] = {"dashboards": sorted(key for _, key in group.values())}
+    for name, (planned, _) in sorted(group.items(), key=lambda one: one[1][1]):
         found = next(d for d in planned.dictionaries if f"{d.key} {d.part}" == name)
         own = {"features": [planned.keys["features"][name]], found.stage: [found.key]} | _of_dictionary(planned, name)
         for stage, keys in own.items():

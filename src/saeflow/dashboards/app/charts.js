@@ -57,8 +57,8 @@ saeflow.charts = (() => {
     });
   }
 
-  // Points with intervals: [{x, y, low, high, name, href, series}].
-  function scatter(points, { x, y, label }) {
+  // Points with intervals: [{x, y, low, high, name, href, series}]; `form(y)` is how a value is written.
+  function scatter(points, { x, y, form, label }) {
     const W = 640, H = 340, left = 56, foot = 40, top = 12, right = 12;
     const series = [...new Set(points.map(p => p.series))];
     const range = values => {
@@ -72,12 +72,12 @@ saeflow.charts = (() => {
       const mine = points.filter(p => p.series === series[n]).sort((a, b) => a.x - b.x);
       const path = mine.map((p, i) => `${i ? "L" : "M"}${px(p.x).toFixed(1)} ${py(p.y).toFixed(1)}`).join("");
       return [svg("path", { d: path, class: `front s${n % 6}` }), mine.map(p => svg("a", { href: p.href },
-        svg("title", {}, `${p.name}: ${x} ${number(p.x)}, ${y} ${number(p.y)}${p.low === null ? "" : ` (${number(p.low)} to ${number(p.high)})`}`),
+        svg("title", {}, `${p.name}: ${x} ${number(p.x)}, ${y} ${form(p.y)}${p.low === null ? "" : ` (${form(p.low)} to ${form(p.high)})`}`),
         p.low === null ? null : svg("line", { x1: px(p.x), x2: px(p.x), y1: py(p.low), y2: py(p.high), class: `front s${n % 6}` }),
         mark(n, px(p.x), py(p.y))))];
     });
     const ticks = steps(ys).map(v => [svg("line", { x1: left, x2: W - right, y1: py(v), y2: py(v), class: "grid" }),
-      svg("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, number(v))]);
+      svg("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, form(v))]);
     const below = [1, 2, 5].flatMap(m => [0, 1, 2, 3, 4].map(e => m * 10 ** e)).filter(v => Math.log10(v) >= xs[0] && Math.log10(v) <= xs[1])
       .map(v => svg("text", { x: px(v), y: H - foot + 16, "text-anchor": "middle" }, number(v)));
     const legend = el("ul", { class: "series" }, series.map((name, n) =>

@@ -2,7 +2,7 @@
 "use strict";
 
 (async () => {
-  const { el, number, share, row, listed, tokens, charts, latent, shell } = saeflow;
+  const { el, number, share, row, tokens, charts, latent, shell } = saeflow;
   const page = document.querySelector("#page"), main = document.querySelector("main");
   const one = document.querySelector("#one"), other = document.querySelector("#other"), query = document.querySelector("#query");
   const found = document.querySelector("#found");
@@ -37,7 +37,7 @@
     }));
     return [
       points.length > 1 ? latent.panel("How sparse, how faithful", "each point a dictionary, with its interval over held-out documents; a click opens its dashboard",
-        charts.scatter(points, { x: "active latents a token (L0)", y: "loss recovered", label: "Loss recovered against L0" })) : null,
+        charts.scatter(points, { x: "active latents a token (L0)", y: "loss recovered", form: share, label: "Loss recovered against L0" })) : null,
       latent.rows("Dictionaries", "", ["dictionary", "L0", "loss recovered", "latents that fire", "of"], some.map(d => [
         el("a", { href: dashboard(d) }, short(d)), number(d.measured.l0), share(d.measured.loss_recovered_zero), number(d.index.n_live), number(d.index.n_latents)])),
       latent.panel("How much of one is in another", `mean over the latents of a row's dictionary that fire of the largest cosine with a decoder row of the column's; a click shows latent by latent`, matrix()),
@@ -71,24 +71,18 @@
   let pair = null; // what the grid shows: {i, j, there, back, mine, theirs}
   let grid = null;
 
-  function snippet(data, i) {
-    const at = data.snippet_of[i];
-    if (data.snippet_of[i + 1] === at) return "";
-    return [...listed(data.snippet, at)].map((t, place) => el("bdi", { class: place === data.snippet_at[at] ? "t peak" : null }, tokens.visible(data.texts[t])));
-  }
-
   function columns() {
     const { i, j, there, back, mine, theirs } = pair, match = r => there.latent[r * there.k];
     const fires = (data, d, r) => data.fired[r] / some[d].index.n_tokens;
     return [
-      { id: "latent", name: "latent", width: "4.4rem", cell: r => String(r), by: r => r, narrow: true },
-      { id: "cosine", name: "cosine", title: "of the decoder rows of the two", width: "4.6rem", cell: r => there.cosine[r * there.k].toFixed(3), by: r => there.cosine[r * there.k], narrow: true },
-      { id: "match", name: "match", width: "4.4rem", cell: r => String(match(r)), by: match, narrow: true },
-      { id: "mutual", name: "mutual", title: "whether it is the nearest of its nearest", width: "4.6rem", cell: r => back.latent[match(r) * back.k] === r ? "yes" : "no", by: r => Number(back.latent[match(r) * back.k] === r) },
+      { id: "latent", name: "latent", width: "5rem", cell: r => String(r), by: r => r, narrow: true },
+      { id: "cosine", name: "cosine", title: "of the decoder rows of the two", width: "5.4rem", cell: r => there.cosine[r * there.k].toFixed(3), by: r => there.cosine[r * there.k], narrow: true },
+      { id: "match", name: "match", width: "5rem", cell: r => String(match(r)), by: match, narrow: true },
+      { id: "mutual", name: "mutual", title: "whether it is the nearest of its nearest", width: "5.4rem", cell: r => back.latent[match(r) * back.k] === r ? "yes" : "no", by: r => Number(back.latent[match(r) * back.k] === r) },
       { id: "frequency", name: "fires", width: "5rem", cell: r => share(fires(mine, i, r)), by: r => fires(mine, i, r) },
-      { id: "other_frequency", name: "match fires", width: "5.6rem", cell: r => share(fires(theirs, j, match(r))), by: r => fires(theirs, j, match(r)) },
-      { id: "text", name: "strongest on", width: "auto", text: true, cell: r => snippet(mine, r), by: () => NaN },
-      { id: "other_text", name: "match strongest on", width: "auto", text: true, cell: r => snippet(theirs, match(r)), by: () => NaN },
+      { id: "other_frequency", name: "match fires", width: "7rem", cell: r => share(fires(theirs, j, match(r))), by: r => fires(theirs, j, match(r)) },
+      { id: "text", name: "strongest on", width: "auto", text: true, cell: r => tokens.snippet(mine, r), by: () => NaN, narrow: true },
+      { id: "other_text", name: "match strongest on", width: "auto", text: true, cell: r => tokens.snippet(theirs, match(r)), by: () => NaN },
     ];
   }
 

@@ -30,22 +30,14 @@
   const label = i => data.label[i] < data.labels.length ? data.labels[data.label[i]] : "";
   const labelled = data.labels.length > 0;
 
-  function snippet(i) {
-    const at = data.snippet_of[i];
-    if (data.snippet_of[i + 1] === at) return "";
-    const texts = [...listed(data.snippet, at)].map(t => data.texts[t]);
-    return texts.map((text, place) => place === data.snippet_at[at]
-      ? el("bdi", { class: "t peak" }, tokens.visible(text)) : el("bdi", {}, tokens.visible(text)));
-  }
-
   const columns = [
-    { id: "latent", name: "latent", width: "4.6rem", cell: i => String(i), by: i => i, narrow: true },
-    { id: "frequency", name: "fires", title: "share of tokens on which it fires", width: "5.2rem", cell: i => frequency[i] ? share(frequency[i]) : "never", by: i => frequency[i], narrow: true },
-    { id: "max", name: "largest", title: "largest activation", width: "4.6rem", cell: i => number(data.max[i]), by: i => data.max[i] },
+    { id: "latent", name: "latent", width: "5rem", cell: i => String(i), by: i => i, narrow: true },
+    { id: "frequency", name: "fires", title: "share of tokens on which it fires", width: "5.4rem", cell: i => frequency[i] ? share(frequency[i]) : "never", by: i => frequency[i], narrow: true },
+    { id: "max", name: "largest", title: "largest activation", width: "5.2rem", cell: i => number(data.max[i]), by: i => data.max[i] },
     { id: "effect", name: "effect", title: "mean rise in loss where it is ablated, nats", width: "5.4rem", cell: i => number(data.effect[i], 2), by: i => data.effect[i] },
     { id: "token", name: "token", title: "on which it fires most often", width: "6rem", text: true, cell: i => tokens.alone(first(data.tokens, i)).replace("⟨empty⟩", ""), by: i => first(data.tokens, i) },
-    { id: "logit", name: "raises", title: "the token whose logit it raises most; sorted by how much", width: "6rem", cell: i => tokens.alone(first(data.raised, i)).replace("⟨empty⟩", ""), by: i => data.raised_by[i] },
-    { id: "text", name: "strongest on", title: "the text around its largest activation", width: "auto", text: true, cell: snippet, by: i => snippetText(i), narrow: true },
+    { id: "logit", name: "raises", title: "the token whose logit it raises most; sorted by how much", width: "6rem", left: true, cell: i => tokens.alone(first(data.raised, i)).replace("⟨empty⟩", ""), by: i => data.raised_by[i] },
+    { id: "text", name: "strongest on", title: "the text around its largest activation", width: "auto", text: true, cell: i => tokens.snippet(data, i), by: i => snippetText(i), narrow: true },
   ];
   if (labelled) columns.splice(1, 0, { id: "label", name: "label", title: "what it follows, by the model's algorithm", width: "9rem", text: true, narrow: true, cell: i => tokens.visible(label(i)), by: label });
   const snippetText = i => data.snippet_of[i + 1] === data.snippet_of[i] ? "" : [...listed(data.snippet, data.snippet_of[i])].map(t => data.texts[t]).join("");
@@ -58,6 +50,7 @@
   document.querySelector("#list").append(grid.box);
 
   const to = changes => saeflow.address({ ...state.get(), ...changes });
+  const among = () => `../../comparisons/${encodeURIComponent(state.get().among)}/index.html`;
   document.querySelector("#to-overview").addEventListener("click", event => { event.preventDefault(); state.set({ latent: "", list: "" }, true); });
   document.querySelector("#to-list").addEventListener("click", event => { event.preventDefault(); state.set({ latent: "", list: 1 }, true); });
 
@@ -113,11 +106,14 @@
       if (main.dataset.view === view) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
+    const compare = document.querySelector("#to-comparison");
+    compare.hidden = !now.among;
+    if (now.among) compare.href = among();
     grid.choose(chosen);
     if (String(now.latent) === String(before.latent) && page.childElementCount) return;
     const turn = ++asked;
     try {
-      const content = now.latent ? await pageOf(chosen, now.latent) : saeflow.overview.page(overview, frequency, counts, DENSE, some => to({ show: some, q: "", latent: "", list: 1 }));
+      const content = now.latent ? await pageOf(chosen, now.latent) : saeflow.overview.page(overview, frequency, counts, DENSE, changes => to({ q: "", latent: "", list: 1, ...changes }));
       if (turn !== asked) return;
       page.replaceChildren(...content.flat(3).filter(Boolean));
     } catch (error) {
@@ -132,10 +128,9 @@
     const links = { href: other => to({ latent: other }), partner };
     const copy = el("button", { type: "button", id: "copy", onclick: copied }, "Copy address");
     const step = (by, text) => el("button", { type: "button", onclick: () => go(by) }, text);
-    const among = state.get().among;
     return [
       el("div", { class: "head" }, el("h2", {}, `Latent ${i}`), el("div", { class: "tools" }, step(-1, "← before"), step(1, "next →"), copy,
-        among ? el("a", { class: "button", href: `../../comparisons/${encodeURIComponent(among)}/index.html#one=${encodeURIComponent(folder())}&latent=${i}` }, "Compare") : null)),
+        state.get().among ? el("a", { class: "button", href: `${among()}${saeflow.address({ one: folder(), latent: i })}` }, "Compare") : null)),
       ...latent.page(overview, i, await latent.read("", overview, i), links),
     ];
   }

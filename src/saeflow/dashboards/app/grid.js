@@ -2,13 +2,13 @@
 "use strict";
 
 saeflow.Grid = class {
-  // `columns`: [{id, name, title, width, cell(row) -> what to show, by(row) -> what to sort by, text, narrow}], where
-  // `narrow` says that it stays on a narrow screen; `open(row)`: what a click on a row does; `href(row)`: its link.
+  // `columns`: [{id, name, title, width, cell(row) -> what to show, by(row) -> what to sort by, text, left, narrow}]:
+  // of `text` what is sorted by is text, `left` is only shown so, and `narrow` stays on a narrow screen; `open(row)`: what a click on a row does; `href(row)`: its link.
   constructor({ columns, open, href, sorted, label }) {
     const { el } = saeflow;
     Object.assign(this, { columns, open, href, order: new Uint32Array(0), chosen: -1, first: -1, keys: new Map() });
     this.height = 30;
-    this.heads = columns.map(column => el("th", { scope: "col", "aria-sort": "none", class: column.narrow ? null : "wide" },
+    this.heads = columns.map(column => el("th", { scope: "col", "aria-sort": "none", class: saeflow.Grid.look(column) },
       el("button", { type: "button", title: column.title, onclick: () => sorted(column.id) }, column.name)));
     this.above = el("tr", { "aria-hidden": "true" }, el("td", { colspan: columns.length }));
     this.below = this.above.cloneNode(true);
@@ -31,6 +31,8 @@ saeflow.Grid = class {
     }, { passive: true });
     new ResizeObserver(() => this.draw(true)).observe(this.box);
   }
+
+  static look = column => [column.narrow ? "" : "wide", column.text || column.left ? "text" : ""].join(" ").trim() || null;
 
   // Row numbers in order by a column, those that have nothing there last. `sort`: a column's id, with - for the reverse.
   sort(rows, sort) {
@@ -80,7 +82,7 @@ saeflow.Grid = class {
 
   blank() {
     const cells = this.columns.map((c, i) => i
-      ? saeflow.el("td", { class: `${c.narrow ? "" : "wide "}${c.text ? "text" : ""}` })
+      ? saeflow.el("td", { class: saeflow.Grid.look(c) })
       : saeflow.el("th", { scope: "row" }, saeflow.el("a", {})));
     const element = saeflow.el("tr", {}, cells);
     this.below.before(element);

@@ -27,7 +27,8 @@ saeflow.latent = (() => {
           : `It never fires on the ${number(index.n_tokens)} tokens looked at.`),
       facts(overview, value, fires),
       el("div", { class: "panels" },
-        fires ? panel("Activations", "where it fires, by size", charts.histogram([...row(data.profiles.histogram, at)], low, high)) : null,
+        fires ? panel("Activations", "where it fires, by size", charts.histogram([...row(data.profiles.histogram, at)], low, high),
+          el("p", { class: "note" }, "firings by position in a row"), charts.positions([...row(data.profiles.positions, at)], overview.position_begin, index.context_size)) : null,
         logits("Logits it raises", texts(data, "raised", at), listed(data.raised_by, at), index),
         logits("Logits it lowers", texts(data, "lowered", at), listed(data.lowered_by, at), index)),
       found.top.length ? [
@@ -40,7 +41,6 @@ saeflow.latent = (() => {
         near("Nearest by decoder", "cosine of decoder rows", data.near_decoder, data.near_decoder_cosine, at, links.href),
         near("Nearest by firing", "tokens with both over tokens with either", data.near_firing, data.near_firing_jaccard, at, links.href),
         near(`Partners on the other side of the pair`, "mean |J| over all tokens", data.near_jacobian, data.near_jacobian_mean, at, links.partner),
-        fires ? panel("Positions", "firings by position in a row", charts.positions([...row(data.profiles.positions, at)], overview.position_begin, index.context_size)) : null,
         heads(data, at)),
     ];
   }
@@ -66,12 +66,12 @@ saeflow.latent = (() => {
     if (!body.length) return null;
     return panel(title, note, el("table", { class: "small" },
       el("thead", {}, el("tr", {}, heads.map((head, i) => el("th", { scope: "col", class: i ? null : "text" }, head)))),
-      el("tbody", {}, body.map(([first, ...rest]) => el("tr", {}, el("th", { scope: "row", class: "text" }, first), rest.map(cell => el("td", {}, cell)))))));
+      el("tbody", {}, body.map(([first, ...rest]) => el("tr", {}, el("th", { scope: "row", class: "text" }, first), rest.map(cell => el("td", { class: typeof cell === "string" ? null : "long" }, cell)))))));
   }
 
   function logits(title, names, values, index) {
     if (!names.length) return index.left_out.raised ? panel(title, index.left_out.raised) : null;
-    return rows(title, "a unit of activation, but for the last norm's scale", ["token", "logits"],
+    return rows(title, "a unit of activation", ["token", "logits"],
       names.map((name, i) => [tokens.chip(name), number(values[i])]));
   }
 

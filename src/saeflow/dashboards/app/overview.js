@@ -11,7 +11,7 @@ saeflow.overview = (() => {
     ["recovery", "true variables recovered", share], ["accuracy_replaced", "accuracy with it in place", share], ["dead_fraction", "dead latents in the evaluation", share],
   ];
 
-  // `pick(show)`: the address of the table with some latents alone. `n`: {live, dead, dense} of them.
+  // `pick(changes)`: the address of the table of some latents, or in some order. `n`: {live, dead, dense} of them.
   function page(overview, frequency, n, dense, pick) {
     const { index, name } = overview;
     return [
@@ -20,14 +20,18 @@ saeflow.overview = (() => {
       el("div", { class: "panels" },
         panel("How often latents fire", `share of the ${number(index.n_tokens)} tokens, logarithmic`, charts.density(frequency, index.n_tokens, dense),
           el("ul", { class: "counts" },
-            el("li", {}, el("a", { href: pick("live") }, `${number(n.live)} fire`), ` (${share(n.live / index.n_latents)})`),
-            el("li", {}, el("a", { href: pick("dead") }, `${number(n.dead)} never fire`), ` (${share(n.dead / index.n_latents)})`),
-            el("li", {}, el("a", { href: pick("dense") }, `${number(n.dense)} fire on more than ${share(dense)} of tokens`)))),
+            el("li", {}, el("a", { href: pick({ show: "live" }) }, `${number(n.live)} fire`), ` (${share(n.live / index.n_latents)})`),
+            el("li", {}, el("a", { href: pick({ show: "dead" }) }, `${number(n.dead)} never fire`), ` (${share(n.dead / index.n_latents)})`),
+            el("li", {}, el("a", { href: pick({ show: "dense" }) }, `${number(n.dense)} fire on more than ${share(dense)} of tokens`)),
+            el("li", {}, "sorted by ", el("a", { href: pick({ sort: "-effect" }) }, "effect on the loss"), ", ",
+              el("a", { href: pick({ sort: "-frequency" }) }, "frequency"), ", ", el("a", { href: pick({ sort: "-logit" }) }, "logits")))),
         measured(overview.evaluation || overview.recovery)),
       el("div", { class: "panels" },
-        rows("Settings", "of the dictionary and all that it is made from", ["setting", "value"], Object.entries(overview.settings).map(([path, value]) => [path, el("bdi", {}, typeof value === "string" ? value : JSON.stringify(value))])),
-        rows("Made from", "every artifact down to the text", ["stage", "folder"], overview.made_from.map(([stage, key]) => [stage, el("a", { href: `../../${stage}/${encodeURI(key)}/` }, key)]))),
-      el("p", { class: "note" }, Object.entries(index.left_out).map(([what, why]) => `Without ${what}: ${why}. `), el("a", { href: "../../index.html" }, "All results")),
+        rows("Settings", "of the dictionary and all that it is made from", ["setting", "value"], Object.entries(overview.settings).map(([path, value]) =>
+          [path, el("bdi", {}, typeof value === "string" ? value : JSON.stringify(value))])),
+        rows("Made from", "every artifact down to the text", ["stage", "folder"], overview.made_from.map(([stage, key]) =>
+          [stage, el("a", { href: `../../${stage}/${encodeURI(key)}/` }, key)]))),
+      el("p", { class: "note" }, Object.entries(index.left_out).map(([what, why]) => `Without ${what}: ${why}. `)),
     ];
   }
 

@@ -2,7 +2,7 @@
 "use strict";
 
 saeflow.tokens = (() => {
-  const { el, number } = saeflow;
+  const { el, number, listed } = saeflow;
   const LONGEST = 160; // characters of a token that are shown; all of them on hovering
   const NAMED = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
   // controls, marks of direction, separators, joiners, private use and lone halves of pairs: nothing of them is seen
@@ -22,6 +22,15 @@ saeflow.tokens = (() => {
   function chip(text) {
     const shown = alone(text);
     return el("bdi", { class: "token", title: shown.length > 40 ? shown : null }, shortened(shown));
+  }
+
+  // Row `i` of a table's snippets: the text around the largest activation of a latent, of which the end is seen before it.
+  function snippet(data, i) {
+    const place = data.snippet_of[i];
+    if (data.snippet_of[i + 1] === place) return "";
+    const part = (begin, end) => [...listed(data.snippet, place)].slice(begin, end).map(t => el("bdi", {}, shortened(visible(data.texts[t]))));
+    const at = data.snippet_at[place];
+    return el("span", { class: "snippet" }, el("span", { class: "before" }, el("span", {}, part(0, at))), el("b", { class: "peak" }, part(at, at + 1)), part(at + 1));
   }
 
   // A line of text: `texts` of its tokens, `values` of these, and which of them the line is about.
@@ -70,5 +79,5 @@ saeflow.tokens = (() => {
     document.addEventListener("scroll", () => { hint.hidden = true; }, { capture: true, passive: true });
   }
 
-  return { visible, alone, chip, line, legend, hints };
+  return { visible, alone, chip, snippet, line, legend, hints };
 })();
