@@ -1,7 +1,7 @@
 """Pictures of the pages, for docs/figures: python tests/dashboards/screenshots.py results docs/figures
 
-They are of the widest TopK SAE of the demo with its dashboards (experiment=demo dashboards=all), and of the comparison
-of its dictionaries; needs a Chromium.
+They are of the demo with its dashboards (experiment=demo dashboards=all): of the TopK SAE of k = 32, and of the
+comparison of its dictionaries. Needs a Chromium.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from browser import CHROMIUM, Opened, chromium  # noqa: E402 (which is beside th
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("results", type=Path)
 parser.add_argument("out", type=Path)
+SIZE = {"width": 1200, "height": 720}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 
@@ -29,21 +30,16 @@ def main() -> None:
             f"{args.results} has no dashboards of the demo: snakemake --config hydra='experiment=demo dashboards=all'"
         )
     page, comparison = folders[0] / "index.html", comparisons[0] / "index.html"
-    some = [folder.name for folder in folders[:1] + sorted((args.results / "dashboards").glob("sae-*l1_1-*"))[:1]]
-    beside = f"#one={some[0]}&other={some[1]}&sort=-cosine&latent="
     shots = {
-        "dashboard_overview": (page, "", {}),
         "dashboard_latent": (page, "#sort=-effect&latent=", {}),
-        "dashboard_dark": (page, "#sort=-effect&latent=", {"color_scheme": "dark"}),
         "dashboard_phone": (page, "#sort=-effect&latent=", PHONE),
         "comparison_overview": (comparison, "", {}),
-        "comparison_latent": (comparison, beside, {}),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         for name, (file, address, how) in shots.items():
             with_latent = address.endswith("latent=")
-            one = Opened(browser, file, address.removesuffix("latent=").rstrip("&"), **how)
+            one = Opened(browser, file, address.removesuffix("latent=").rstrip("&"), **{"viewport": SIZE} | how)
             if with_latent:
                 one.page.wait_for_selector("#list tbody tr[data-row]", state="attached")
                 one.page.keyboard.press("j")

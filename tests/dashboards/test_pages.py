@@ -61,7 +61,7 @@ def opened(browser: Any, results: Path) -> Iterator[Any]:
 
     yield make
     for one in there:
-        assert one.said == []
+        assert one.said == [] and "[object" not in one.text("body")
         assert all(url.startswith((results.resolve().as_uri(), "data:,")) for url in one.asked)
         one.context.close()
 
@@ -322,6 +322,16 @@ def test_names_for_those_who_do_not_see(opened: Any) -> None:
     bare = "all => all.filter(t => !t.querySelector('th[scope]')).length"
     assert one.page.locator("table").evaluate_all(bare) == 0
     assert one.page.locator("html").get_attribute("lang") == "en" and one.page.locator("h1").count() == 1
+
+
+def test_all_of_a_latent_is_there(opened: Any) -> None:
+    one = opened("dashboards/small", "#latent=0")
+    heads = one.texts("#page h3")
+    panels = ["Tokens it fires on", "Nearest by decoder", "Nearest by firing", "Heads"]
+    texts = ["Strongest activations", "Through its range"]
+    assert heads == ["Activations", "Logits it raises", "Logits it lowers", *texts, *panels]
+    assert one.page.locator("#page h4").count() == 3 and one.page.locator(".examples li").count() == 6
+    assert one.page.locator("#page svg").count() == 3
 
 
 def test_print_shows_the_latent_alone(opened: Any) -> None:

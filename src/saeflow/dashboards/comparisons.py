@@ -22,6 +22,7 @@ from torch import Tensor
 from saeflow.dashboards.naming import identity
 from saeflow.dashboards.scripts import copy_app, packed, write_script
 from saeflow.dictionaries import load_dictionary
+from saeflow.dictionaries.series import natural
 from saeflow.features.order import largest
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
@@ -75,7 +76,7 @@ def compare(job: Job) -> int:
 
 
 def dictionaries(job: Job) -> list[Compared]:
-    """In the order of their dashboards' keys."""
+    """By their kinds, then by their amounts."""
     folders = {(f.parent.name, f.name): f for stage in ("train", "foreign") for f in job.inputs(stage)}
     summaries: dict[str, dict[str, Any]] = {}
     for folder in (f for stage in ("evaluate", "recover") for f in job.inputs(stage, "summary.json")):
@@ -94,7 +95,7 @@ def dictionaries(job: Job) -> list[Compared]:
         made = next(folders[stage, name] for stage in ("train", "foreign") if (stage, name) in folders)
         about = _about(index, summaries.get(index["dictionary_key"], {}), instance.sources.get("side", ""))
         some.append(Compared(key, about, unit_rows(load_dictionary(made / part if part else made).W_dec, fired)))
-    return some
+    return sorted(some, key=lambda one: (natural(one.about["name"]["title"]), one.key))
 
 
 def _about(index: dict[str, Any], measured: dict[str, Any], side: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ saeflow.charts = (() => {
   const { el, svg, number } = saeflow;
 
   // Bars of equal width from `low` to `high`. `parts`: counts; `ticks`: [place from 0 to 1, text].
-  function bars(parts, { label, name, ticks, hue, log, height = 110 }) {
-    const W = 300, H = height, foot = 18, most = Math.max(1, ...parts);
+  function bars(parts, { label, name, ticks, hue, log, height = 130, width: W = 220 }) {
+    const H = height, foot = 18, most = Math.max(1, ...parts);
     const scale = n => (log ? Math.log1p(n) / Math.log1p(most) : n / most) * (H - foot - 14);
     const width = W / parts.length;
     const shapes = [...parts].map((n, i) => {
@@ -54,6 +54,7 @@ saeflow.charts = (() => {
       ticks: Array.from({ length: -lowest + 1 }, (_, i) => [i / -lowest, i === -lowest ? "1" : `1e${lowest + i}`]),
       hue: i => ends(i)[0] >= dense ? "bar many" : "bar",
       height: 150,
+      width: 300,
     });
   }
 

@@ -35,13 +35,12 @@
       x: d.measured.l0, y: d.measured.loss_recovered_zero, low: d.measured.loss_recovered_zero_low, high: d.measured.loss_recovered_zero_high,
       name: short(d), series: d.name.kind, href: dashboard(d),
     }));
-    return [
+    return [el("div", { class: "panels broad" },
       points.length > 1 ? latent.panel("How sparse, how faithful", "each point a dictionary, with its interval over held-out documents; a click opens its dashboard",
         charts.scatter(points, { x: "active latents a token (L0)", y: "loss recovered", form: share, label: "Loss recovered against L0" })) : null,
       latent.rows("Dictionaries", "", ["dictionary", "L0", "loss recovered", "latents that fire", "of"], some.map(d => [
-        el("a", { href: dashboard(d) }, short(d)), number(d.measured.l0), share(d.measured.loss_recovered_zero), number(d.index.n_live), number(d.index.n_latents)])),
-      latent.panel("How much of one is in another", `mean over the latents of a row's dictionary that fire of the largest cosine with a decoder row of the column's; a click shows latent by latent`, matrix()),
-    ];
+        el("a", { href: dashboard(d) }, short(d)), number(d.measured.l0), share(d.measured.loss_recovered_zero), number(d.index.n_live), number(d.index.n_latents)]))),
+    latent.panel("How much of one is in another", `mean over the latents of a row's dictionary that fire of the largest cosine with a decoder row of the column's; a click shows latent by latent`, matrix())];
   }
 
   function matrix() {
@@ -81,8 +80,8 @@
       { id: "mutual", name: "mutual", title: "whether it is the nearest of its nearest", width: "5.4rem", cell: r => back.latent[match(r) * back.k] === r ? "yes" : "no", by: r => Number(back.latent[match(r) * back.k] === r) },
       { id: "frequency", name: "fires", width: "5rem", cell: r => share(fires(mine, i, r)), by: r => fires(mine, i, r) },
       { id: "other_frequency", name: "match fires", width: "7rem", cell: r => share(fires(theirs, j, match(r))), by: r => fires(theirs, j, match(r)) },
-      { id: "text", name: "strongest on", width: "auto", text: true, cell: r => tokens.snippet(mine, r), by: () => NaN, narrow: true },
-      { id: "other_text", name: "match strongest on", width: "auto", text: true, cell: r => tokens.snippet(theirs, match(r)), by: () => NaN },
+      { id: "text", name: "strongest on", width: "auto", text: true, blank: tokens.snippet, put: (cell, r) => tokens.fillSnippet(cell, mine, r), by: () => NaN, narrow: true },
+      { id: "other_text", name: "match strongest on", width: "auto", text: true, blank: tokens.snippet, put: (cell, r) => tokens.fillSnippet(cell, theirs, match(r)), by: () => NaN },
     ];
   }
 
@@ -124,7 +123,7 @@
   async function column(i, r, more = null) {
     const d = some[i], overview = await saeflow.load(`${folder(d)}data/overview.js`);
     const content = latent.page(overview, r, await latent.read(folder(d), overview, r), { href: o => dashboard(d, o), partner: null });
-    return el("article", {}, el("h2", {}, el("a", { href: dashboard(d, r) }, `Latent ${r}`)), el("p", { class: "note" }, short(d)), more, content.flat(3).filter(Boolean));
+    return el("article", {}, el("h2", {}, el("a", { href: dashboard(d, r) }, `Latent ${r}`)), el("p", { class: "note" }, short(d)), more, content.flat(Infinity).filter(Boolean));
   }
 
   async function beside(i, j, r, now) {
@@ -156,7 +155,7 @@
         content = now.latent ? [el("div", { class: "beside" }, await beside(i, j, Number(now.latent), now))] : [summary(i, j)];
       }
       if (turn !== asked) return;
-      page.replaceChildren(...content.flat(3).filter(Boolean));
+      page.replaceChildren(...content.flat(Infinity).filter(Boolean));
     } catch (error) {
       if (turn === asked) shell.complain(page, error);
     }

@@ -81,20 +81,22 @@ const saeflow = (() => {
     return element;
   }
 
+  const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 7 }); // to make one takes longer than to use it
+
   // A number for people: three digits that count, "–" for none.
   function number(value, digits = 3) {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
-    if (Number.isInteger(value)) return value.toLocaleString("en");
     const size = Math.abs(value);
-    if (size >= 1e6 || size < 1e-4) return value.toExponential(digits - 1).replace("e", " e").replace("-", "−");
-    return Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 7 }).replace("-", "−");
+    if (Number.isInteger(value)) return plain.format(value).replace("-", "−");
+    if (size >= 1e6 || size < 1e-4) return value.toExponential(digits - 1).replace("e", " e").replaceAll("-", "−");
+    return plain.format(Number(value.toPrecision(digits))).replace("-", "−");
   }
 
   function share(value) {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     const percent = 100 * value;
     if (percent > 0 && percent < 0.001) return "< 0.001 %";
-    return `${Number(percent.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 4 })} %`;
+    return `${plain.format(Number(percent.toPrecision(3)))} %`.replace("-", "−");
   }
 
   // What the part of the address behind # says, and the reverse; empty values are left out.

@@ -32,12 +32,12 @@
 
   const columns = [
     { id: "latent", name: "latent", width: "5rem", cell: i => String(i), by: i => i, narrow: true },
-    { id: "frequency", name: "fires", title: "share of tokens on which it fires", width: "5.4rem", cell: i => frequency[i] ? share(frequency[i]) : "never", by: i => frequency[i], narrow: true },
+    { id: "frequency", name: "fires", title: "share of tokens on which it fires", width: "6rem", cell: i => frequency[i] ? share(frequency[i]) : "never", by: i => frequency[i], narrow: true },
     { id: "max", name: "largest", title: "largest activation", width: "5.2rem", cell: i => number(data.max[i]), by: i => data.max[i] },
     { id: "effect", name: "effect", title: "mean rise in loss where it is ablated, nats", width: "5.4rem", cell: i => number(data.effect[i], 2), by: i => data.effect[i] },
-    { id: "token", name: "token", title: "on which it fires most often", width: "6rem", text: true, cell: i => tokens.alone(first(data.tokens, i)).replace("⟨empty⟩", ""), by: i => first(data.tokens, i) },
-    { id: "logit", name: "raises", title: "the token whose logit it raises most; sorted by how much", width: "6rem", left: true, cell: i => tokens.alone(first(data.raised, i)).replace("⟨empty⟩", ""), by: i => data.raised_by[i] },
-    { id: "text", name: "strongest on", title: "the text around its largest activation", width: "auto", text: true, cell: i => tokens.snippet(data, i), by: i => snippetText(i), narrow: true },
+    { id: "token", name: "token", title: "on which it fires most often", width: "6rem", text: true, spare: true, cell: i => tokens.alone(first(data.tokens, i)).replace("⟨empty⟩", ""), by: i => first(data.tokens, i) },
+    { id: "logit", name: "raises", title: "the token whose logit it raises most; sorted by how much", width: "6rem", left: true, spare: true, cell: i => tokens.alone(first(data.raised, i)).replace("⟨empty⟩", ""), by: i => data.raised_by[i] },
+    { id: "text", name: "strongest on", title: "the text around its largest activation", width: "auto", text: true, blank: tokens.snippet, put: (cell, i) => tokens.fillSnippet(cell, data, i), by: i => snippetText(i), narrow: true },
   ];
   if (labelled) columns.splice(1, 0, { id: "label", name: "label", title: "what it follows, by the model's algorithm", width: "9rem", text: true, narrow: true, cell: i => tokens.visible(label(i)), by: label });
   const snippetText = i => data.snippet_of[i + 1] === data.snippet_of[i] ? "" : [...listed(data.snippet, data.snippet_of[i])].map(t => data.texts[t]).join("");
@@ -115,7 +115,7 @@
     try {
       const content = now.latent ? await pageOf(chosen, now.latent) : saeflow.overview.page(overview, frequency, counts, DENSE, changes => to({ q: "", latent: "", list: 1, ...changes }));
       if (turn !== asked) return;
-      page.replaceChildren(...content.flat(3).filter(Boolean));
+      page.replaceChildren(...content.flat(Infinity).filter(Boolean));
     } catch (error) {
       if (turn === asked) shell.complain(page, error);
     }

@@ -2,19 +2,21 @@
 "use strict";
 
 saeflow.Grid = class {
-  // `columns`: [{id, name, title, width, cell(row) -> what to show, by(row) -> what to sort by, text, left, narrow}]:
-  // of `text` what is sorted by is text, `left` is only shown so, and `narrow` stays on a narrow screen; `open(row)`: what a click on a row does; `href(row)`: its link.
+  // `columns`: [{id, name, title, width, cell(row) -> its text, by(row) -> what to sort by, text, left, narrow, spare}]:
+  // of `text` what is sorted by is text, `left` is only shown so, `narrow` stays on a narrow screen, and `spare` goes
+  // first where there is no room. What is more than a text has blank() -> an element and put(element, row), not `cell`.
+  // `open(row)`: what a click on a row does; `href(row)`: its link.
   constructor({ columns, open, href, sorted, label }) {
     const { el } = saeflow;
     Object.assign(this, { columns, open, href, order: new Uint32Array(0), chosen: -1, first: -1, keys: new Map() });
     this.height = 30;
     this.heads = columns.map(column => el("th", { scope: "col", "aria-sort": "none", class: saeflow.Grid.look(column) },
       el("button", { type: "button", title: column.title, onclick: () => sorted(column.id) }, column.name)));
-    this.above = el("tr", { "aria-hidden": "true" }, el("td", { colspan: columns.length }));
+    this.above = el("tr", { "aria-hidden": "true" }, el("td"));
     this.below = this.above.cloneNode(true);
     this.body = el("tbody", {}, this.above, this.below);
     this.table = el("table", { class: "grid", "aria-label": label },
-      el("colgroup", {}, columns.map(c => el("col", { style: `width:${c.width}`, class: c.narrow ? null : "wide" }))),
+      el("colgroup", {}, columns.map(c => el("col", { style: `width:${c.width}`, class: saeflow.Grid.look(c) }))),
       el("thead", {}, el("tr", {}, this.heads)), this.body);
     this.box = el("div", { class: "scroll", tabindex: "0", "aria-label": label, role: "region" }, this.table);
     this.rows = [];
@@ -32,7 +34,7 @@ saeflow.Grid = class {
     new ResizeObserver(() => this.draw(true)).observe(this.box);
   }
 
-  static look = column => [column.narrow ? "" : "wide", column.text || column.left ? "text" : ""].join(" ").trim() || null;
+  static look = column => [column.narrow ? "" : "wide", column.spare ? "spare" : "", column.text || column.left ? "text" : ""].join(" ").trim() || null;
 
   // Row numbers in order by a column, those that have nothing there last. `sort`: a column's id, with - for the reverse.
   sort(rows, sort) {
@@ -48,6 +50,7 @@ saeflow.Grid = class {
       return (down ? y - x : x - y) || a - b;
     });
     this.order = order;
+    this.table.setAttribute("aria-rowcount", order.length + 1);
     this.draw(true);
   }
 
@@ -65,49 +68,54 @@ saeflow.Grid = class {
     return found;
   }
 
+  // Shows the rows in sight. Those that stay keep their elements: at a usual speed a few are filled anew.
   draw(all = false) {
     const height = this.height, n = this.order.length;
-    const shown = Math.ceil((this.box.clientHeight || 600) / height) + 12;
+    const shown = Math.min(n, Math.ceil((this.box.clientHeight || 600) / height) + 12);
     const first = Math.max(0, Math.min(n - shown, Math.floor(this.box.scrollTop / height) - 6));
     if (first === this.first && !all) return;
+    while (this.rows.length < shown) this.rows.push(this.blank());
+    while (this.rows.length > shown) this.rows.pop().element.remove();
+    const moved = first - this.first;
+    if (!all && Math.abs(moved) < shown) {
+      const turned = moved > 0 ? this.rows.splice(0, moved) : this.rows.splice(moved);
+      const place = moved > 0 ? this.below : this.rows[0].element;
+      for (const row of turned) place.before(row.element);
+      if (moved > 0) this.rows.push(...turned);
+      else this.rows.unshift(...turned);
+    }
     this.first = first;
-    const count = Math.min(shown, n - first);
-    while (this.rows.length < count) this.rows.push(this.blank());
-    while (this.rows.length > count) this.rows.pop().element.remove();
-    for (let i = 0; i < count; i++) this.put(this.rows[i], first + i);
+    this.rows.forEach((row, i) => this.put(row, first + i, all));
     this.above.style.height = `${first * height}px`;
-    this.below.style.height = `${(n - first - count) * height}px`;
-    this.table.setAttribute("aria-rowcount", n + 1);
+    this.below.style.height = `${(n - first - shown) * height}px`;
   }
 
   blank() {
-    const cells = this.columns.map((c, i) => i
-      ? saeflow.el("td", { class: saeflow.Grid.look(c) })
-      : saeflow.el("th", { scope: "row" }, saeflow.el("a", {})));
+    const cells = this.columns.map((column, i) => i
+      ? saeflow.el("td", { class: saeflow.Grid.look(column) }, column.blank ? column.blank() : document.createTextNode(""))
+      : saeflow.el("th", { scope: "row" }, saeflow.el("a", {}, "")));
     const element = saeflow.el("tr", {}, cells);
     this.below.before(element);
-    return { element, cells, row: -1 };
+    return { element, shown: cells.map(cell => cell.firstChild), row: -1, place: -1, chosen: false };
   }
 
-  put(place, i) {
-    const row = this.order[i];
-    const chosen = row === this.chosen;
-    if (place.element.classList.contains("chosen") !== chosen) {
-      place.element.classList.toggle("chosen", chosen);
-      if (chosen) place.element.setAttribute("aria-current", "true");
-      else place.element.removeAttribute("aria-current");
+  // Fills a row with the `i`-th of the order; `all`: links may be others.
+  put(line, i, all) {
+    const row = this.order[i], chosen = row === this.chosen;
+    if (line.chosen !== chosen) {
+      line.chosen = chosen;
+      line.element.classList.toggle("chosen", chosen);
+      if (chosen) line.element.setAttribute("aria-current", "true");
+      else line.element.removeAttribute("aria-current");
     }
-    place.element.setAttribute("aria-rowindex", i + 2);
-    if (place.row === row) return;
-    place.row = row;
-    place.element.dataset.row = row;
+    if (line.place !== i) line.element.setAttribute("aria-rowindex", (line.place = i) + 2);
+    if (all || line.row !== row) line.shown[0].href = this.href(row);
+    if (line.row === row) return;
+    line.row = row;
+    line.element.dataset.row = row;
     this.columns.forEach((column, c) => {
-      const shown = column.cell(row);
-      if (c) place.cells[c].replaceChildren(...[shown].flat());
-      else {
-        place.cells[0].firstChild.textContent = shown;
-        place.cells[0].firstChild.href = this.href(row);
-      }
+      if (column.put) column.put(line.shown[c], row);
+      else line.shown[c].textContent = column.cell(row);
     });
   }
 

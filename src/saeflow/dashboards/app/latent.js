@@ -36,11 +36,11 @@ saeflow.latent = (() => {
         tokens.legend(largest, low < 0),
         el("ol", { class: "examples" }, found.top),
         intervals(found.intervals, index.intervals, low, high)] : null,
-      el("div", { class: "panels" },
+      el("div", { class: "panels loose" },
         often(data, at),
-        near("Nearest by decoder", "cosine of decoder rows", data.near_decoder, data.near_decoder_cosine, at, links.href),
-        near("Nearest by firing", "tokens with both over tokens with either", data.near_firing, data.near_firing_jaccard, at, links.href),
-        near(`Partners on the other side of the pair`, "mean |J| over all tokens", data.near_jacobian, data.near_jacobian_mean, at, links.partner),
+        near("Nearest by decoder", "by the cosine of decoder rows", "cosine", data.near_decoder, data.near_decoder_cosine, at, links.href),
+        near("Nearest by firing", "tokens with both over tokens with either", "Jaccard", data.near_firing, data.near_firing_jaccard, at, links.href),
+        near("Partners on the other side of the pair", "by the Jacobian, over all tokens", "mean |J|", data.near_jacobian, data.near_jacobian_mean, at, links.partner),
         heads(data, at)),
     ];
   }
@@ -81,9 +81,9 @@ saeflow.latent = (() => {
       names.map((name, i) => [tokens.chip(name), number(fired[i]), share(part[i]), number(mean[i])]));
   }
 
-  function near(title, note, latents, values, at, href) {
+  function near(title, note, measured, latents, values, at, href) {
     const others = listed(latents, at), measure = listed(values, at);
-    return rows(title, note, ["latent", ""], [...others].map((other, i) =>
+    return rows(title, note, ["latent", measured], [...others].map((other, i) =>
       [href ? el("a", { href: href(other) }, String(other)) : String(other), number(measure[i])]));
   }
 

@@ -17,7 +17,7 @@ saeflow.overview = (() => {
     return [
       el("p", { class: "lead" }, `${name.kind}${name.amount ? `, ${name.amount}` : ""}${name.part ? `, ${name.part}` : ""}, at ${name.place}${name.reads ? `, reading ${name.reads}` : ""}${name.model ? ` of ${name.model}` : ""}. `,
         `${number(index.n_latents)} latents, looked up on ${number(index.n_tokens)} ${index.split === "train" ? "training" : "held-out"} tokens of ${number(index.n_documents)} documents.`),
-      el("div", { class: "panels" },
+      el("div", { class: "panels loose" },
         panel("How often latents fire", `share of the ${number(index.n_tokens)} tokens, logarithmic`, charts.density(frequency, index.n_tokens, dense),
           el("ul", { class: "counts" },
             el("li", {}, el("a", { href: pick({ show: "live" }) }, `${number(n.live)} fire`), ` (${share(n.live / index.n_latents)})`),
@@ -26,7 +26,7 @@ saeflow.overview = (() => {
             el("li", {}, "sorted by ", el("a", { href: pick({ sort: "-effect" }) }, "effect on the loss"), ", ",
               el("a", { href: pick({ sort: "-frequency" }) }, "frequency"), ", ", el("a", { href: pick({ sort: "-logit" }) }, "logits")))),
         measured(overview.evaluation || overview.recovery)),
-      el("div", { class: "panels" },
+      el("div", { class: "panels loose" },
         rows("Settings", "of the dictionary and all that it is made from", ["setting", "value"], Object.entries(overview.settings).map(([path, value]) =>
           [path, el("bdi", {}, typeof value === "string" ? value : JSON.stringify(value))])),
         rows("Made from", "every artifact down to the text", ["stage", "folder"], overview.made_from.map(([stage, key]) =>

@@ -24,13 +24,17 @@ saeflow.tokens = (() => {
     return el("bdi", { class: "token", title: shown.length > 40 ? shown : null }, shortened(shown));
   }
 
-  // Row `i` of a table's snippets: the text around the largest activation of a latent, of which the end is seen before it.
-  function snippet(data, i) {
-    const place = data.snippet_of[i];
-    if (data.snippet_of[i + 1] === place) return "";
-    const part = (begin, end) => [...listed(data.snippet, place)].slice(begin, end).map(t => el("bdi", {}, shortened(visible(data.texts[t]))));
-    const at = data.snippet_at[place];
-    return el("span", { class: "snippet" }, el("span", { class: "before" }, el("span", {}, part(0, at))), el("b", { class: "peak" }, part(at, at + 1)), part(at + 1));
+  // A cell for the text around the largest activation of a latent, of which the end is seen before it.
+  const snippet = () => el("span", { class: "snippet" }, el("span", { class: "before" }, el("bdi")), el("b", { class: "peak" }), el("bdi"));
+
+  // Fills it with row `i` of a table's snippets.
+  function fillSnippet(cell, data, i) {
+    const place = data.snippet_of[i], there = data.snippet_of[i + 1] > place, at = there ? data.snippet_at[place] : 0;
+    const texts = there ? Array.from(listed(data.snippet, place), t => shortened(visible(data.texts[t]))) : [];
+    const [before, peak, after] = cell.children;
+    before.firstChild.textContent = texts.slice(0, at).join("");
+    peak.textContent = texts[at] ?? "";
+    after.textContent = texts.slice(at + 1).join("");
   }
 
   // A line of text: `texts` of its tokens, `values` of these, and which of them the line is about.
@@ -79,5 +83,5 @@ saeflow.tokens = (() => {
     document.addEventListener("scroll", () => { hint.hidden = true; }, { capture: true, passive: true });
   }
 
-  return { visible, alone, chip, snippet, line, legend, hints };
+  return { visible, alone, chip, snippet, fillSnippet, line, legend, hints };
 })();
