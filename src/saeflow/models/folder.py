@@ -24,6 +24,11 @@ MODEL_FILES = (
     "special_tokens_map.json",
 )
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
+# How the folders of presets come to be, by their names below models/.
+MADE_BY = {
+    "smollm2": "make model NAME=smollm2",
+    "gelu-2l": "python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l",
+}
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 ROPE = {"LlamaForCausalLM": ("llama3",)}  # beyond those that change nothing within the model's context
@@ -159,7 +164,9 @@ def resolve_folder(model: ModelConfig) -> Path:
     if model.path is not None:
         folder = Path(model.path)
         if not folder.is_dir():
-            raise ModelError(f"model.path={folder}: no such folder{where(folder)}")
+            made_by = MADE_BY.get(folder.name) if folder.parent.name == "models" else None
+            how = f"; fetch it once, with the network: {made_by}" if made_by else ""
+            raise ModelError(f"model.path={folder}: no such folder{where(folder)}{how}")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
