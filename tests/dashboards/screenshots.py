@@ -15,7 +15,7 @@ from browser import CHROMIUM, Opened, chromium  # noqa: E402 (which is beside th
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("results", type=Path)
 parser.add_argument("out", type=Path)
-SIZE = {"width": 1200, "height": 720}
+SIZE = {"width": 1160, "height": 660}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 
 

@@ -27,7 +27,8 @@ def expand(expansion: Expansion) -> None:
                 needs |= _of_dictionary(planned, name)
                 part = {"part": found.part} if found.part else {}
                 made.append(planned.add("dashboards", found.label, needs, part, name=name))
-        if len(made) == 2:  # the sides of a pair; of equal points both dashboards are equal
+        if len(made) == 2 and "jacobian" in planned.keys:
+            # Sides of a pair name each other. Their tables have the same study, so the one's key decides the other's.
             for side, key, partner in zip(("input", "output"), made, reversed(made), strict=True):
                 planned.plan.stages["dashboards"][key].sources.update(side=side, partner=partner)
 
