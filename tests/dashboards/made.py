@@ -98,7 +98,9 @@ def _write_evaluation(folder: Path, name: str, seed: int) -> None:
     value = {"l0": 10.0 + 5 * seed, "loss_recovered_zero": 0.9 - 0.05 * seed, "explained_variance": 0.7}
     ends = {f"{k}{end}": v + d for k, v in value.items() for end, d in (("_low", -0.01), ("_high", 0.01))}
     more = {"dictionary_key": name, "n_tokens": 1000, "n_documents": 50, "confidence": 0.95, "dead_fraction": 0.05}
-    more |= {"model_name": "tiny", "skip": False, "saelens": None, "source": "", "seed": seed}
+    more |= {"model_name": "tiny", "skip": False, "saelens": None, "source": "", "seed": 0}
+    more |= {"kind": "sae", "activation": "relu", "hook_name": HOOK, "hook_name_out": HOOK, "hook_head_index": None}
+    more |= {"d_sae": 40, "sparsity": "l1", "amount_name": "l1_coefficient", "amount": 0.5 + seed}
     (folder / "summary.json").write_text(json.dumps(value | ends | more))
     write_receipt(folder, "evaluate")
 

@@ -259,13 +259,11 @@ def test_every_kind_has_one(neox_folder: Path, corpus_file: Path, tmp_path: Path
     assert "head_share" in read(plan.folder("dashboards", of_heads) / "data/latents-0000.js")["profiles"]
     (comparison,) = plan.stages["comparisons"]
     found = read(plan.folder("comparisons", comparison) / "data/overview.js")
-    names = [one["name"]["title"] for one in found["dictionaries"]]
+    names = [one["name"]["label"] for one in found["dictionaries"]]
     # of the SAE that is a side of the pair too, the dashboard that has its partners
-    assert names[1:] == [
-        "TopK SAE, k = 4, output side of a pair, layer 1, mlp_out",
-        "theirs (ReLU + L1 SAE), layer 1, mlp_out",
-    ]
-    assert names[0].startswith("ReLU + L1 transcoder") and len(found["pairs"]) == 6
+    assert names[0].startswith("TopK SAE, k = 4") and names[0].endswith("output side of a pair")
+    assert names[1].startswith("ReLU + L1 transcoder, L1 = 1") and names[2:] == ["theirs (ReLU + L1 SAE)"]
+    assert len(found["pairs"]) == 6
     assert overviews[of_heads]["name"]["title"] == "TopK SAEs by head, k = 4, layer 1, attn.z"
 
 

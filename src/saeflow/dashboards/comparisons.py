@@ -22,7 +22,8 @@ from torch import Tensor
 from saeflow.dashboards.naming import identity
 from saeflow.dashboards.scripts import copy_app, packed, write_script
 from saeflow.dictionaries import load_dictionary
-from saeflow.dictionaries.series import natural
+from saeflow.dictionaries.series import with_names
+from saeflow.dictionaries.settings import read_summaries
 from saeflow.features.order import largest
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
@@ -76,13 +77,9 @@ def compare(job: Job) -> int:
 
 
 def dictionaries(job: Job) -> list[Compared]:
-    """By their kinds, then by their amounts."""
+    """In the order of figures and called as there; those that nothing was measured of by what they are, and last."""
     folders = {(f.parent.name, f.name): f for stage in ("train", "foreign") for f in job.inputs(stage)}
-    summaries: dict[str, dict[str, Any]] = {}
-    for folder in (f for stage in ("evaluate", "recover") for f in job.inputs(stage, "summary.json")):
-        found = json.loads((folder / "summary.json").read_text())
-        key = found.get("dictionary_key") or "/".join(k for k in (found["train_key"], found["part"]) if k)
-        summaries[key] = found
+    measured = summaries(job)
     by_name = {}
     for folder in job.inputs("features", "index.json", "latents.parquet"):
         index = json.loads((folder / "index.json").read_text())
@@ -93,16 +90,32 @@ def dictionaries(job: Job) -> list[Compared]:
         index, fired = by_name[instance.needs["features"][0]]
         name, _, part = index["dictionary_key"].partition("/")
         made = next(folders[stage, name] for stage in ("train", "foreign") if (stage, name) in folders)
-        about = _about(index, summaries.get(index["dictionary_key"], {}), instance.sources.get("side", ""))
+        about = _about(index, measured.get(index["dictionary_key"], {}), instance.sources.get("side", ""))
         some.append(Compared(key, about, unit_rows(load_dictionary(made / part if part else made).W_dec, fired)))
-    return sorted(some, key=lambda one: (natural(one.about["name"]["title"]), one.key))
+    place = {key: n for n, key in enumerate(measured)}
+    return sorted(some, key=lambda one: place.get(one.about["index"]["dictionary_key"], len(place)))
+
+
+def summaries(job: Job) -> dict[str, dict[str, Any]]:
+    """What was measured of each dictionary by its key, and what figures call it (`label`, `series`), in their order."""
+    found = [table for stage in ("evaluate", "recover") if len(table := read_summaries(job, stage))]
+    if not found:
+        return {}
+    table = pd.concat(found, ignore_index=True)
+    if "dictionary_key" not in table:  # of comparisons with the truth
+        table["dictionary_key"] = table["train_key"].str.cat(table["part"].fillna(""), sep="/").str.rstrip("/")
+    named = with_names(table).astype(object)
+    rows = named.where(named.notna(), None).to_dict("records")
+    return {str(row["dictionary_key"]): {str(name): value for name, value in row.items()} for row in rows}
 
 
 def _about(index: dict[str, Any], measured: dict[str, Any], side: str) -> dict[str, Any]:
-    numbers = [f"{name}{end}" for name in ("l0", "ce_increase", "loss_recovered_zero", "explained_variance")
-               for end in ("", "_low", "_high")]  # fmt: skip
-    found = {"name": identity(index, measured, side), "index": index}
-    return found | {"measured": {name: measured.get(name) for name in (*numbers, "recovery", "seed")}}
+    numbers = [f"{name}{end}" for name in ("l0", "loss_recovered_zero") for end in ("", "_low", "_high")]
+    name = identity(index, measured, side)
+    called = measured.get("label") or ", ".join(text for text in (name["kind"], name["amount"]) if text)
+    name |= {"label": ", ".join(text for text in (called, name["part"]) if text)}
+    name |= {"series": measured.get("series") or name["kind"]}
+    return {"name": name, "index": index, "measured": {name: measured.get(name) for name in numbers}}
 
 
 def unit_rows(W: Tensor, fired: np.ndarray) -> Tensor:

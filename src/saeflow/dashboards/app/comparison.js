@@ -19,7 +19,7 @@
   const me = decodeURIComponent(location.pathname.split("/").at(-2));
   const folder = d => `../../dashboards/${encodeURIComponent(d.key)}/`;
   const dashboard = (d, i) => `${folder(d)}index.html${saeflow.address({ latent: i, among: me })}`;
-  const short = d => [d.name.kind, d.name.amount, d.name.part].filter(Boolean).join(", ");
+  const short = d => d.name.label;
   const title = `Dictionaries at ${some[0].name.place}${some[0].name.model ? ` of ${some[0].name.model}` : ""}`;
   document.title = title;
   document.querySelector("#title").textContent = title;
@@ -33,7 +33,7 @@
     const measured = some.filter(d => d.measured.loss_recovered_zero !== null && d.measured.l0 > 0);
     const points = measured.map(d => ({
       x: d.measured.l0, y: d.measured.loss_recovered_zero, low: d.measured.loss_recovered_zero_low, high: d.measured.loss_recovered_zero_high,
-      name: short(d), series: d.name.kind, href: dashboard(d),
+      name: short(d), series: d.name.series, href: dashboard(d),
     }));
     return [el("div", { class: "panels broad" },
       points.length > 1 ? latent.panel("How sparse, how faithful", "each point a dictionary, with its interval over held-out documents; a click opens its dashboard",
