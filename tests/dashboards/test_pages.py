@@ -192,6 +192,25 @@ def test_fast_keys_lose_nothing(opened: Any) -> None:
     assert "latent=209" in one.page.url
 
 
+def test_keys_that_come_while_the_address_changes_count(opened: Any) -> None:
+    """The browser tells of an address some time after it was set, when the page may be further."""
+    one = opened()
+    one.page.evaluate("""() => {
+        addEventListener("hashchange", event => event.stopImmediatePropagation(), { capture: true, once: true });
+        const press = () => document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "j", bubbles: true }));
+        press();
+        setTimeout(() => { press(); window.dispatchEvent(new Event("hashchange")); }, 180);
+    }""")
+    one.page.wait_for_timeout(600)
+    assert one.text("h2") == "Latent 1" and "latent=1" in one.page.url
+    one.page.evaluate("location.hash = 'latent=9'")
+    one.page.wait_for_selector("h2:text-is('Latent 9')")
+    one.page.go_back()
+    one.page.wait_for_selector("h2:text-is('Latent 1')")
+    one.page.go_forward()
+    one.page.wait_for_selector("h2:text-is('Latent 9')")
+
+
 def test_scrolling_keeps_few_rows(opened: Any) -> None:
     one = opened()
     for top in (0, 30 * 500, 30 * 1990):

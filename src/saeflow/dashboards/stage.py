@@ -63,7 +63,10 @@ def _add_comparison(group: dict[str, Looked]) -> None:
         own = {"features": [planned.keys["features"][name]], found.stage: [found.key]} | _of_dictionary(planned, name)
         for stage, keys in own.items():
             needs[stage] = list(dict.fromkeys([*needs.get(stage, []), *keys]))
-    planned.add("comparisons", short_hook(found.hook_name), needs, name=f"{found.hook_name} {found.head}")
+    of = planned.plan.stages["foreign"]
+    labels = {key: of[key].sources["label"] for key in needs.get("foreign", ())}  # what its pages call them
+    extra = {"labels": labels} if labels else {}
+    planned.add("comparisons", short_hook(found.hook_name), needs, extra, name=f"{found.hook_name} {found.head}")
 
 
 def together(plan: Plan, instance: Instance) -> list[Any]:

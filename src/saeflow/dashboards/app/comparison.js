@@ -2,11 +2,20 @@
 "use strict";
 
 (async () => {
-  const { el, number, share, row, tokens, charts, latent, shell } = saeflow;
-  const page = document.querySelector("#page"), main = document.querySelector("main");
-  const one = document.querySelector("#one"), other = document.querySelector("#other"), query = document.querySelector("#query");
+  const { el, number, share, row, tokens, latent, shell } = saeflow;
+  const page = document.querySelector("#page"),
+    main = document.querySelector("main");
+  const one = document.querySelector("#one"),
+    other = document.querySelector("#other"),
+    query = document.querySelector("#query");
   const found = document.querySelector("#found");
-  const bar = shell.start([["j or ↓", "next latent"], ["k or ↑", "the one before"], ["/", "go to a latent"], ["o", "overview"], ["x", "exchange the two"]]);
+  const bar = shell.start([
+    ["j or ↓", "next latent"],
+    ["k or ↑", "the one before"],
+    ["/", "go to a latent"],
+    ["o", "overview"],
+    ["x", "exchange the two"],
+  ]);
   tokens.hints();
   let all;
   try {
@@ -15,7 +24,8 @@
     shell.complain(page, error);
     return;
   }
-  const some = all.dictionaries, number_of = new Map(some.map((d, i) => [d.key, i]));
+  const some = all.dictionaries,
+    number_of = new Map(some.map((d, i) => [d.key, i]));
   const me = decodeURIComponent(location.pathname.split("/").at(-2));
   const folder = d => `../../dashboards/${encodeURIComponent(d.key)}/`;
   const dashboard = (d, i) => `${folder(d)}index.html${saeflow.address({ latent: i, among: me })}`;
@@ -27,34 +37,6 @@
   other.append(el("option", { value: "" }, "all others"), ...some.map(d => el("option", { value: d.key }, short(d))));
   const to = changes => saeflow.address({ ...state.get(), ...changes });
   const wide = new Map(); // tables of dashboards
-
-  // ------------------------------------------------------------------ overview
-  function overview() {
-    const measured = some.filter(d => d.measured.loss_recovered_zero !== null && d.measured.l0 > 0);
-    const points = measured.map(d => ({
-      x: d.measured.l0, y: d.measured.loss_recovered_zero, low: d.measured.loss_recovered_zero_low, high: d.measured.loss_recovered_zero_high,
-      name: short(d), series: d.name.series, href: dashboard(d),
-    }));
-    return [el("div", { class: "panels broad" },
-      points.length > 1 ? latent.panel("How sparse, how faithful", "each point a dictionary, with its interval over held-out documents; a click opens its dashboard",
-        charts.scatter(points, { x: "active latents a token (L0)", y: "loss recovered", form: share, label: "Loss recovered against L0" })) : null,
-      latent.rows("Dictionaries", "", ["dictionary", "L0", "loss recovered", "latents that fire", "of"], some.map(d => [
-        el("a", { href: dashboard(d) }, short(d)), number(d.measured.l0), share(d.measured.loss_recovered_zero), number(d.index.n_live), number(d.index.n_latents)]))),
-    latent.panel("How much of one is in another", `mean over the latents of a row's dictionary that fire of the largest cosine with a decoder row of the column's; a click shows latent by latent`, matrix())];
-  }
-
-  function matrix() {
-    const cell = (i, j) => {
-      if (i === j) return el("td", { class: "none" }, "");
-      const pair = all.pairs[`${i}-${j}`], value = pair.mean_largest_cosine;
-      const told = all.alike.map(a => `${share(pair[`share_${a}`])} at ${a} or more`).join(", ");
-      return el("td", { style: `--s:${Math.max(0, value || 0).toFixed(2)}`, class: "heat", title: `${told}; ${share(pair.share_mutual)} each other's nearest` },
-        el("a", { href: to({ one: some[i].key, other: some[j].key, latent: "" }) }, value === null ? "–" : value.toFixed(2)));
-    };
-    return el("div", { class: "scroll" }, el("table", { class: "small matrix" },
-      el("thead", {}, el("tr", {}, el("td", {}), some.map((d, j) => el("th", { scope: "col", title: short(d) }, String(j + 1))))),
-      el("tbody", {}, some.map((d, i) => el("tr", {}, el("th", { scope: "row", class: "text" }, `${i + 1}  ${short(d)}`), some.map((_, j) => cell(i, j)))))));
-  }
 
   // ------------------------------------------------------------------ matches
   async function matches(i, j) {
@@ -71,17 +53,62 @@
   let grid = null;
 
   function columns() {
-    const { i, j, there, back, mine, theirs } = pair, match = r => there.latent[r * there.k];
+    const { i, j, there, back, mine, theirs } = pair,
+      match = r => there.latent[r * there.k];
     const fires = (data, d, r) => data.fired[r] / some[d].index.n_tokens;
     return [
       { id: "latent", name: "latent", width: "5rem", cell: r => String(r), by: r => r, narrow: true },
-      { id: "cosine", name: "cosine", title: "of the decoder rows of the two", width: "5.4rem", cell: r => there.cosine[r * there.k].toFixed(3), by: r => there.cosine[r * there.k], narrow: true },
+      {
+        id: "cosine",
+        name: "cosine",
+        title: "of the decoder rows of the two",
+        width: "5.4rem",
+        cell: r => there.cosine[r * there.k].toFixed(3),
+        by: r => there.cosine[r * there.k],
+        narrow: true,
+      },
       { id: "match", name: "match", width: "5rem", cell: r => String(match(r)), by: match, narrow: true },
-      { id: "mutual", name: "mutual", title: "whether it is the nearest of its nearest", width: "5.4rem", cell: r => back.latent[match(r) * back.k] === r ? "yes" : "no", by: r => Number(back.latent[match(r) * back.k] === r) },
-      { id: "frequency", name: "fires", width: "5rem", cell: r => share(fires(mine, i, r)), by: r => fires(mine, i, r) },
-      { id: "other_frequency", name: "match fires", width: "7rem", cell: r => share(fires(theirs, j, match(r))), by: r => fires(theirs, j, match(r)) },
-      { id: "text", name: "strongest on", width: "auto", text: true, blank: tokens.snippet, put: (cell, r) => tokens.fillSnippet(cell, mine, r), by: () => NaN, narrow: true },
-      { id: "other_text", name: "match strongest on", width: "auto", text: true, blank: tokens.snippet, put: (cell, r) => tokens.fillSnippet(cell, theirs, match(r)), by: () => NaN },
+      {
+        id: "mutual",
+        name: "mutual",
+        title: "whether it is the nearest of its nearest",
+        width: "5.4rem",
+        cell: r => (back.latent[match(r) * back.k] === r ? "yes" : "no"),
+        by: r => Number(back.latent[match(r) * back.k] === r),
+      },
+      {
+        id: "frequency",
+        name: "fires",
+        width: "5rem",
+        cell: r => share(fires(mine, i, r)),
+        by: r => fires(mine, i, r),
+      },
+      {
+        id: "other_frequency",
+        name: "match fires",
+        width: "7rem",
+        cell: r => share(fires(theirs, j, match(r))),
+        by: r => fires(theirs, j, match(r)),
+      },
+      {
+        id: "text",
+        name: "strongest on",
+        width: "auto",
+        text: true,
+        blank: tokens.snippet,
+        put: (cell, r) => tokens.fillSnippet(cell, mine, r),
+        by: () => NaN,
+        narrow: true,
+      },
+      {
+        id: "other_text",
+        name: "match strongest on",
+        width: "auto",
+        text: true,
+        blank: tokens.snippet,
+        put: (cell, r) => tokens.fillSnippet(cell, theirs, match(r)),
+        by: () => NaN,
+      },
     ];
   }
 
@@ -91,7 +118,10 @@
       pair = { i, j, there, back, mine, theirs };
       if (grid) grid.box.remove();
       grid = new saeflow.Grid({
-        columns: columns(), label: "Matched latents", open: r => state.set({ latent: r }, true), href: r => to({ latent: r }),
+        columns: columns(),
+        label: "Matched latents",
+        open: r => state.set({ latent: r }, true),
+        href: r => to({ latent: r }),
         sorted: id => state.set({ sort: state.get().sort === `-${id}` ? id : `-${id}` }),
       });
       grid.count = some[i].index.n_latents;
@@ -111,28 +141,91 @@
 
   // Nearest of a latent in every other dictionary.
   async function inOthers(i, r) {
-    const rows = await Promise.all(some.map((_, j) => j).filter(j => j !== i).map(async j => {
-      const { there } = await matches(i, j), places = row(there.latent, r), cosine = row(there.cosine, r);
-      const links = [...places].flatMap((m, n) => m < 0 ? [] : [n ? ", " : "", el("a", { href: to({ one: some[i].key, other: some[j].key, latent: r, match: n || "" }) }, `${m} (${cosine[n].toFixed(2)})`)]);
-      return { best: cosine[0], cells: [short(some[j]), el("span", {}, links.length ? links : "–")] };
-    }));
+    const rows = await Promise.all(
+      some
+        .map((_, j) => j)
+        .filter(j => j !== i)
+        .map(async j => {
+          const { there } = await matches(i, j),
+            places = row(there.latent, r),
+            cosine = row(there.cosine, r);
+          const links = [...places].flatMap((m, n) =>
+            m < 0
+              ? []
+              : [
+                  n ? ", " : "",
+                  el(
+                    "a",
+                    { href: to({ one: some[i].key, other: some[j].key, latent: r, match: n || "" }) },
+                    `${m} (${cosine[n].toFixed(2)})`,
+                  ),
+                ],
+          );
+          return { best: cosine[0], cells: [short(some[j]), el("span", {}, links.length ? links : "–")] };
+        }),
+    );
     rows.sort((a, b) => (b.best || -2) - (a.best || -2));
-    return [await column(i, r), el("div", {}, latent.rows(`Latent ${r} in the other dictionaries`, "its nearest by decoder row, with the cosine", ["dictionary", "latents"], rows.map(row => row.cells)))];
+    return [
+      await column(i, r),
+      el(
+        "div",
+        {},
+        latent.rows(
+          `Latent ${r} in the other dictionaries`,
+          "its nearest by decoder row, with the cosine",
+          ["dictionary", "latents"],
+          rows.map(row => row.cells),
+        ),
+      ),
+    ];
   }
 
   async function column(i, r, more = null) {
-    const d = some[i], overview = await saeflow.load(`${folder(d)}data/overview.js`);
-    const content = latent.page(overview, r, await latent.read(folder(d), overview, r), { href: o => dashboard(d, o), partner: null });
-    return el("article", {}, el("h2", {}, el("a", { href: dashboard(d, r) }, `Latent ${r}`)), el("p", { class: "note" }, short(d)), more, content.flat(Infinity).filter(Boolean));
+    const d = some[i],
+      overview = await saeflow.load(`${folder(d)}data/overview.js`);
+    const content = latent.page(overview, r, await latent.read(folder(d), overview, r), {
+      href: o => dashboard(d, o),
+      partner: null,
+    });
+    return el(
+      "article",
+      {},
+      el("h2", {}, el("a", { href: dashboard(d, r) }, `Latent ${r}`)),
+      el("p", { class: "note" }, short(d)),
+      more,
+      content.flat(Infinity).filter(Boolean),
+    );
   }
 
   async function beside(i, j, r, now) {
-    const { there } = await matches(i, j), places = [...row(there.latent, r)], n = Math.min(Number(now.match) || 0, places.length - 1);
-    if (!(r < some[i].index.n_latents)) throw new Error(`There is no latent ${now.latent}: this dictionary has 0 to ${some[i].index.n_latents - 1}.`);
-    const choice = el("p", { class: "note" }, "nearest: ", places.map((m, k) => m < 0 ? null : [
-      el("a", { href: to({ match: k || "" }), "aria-current": k === n ? "true" : null }, `${m}, cosine ${there.cosine[r * there.k + k].toFixed(3)}`), " "]));
-    return [await column(i, r, el("p", { class: "note" }, "\u00a0")),
-      places[n] < 0 ? el("article", {}, el("p", {}, "It never fires on the tokens looked at, so it has no match.")) : await column(j, places[n], choice)];
+    const { there } = await matches(i, j),
+      places = [...row(there.latent, r)],
+      n = Math.min(Number(now.match) || 0, places.length - 1);
+    if (!(r < some[i].index.n_latents))
+      throw new Error(`There is no latent ${now.latent}: this dictionary has 0 to ${some[i].index.n_latents - 1}.`);
+    const choice = el(
+      "p",
+      { class: "note" },
+      "nearest: ",
+      places.map((m, k) =>
+        m < 0
+          ? null
+          : [
+              el(
+                "a",
+                { href: to({ match: k || "" }), "aria-current": k === n ? "true" : null },
+                `${m}, cosine ${there.cosine[r * there.k + k].toFixed(3)}`,
+              ),
+              " ",
+            ],
+      ),
+    );
+    return [
+      await column(i, r, el("p", { class: "note" }, "\u00a0")),
+      places[n] < 0
+        ? el("article", {}, el("p", {}, "It never fires on the tokens looked at, so it has no match."))
+        : await column(j, places[n], choice),
+    ];
   }
 
   // ------------------------------------------------------------------ what is shown
@@ -140,19 +233,23 @@
 
   async function draw(now) {
     const turn = ++asked;
-    const i = number_of.get(now.one), j = number_of.get(now.other);
+    const i = number_of.get(now.one),
+      j = number_of.get(now.other);
     main.dataset.view = i === undefined ? "overview" : now.latent ? "latent" : "list";
     one.value = now.one || some[0].key;
     other.value = now.other || "";
     document.querySelector("#list").hidden = i === undefined || j === undefined || i === j;
     try {
       let content;
-      if (i === undefined || (j === undefined && !now.latent) || i === j) content = overview();
+      if (i === undefined || (j === undefined && !now.latent) || i === j)
+        content = saeflow.place(all, { short, dashboard, to });
       else if (j === undefined) content = [el("div", { class: "beside" }, await inOthers(i, Number(now.latent)))];
       else {
         await showPair(i, j, now);
         if (turn !== asked) return;
-        content = now.latent ? [el("div", { class: "beside" }, await beside(i, j, Number(now.latent), now))] : [summary(i, j)];
+        content = now.latent
+          ? [el("div", { class: "beside" }, await beside(i, j, Number(now.latent), now))]
+          : [summary(i, j)];
       }
       if (turn !== asked) return;
       page.replaceChildren(...content.flat(Infinity).filter(Boolean));
@@ -165,10 +262,21 @@
   function summary(i, j) {
     const told = (a, b) => {
       const pair = all.pairs[`${a}-${b}`];
-      return [short(some[a]), number(pair.n_live), number(pair.mean_largest_cosine), ...all.alike.map(x => share(pair[`share_${x}`])), share(pair.share_mutual)];
+      return [
+        short(some[a]),
+        number(pair.n_live),
+        number(pair.mean_largest_cosine),
+        ...all.alike.map(x => share(pair[`share_${x}`])),
+        share(pair.share_mutual),
+      ];
     };
-    return latent.rows("How much of one is in the other", "of the latents that fire: mean of the largest cosines with a decoder row of the other; shares of which that is at least so much; share that are each other's nearest",
-      ["dictionary", "fire", "mean", ...all.alike.map(x => `≥ ${x}`), "mutual"], [told(i, j), told(j, i)]);
+    return latent.rows(
+      "How much of one is in the other",
+      "of the latents that fire: mean of the largest cosines with a decoder row of the other; shares of which that is " +
+        "at least so much; share that are each other's nearest",
+      ["dictionary", "fire", "mean", ...all.alike.map(x => `≥ ${x}`), "mutual"],
+      [told(i, j), told(j, i)],
+    );
   }
 
   const state = shell.state(draw);
@@ -179,22 +287,33 @@
     event.preventDefault();
     state.set({ one: one.value, latent: query.value.trim(), match: "" }, true);
   });
-  document.querySelector("#to-overview").addEventListener("click", event => { event.preventDefault(); state.set({ one: "", other: "", latent: "", match: "" }, true); });
+  document.querySelector("#to-overview").addEventListener("click", event => {
+    event.preventDefault();
+    state.set({ one: "", other: "", latent: "", match: "" }, true);
+  });
   const go = by => {
     const next = grid ? grid.step(by) : -1;
     if (next >= 0) state.set({ latent: next, match: "" });
   };
   const inPage = event => page.contains(event.target);
-  shell.listen({
-    j: () => go(1), k: () => go(-1),
-    ArrowDown: event => inPage(event) ? false : go(1), ArrowUp: event => inPage(event) ? false : go(-1),
-    "/": () => query.focus(),
-    o: () => state.set({ one: "", other: "", latent: "", match: "" }, true),
-    x: () => { const { one: a, other: b } = state.get(); if (a && b) state.set({ one: b, other: a, latent: "", match: "" }, true); },
-    Escape: () => {
-      if (/^(INPUT|SELECT)$/.test(document.activeElement.tagName)) document.activeElement.blur();
-      else state.set(state.get().latent ? { latent: "", match: "" } : { one: "", other: "" }, true);
+  shell.listen(
+    {
+      j: () => go(1),
+      k: () => go(-1),
+      ArrowDown: event => (inPage(event) ? false : go(1)),
+      ArrowUp: event => (inPage(event) ? false : go(-1)),
+      "/": () => query.focus(),
+      o: () => state.set({ one: "", other: "", latent: "", match: "" }, true),
+      x: () => {
+        const { one: a, other: b } = state.get();
+        if (a && b) state.set({ one: b, other: a, latent: "", match: "" }, true);
+      },
+      Escape: () => {
+        if (/^(INPUT|SELECT)$/.test(document.activeElement.tagName)) document.activeElement.blur();
+        else state.set(state.get().latent ? { latent: "", match: "" } : { one: "", other: "" }, true);
+      },
     },
-  }, bar);
+    bar,
+  );
   state.begin();
 })();

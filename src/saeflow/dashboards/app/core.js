@@ -51,7 +51,8 @@ const saeflow = (() => {
   }
 
   function typed(packed) {
-    const text = atob(packed.data), bytes = new Uint8Array(text.length);
+    const text = atob(packed.data),
+      bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const array = new TYPES[packed.type](bytes.buffer);
     array.width = packed.shape.length > 1 ? packed.shape[1] : 1;
@@ -88,7 +89,11 @@ const saeflow = (() => {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     const size = Math.abs(value);
     if (Number.isInteger(value)) return plain.format(value).replace("-", "−");
-    if (size >= 1e6 || size < 1e-4) return value.toExponential(digits - 1).replace("e", " e").replaceAll("-", "−");
+    if (size >= 1e6 || size < 1e-4)
+      return value
+        .toExponential(digits - 1)
+        .replace("e", " e")
+        .replaceAll("-", "−");
     return plain.format(Number(value.toPrecision(digits))).replace("-", "−");
   }
 

@@ -10,14 +10,27 @@ saeflow.Grid = class {
     const { el } = saeflow;
     Object.assign(this, { columns, open, href, order: new Uint32Array(0), chosen: -1, first: -1, keys: new Map() });
     this.height = 30;
-    this.heads = columns.map(column => el("th", { scope: "col", "aria-sort": "none", class: saeflow.Grid.look(column) },
-      el("button", { type: "button", title: column.title, onclick: () => sorted(column.id) }, column.name)));
+    this.heads = columns.map(column =>
+      el(
+        "th",
+        { scope: "col", "aria-sort": "none", class: saeflow.Grid.look(column) },
+        el("button", { type: "button", title: column.title, onclick: () => sorted(column.id) }, column.name),
+      ),
+    );
     this.above = el("tr", { "aria-hidden": "true" }, el("td"));
     this.below = this.above.cloneNode(true);
     this.body = el("tbody", {}, this.above, this.below);
-    this.table = el("table", { class: "grid", "aria-label": label },
-      el("colgroup", {}, columns.map(c => el("col", { style: `width:${c.width}`, class: saeflow.Grid.look(c) }))),
-      el("thead", {}, el("tr", {}, this.heads)), this.body);
+    this.table = el(
+      "table",
+      { class: "grid", "aria-label": label },
+      el(
+        "colgroup",
+        {},
+        columns.map(c => el("col", { style: `width:${c.width}`, class: saeflow.Grid.look(c) })),
+      ),
+      el("thead", {}, el("tr", {}, this.heads)),
+      this.body,
+    );
     this.box = el("div", { class: "scroll", tabindex: "0", "aria-label": label, role: "region" }, this.table);
     this.rows = [];
     this.body.addEventListener("click", event => {
@@ -26,26 +39,40 @@ saeflow.Grid = class {
       this.open(Number(row.dataset.row));
     });
     let waiting = false;
-    this.box.addEventListener("scroll", () => {
-      if (waiting) return;
-      waiting = true;
-      requestAnimationFrame(() => { waiting = false; this.draw(); });
-    }, { passive: true });
+    this.box.addEventListener(
+      "scroll",
+      () => {
+        if (waiting) return;
+        waiting = true;
+        requestAnimationFrame(() => {
+          waiting = false;
+          this.draw();
+        });
+      },
+      { passive: true },
+    );
     new ResizeObserver(() => this.draw(true)).observe(this.box);
   }
 
-  static look = column => [column.narrow ? "" : "wide", column.spare ? "spare" : "", column.text || column.left ? "text" : ""].join(" ").trim() || null;
+  static look = column =>
+    [column.narrow ? "" : "wide", column.spare ? "spare" : "", column.text || column.left ? "text" : ""]
+      .join(" ")
+      .trim() || null;
 
   // Row numbers in order by a column, those that have nothing there last. `sort`: a column's id, with - for the reverse.
   sort(rows, sort) {
-    const down = sort.startsWith("-"), id = sort.replace(/^-/, "");
+    const down = sort.startsWith("-"),
+      id = sort.replace(/^-/, "");
     const column = this.columns.find(c => c.id === id) || this.columns[0];
-    this.columns.forEach((c, i) => this.heads[i].setAttribute("aria-sort", c !== column ? "none" : down ? "descending" : "ascending"));
+    this.columns.forEach((c, i) =>
+      this.heads[i].setAttribute("aria-sort", c !== column ? "none" : down ? "descending" : "ascending"),
+    );
     const by = this.ranks(column);
     const order = Uint32Array.from(rows);
     const none = v => Number.isNaN(v);
     order.sort((a, b) => {
-      const x = by[a], y = by[b];
+      const x = by[a],
+        y = by[b];
       if (none(x) || none(y)) return none(x) - none(y) || a - b;
       return (down ? y - x : x - y) || a - b;
     });
@@ -60,8 +87,13 @@ saeflow.Grid = class {
     const values = Array.from({ length: this.count }, (_, i) => column.by(i));
     let ranks = values;
     if (column.text) {
-      const place = new Map([...new Set(values)].filter(v => v !== "").sort(new Intl.Collator("en").compare).map((v, i) => [v, i]));
-      ranks = values.map(v => v === "" ? NaN : place.get(v));
+      const place = new Map(
+        [...new Set(values)]
+          .filter(v => v !== "")
+          .sort(new Intl.Collator("en").compare)
+          .map((v, i) => [v, i]),
+      );
+      ranks = values.map(v => (v === "" ? NaN : place.get(v)));
     }
     const found = Float64Array.from(ranks);
     this.keys.set(column.id, found);
@@ -70,7 +102,8 @@ saeflow.Grid = class {
 
   // Shows the rows in sight. Those that stay keep their elements: at a usual speed a few are filled anew.
   draw(all = false) {
-    const height = this.height, n = this.order.length;
+    const height = this.height,
+      n = this.order.length;
     const shown = Math.min(n, Math.ceil((this.box.clientHeight || 600) / height) + 12);
     const first = Math.max(0, Math.min(n - shown, Math.floor(this.box.scrollTop / height) - 6));
     if (first === this.first && !all) return;
@@ -91,9 +124,15 @@ saeflow.Grid = class {
   }
 
   blank() {
-    const cells = this.columns.map((column, i) => i
-      ? saeflow.el("td", { class: saeflow.Grid.look(column) }, column.blank ? column.blank() : document.createTextNode(""))
-      : saeflow.el("th", { scope: "row" }, saeflow.el("a", {}, "")));
+    const cells = this.columns.map((column, i) =>
+      i
+        ? saeflow.el(
+            "td",
+            { class: saeflow.Grid.look(column) },
+            column.blank ? column.blank() : document.createTextNode(""),
+          )
+        : saeflow.el("th", { scope: "row" }, saeflow.el("a", {}, "")),
+    );
     const element = saeflow.el("tr", {}, cells);
     this.below.before(element);
     return { element, shown: cells.map(cell => cell.firstChild), row: -1, place: -1, chosen: false };
@@ -101,7 +140,8 @@ saeflow.Grid = class {
 
   // Fills a row with the `i`-th of the order; `all`: links may be others.
   put(line, i, all) {
-    const row = this.order[i], chosen = row === this.chosen;
+    const row = this.order[i],
+      chosen = row === this.chosen;
     if (line.chosen !== chosen) {
       line.chosen = chosen;
       line.element.classList.toggle("chosen", chosen);
@@ -124,10 +164,12 @@ saeflow.Grid = class {
     this.chosen = row;
     const place = this.order.indexOf(row);
     if (place >= 0) {
-      const top = place * this.height, head = this.height + 8;
+      const top = place * this.height,
+        head = this.height + 8;
       const { scrollTop, clientHeight } = this.box;
       if (top < scrollTop) this.box.scrollTop = top;
-      else if (top + this.height + head > scrollTop + clientHeight) this.box.scrollTop = top + this.height + head - clientHeight;
+      else if (top + this.height + head > scrollTop + clientHeight)
+        this.box.scrollTop = top + this.height + head - clientHeight;
     }
     this.draw(true);
   }

@@ -39,11 +39,28 @@ saeflow.shell = (() => {
       say();
     });
     say();
-    const rows = [...keys, ["t", "colours: as the system, light, dark"], ["?", "this help"], ["Esc", "close, clear, back"]];
+    const rows = [
+      ...keys,
+      ["t", "colours: as the system, light, dark"],
+      ["?", "this help"],
+      ["Esc", "close, clear, back"],
+    ];
     const close = el("button", { type: "button", onclick: () => help.close() }, "Close");
-    const help = el("dialog", { id: "help", "aria-label": "Keys" }, el("h2", {}, "Keys"),
-      el("table", {}, el("tbody", {}, rows.map(([key, does]) =>
-        el("tr", {}, el("th", { scope: "row" }, el("kbd", {}, key)), el("td", {}, does))))), close);
+    const help = el(
+      "dialog",
+      { id: "help", "aria-label": "Keys" },
+      el("h2", {}, "Keys"),
+      el(
+        "table",
+        {},
+        el(
+          "tbody",
+          {},
+          rows.map(([key, does]) => el("tr", {}, el("th", { scope: "row" }, el("kbd", {}, key)), el("td", {}, does))),
+        ),
+      ),
+      close,
+    );
     const ask = el("button", { type: "button", "aria-label": "Help: keys", onclick: () => help.showModal() }, "?");
     document.querySelector("header").append(el("div", { class: "tools" }, theme, ask));
     document.body.append(help);
@@ -64,7 +81,9 @@ saeflow.shell = (() => {
   // A state in the address. `show(state, before)` draws it. A change is drawn at once; the address follows a little
   // later where it replaces the last one, since browsers refuse many changes a second.
   function state(show) {
-    let now = saeflow.parseAddress(location.hash), timer = null;
+    let now = saeflow.parseAddress(location.hash);
+    let timer = null;
+    let written = null; // the address that comes from here, of which the browser may tell when the state is elsewhere
     const same = (a, b) => saeflow.address(a) === saeflow.address(b);
 
     function set(changes, push = false) {
@@ -76,13 +95,20 @@ saeflow.shell = (() => {
       }
       if (same(before, now)) return;
       clearTimeout(timer);
-      if (push) location.hash = saeflow.address(now);
-      else timer = setTimeout(() => location.replace(saeflow.address(now)), 150);
+      if (push) write(address => (location.hash = address));
+      else timer = setTimeout(() => write(address => location.replace(address)), 150);
       show(now, before);
+    }
+
+    function write(how) {
+      written = saeflow.address(now);
+      how(written);
     }
 
     addEventListener("hashchange", () => {
       const next = saeflow.parseAddress(location.hash);
+      if (written !== null && saeflow.address(next) === written) return;
+      written = null;
       if (same(next, now)) return;
       clearTimeout(timer);
       const before = now;

@@ -12,7 +12,7 @@ saeflow.tokens = (() => {
   const visible = text => text.replace(UNSEEN, c => NAMED[c] || code(c));
 
   // As one of a list: spaces are shown too.
-  const alone = text => text === "" ? "⟨empty⟩" : visible(text).replace(/ /g, "␣");
+  const alone = text => (text === "" ? "⟨empty⟩" : visible(text).replace(/ /g, "␣"));
 
   function shortened(text) {
     const signs = [...text];
@@ -25,11 +25,14 @@ saeflow.tokens = (() => {
   }
 
   // A cell for the text around the largest activation of a latent, of which the end is seen before it.
-  const snippet = () => el("span", { class: "snippet" }, el("span", { class: "before" }, el("bdi")), el("b", { class: "peak" }), el("bdi"));
+  const snippet = () =>
+    el("span", { class: "snippet" }, el("span", { class: "before" }, el("bdi")), el("b", { class: "peak" }), el("bdi"));
 
   // Fills it with row `i` of a table's snippets.
   function fillSnippet(cell, data, i) {
-    const place = data.snippet_of[i], there = data.snippet_of[i + 1] > place, at = there ? data.snippet_at[place] : 0;
+    const place = data.snippet_of[i],
+      there = data.snippet_of[i + 1] > place,
+      at = there ? data.snippet_at[place] : 0;
     const texts = there ? Array.from(listed(data.snippet, place), t => shortened(visible(data.texts[t]))) : [];
     const [before, peak, after] = cell.children;
     before.firstChild.textContent = texts.slice(0, at).join("");
@@ -40,7 +43,8 @@ saeflow.tokens = (() => {
   // A line of text: `texts` of its tokens, `values` of these, and which of them the line is about.
   function line(texts, values, at, largest) {
     const spans = texts.map((text, i) => {
-      const value = values[i], shown = shortened(visible(text));
+      const value = values[i],
+        shown = shortened(visible(text));
       if (!value) return el("bdi", { class: "t" }, shown);
       const strength = Math.min(1, Math.abs(value) / (largest || 1));
       const level = Math.max(1, Math.ceil(4 * strength));
@@ -58,11 +62,27 @@ saeflow.tokens = (() => {
   // What shades and underlines mean.
   function legend(largest, below) {
     const steps = [0.25, 0.5, 0.75, 1].map((strength, i) =>
-      el("bdi", { class: `t on l${i + 1}`, style: `--s:${(0.12 + 0.88 * strength).toFixed(2)}` },
-        `${i ? number(largest * (strength - 0.25)) : "0"} – ${number(largest * strength)}`));
+      el(
+        "bdi",
+        { class: `t on l${i + 1}`, style: `--s:${(0.12 + 0.88 * strength).toFixed(2)}` },
+        `${i ? number(largest * (strength - 0.25)) : "0"} – ${number(largest * strength)}`,
+      ),
+    );
     const cold = el("bdi", { class: "t on below l2", style: "--s:.5" }, "below 0");
-    return el("p", { class: "legend" }, "activation: ", steps, below ? cold : null,
-      el("span", {}, " ", el("bdi", { class: "t on at l4", style: "--s:1" }, "framed"), " the one that the line is about. Point at a token, or tap it, to read its value."));
+    return el(
+      "p",
+      { class: "legend" },
+      "activation: ",
+      steps,
+      below ? cold : null,
+      el(
+        "span",
+        {},
+        " ",
+        el("bdi", { class: "t on at l4", style: "--s:1" }, "framed"),
+        " the one that the line is about. Point at a token, or tap it, to read its value.",
+      ),
+    );
   }
 
   // A small label beside the token that the pointer is at, or that was tapped.
@@ -80,7 +100,13 @@ saeflow.tokens = (() => {
     };
     document.addEventListener("pointerover", show);
     document.addEventListener("click", show);
-    document.addEventListener("scroll", () => { hint.hidden = true; }, { capture: true, passive: true });
+    document.addEventListener(
+      "scroll",
+      () => {
+        hint.hidden = true;
+      },
+      { capture: true, passive: true },
+    );
   }
 
   return { visible, alone, chip, snippet, fillSnippet, line, legend, hints };
