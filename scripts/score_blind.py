@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from saeflow.evaluation.blind import SheetError, p_value, read_sheet, score
+from saeflow.planning.command import fail
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -16,7 +16,7 @@ if __name__ == "__main__":
         key = json.loads((args.folder / "secret/key.json").read_text())
         table = score(read_sheet(args.sheet or args.folder / "sheet.csv", key))
     except (SheetError, FileNotFoundError) as error:
-        sys.exit(f"score_blind: {error}")
+        fail(f"score_blind: {error}")
     print(table.to_string(index=False))
     p = p_value(table)
     if p is not None:

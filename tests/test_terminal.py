@@ -9,6 +9,8 @@ import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.tests import TestLogHandlerBase
 
+from saeflow.config import ConfigError
+from saeflow.planning.command import refusals
 from snakemake_logger_plugin_saeflow import LogHandler, LogHandlerSettings
 from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence
 
@@ -214,3 +216,47 @@ def test_durations_are_read_at_a_glance() -> None:
     assert [duration(s) for s in (0.04, 59.9, 61, 3599, 3600, 90_000)] == [
         "0.0 s", "59.9 s", "1 min", "1 h 0 min", "1 h 0 min", "25 h 0 min",
     ]  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_failed_is_red_on_a_terminal_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    log = tmp_path / "job.log"
+    log.write_text(FAILED.replace("a loss", "a \x1b[32mloss"))
+
+    def said(stream: io.StringIO) -> str:
+        terminal = handler()
+        terminal.stream = stream
+        job(terminal, log)
+        say(terminal, None, "all is well")
+        record = logging.LogRecord("snakemake", logging.ERROR, "", 1, "failed", (), None)
+        record.__dict__ |= {"event": LogEvent.JOB_ERROR, "jobid": 3}
+        terminal.handle(record)
+        terminal.close()
+        return stream.getvalue()
+
+    lines = said(Terminal()).splitlines()
+    red = [line for line in lines if line.startswith("\x1b[31m") and line.endswith("\x1b[0m")]
+    assert [line for line in lines if line not in red] == ["all is well"] and len(red) == 3
+    assert "a \\x1b[32mloss" in red[-1]  # what a log holds colours nothing
+    assert "\x1b" not in said(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in said(Terminal())
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in said(Terminal())
+
+
+def test_a_refusal_of_a_script_is_red_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, wanted in ((Terminal(), "\x1b[31mplan: no such\x1b[0m"), (io.StringIO(), "plan: no such")):
+        monkeypatch.setattr("sys.stderr", stream)
+        with pytest.raises(SystemExit) as ended, refusals("plan"):
+            raise ConfigError("no such")
+        assert ended.value.code == wanted

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -67,8 +68,8 @@ def contents(home: Path) -> dict[str, bytes]:
     root = home / "results"
     return {
         str(p.relative_to(root)): p.read_bytes()
-        for p in sorted(root.rglob("*"))
-        if p.is_file() and p.name not in ("provenance.json", "made.jsonl") and p.suffix != ".lock"
+        for p in sorted(root.glob("*/**/*"))
+        if p.is_file() and p.name != "provenance.json" and p.suffix != ".lock"
     }
 
 
@@ -101,6 +102,13 @@ def home(finished: Path, tmp_path: Path) -> Path:
 
 def test_second_run_has_nothing_to_do(home: Path) -> None:
     assert Workflow(home).would_run() == {}
+
+
+def test_the_snakefile_that_the_catalogue_looks_for_is_the_same_workflow(home: Path) -> None:
+    assert Workflow(home).would_run("-s", str(ROOT / "workflow/Snakefile")) == {}
+    catalogue = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())
+    assert catalogue["usage"]["mandatory-flags"]["flags"].startswith("--config hydra=")
+    assert (ROOT / "config/README.md").is_file()
 
 
 def test_an_environment_that_jobs_would_not_use_is_refused(home: Path) -> None:
@@ -194,10 +202,12 @@ def test_the_terminal_shows_a_line_a_job_and_where_to_look(finished: Path) -> No
     assert any(
         re.search(r"\] tokens train-128rows-\S+: wrote 128 rows of 32 tokens from \d+ documents \(", j) for j in jobs
     )
-    assert lines[-4].startswith("done in ")
-    assert lines[-3].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
-    assert lines[-2].startswith("tables:  ") and "evaluations.csv" in lines[-2]
-    assert lines[-1].startswith(f"report:  none of these yet: make report DIRECTORY={finished} HYDRA='sweep=")
+    assert lines[-5].startswith("done in ")
+    assert lines[-4].startswith(f"figures: results/figures/{figures.name}/ (jacobian_histogram, sparsity_faithfulness,")
+    assert lines[-3].startswith("tables:  ") and "evaluations.csv" in lines[-3]
+    assert lines[-2].startswith(f"report:  none of these yet: make report DIRECTORY={finished} HYDRA='sweep=")
+    assert lines[-1] == f"page:    {(finished / 'results/index.html').as_uri()}"
+    assert "sparsity faithfulness" in (finished / "results/index.html").read_text()
 
 
 def test_files_have_the_mode_that_the_umask_leaves(finished: Path) -> None:
@@ -219,6 +229,8 @@ def test_the_reason_of_a_failure_comes_once_and_last(finished: Path, home: Path)
     *_, before, last = said.strip().splitlines()
     assert before.startswith("1 of ") and before.endswith("the same command goes on from here")
     assert last.startswith("train failed: ") and "(log: logs/train/" in last
+    page = (home / "results/index.html").read_text()
+    assert "1 training, 1 evaluation, 1 set of figures that the last run was to make" in page
 
 
 def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> None:
@@ -227,8 +239,13 @@ def test_report_of_a_run_in_another_directory(finished: Path, home: Path) -> Non
     done = Workflow(home).script("report.py", f"{SWEEP} {TINY}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((home / "results/ledger").glob("*.parquet"))
-    assert "CPU saved" in (home / "results/report.html").read_text()
-    assert (home / "results/report.html").is_file() and done.stdout.splitlines()[-1] == "report:  results/report.html"
+    assert "What each stage made, by name" in (home / "results/report.html").read_text()
+    *_, report, page = done.stdout.splitlines()
+    assert (home / "results/report.html").is_file() and report == "report:  results/report.html"
+    assert page == f"page:    {(home / 'results/index.html').as_uri()}"
+    assert 'href="report.html"' in (home / "results/index.html").read_text()
+    opened = Workflow(home).script("open.py")
+    assert opened.returncode == 0 and opened.stdout == f"no browser opens here: {page.removeprefix('page:    ')}\n"
 
 
 def test_relative_paths_and_odd_names_are_read_alike_by_all(home: Path) -> None:

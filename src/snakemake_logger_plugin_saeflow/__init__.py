@@ -20,7 +20,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
 
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import escape_controls, loud
 from snakemake_logger_plugin_saeflow.lines import Work, duration, findings, refusal, sentence
 
 # Snakemake says these at every run, whatever it does.
@@ -78,13 +78,16 @@ class LogHandler(LogHandlerBase):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.write(self.default.format(record) if self.common_settings.verbose else self.text(record))
+            text = self.default.format(record) if self.common_settings.verbose else self.text(record)
+            self.write(text, failed=record.levelno >= logging.ERROR)
         except Exception:
             self.handleError(record)
 
-    def write(self, text: str | None) -> None:
-        """A line or several; on a terminal, what runs now stands below them until the next."""
-        said = f"{escape_controls(text).rstrip()}\n" if text and text != "None" else ""
+    def write(self, text: str | None, failed: bool = False) -> None:
+        """A line or several, in red where something failed; on a terminal, what runs now stands below them until the
+        next."""
+        plain = escape_controls(text).rstrip() if text and text != "None" else ""
+        said = f"{loud(plain, self.stream) if failed else plain}\n" if plain else ""
         if self.is_terminal:
             now = escape_controls(", ".join(str(work) for work in self.running.values() if work.outputs))
             status = f"running: {now}"[: shutil.get_terminal_size().columns - 1] if now and not self.closed else ""
@@ -158,7 +161,7 @@ class LogHandler(LogHandlerBase):
         """Has the last word: after the listener has stopped, before the process ends."""
         if not self.closed:
             self.closed = True
-            self.write("\n".join(self.last_words()))
+            self.write("\n".join(self.last_words()), failed=bool(self.failures))
         super().close()
 
     def last_words(self) -> list[str]:

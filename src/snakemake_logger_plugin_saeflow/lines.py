@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saeflow.jobs.log import RECORD
-from saeflow.planning.parts import MARKS, without_hash
+from saeflow.planning.parts import MARKS, told_together, without_hash
 
 RECEIPT = "provenance.json"
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -39,13 +39,8 @@ class Work:
             return " ".join([self.stage, *(without_hash(mark.name) for mark in marks)])
         if len(labels) == 1:
             return f"{self.stage} {labels[0]}"
-        parts = [label.split("-") for label in labels]
-        front = _shared(parts)
-        back = _shared([part[front:][::-1] for part in parts])
-        own = ["-".join(part[front : len(part) - back]) for part in parts]
-        told = ", ".join(own[:NAMES]) + (f" and {len(own) - NAMES} more" if len(own) > NAMES else "")
-        common = " ".join([*parts[0][:front], *parts[0][len(parts[0]) - back :]])
-        return f"{self.stage} {len(labels)}{f' ({common})' if common else ''}: {told}"
+        told = told_together(labels, NAMES)
+        return f"{self.stage} {len(labels)}{'' if told.startswith(':') else ' '}{told}"
 
 
 def duration(seconds: float) -> str:
@@ -124,9 +119,3 @@ def _without_names(line: str, work: Work) -> str:
 def _range(column: tuple[str, ...]) -> str:
     ordered = sorted(column, key=lambda number: float(number.replace(",", "")))
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
-
-
-def _shared(parts: list[list[str]]) -> int:
-    """How many first elements all lists have in common, leaving one of each."""
-    most = min(map(len, parts)) - 1
-    return next((n for n in range(most) if len({part[n] for part in parts}) > 1), most)

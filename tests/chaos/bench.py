@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-APART = {"provenance.json", "provenance.damaged.json", "report.html", "made.jsonl"}
+APART = {"provenance.json", "provenance.damaged.json"}
 """Files that say when, where and how fast: two runs differ in them."""
 TRACE = re.compile(r"\.partial|\.old|\.lock")
 """Of jobs that were killed: neither read nor in the way."""
@@ -113,7 +113,7 @@ class Copy:
         """Every file of every artifact but those that differ between any two runs, by its path."""
         return {
             p.relative_to(self.results).as_posix(): p
-            for p in sorted(self.results.rglob("*"))
+            for p in sorted(self.results.glob("*/**/*"))  # below, not beside them: the front page, made.jsonl
             if p.is_file() and p.name not in APART and not p.name.startswith(".") and not TRACE.search(p.as_posix())
         }
 

@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import pandas as pd
 import pytest
+from docutils.core import publish_parts
 from matplotlib.figure import Figure
 from stores import write_receipt
 
 from saeflow.figures import registry
 from saeflow.figures.axes import subplots
+from saeflow.figures.captions import about, as_html, caption
 from saeflow.figures.job import draw
-from saeflow.figures.registry import caption, declared, figure, find
+from saeflow.figures.registry import declared, figure, find
 from saeflow.figures.style import look, track
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
@@ -247,3 +250,24 @@ def test_captions_are_written_by_hand_or_say_the_sentence(own: str, tmp_path: Pa
 
 def test_every_caption_is_of_a_figure() -> None:
     assert {p.stem for p in (ROOT / "workflow/report").glob("*.rst")} - {"workflow", "table"} <= declared().keys()
+
+
+def test_a_caption_says_of_what_data_as_reports_and_pages_read_it(own: str, tmp_path: Path) -> None:
+    for number, seed in enumerate((0, 3)):
+        folder = tmp_path / "results/evaluate" / f"e{number}"
+        folder.mkdir(parents=True)
+        summary = {"seed": seed, "model_name": "a_b <i>{{7*7}}</i>", "n_tokens": 65536, "n_documents": 47}
+        (folder / "summary.json").write_text(json.dumps(summary | {"confidence": 0.95}))
+    needs = {"evaluate": ["e0", "e1", "gone"], "train": ["t"]}
+    data = about(tmp_path / "results", needs, "evaluate")
+    assert data == (
+        "Data: 3 evaluations; seeds 0, 3; model a_b <i>{{7*7}}</i>; 65,536 tokens of 47 held-out documents; "
+        "intervals of 95 % over documents."
+    )
+    assert about(tmp_path / "results", needs, "train") == "Data: 1 training; seeds 0, 3; model a_b <i>{{7*7}}</i>."
+    assert about(tmp_path / "results", needs, "jacobian") == ""
+    written = Path(caption(own, ROOT / "workflow/report", tmp_path / "captions", data)).read_text()
+    body = publish_parts(jinja2.Template(written).render(), writer="html")["body"]
+    assert "model a_b &lt;i&gt;{{7*7}}&lt;/i&gt;; 65,536" in body and "system-message" not in body
+    shown = as_html("the \\|J\\| of *Results* in ``a_b.csv``, k * k <b>")
+    assert shown == "the |J| of <em>Results</em> in <code>a_b.csv</code>, k * k &lt;b&gt;"

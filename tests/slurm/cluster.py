@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 SLURM = Path(os.environ.get("SLURM_TEST_ROOT", "/var/tmp/saeflow-slurm"))
-APART = {"provenance.json", "made.jsonl"}
+APART = {"provenance.json"}
 """Files that say when, where and how fast: two runs differ in them."""
 TRACE = re.compile(r"\.partial|\.old|\.lock|^checkpoints/")
 """Of jobs that were killed: neither read nor in the way."""
@@ -118,7 +118,7 @@ class Folder:
         """A digest of every file of every artifact, by its path."""
         return {
             name: hashlib.blake2s(p.read_bytes()).hexdigest()
-            for p in sorted(self.results.rglob("*"))
+            for p in sorted(self.results.glob("*/**/*"))  # below, not beside them: the front page, made.jsonl
             if p.is_file() and p.name not in APART and not TRACE.search(name := p.relative_to(self.results).as_posix())
         }
 

@@ -2,6 +2,7 @@ import os
 import shlex
 import sys
 from functools import cache, partial
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
@@ -28,13 +29,16 @@ if workflow.deployment_settings and workflow.deployment_settings.deployment_meth
         "leave the option out (docs/cluster.md)"
     )
 
-if set("{}") & set(workflow.basedir):
+# The checkout, whichever of its two Snakefiles is run.
+BASE = str(Path(os.path.abspath(workflow.current_basedir.get_path_or_uri(secret_free=True))).parents[1])
+
+if set("{}") & set(BASE):
     raise WorkflowError(
-        f"{workflow.basedir}: Snakemake takes braces in the path of a workflow for its own; move this checkout to a folder without"
+        f"{BASE}: Snakemake takes braces in the path of a workflow for its own; move this checkout to a folder without"
     )
 
 # As it stands in shell lines, where braces are Snakemake's.
-RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts".replace("{", "{{").replace("}", "}}")
+RUN = f"{shlex.quote(sys.executable)} {shlex.quote(BASE)}/scripts".replace("{", "{{").replace("}", "}}")
 
 # The scheduling process composes conf/; a job of a running workflow (on a cluster, where each job parses this file
 # again) loads what was frozen at its start, so that an edit of conf/ or another run can neither change nor lose it.
@@ -42,7 +46,7 @@ RUN = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir)}/scripts".r
 if workflow.is_main_process:
     try:
         OVERRIDES = of_snakemake(config, workflow.config_settings.config_args)
-        PLAN = compose(config.get("conf", f"{workflow.basedir}/conf"), OVERRIDES, digests=DIGESTS_FILE)
+        PLAN = compose(config.get("conf", f"{BASE}/conf"), OVERRIDES, digests=DIGESTS_FILE)
         set_aside_broken(PLAN)
         if workflow.output_settings.dryrun:
             for note in [*notes(PLAN), *notes_of_bucket(PLAN)]:

@@ -1,9 +1,24 @@
-from saeflow.figures.registry import caption
-from saeflow.planning.ledger import description
+from saeflow.figures.captions import about, caption
+from saeflow.figures.registry import declared
+from saeflow.figures.report import description
 from saeflow.planning.stages import listed
 
+CAPTIONS = f"{BASE}/workflow/report"
 
-report: description(PLAN, f"{workflow.basedir}/workflow/report/workflow.rst", ".snakemake/captions")
+# What a report says of data, costs and names is read from summaries, of which there may be thousands, where one is made.
+REPORTED = any(argument.startswith("--report") for argument in sys.argv)
+
+
+def caption_of(figure, key, instance):
+    shown = REPORTED and figure in declared()
+    data = about(PLAN.results, instance.needs, declared()[figure].stage) if shown else ""
+    return caption(figure, CAPTIONS, f".snakemake/captions/{key}", data)
+
+
+report:
+    description(PLAN, CAPTIONS, f".snakemake/captions/{next(iter(PLAN.stages['figures']))}")
+    if REPORTED
+    else f"{CAPTIONS}/workflow.rst"
 
 
 # One job draws all figures of the experiment.
@@ -20,7 +35,7 @@ for key, instance in PLAN.stages["figures"].items():
                 update(
                     report(
                         f"results/figures/{key}/{figure}.png",
-                        caption=caption(figure, f"{workflow.basedir}/workflow/report", ".snakemake/captions"),
+                        caption=caption_of(figure, key, instance),
                         category=PLAN.experiment,
                         labels={"figure": figure.replace("_", " ")},
                     )
@@ -31,7 +46,7 @@ for key, instance in PLAN.stages["figures"].items():
                 update(
                     report(
                         f"results/figures/{key}/table.html",
-                        caption=f"{workflow.basedir}/workflow/report/table.rst",
+                        caption=f"{CAPTIONS}/table.rst",
                         category=PLAN.experiment,
                         labels={"figure": "table of all dictionaries"},
                     )

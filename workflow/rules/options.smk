@@ -5,8 +5,11 @@ from snakemake.jobs import Job as Scheduled
 from snakemake.logging import logger
 
 from saeflow.jobs.signals import MOST_STOPS, was_stopped
+from saeflow.planning.frozen import touch
+from saeflow.planning.keeping import last_run
 from saeflow.planning.removal import remove
 from saeflow.planning.summary import summary
+from saeflow.results.front import write_front_page
 
 
 def execute(executor_plugin, **settings):
@@ -19,7 +22,8 @@ def execute(executor_plugin, **settings):
         check_remote(PLAN)
     except ConfigError as error:
         raise WorkflowError(str(error))
-    if workflow.execution_settings.no_hooks and not executor_plugin.common_settings.dryrun_exec:
+    dry = executor_plugin.common_settings.dryrun_exec
+    if workflow.execution_settings.no_hooks and not dry:
         freeze_run(PLAN)  # which is a hook of ours
     remove_torn_records()
     try:
@@ -29,6 +33,20 @@ def execute(executor_plugin, **settings):
             f"{error.filename or 'a folder of this run (logs/, .snakemake/, results/)'} cannot be used: {error.strerror}; "
             "once it can be written, the same command goes on from here"
         )
+    finally:
+        if not dry:
+            front_page()
+
+
+def front_page():
+    """Writes results/index.html, also after a run that failed or had nothing to do, which is noted as the last that
+    asked for these artifacts. That it cannot be written is no failure of a run."""
+    try:
+        last = last_run(PLAN)
+        touch(last[0]) if last else freeze_run(PLAN)
+        write_front_page(PLAN.results, config.get("conf"))
+    except (OSError, ValueError, LookupError) as error:
+        logger.warning(f"{PLAN.results}/index.html could not be written: {error}")
 
 
 def delete_output(only_temp=False, dryrun=False):

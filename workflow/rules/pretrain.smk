@@ -1,7 +1,7 @@
 # Rebuilds the language model of resources/model, which is shipped; nothing else needs this.
 rule pretrain:
     input:
-        corpus=f"{workflow.basedir}/resources/corpus.jsonl.gz",
+        corpus=f"{BASE}/resources/corpus.jsonl.gz",
     output:
         "results/pretrain/model/README.md",
     log:

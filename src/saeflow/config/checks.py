@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TextIO, TypeVar, Union
 
 T = TypeVar("T")
 
@@ -20,6 +21,12 @@ def escape_controls(text: str) -> str:
     """The text with characters spelled out that control the terminal or page that shows it: all but line feed and tab
     of ASCII's and Latin-1's, line and paragraph separators, and those that turn the direction of writing."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def loud(text: str, stream: TextIO) -> str:
+    """The text in red where `stream` is a terminal that shows colours (https://no-color.org), else as it is."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain or not text else "\n".join(f"\033[31m{line}\033[0m" for line in text.split("\n"))
 
 
 class ConfigError(ValueError):

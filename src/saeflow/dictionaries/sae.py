@@ -52,6 +52,13 @@ class Dictionary:
                 given = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
                 raise DictionaryError(f"{name} {given}, but the sizes say {shape}")
 
+    def __repr__(self) -> str:
+        spec, (name, amount) = self.spec, self.spec.amount
+        sparse = "" if amount is None else f", {name} = {amount:g}"
+        writes = f" to {spec.hook_name_out}" if spec.hook_name_out != spec.hook_name else ""
+        sizes = f"{spec.d_in} to {spec.d_sae} latents to {spec.d_out}"
+        return f"<{type(self).__name__} ({spec.activation}{sparse}) of {spec.hook_name}{writes}, {sizes}>"
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""

@@ -5,13 +5,14 @@ from elsewhere).
 """
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from saeflow.config.training import DIVERGED
 from saeflow.dictionaries.series import with_names
-from saeflow.dictionaries.settings import differing, read_summaries
+from saeflow.dictionaries.settings import Settings, differing, read_summaries
 from saeflow.jobs.job import Job
 
 _WHAT = ["place", "series", "amount_name", "amount", "seed", "d_sae"]
@@ -62,8 +63,8 @@ def overview(job: Job) -> tuple[pd.DataFrame, str]:
     table = pd.concat([part for part in found if len(part)], ignore_index=True)
     if "dictionary_key" not in table:  # of comparisons
         table["dictionary_key"] = table["train_key"].str.cat(table["part"].fillna(""), sep="/").str.rstrip("/")
-    paths = [p for p in differing(list(table["settings"])) if not p.startswith(_SAID) and p not in ("seed", *_AMOUNTS)]
-    settings = [{path: _plain(held.get(path)) for path in paths} for held in table["settings"]]
+    settings = told_apart(list(table["settings"]))
+    paths = list(settings[0]) if settings else []
     named = with_names(table.assign(settings_of=pd.Series(settings, dtype=object)))
     metrics = [
         name for metric in _METRICS if metric in named
@@ -75,6 +76,13 @@ def overview(job: Job) -> tuple[pd.DataFrame, str]:
         columns.append(_USELESS.replace(" ", "_"))
     extra = pd.DataFrame(list(named["settings_of"]), columns=paths, index=named.index)
     return named[columns].join(extra), page(job.plan.experiment, named)
+
+
+def told_apart(rows: Sequence[Settings]) -> list[dict[str, Any]]:
+    """Of each dictionary the settings that differ between them, by path, but for what columns of the table say already:
+    the same paths for all."""
+    paths = [p for p in differing(rows) if not p.startswith(_SAID) and p not in ("seed", *_AMOUNTS)]
+    return [{path: _plain(held.get(path)) for path in paths} for held in rows]
 
 
 def page(experiment: str, named: pd.DataFrame) -> str:

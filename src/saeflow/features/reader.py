@@ -64,6 +64,15 @@ class Feature(NamedTuple):
     near: dict[str, list[tuple[int, float]]]
     """The nearest latents `decoder`, `firing` and `jacobian`."""
 
+    def __repr__(self) -> str:
+        top = f": {self.top[0].value:.4g} at {self.top[0].text!r}" if self.top else ""
+        return f"<latent {self.latent}, fires on {int(self.row['fired']):,} tokens{top}>"
+
+    def _repr_html_(self) -> str:
+        from saeflow.features.show import feature_html
+
+        return feature_html(self)
+
 
 class Features:
     """A table of latents on disk. What is asked for is read: of one latent its row group of each file."""
@@ -77,6 +86,14 @@ class Features:
             raise FeaturesError(
                 f"{self.folder} holds no table of latents (it has no index.json); run the workflow with features=all"
             ) from error
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} latents of {self.index['dictionary_key']}>"
+
+    def _repr_html_(self) -> str:
+        from saeflow.features.show import features_html
+
+        return features_html(self)
 
     def __len__(self) -> int:
         return int(self.index["n_latents"])

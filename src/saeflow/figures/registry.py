@@ -20,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from saeflow.storage.publish import publish_text
-
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -80,21 +78,6 @@ def find(name: str) -> Registered:
     if name not in _registered:
         importlib.import_module(known[name].module)
     return _registered[name]
-
-
-def caption(name: str, written: str | Path, folder: str | Path) -> str:
-    """Path of a figure's caption for Snakemake's report: `<written>/<name>.rst` where somebody wrote one, else a file
-    in `folder` that says the figure's sentence."""
-    own = Path(written).resolve() / f"{name}.rst"
-    one = declared().get(name)
-    if own.is_file() or one is None:  # the job refuses a name that no figure has, and says which there are
-        return str(own)
-    path = Path(folder).resolve() / f"{name}.rst"
-    text = one.sentence.replace("|", r"\|").replace("`", "``")  # |J| would be a reference to something
-    text = f"{text} The table behind it is ``{name}.csv``.\n"
-    if not path.is_file() or path.read_text() != text:  # several processes may parse the rules at once
-        publish_text(path, text)
-    return str(path)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Where figures, tables and report of a finished experiment are: the last lines of a run."""
+"""Where figures, tables, report and front page of a finished experiment are: the last lines of a run."""
 
 import shlex
 from pathlib import Path
@@ -25,11 +25,14 @@ def report_is_current(plan: Plan) -> bool:
 
 
 def whereabouts(plan: Plan, overrides: list[str]) -> str:
-    """A line each of figures, tables, costs and report, which says how to make it where there is none of this."""
+    """A line each of figures, tables, costs and report, which says how to make it where there is none of this, and of
+    the front page, as an address that a browser opens."""
     (key,) = plan.stages["figures"]
     folder = plan.folder("figures", key)
+    front = (Path(plan.results) / "index.html").absolute()
+    page = [f"page:    {front.as_uri()}"] if front.is_file() else []
     if not plan.done("figures", key):
-        return f"artifacts: {plan.results}/ (no figures: not all was asked for)"
+        return "\n".join([f"artifacts: {plan.results}/ (no figures: not all was asked for)", *page])
     figures = sorted(path.stem for path in folder.glob("*.png"))
     others = sorted(p.name for p in folder.glob("*.*") if p.suffix in (".csv", ".html") and p.stem not in figures)
     here = "" if Path.cwd() == ROOT else f"DIRECTORY={shlex.quote(str(Path.cwd()))} "
@@ -44,5 +47,6 @@ def whereabouts(plan: Plan, overrides: list[str]) -> str:
             f"tables:  {folder}/ ({', '.join(tables) or 'none'})",
             *costs,
             f"report:  {how}",
+            *page,
         ]
     )

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from saeflow.config.checks import ConfigError, escape_controls
+from saeflow.config.checks import ConfigError, escape_controls, loud
 from saeflow.config.device import missing
 from saeflow.jobs.claims import claimed, claimed_part, wait_for
 from saeflow.jobs.job import Job
@@ -107,7 +107,7 @@ def main() -> None:
                 log.warning("%s counts as missing from now on", folder)
         log.error(reason)  # after the traceback: the last record is the reason in one sentence
         if args.log and not args.quiet:
-            print(f"{reason}\n(log: {args.log})", file=sys.stderr)
+            print(f"{loud(reason, sys.stderr)}\n(log: {args.log})", file=sys.stderr)
         end(1)
     log.info(last_line)
     if not args.quiet:

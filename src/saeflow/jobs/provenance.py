@@ -31,6 +31,7 @@ def provenance(
         "stage": instance.stage,
         "key": instance.key,
         "needs": instance.needs,
+        "names": {name: value for name, value in instance.sources.items() if name.endswith("_name") or name == "label"},
         "seed": instance.config.get("seed"),
         "device": device,
         "host": socket.gethostname(),

@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from saeflow.config import ConfigError
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import escape_controls, loud
 from saeflow.planning.digests import DIGESTS_FILE
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
@@ -49,4 +50,9 @@ def refusals(script: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, ValueError, OSError) as error:
-        sys.exit(escape_controls(f"{script}: {error}"))
+        fail(f"{script}: {error}")
+
+
+def fail(reason: str) -> NoReturn:
+    """Ends the process with a reason, in red on a terminal."""
+    sys.exit(loud(escape_controls(reason), sys.stderr))

@@ -127,7 +127,8 @@ def compose(
     cache = DigestCache(digests)
     sweep = Sweep(Path(conf).resolve(), overrides)
     check_device(sweep.device, stages(), [name for name, stage in stages().items() if stage.parts])
-    plan = Plan(sweep.experiment, {name: {} for name in stages()}, sweep.device, results=results)
+    table: dict[str, dict[str, Instance]] = {name: {} for name in stages()}
+    plan = Plan(sweep.experiment, table, sweep.device, results=results, overrides=list(overrides))
     tells: dict[str, dict[str, str]] = {}
     points = [_planned(build(PointConfig, tree), plan, cache, tells) for tree in sweep.points()]
     expansion = Expansion(plan, points, sweep.figures, sweep.stacks, sweep.blind, sweep.figures_asked)

@@ -65,6 +65,8 @@ class Plan:
     parts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Of stages whose work several jobs share, by what a job is known by: the parts (`2-of-8`) that are to be made."""
     results: str = "results"
+    overrides: list[str] = field(default_factory=list)
+    """Hydra's, that it was composed with: what to type for the same again."""
 
     # ---------------------------------------------------------------- what the rules and the jobs ask
     def instance(self, stage: str, key: str) -> Instance:

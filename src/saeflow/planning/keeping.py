@@ -13,6 +13,7 @@ from typing import Any
 from saeflow.config import ConfigError
 from saeflow.planning.expansion import compose
 from saeflow.planning.frozen import FOLDER, KEPT_DAYS
+from saeflow.planning.graph import Plan
 from saeflow.planning.history import lines
 from saeflow.planning.overrides import split
 from saeflow.planning.parts import without_part
@@ -149,6 +150,17 @@ def plan_states() -> dict[Path, int]:
         with suppress(FileNotFoundError):
             states[file] = file.stat().st_mtime_ns
     return states
+
+
+def last_run(plan: Plan) -> tuple[Path, dict[str, Any]] | None:
+    """The frozen plan of the last run of a plan's artifacts, and its file."""
+    mine = {(stage, key) for stage, table in plan.stages.items() for key in table}
+    states = plan_states()
+    for file in sorted(states, key=lambda file: states[file], reverse=True):
+        with suppress(ConfigError):  # one that cannot be read
+            if (raw := read_plan(file)) and raw["experiment"] == plan.experiment and set(all_of(raw)) == mine:
+                return file, raw
+    return None
 
 
 def all_of(raw: Mapping[str, Any]) -> list[Artifact]:

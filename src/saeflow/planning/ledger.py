@@ -6,19 +6,17 @@ earlier versions did not say is counted as unknown, never guessed. It holds time
 `results/ledger/<experiment>.parquet`, the same as `.csv`, and as a table for people in `.txt`.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saeflow.config import ConfigError
 from saeflow.config.labels import file_safe
 from saeflow.planning.explain import readable
 from saeflow.planning.garbage import measure
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import gpu_seconds, lines
-from saeflow.planning.keeping import all_of, plan_states, read_plan
+from saeflow.planning.keeping import last_run
 from saeflow.planning.stages import stages
 from saeflow.storage.publish import publish_text, writing
 from saeflow.storage.receipts import read_receipt
@@ -83,11 +81,11 @@ class Row:
 def ledger(plan: Plan) -> list[Row]:
     """A row for each stage that has artifacts, in the order of the data flow, and one for all."""
     newest = {(line["stage"], line["key"]): line for line in lines(plan.results)}
-    run, rows = _last_run(plan), []
+    run, rows = (last_run(plan) or (None, None))[1], []
     for stage, table in plan.stages.items():
         receipts = {key: receipt for key in table if (receipt := read_receipt(plan.folder(stage, key)))}
         times = {
-            key: _time(newest.get((stage, key)), receipts.get(key))
+            key: time_of(newest.get((stage, key)), receipts.get(key))
             for key in table
             if key in receipts or (stage, key) in newest
         }
@@ -123,8 +121,8 @@ def _total(rows: list[Row]) -> Row:
     )
 
 
-def _time(line: dict[str, Any] | None, receipt: dict[str, Any] | None) -> Time:
-    """Of one artifact: by the line that its job wrote last, or else by its receipt."""
+def time_of(line: dict[str, Any] | None, receipt: dict[str, Any] | None) -> Time:
+    """What one artifact took: by the line that its job wrote last, or else by its receipt."""
     wall = cpu = gpu = None
     if line:
         wall, cpu = float(line["seconds"]), line.get("cpu_s")
@@ -146,17 +144,6 @@ def _sum(times: list[Time]) -> Time:
         sum(time.wall_unknown for time in times),
         sum(time.cpu_unknown for time in times),
     )
-
-
-def _last_run(plan: Plan) -> dict[str, Any] | None:
-    """The frozen plan of the last run of these artifacts."""
-    mine = {(stage, key) for stage, table in plan.stages.items() for key in table}
-    states = plan_states()
-    for file in sorted(states, key=lambda file: states[file], reverse=True):
-        with suppress(ConfigError):  # one that cannot be read
-            if (raw := read_plan(file)) and raw["experiment"] == plan.experiment and set(all_of(raw)) == mine:
-                return raw
-    return None
 
 
 # -------------------------------------------------------------------- on disk, and for people
@@ -185,12 +172,14 @@ def ledger_file(plan: Plan) -> Path:
     return Path(plan.results) / "ledger" / f"{file_safe(plan.experiment)}.parquet"
 
 
-def as_text(rows: list[Row]) -> str:
-    """A table that reads as it is, and that reStructuredText makes one of."""
+HEAD = ("stage", "artifacts", "made", "found", "wall", "CPU", "GPU", "on disk", "memory", "saved", "CPU saved")
+
+
+def as_text(rows: list[Row], shown: Collection[str] = HEAD) -> str:
+    """A table that reads as it is, and that reStructuredText makes one of; `shown`: its columns."""
     if not rows:
         return "nothing has been made yet"
-    head = ("stage", "artifacts", "made", "found", "wall", "CPU", "GPU", "on disk", "memory", "saved", "CPU saved")
-    cells = [head, *(_cells(row) for row in rows)]
+    cells = [tuple(c for c, name in zip(row, HEAD, strict=True) if name in shown) for row in (HEAD, *map(_cells, rows))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = "  ".join("=" * width for width in widths)
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
@@ -202,30 +191,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.stage,
         *(UNKNOWN if count is None else str(count) for count in (row.artifacts, row.made, row.found)),
-        _span(spent.wall_s, spent.wall_unknown),
-        _span(spent.cpu_s, spent.cpu_unknown),
-        _span(spent.gpu_s, spent.wall_unknown),
+        span(spent.wall_s, spent.wall_unknown),
+        span(spent.cpu_s, spent.cpu_unknown),
+        span(spent.gpu_s, spent.wall_unknown),
         readable(row.n_bytes),
         UNKNOWN if row.peak_memory_bytes is None else readable(row.peak_memory_bytes),
-        _span(saved.wall_s, saved.wall_unknown) if saved else UNKNOWN,
-        _span(saved.cpu_s, saved.cpu_unknown) if saved else UNKNOWN,
+        span(saved.wall_s, saved.wall_unknown) if saved else UNKNOWN,
+        span(saved.cpu_s, saved.cpu_unknown) if saved else UNKNOWN,
     )
 
 
-def _span(seconds: float | None, unknown: int) -> str:
+def span(seconds: float | None, unknown: int) -> str:
+    """Of so many seconds, beside that of artifacts whose time is unknown."""
     if seconds is None:
         return UNKNOWN
     unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 2 * s or s == 1)
     return f"{seconds / size:.1f} {unit}" + (f" + {unknown} {UNKNOWN}" if unknown else "")
-
-
-def description(plan: Plan, written: str | Path, folder: str | Path) -> str:
-    """Path of the report's description: what is `written`, with the ledger of the last run below it, in `folder`."""
-    table = ledger_file(plan).with_suffix(".txt")
-    if not table.is_file():
-        return str(Path(written).resolve())
-    path = Path(folder).resolve() / f"{table.stem}_report.rst"
-    text = f"{Path(written).read_text()}\n{ABOUT}\n\n{table.read_text()}"
-    if not path.is_file() or path.read_text() != text:
-        publish_text(path, text)
-    return str(path)

@@ -83,3 +83,23 @@ def lock_of(folder: Path, part: Part) -> Path:
 def without_part(key: str) -> str:
     """The key of the artifact that a lock is of, whether it is of a part or not."""
     return _IN_NAME.sub("", key)
+
+
+def told_together(labels: Sequence[str], most: int) -> str:
+    """Names of several artifacts, without hashes, in short: what all have in common in brackets, then what tells them
+    apart, of `most` of them: `(sae L3.mlp_out seed0): k8, k16 and 2 more`."""
+    if len(labels) == 1:
+        return labels[0]
+    parts = [label.split("-") for label in labels]
+    front = _shared(parts)
+    back = _shared([part[front:][::-1] for part in parts])
+    own = ["-".join(part[front : len(part) - back]) for part in parts]
+    told = ", ".join(own[:most]) + (f" and {len(own) - most} more" if len(own) > most else "")
+    common = " ".join([*parts[0][:front], *parts[0][len(parts[0]) - back :]])
+    return f"({common}): {told}" if common else f": {told}"
+
+
+def _shared(parts: list[list[str]]) -> int:
+    """How many first elements all lists have in common, leaving one of each."""
+    most = min(map(len, parts)) - 1
+    return next((n for n in range(most) if len({part[n] for part in parts}) > 1), most)

@@ -89,6 +89,7 @@ def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
         seeds = alive[alive["seeds"] > 1]
         for value, which in (("ce_replaced", "yerr"), ("l0", "xerr")):
             ends = [seeds[value] - seeds[f"{value}_least"], seeds[f"{value}_most"] - seeds[value]]
+            ends = [end.clip(lower=0) for end in ends]  # the mean of equal seeds may round beyond them
             errors: dict[str, Any] = {which: ends, "color": style.color, **_RANGE}
             axis.errorbar(seeds["l0"], seeds["ce_replaced"], **errors)
     _levels(axis, rows)
