@@ -85,7 +85,7 @@ def page_of() -> Page:
         if href.startswith("#"):
             assert href[1:].replace("%40", "@") in page.anchors or href.startswith("#experiment/"), href
         else:
-            assert (Path("results") / href.replace("%2B", "+")).is_file(), href
+            assert (Path("results") / href.partition("#")[0].replace("%2B", "+")).is_file(), href
     return page
 
 
