@@ -38,7 +38,7 @@ UNITS = {
 """What a number can be a number of; `factor`, `rate` and `fraction` have no dimension."""
 
 EXPERIMENTS = (
-    ["experiment=demo", "features=all"],
+    ["experiment=demo", "features=all", "dashboards=all"],
     ["experiment=jsae"],
     ["experiment=attention_heads"],
     ["experiment=stack"],
@@ -62,6 +62,7 @@ BESIDE_KEYS = {
     "corpus.name": "nobody: people see it",
     "dictionary.label": "`figures`, and no key",
     "features.make": "the plan: whether the stage `features` is there",
+    "dashboards.make": "the plan: whether the stages `dashboards`, `comparisons` and `features` are there",
     "jacobian.transcoders": "the plan: whether transcoders have a stage `jacobian`",
 } | {f"training.{name}": "`train`, as to how it runs: in no key" for name in HOW_IT_RUNS}
 BESIDE_KEYS |= {

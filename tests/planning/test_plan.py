@@ -67,6 +67,8 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "stack": 0,
         "heads": 0,
         "features": 0,
+        "dashboards": 0,
+        "comparisons": 0,
         "blind": 0,
         "recover": 0,
         "figures": 1,

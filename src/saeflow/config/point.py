@@ -11,6 +11,7 @@ from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
 from saeflow.config.corpus import CorpusConfig, TokensConfig
+from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
 from saeflow.config.evaluation import EvaluationConfig
 from saeflow.config.features import FeaturesConfig
@@ -49,6 +50,8 @@ class PointConfig:
     """[seed] Of a dictionary's first weights, and of what its training draws; not of the order of the batches."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """What is looked up of every latent."""
+    dashboards: DashboardsConfig = field(default_factory=DashboardsConfig)
+    """Whether pages of dictionaries and their latents are made."""
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")

@@ -274,11 +274,14 @@ class _Maker:
             of_table[key] = str(read_json(folder / "index.json")["dictionary_key"])
             link = Link("latents", self._href(folder / "latents.parquet"), "Parquet, a row a latent")
             found.setdefault(of_table[key], []).append(link)
+        compared = self.disk.whole.get("comparisons", {})
+        among = {made: key for key in sorted(compared) for made in compared[key]["needs"].get("dashboards", [])}
         for key, receipt in self.disk.whole.get("dashboards", {}).items():
             page = self.disk.folder("dashboards", key) / PAGE
+            back = f"#among={quote(among[key])}" if key in among else ""  # from where a dashboard leads to the others
             for table in receipt["needs"].get("features", []) if page.is_file() else ():
                 if table in of_table:
-                    found[of_table[table]].insert(0, Link("dashboard", self._href(page)))
+                    found[of_table[table]].insert(0, Link("dashboard", self._href(page) + back))
         return found
 
     # ---------------------------------------------------------------- files
