@@ -135,7 +135,7 @@ class _Resolved(ast.NodeTransformer):
 def _resolve(tree: ast.Module, module: str) -> None:
     """Puts into every annotation the full names of what the module defines or imports of the library; of others only
     where the library has a class of the same name."""
-    names = {n.name: f"{module}.{n.name}" for n in tree.body if isinstance(n, ast.ClassDef)}
+    names = {name: f"{module}.{name}" for name in _types(tree)}
     for node in ast.walk(tree):
         for one in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
             if one.name in _classes():
@@ -150,13 +150,18 @@ def _resolve(tree: ast.Module, module: str) -> None:
 
 @cache
 def _classes() -> dict[str, list[str]]:
-    """The modules that define a class, by its name."""
+    """The modules that define a class, or another name for a type, by its name."""
     found: dict[str, list[str]] = {}
     for file in sorted(LIBRARY.rglob("*.py")):
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name, []).append(_module(file))
+        for name in _types(ast.parse(file.read_text())):
+            found.setdefault(name, []).append(_module(file))
     return found
+
+
+def _types(tree: ast.Module) -> list[str]:
+    named = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return [*named, *(t.id for t in targets if isinstance(t, ast.Name) and re.match("[A-Z]+[a-z]", t.id))]
 
 
 def _defined(module: str, name: str) -> str:

@@ -29,6 +29,7 @@ from saeflow.planning.sweep import SETTINGS as EXPERIMENT
 from saeflow.training.stage import HOW_IT_RUNS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+LIBRARY = CONF.parent / "src/saeflow"
 UNITS = {
     "tokens", "rows", "steps", "batches", "latents", "documents", "dictionaries", "examples", "intervals", "bins",
     "pairs", "atoms", "samples", "resamples", "checkpoints", "seconds", "index", "seed", "fraction", "factor", "rate",
@@ -238,12 +239,15 @@ def readers() -> dict[str, tuple[str, ...]]:
             plan = compose(CONF, overrides, results)
             for stage, instances in plan.stages.items():
                 for instance in instances.values():
-                    paths = [ELSEWHERE.get(path, path) for path, _ in _leaves(instance.config)]
+                    paths = [_as_set(path) for path, _ in _leaves(instance.config)]
                     for path in [*paths, *(setting for setting, _ in instance.says.values())]:
-                        found.setdefault(path.replace("tracr.", "model.tracr.").replace("model.model.", "model."), {})[
-                            stage
-                        ] = None
+                        found.setdefault(path, {})[stage] = None
     return {path: tuple(stages) for path, stages in found.items()}
+
+
+def _as_set(path: str) -> str:
+    """The setting that an instance reads at a path of its own."""
+    return f"model.{path}" if path.startswith("tracr.") else ELSEWHERE.get(path, path)
 
 
 def read_by(path: str) -> str:
@@ -321,6 +325,8 @@ class FromCode(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
+        for file in [*CONF.rglob("*.yaml"), *LIBRARY.glob("config/*.py"), *LIBRARY.glob("dictionaries/kinds/*.py")]:
+            self.env.note_dependency(str(file))  # a change of it makes the page anew
         make = {"config-fields": lambda names: fields_page(names.split()), "config-files": files_page}
         make["config-settings"] = other_page
         return self.parse_text_to_nodes(make[self.name](self.arguments[0]), allow_section_headings=True)

@@ -26,6 +26,7 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     """Links to files become links to what the site has of them: pages, and entries of modules."""
     text = source[0]
     if page in SHOWN:
+        app.env.note_dependency(str(ROOT / SHOWN[page]))
         text = (ROOT / SHOWN[page]).read_text().replace("](docs/", "](")
     for name, file in SHOWN.items():
         text = text.replace(f"](../{file})", f"]({name}.md)")

@@ -54,7 +54,7 @@ class Shown(NamedTuple):
     files: list[Link]
 
 
-class Row(NamedTuple):
+class ShownPoint(NamedTuple):
     """A point of a front, with where it comes from."""
 
     point: Point
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 class Front(NamedTuple):
     place: Place
-    rows: list[Row]
+    rows: list[ShownPoint]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class _Maker:
         judged = self._judged(needs)
         return [Front(place, [self._row(point, judged) for point in place.points]) for place in best_points(folder)]
 
-    def _row(self, point: Point, judged: dict[str, list[tuple[str, str]]]) -> Row:
+    def _row(self, point: Point, judged: dict[str, list[tuple[str, str]]]) -> ShownPoint:
         chains, links = list[list[Link]](), list[Link]()
         for key in point.keys:
             for one in self._measured(key, point, judged):
@@ -218,7 +218,7 @@ class _Maker:
                 corpora = found.contents.get("corpus", [])
                 chains.append(steps + [Link(f"corpus {c[:8]}", f"#corpus/{c}", "hash of its content") for c in corpora])
             links += self._of_dictionary.get(key, [])
-        return Row(point, chains, links)
+        return ShownPoint(point, chains, links)
 
     def _measured(
         self, dictionary: str, point: Point, judged: dict[str, list[tuple[str, str]]]
