@@ -252,7 +252,7 @@ def test_hostile_texts_are_texts(opened: Any, results: Path) -> None:
         "⟨U+FEFF⟩",
         "⟨U+200B⟩",
         "↵",
-        "␍↵",
+        "⟨U+000D⟩↵",
         "⇥",
     ):
         assert shown in seen

@@ -108,7 +108,7 @@
       id: "label",
       name: "label",
       title: "what it follows, by the model's algorithm",
-      width: "9rem",
+      width: "8rem",
       text: true,
       narrow: true,
       cell: i => tokens.visible(label(i)),

@@ -4,7 +4,7 @@
 saeflow.tokens = (() => {
   const { el, number, listed } = saeflow;
   const LONGEST = 160; // characters of a token that are shown; all of them on hovering
-  const NAMED = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
+  const NAMED = { "\n": "↵", "\t": "⇥" };
   // controls, marks of direction, separators, joiners, private use and lone halves of pairs: nothing of them is seen
   const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\u00a0\ufe00-\ufe0f]/gu;
 
