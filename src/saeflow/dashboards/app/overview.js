@@ -78,7 +78,7 @@ saeflow.overview = (() => {
       ),
       el(
         "div",
-        { class: "panels loose" },
+        { class: "panels broad" },
         rows(
           "Settings",
           "of the dictionary and all that it is made from",
