@@ -10,16 +10,18 @@ DIRECTORY := .
 
 # Of the environment, these are not meant.
 GC := $(foreach v,KEEP WITHOUT DAYS REMOVE,$(if $(filter command line,$(origin $(v))),$(v)))
+EXPORT := $(foreach v,FORMAT TO UPLOAD LICENSE,$(if $(filter command line,$(origin $(v))),$(v)))
 
 # These are what was typed: a $ in them is no variable of make, and a quote none of the shell's.
 override HYDRA := $(value HYDRA)
 override DIRECTORY := $(value DIRECTORY)
 override KEEP := $(value KEEP)
 override WITHOUT := $(value WITHOUT)
-export HYDRA DIRECTORY KEEP WITHOUT DAYS REMOVE
+override TO := $(value TO)
+export HYDRA DIRECTORY KEEP WITHOUT DAYS REMOVE FORMAT TO UPLOAD LICENSE
 
 # What fell outside of the quotes of HYDRA="..." would be a variable of make that nothing reads.
-VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE DROP ARRAYS
+VARIABLES := CORES WORKERS HYDRA DIRECTORY NAME PYTEST_ARGS PYTHON YES SET_ASIDE FAULTS SEED EXPERIMENT KEEP WITHOUT DAYS REMOVE DROP ARRAYS FORMAT TO UPLOAD LICENSE
 STRAY := $(filter-out $(VARIABLES),$(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v))))
 ifneq ($(STRAY),)
 $(error $(STRAY) is no variable here: overrides go inside the quotes, make run HYDRA="experiment=demo dictionary.k=[8,16]")
@@ -37,10 +39,10 @@ else
 BENCHMARKS := $(patsubst benchmarks/%.py,%,$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 endif
 
-# Neither demo nor tests touch the network; of the benchmarks train_step does, through pip, the first time.
+# Neither demo nor tests touch the network; of the benchmarks train_step and features do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status model open report verify push pull remote-verify gc ledger figures test test-real test-slurm lint notebooks bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real test-slurm lint docs notebooks bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -103,6 +105,11 @@ pull: $(INSTALLED) ## bring what is not here from device.remote; ARRAYS=1: activ
 remote-verify: $(INSTALLED) ## compare what is in device.remote with its checksums; SET_ASIDE=1: take away what is damaged
 	@$(BIN)/python scripts/remote.py verify --directory "$(DIRECTORY)" "$$HYDRA" $(if $(SET_ASIDE),--set-aside)
 
+export: $(INSTALLED) ## write dictionaries for another tool: make export FORMAT=saelens HYDRA="experiment=demo" TO=folder
+	@$(BIN)/python scripts/export.py --directory="$$DIRECTORY" $(if $(filter TO,$(EXPORT)),--to="$$TO") \
+	  $(if $(filter LICENSE,$(EXPORT)),--license="$$LICENSE") $(if $(filter UPLOAD,$(EXPORT)),--upload="$$UPLOAD") \
+	  "$(if $(filter FORMAT,$(EXPORT)),$$FORMAT)" "$$HYDRA"
+
 clean: ## remove results, logs and caches; says what, and asks (YES=1: does not)
 	@bash scripts/clean.sh $(if $(YES),--yes)
 
@@ -127,6 +134,10 @@ lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+
+docs: $(INSTALLED) ## the documentation, from docs/ and the code, into docs/_build/html
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 notebooks: $(INSTALLED) ## execute docs/notebooks/ anew, or one, of results/: make notebooks NAME=004_transcoders_against_saes
 	@$(BIN)/python docs/notebooks/execute.py $(if $(filter command line,$(origin NAME)),$(NAME))

@@ -6,7 +6,8 @@ l1 × mean_t Σ_i f_ti ‖W_dec,i‖. All peers: float32, on the device of the p
 0.999, constant learning rate, no warm-up of any kind, no normalisation of activations, no logging. The batch is never
 changed.
 
-SAELens is in .venv. The other two are installed by `install` when they are first asked for.
+SAELens is in .venv. The other two are installed by `install` when they are first asked for, with the tools that
+`benchmarks/features.py` is compared with and that exports are for.
 """
 
 import importlib.util
@@ -34,6 +35,16 @@ PINS = (
     "dictionary-learning==0.1.0",
     "natsort==8.4.0",  # imported by sparsify
     "schedulefree==1.4.1",  # imported by sparsify
+    "sae-dashboard==0.8.0",
+    "eindex-callum==0.1.2",  # imported by SAEDashboard, with the next four
+    "dataclasses-json==0.6.7",
+    "marshmallow==3.26.1",
+    "typing-inspect==0.9.0",
+    "mypy-extensions==1.2.0",
+    "eai-delphi==0.1.3",  # this and the next are read by tests/export
+    "circuit-tracer==0.5.0",
+    "asyncer==0.0.8",  # imported by delphi, with the next
+    "orjson==3.13.0",
 )
 MANY = 1_000_000_000  # steps or samples: a run whose end the benchmark does not reach
 

@@ -118,10 +118,10 @@ def test_library_and_scripts_import_only_declared_packages() -> None:
     assert undeclared(imported("src", "scripts", "workflow"), declared).keys() <= brought_by_torch
 
 
-def test_tests_and_benchmarks_import_only_declared_packages() -> None:
+def test_tests_benchmarks_and_documentation_import_only_declared_packages() -> None:
     peers = re.findall(r'"([a-z-]+)==[0-9.]+"', (ROOT / "benchmarks/_peers.py").read_text())  # it installs those itself
     names = {name.removeprefix("eai-").replace("-", "_") for name in peers}
-    assert undeclared(imported("tests", "benchmarks"), EVERYTHING).keys() <= names
+    assert undeclared(imported("tests", "benchmarks", "docs"), EVERYTHING).keys() <= names
 
 
 def test_every_declared_package_is_imported_somewhere() -> None:

@@ -1,4 +1,5 @@
-"""The three how-tos of docs/ (a kind, a stage, a metric and a figure), followed step by step in a copy of the tree."""
+"""How to add a kind, a stage, a metric and a figure, a site: each page of docs/, followed step by step in a copy of the
+tree."""
 
 import os
 import re
@@ -108,3 +109,17 @@ def test_a_metric_is_a_line_and_a_figure_a_function(copy: Copy) -> None:
     assert len(table) == 2 and table["relative_norm"].between(0, 10).all()
     summary = pd.read_csv(next(copy.tree.glob("results/figures/*/evaluations.csv")))
     assert {"relative_norm_low", "relative_norm_without_bos"} <= set(summary.columns)
+
+
+@pytest.mark.slow
+def test_a_site_is_a_file(copy: Copy) -> None:
+    assert follow("add_a_site.md", copy.tree) == {"conf/site/block.yaml": "new"}
+    page = (ROOT / "docs/add_a_site.md").read_text()
+    by_hook, by_name = re.findall(r'^snakemake --config hydra="(.+)"$', page, re.MULTILINE)
+    plan = copy.call("snakemake", "-n", "--config", f"hydra={by_hook.replace('blocks.2', 'blocks.1')} {TINY}")
+    assert re.search(r"^train +1$", plan, re.MULTILINE)
+    hydra = f"{by_name.replace('[1,2]', '[0,1]')} dictionary.k=4 {TINY.replace('site.layer=1', '')}"
+    copy.call("snakemake", "--cores", "2", "--config", f"hydra={hydra}")
+    trained = sorted(path.name for path in copy.tree.glob("results/train/*"))
+    assert [name.split("_to_")[0] for name in trained] == ["transcoder-L0.resid_pre", "transcoder-L1.resid_pre"]
+    assert len(copy.figure("sparsity_faithfulness")) == 2

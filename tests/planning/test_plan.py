@@ -67,6 +67,8 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "stack": 0,
         "heads": 0,
         "features": 0,
+        "dashboards": 0,
+        "comparisons": 0,
         "blind": 0,
         "recover": 0,
         "figures": 1,
@@ -338,9 +340,9 @@ def test_model_folder_that_is_not_whole_is_refused(home: Path, file: str, messag
         plan_of(home)
 
 
-def test_readme_adds_one_value_to_one_block_of_the_demo(home: Path) -> None:
+def test_the_docs_add_one_value_to_one_block_of_the_demo(home: Path) -> None:
     one_more = "+sweep.relu.dictionary.l1_coefficient=4"
-    assert one_more in (ROOT / "README.md").read_text()
+    assert one_more in (ROOT / "docs/experiments.md").read_text()
     demo = compose(home / "conf", ["experiment=demo"])
     assert changed(demo, compose(home / "conf", ["experiment=demo", one_more])) == {
         "train": 1,

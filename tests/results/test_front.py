@@ -85,7 +85,7 @@ def page_of() -> Page:
         if href.startswith("#"):
             assert href[1:].replace("%40", "@") in page.anchors or href.startswith("#experiment/"), href
         else:
-            assert (Path("results") / href.replace("%2B", "+")).is_file(), href
+            assert (Path("results") / href.partition("#")[0].replace("%2B", "+")).is_file(), href
     return page
 
 
@@ -219,13 +219,13 @@ def test_the_same_results_give_the_same_bytes_and_it_is_whole_whoever_writes(her
     assert not list(Path("results").glob("*.partial"))
 
 
-def test_dashboards_and_tables_are_linked_where_they_are(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboards_and_tables_are_linked_where_they_are(here: Path) -> None:
     plan = run(SWEEP)
     train, other = list(plan.stages["train"])[:2]
-    monkeypatch.setattr("saeflow.results.disk.stages", lambda: stages() | {"dashboards": stages()["features"]})
     for stage, key, needs, files in (
         ("features", "of-01234567", {"train": [train]}, ["index.json", "latents.parquet"]),
         ("dashboards", "of-12345678", {"features": ["of-01234567"], "train": [train]}, ["index.html"]),
+        ("comparisons", "place-4567890a", {"dashboards": ["of-12345678"], "train": [train, other]}, ["index.html"]),
         ("jacobian", "pair-23456789", {"train": [train, other]}, ["pairs.html"]),
         ("jacobian", "elsewhere-3456789a", {"train": [train, "of-another-experiment"]}, ["pairs.html"]),
     ):
@@ -236,8 +236,9 @@ def test_dashboards_and_tables_are_linked_where_they_are(here: Path, monkeypatch
         write_receipt(folder, stage, needs)
     page = page_of()
     linked = [row["links"] for row in page.rows if "features/of-01234567/latents.parquet" in row["links"]]
-    assert len(linked) == 1 and "dashboards/of-12345678/index.html" in linked[0]
-    assert page.links.count("dashboards/of-12345678/index.html") == 2  # among the pages too
+    assert len(linked) == 1 and "dashboards/of-12345678/index.html#among=place-4567890a" in linked[0]
+    assert page.links.count("dashboards/of-12345678/index.html") == 1  # among the pages
+    assert page.links.count("comparisons/place-4567890a/index.html") == 1
     assert "jacobian/pair-23456789/pairs.html" in page.links
     assert not [href for href in page.links if "elsewhere" in href]
 

@@ -132,33 +132,71 @@ def test_columns_of_different_lengths_are_refused(tmp_path):
 
 
 # -------------------------------------------------------------------- loggers
-def test_wandb_gets_every_row(tmp_path, monkeypatch):
-    seen = []
-    run = SimpleNamespace(
-        log=lambda row, step: seen.append((step, row["loss"])), finish=lambda: seen.append("finished")
-    )
-    fake = types.ModuleType("wandb")
-    fake.init = lambda **options: seen.append(options) or run
+ABOUT = loggers.About("key", "topk, layer 0", "demo", ("sae", "topk"), {"seed": 1, "dictionary.k": 4, "site": None})
+ROW = {"step": 10, "tokens": 1280, "loss": 0.5, "l0": 4.0, "dead": 2, "jacobian_above_0.01": 0.25}
+CURVES = {
+    "details/n_training_samples": 1280,
+    "losses/overall_loss": 0.5,
+    "metrics/l0": 4.0,
+    "sparsity/dead_features": 2,
+    "metrics/jacobian_above_0.01": 0.25,
+}
+
+
+class Wandb(types.ModuleType):
+    """Stands in for wandb, and remembers what it was given."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.seen, self.summary = [], {}
+
+    def init(self, **options):
+        self.seen.append(options)
+        return self
+
+    def Table(self, columns, data):
+        return {"columns": columns, "data": data}
+
+    def log(self, row, step=None):
+        self.seen.append((step, row))
+
+    def finish(self):
+        self.seen.append("finished")
+
+
+def test_wandb_gets_curves_settings_and_a_final_table(tmp_path, monkeypatch):
+    fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (logger,) = loggers.open_loggers(["wandb"], "key", {"seed": 1}, tmp_path)
-    logger.log({"step": 10, "loss": 0.5})
+    (logger,) = loggers.open_loggers(["wandb"], ABOUT, tmp_path)
+    logger.log(ROW)
+    logger.finish({"input": ROW, "output": ROW | {"loss": 0.25}})
     logger.close()
-    assert seen[0]["name"] == "key" and seen[0]["config"] == {"seed": 1}
-    assert seen[1:] == [(10, 0.5), "finished"]
+    started, logged, final, end = fake.seen
+    assert (started["project"], started["group"], started["job_type"]) == ("saeflow", "demo", "train")
+    assert (started["name"], started["tags"]) == ("topk, layer 0", ["sae", "topk"])
+    assert started["config"] == {"key": "key", "seed": 1, "dictionary.k": 4, "site": None}
+    assert logged == (10, CURVES) and end == "finished"
+    assert fake.summary["input/losses/overall_loss"] == 0.5 and fake.summary["output/losses/overall_loss"] == 0.25
+    table = final[1]["final"]
+    assert table["columns"] == ["dictionary", *ROW]
+    assert table["data"] == [["input", *ROW.values()], ["output", *(ROW | {"loss": 0.25}).values()]]
 
 
-def test_tensorboard_gets_every_row(tmp_path, monkeypatch):
+def test_tensorboard_gets_curves_settings_and_final_metrics(tmp_path, monkeypatch):
     seen = []
 
     class Writer:
         def __init__(self, folder):
             seen.append(folder)
 
-        def add_text(self, *_):
-            pass
+        def add_text(self, *text):
+            seen.append(text)
 
         def add_scalar(self, *scalar):
             seen.append(scalar)
+
+        def add_hparams(self, held, metrics, run_name):
+            seen.append((held, metrics, run_name))
 
         def close(self):
             seen.append("closed")
@@ -166,10 +204,50 @@ def test_tensorboard_gets_every_row(tmp_path, monkeypatch):
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    (logger,) = loggers.open_loggers(["tensorboard"], "key", {}, tmp_path)
-    logger.log({"step": 10, "loss": 0.5})
+    (logger,) = loggers.open_loggers(["tensorboard"], ABOUT, tmp_path)
+    logger.log(ROW)
+    logger.finish({"": ROW})
     logger.close()
-    assert seen == [str(tmp_path / "logs" / "tensorboard" / "key"), ("step", 10, 10), ("loss", 0.5, 10), "closed"]
+    assert seen[0] == str(tmp_path / "logs" / "tensorboard" / "key")
+    assert seen[1] == ("run", "topk, layer 0; demo; sae, topk")
+    assert seen[2] == ("config", "    seed: 1\n    dictionary.k: 4\n    site: None")
+    assert seen[3:8] == [(name, value, 10) for name, value in CURVES.items()]
+    held, metrics, run_name = seen[8]
+    assert held == {"name": "topk, layer 0", "seed": 1, "dictionary.k": 4, "site": "None"} and run_name == "."
+    assert metrics == {f"final/{name}": value for name, value in CURVES.items()} and seen[9] == "closed"
+
+
+def test_a_training_tells_loggers_what_it_is_and_how_it_ends(results, monkeypatch):
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    plan = training_plan(results, [HOOK, HOOK_OUT], {"it-1234": TRANSCODER}, TRAINING, '{"loggers": ["wandb"]}')
+    plan.stages["tokens"]["text-train"].config |= {"split": "train", "n_rows": 20}
+    plan.stages["tokens"]["text-train"].config["tokens"]["context_size"] = 50
+    training.train([job_of(plan)])
+    started, *logged, final, end = fake.seen
+    assert started["name"] == (
+        "transcoder relu, layer 0, ln2.normalized to layer 0, mlp_out, L1 = 0.1, 16 latents, seed 5"
+    )
+    assert started["group"] == "test" and started["tags"] == ["transcoder", "relu", HOOK, HOOK_OUT, "tiny-gpt2"]
+    config = started["config"]
+    assert config["key"] == "it-1234" and config["training.lr"] == TRAINING["lr"] and config["d_sae"] == 16
+    assert config["tokens.train_tokens"] == 1000 and config["dictionary.l1_coefficient"] == 0.1
+    table = pd.read_parquet(results / "train/it-1234/metrics.parquet")
+    assert [step for step, _ in logged] == table["step"].tolist() and end == "finished"
+    assert [row["losses/overall_loss"] for _, row in logged] == table["loss"].tolist()
+    last = table.iloc[-1].to_dict()
+    assert final[1]["final"] == {"columns": ["dictionary", *last], "data": [["whole", *last.values()]]}
+    assert fake.summary["metrics/explained_variance"] == last["explained_variance"]
+
+
+def test_curves_of_heads_are_under_the_heads():
+    row = {"step": 5, "tokens": 20, "l0": 3.0, "head_0.loss": 1.0, "head_11.dead": 2}
+    assert loggers.curves(row) == {
+        "details/n_training_samples": 20,
+        "metrics/l0": 3.0,
+        "head_0/losses/overall_loss": 1.0,
+        "head_11/sparsity/dead_features": 2,
+    }
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
@@ -179,4 +257,4 @@ def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(loggers, "import_module", missing)
     with pytest.raises(ConfigError, match=f"training.loggers={name} needs the package {name}: pip install {name}"):
-        loggers.open_loggers([name], "key", {}, tmp_path)
+        loggers.open_loggers([name], ABOUT, tmp_path)

@@ -2,6 +2,7 @@
 
 from saeflow.config.checks import ConfigError, build
 from saeflow.config.corpus import CorpusConfig, TokensConfig
+from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig
 from saeflow.config.evaluation import BlindConfig, EvaluationConfig
 from saeflow.config.features import FeaturesConfig
@@ -13,7 +14,7 @@ from saeflow.config.site import ActivationsConfig, SiteConfig
 from saeflow.config.training import TrainingConfig
 
 __all__ = [
-    "ActivationsConfig", "BlindConfig", "ConfigError", "CorpusConfig", "DictionaryConfig", "EvaluationConfig",
-    "FeaturesConfig", "HeadsConfig", "JacobianConfig", "ModelConfig", "PointConfig", "SiteConfig", "TokensConfig",
-    "TracrConfig", "TrainingConfig", "build", "takes_list",
+    "ActivationsConfig", "BlindConfig", "ConfigError", "CorpusConfig", "DashboardsConfig", "DictionaryConfig",
+    "EvaluationConfig", "FeaturesConfig", "HeadsConfig", "JacobianConfig", "ModelConfig", "PointConfig", "SiteConfig",
+    "TokensConfig", "TracrConfig", "TrainingConfig", "build", "takes_list",
 ]  # fmt: skip

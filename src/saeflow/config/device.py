@@ -6,6 +6,23 @@ from typing import Any
 
 from saeflow.config.checks import ConfigError, require
 
+SETTINGS: dict[str, str] = {
+    "default": "Device of the stages that are not named: `cpu`, `cuda`, `cuda:N` or `mps`. A key of a stage's name "
+    "(`device.train=cuda:1`) is that stage's.",
+    "threads": "[threads] Of each job, by stage: how many processors it uses and asks Slurm for.",
+    "mem_mb": "[MB] Of memory, by stage; null: by sizes, as `resources` of the stage says.",
+    "runtime": "[minutes] That a job may take, by stage; null: by sizes.",
+    "most": "What no retry asks more than: `mem_mb` of a node, `runtime` of a partition; null: no bound.",
+    "batch": "[dictionaries] Evaluated in one job, by stage.",
+    "parts": "[jobs] That share the work of one, by stage, on one node or many.",
+    "flops": "[operations/s] Floating-point operations a second in training, from which the plan predicts hours.",
+    "gpu_model": "Of a job on cuda, for Slurm: `a100` makes `--gpus=a100:1` of `--gpus=1`.",
+    "gres": "In place of `--gpus`, where a site wants that: `gpu:a100:1`.",
+    "remote": "A place in a bucket, `s3://bucket/folder`, for `make push` and `make pull`; null: none.",
+    "read_ahead_mb": "[MB] Memory of a training for what it reads ahead of activations that lie in a bucket.",
+}
+"""What `conf/device/` says beside the device of each stage."""
+
 # As the executor of Slurm takes them.
 GPU_STRINGS = {"gpu_model": r"[A-Za-z0-9_.]+", "gres": r"\w+(:[\w.]+)?(:\d+)?"}
 PLACE = r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/(?!\.{1,2}(/|$))[A-Za-z0-9._=+-]+)*/?"

@@ -60,6 +60,7 @@ class DictionaryConfig:
     """Base of all kinds. Building one from a plain tree gives the class that the tree's `kind` names."""
 
     kind: str
+    """Which kind it is: the name of a class in `saeflow.dictionaries.kinds`."""
 
     noun: ClassVar[str] = ""
     """What figures call it, after its activation; '' for what is not stored as a kind of its own."""

@@ -9,16 +9,18 @@ FEWEST_DOCUMENTS = 5  # of which an interval is made: fewer do not tell how much
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """All rows of the held-out tokens are used, `batch_rows` at a time. Intervals over documents hold the truth with a
-    probability of `confidence`; they are made from `resamples` resamples at most, each without one document, or without
-    one group of them where there are more documents than that. With `replace_first=false` the first token of each
-    row keeps the model's own activations, in ablations too, and counts nowhere: for dictionaries that were not trained
-    on it."""
+    """How dictionaries are evaluated, on all rows of the held-out tokens."""
 
     batch_rows: int = 16
+    """[rows] How many go through the model at once."""
     resamples: int = 1000
+    """[resamples] At most so many, each without one document, or without one group of them where there are more
+    documents than that. Source: the jackknife, Efron and Tibshirani 1993, chapter 11."""
     confidence: float = 0.95
+    """[fraction] Probability with which an interval over documents holds the truth."""
     replace_first: bool = True
+    """Whether the first token of each row is replaced like any other. With false it keeps the model's own activations,
+    in ablations too, and counts nowhere: for dictionaries that were not trained on it."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "evaluation", "batch_rows")
@@ -28,16 +30,22 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class BlindConfig:
-    """A blind set of `n_features` of each dictionary that are active on `min_active` tokens or more and on more than
-    `min_frequency` of all; `n_examples` texts each, of `window` tokens to either side."""
+    """A blind set of latents of all dictionaries, for people to judge (`blind={}` for one as it is here)."""
 
     n_features: int = 50
+    """[latents] Of each dictionary. Source: transcoder paper, section 3.2.1."""
     n_examples: int = 25
+    """[examples] Texts shown of each latent."""
     window: int = 8
+    """[tokens] To either side of an activation."""
     min_active: int = 4
+    """[tokens] A latent has to be active on so many or more to be drawn."""
     min_frequency: float = 1e-4
+    """[fraction] And on more than this share of all tokens."""
     batch_rows: int = 16
+    """[rows] How many go through the model at once."""
     seed: int = 0
+    """[seed] Decides all draws and the order."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "blind", "n_features n_examples window min_active batch_rows")

@@ -8,28 +8,32 @@ from saeflow.config.evaluation import FEWEST_DOCUMENTS
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """How a layer's heads and their dictionaries are studied, on `n_tokens` held-out tokens of rows that are spread
-    over all, `batch_rows` rows at a time. The model is run without cross terms between heads on `loss_tokens` of them,
-    spread alike, with intervals from `resamples` resamples of the documents at most.
-
-    Of every two heads the `top_pairs` pairs of latents that interfere most are kept. Latents of a dictionary on all
-    heads count where they are active on `min_active` tokens or more; `n_latents` of these, drawn at random, are
-    decomposed in the heads' dictionaries with up to `max_atoms` atoms, and `dashboards` of those shown, each with
-    `contexts` texts of `window` tokens to either side. `seed` decides all draws.
-    """
+    """How a layer's heads and their dictionaries are studied, on held-out tokens (docs/heads.md)."""
 
     n_tokens: int = 65536
+    """[tokens] Of rows spread over all."""
     batch_rows: int = 16
+    """[rows] How many go through the model at once."""
     loss_tokens: int = 16384
+    """[tokens] Of these, spread alike, on which the model is run without cross terms between heads."""
     resamples: int = 1000
+    """[resamples] Of the documents at most, for the intervals of those losses."""
     top_pairs: int = 32
+    """[pairs] Of latents of every two heads, those that interfere most, which are kept."""
     min_active: int = 12
+    """[tokens] On which a latent of a dictionary on all heads has to be active to count."""
     n_latents: int = 64
+    """[latents] Of those, drawn at random, that are decomposed in the heads' dictionaries."""
     max_atoms: int = 16
+    """[atoms] In a decomposition at most."""
     dashboards: int = 12
+    """[latents] Of those that are decomposed, how many are shown."""
     contexts: int = 4
+    """[examples] Texts shown of each."""
     window: int = 12
+    """[tokens] To either side of an activation."""
     seed: int = 0
+    """[seed] Decides all draws."""
 
     def __post_init__(self) -> None:
         names = "n_tokens batch_rows loss_tokens top_pairs min_active n_latents max_atoms contexts window"

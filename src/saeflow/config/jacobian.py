@@ -9,38 +9,43 @@ from saeflow.config.evaluation import FEWEST_DOCUMENTS
 
 @dataclass(frozen=True)
 class JacobianConfig:
-    """`n_tokens` held-out tokens (position 0 left out), of rows spread over all; the histogram has `bins` equal
-    bins on [0, `max_value`].
-
-    `at`: whether the Jacobian is taken at the true input of f or at its reconstruction by the input dictionary. `norm`
-    matters where f begins before the norm: `ignored` leaves it out of f but for its gain and bias (notebook 000's
-    `ignore_ln`, whose MLP reads the residual stream as it is).
-    `thresholds` are of |J| itself and of J divided by a token's L1 or L2 norm, `relative_thresholds` in units of the
-    RMS of J. Intervals over documents come from `resamples` resamples at most, each without one document, or without
-    one group of them.
-
-    The Jacobians of the first `stored_tokens` tokens are stored whole. The `top_pairs` pairs by each statistic, and the
-    `top_inputs` inputs of the outputs among them, are those active together on `min_count` tokens or more, and each
-    comes with up to `contexts` windows of `window` tokens. `linearity_samples` functions of one latent by another are
-    looked at. With `transcoders`, the Jacobian of every transcoder's input-output map is studied too.
-    """
+    """How Jacobians are studied, on held-out tokens (docs/jacobian.md)."""
 
     n_tokens: int = 16384
+    """[tokens] Of rows spread over all, position 0 of each left out."""
     at: Literal["input", "reconstruction"] = "input"
+    """Where the Jacobian is taken: at the true input of f (the JSAE paper), or at its reconstruction by the input
+    dictionary (notebook 000)."""
     norm: Literal["inside", "ignored"] = "inside"
+    """Where f begins before the norm: `ignored` leaves it out of f but for its gain and bias. Source: notebook 000's
+    `ignore_ln`, whose MLP reads the residual stream as it is."""
     bins: int = 200
+    """[bins] Of the histogram. Source: notebook 000."""
     max_value: float = 0.5
+    """[|J|] Where the histogram ends. Source: notebook 000."""
     thresholds: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02)
+    """[|J|] Above which entries are counted, of J itself and of J divided by a token's L1 or L2 norm. Source: JSAE
+    paper (arXiv 2502.18147)."""
     relative_thresholds: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0)
+    """[factor] The same in units of the RMS of J."""
     resamples: int = 1000
+    """[resamples] At most so many, each without one document, or without one group of them."""
     stored_tokens: int = 1024
+    """[tokens] The first of the study, whose Jacobians are stored whole."""
     top_pairs: int = 32
+    """[pairs] Of latents, the first by each statistic."""
     top_inputs: int = 16
+    """[latents] Inputs of the outputs among these pairs."""
     min_count: int = 12
+    """[tokens] On which a pair has to be active together to be listed."""
     contexts: int = 12
+    """[examples] Windows of text with each pair, at most."""
     window: int = 16
+    """[tokens] Length of such a window."""
     linearity_samples: int = 1000
+    """[samples] Functions of one latent by another that are looked at. Source: JSAE paper, section 5.3."""
     transcoders: bool = False
+    """Whether the Jacobian of every transcoder's input-output map is studied too."""
 
     def __post_init__(self) -> None:
         names = "n_tokens bins stored_tokens top_pairs top_inputs min_count contexts window "

@@ -8,16 +8,23 @@ from saeflow.config.checks import LEARNING_RATES, ConfigError, at_least, check_s
 
 @dataclass(frozen=True)
 class TracrConfig:
-    """A model of a case of `saeflow.groundtruth.cases`: the `compiled` one, or a small one that is trained from `seed`
-    on `n_rows` rows of the case (null: all that there are), as `saeflow.groundtruth.training` says."""
+    """A model whose algorithm is known, which the pipeline makes (docs/groundtruth.md)."""
 
     case: int
+    """[index] Number of a case of `saeflow.groundtruth.cases`, as in InterpBench."""
     method: Literal["compiled", "supervised", "iit", "siit"] = "siit"
+    """The compiled program itself, or how a small transformer is trained on its task. Source: InterpBench (arXiv
+    2407.14494)."""
     seed: int = 0
+    """[seed] Of first weights and draws of its training."""
     n_rows: int | None = None
+    """[rows] Of the case that it is trained on; null: all that there are."""
     n_steps: int = 400
+    """[steps] Of its training."""
     batch_rows: int = 128
+    """[rows] In a batch of its training."""
     lr: float = 1e-2
+    """[rate] Adam's learning rate at the start of its training, from which it falls to 0."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "model.tracr", "n_steps batch_rows")
@@ -28,23 +35,30 @@ class TracrConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Hugging Face folder (`path`), or a hub name whose files are in the local cache, and TransformerLens's weight
-    processing, which changes activations; or a model that the pipeline makes (`tracr`).
-
-    `randomise` replaces the weight matrices, as a control (`saeflow.models.controls`): `reinit` draws them as at the
-    start of training, `permuted` shuffles their rows and columns; by `randomise_seed`.
-    """
+    """The language model, and TransformerLens's weight processing, which changes activations: a local folder, a model
+    of the hub that is in the local cache, or one that the pipeline makes."""
 
     name: str
+    """What people call it; in no key, as its weights identify it."""
     path: str | None = None
+    """A Hugging Face folder. With `hub`: a copy of that model's folder, where there is no network."""
     hub: str | None = None
+    """A name on the Hugging Face hub whose files are in the local cache (`scripts/fetch.py`)."""
     revision: str | None = None
+    """Branch, tag or commit of it; null: its main branch."""
     fold_ln: bool = False
+    """Whether gains and biases of norms are folded into the weights behind them. Source: TransformerLens."""
     center_writing_weights: bool = False
+    """Whether weights that write to the residual stream are centred. Source: TransformerLens."""
     center_unembed: bool = False
+    """Whether the unembedding is centred over the vocabulary. Source: TransformerLens."""
     randomise: Literal["none", "reinit", "permuted"] = "none"
+    """Other weight matrices in place of the trained ones, as a control: drawn as at the start of training, or rows and
+    columns shuffled (`saeflow.models.controls`). Source: JSAE paper (arXiv 2502.18147)."""
     randomise_seed: int = 0
+    """[seed] Of these weights."""
     tracr: TracrConfig | None = None
+    """A model of a case, in place of `path` and `hub`."""
 
     def __post_init__(self) -> None:
         check_seed(self, "model.randomise_seed")

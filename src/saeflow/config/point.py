@@ -11,6 +11,7 @@ from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
 from saeflow.config.corpus import CorpusConfig, TokensConfig
+from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
 from saeflow.config.evaluation import EvaluationConfig
 from saeflow.config.features import FeaturesConfig
@@ -26,17 +27,31 @@ class PointConfig:
     """One point of a sweep: everything that decides a number."""
 
     corpus: CorpusConfig
+    """Where the text is from."""
     tokens: TokensConfig
+    """How it becomes rows of tokens."""
     model: ModelConfig
+    """The language model."""
     activations: ActivationsConfig
+    """How its activations are stored."""
     site: SiteConfig
+    """Where in it dictionaries read and write."""
     dictionary: DictionaryConfig
+    """What is trained, or read from elsewhere."""
     training: TrainingConfig
+    """How it is trained."""
     jacobian: JacobianConfig
+    """How Jacobians are studied."""
     heads: HeadsConfig
+    """How heads are studied."""
     evaluation: EvaluationConfig
+    """How dictionaries are evaluated."""
     seed: int
+    """[seed] Of a dictionary's first weights, and of what its training draws; not of the order of the batches."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """What is looked up of every latent."""
+    dashboards: DashboardsConfig = field(default_factory=DashboardsConfig)
+    """Whether pages of dictionaries and their latents are made."""
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")

@@ -8,13 +8,16 @@ from saeflow.config.checks import at_least, require
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """`hook_name` is where a dictionary reads; transcoders and pairs also have `hook_name_out`. `head`: of a hook with
-    heads, the one that an SAE is of (`kind=sae`, or foreign)."""
+    """Where in the model dictionaries read and write."""
 
     hook_name: str
+    """The hook that a dictionary reads, by TransformerLens's name."""
     hook_name_out: str | None = None
+    """The hook that it writes, of transcoders and pairs; null: the one that it reads."""
     layer: int | None = None
+    """[index] Of the block, from 0; what the hooks of `conf/site/` are made of."""
     head: int | None = None
+    """[index] Of a hook with heads, the one that an SAE is of (`kind=sae`, or foreign); null: all of them."""
 
     def __post_init__(self) -> None:
         for name in ("layer", "head"):
@@ -24,12 +27,16 @@ class SiteConfig:
 
 @dataclass(frozen=True)
 class ActivationsConfig:
-    """`batch_rows` rows go through the model at once. A chunk is the unit of checksums, a shard one file."""
+    """How activations are stored."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the numbers on the disk; the model runs in float32."""
     batch_rows: int = 16
+    """[rows] How many go through the model at once."""
     chunk_tokens: int = 4096
+    """[tokens] In a chunk, the unit of checksums, which is held in memory whole."""
     shard_tokens: int = 65536
+    """[tokens] In a shard, which is one file: a multiple of `chunk_tokens`."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "activations", "batch_rows chunk_tokens")

@@ -11,14 +11,16 @@ DIVERGED = -0.1
 
 @dataclass(frozen=True)
 class ExcludeConfig:
-    """Tokens that no dictionary is trained on: those at some `positions` of a row (0 is the first, where BOS is), those
-    with some `token_ids`, and those whose L2 norm is over `norm_above` times the median at a hook that the dictionary
-    reads or predicts. The median is that of the tokens that positions and ids keep; heads of a hook count together.
-    """
+    """Tokens that no dictionary is trained on: those that any of the three names."""
 
     positions: tuple[int, ...] = ()
+    """[index] Positions in a row; 0 is the first, where BOS is."""
     token_ids: tuple[int, ...] = ()
+    """[index] Ids of tokens."""
     norm_above: float | None = None
+    """[factor] Tokens whose L2 norm is over so many medians at a hook that the dictionary reads or predicts. The median
+    is that of the tokens that positions and ids keep; heads of a hook count together. Source: massive activations, Sun
+    et al. 2024 (arXiv 2402.17762)."""
 
     def __post_init__(self) -> None:
         for name in ("positions", "token_ids"):
@@ -53,56 +55,67 @@ class ExcludeConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """`n_tokens` may exceed what is stored: training then passes over it again, reshuffled.
-
-    The order of the batches comes from `shuffle_seed`; `seed` of a point decides only its first weights, so that points
-    of many seeds read the same batches. `precision=bfloat16`: the encoder's product, which decides what is active, is
-    taken in bfloat16; everything else is float32. `clip_grad_norm` bounds the norm of all gradients together.
-    `initial=saelens`: SAELens's first weights; `jsae`: the JSAE paper's.
-
-    `revive` is what is done for latents that have not fired for `dead_after_tokens`. `auxk`: the d_in / 2 most active
-    of them reconstruct the error of the others, weighted by `auxk_coefficient` (Gao et al. 2024, as in SAELens).
-    `ghost`: ghost gradients (Jermyn and Templeton 2024, as in the transcoder paper). `resample`: after each of
-    `resample_steps` they are set to what is reconstructed badly, judged on `resample_batches` batches, and the learning
-    rate rises again over `resample_warm_up_steps` (Bricken et al. 2023, as Kissane et al.).
-
-    The penalty of a Jacobian pair rises over `jacobian_warm_up_steps`. With `jacobian_fraction` below 1 it is taken on
-    that share of each batch's tokens, drawn anew at every step: the same on average, at a fraction of the cost.
-
-    `exclude` leaves tokens out of training, and out of all that it takes from the activations: batches, mean and
-    norms, metrics, `n_tokens`.
-
-    The last four say how to run and never enter a hash: up to `together` dictionaries of one site train in one job that
-    reads each batch once; a checkpoint is written about every `checkpoint_seconds`, and the newest `keep_checkpoints`
-    stay until training is done.
-    """
+    """How dictionaries are trained. The last four say how to run, and never enter a hash."""
 
     n_tokens: int
+    """[tokens] That are trained on. More than are stored are passes over them again, reshuffled."""
     batch_size: int = 4096
+    """[tokens] In a step."""
     shuffle_seed: int = 0
+    """[seed] Of the order of the batches. The `seed` of a point decides only first weights, so that points of many
+    seeds read the same batches."""
     lr: float = 4e-4
+    """[rate] Adam's learning rate, between warm-up and decay."""
     adam_beta1: float = 0.9
+    """[fraction] Adam's decay of the mean of gradients."""
     adam_beta2: float = 0.999
+    """[fraction] Adam's decay of the mean of their squares."""
     lr_warm_up_steps: int = 0
+    """[steps] Over which the rate rises linearly."""
     lr_decay_steps: int = 0
+    """[steps] The last ones, over which it falls linearly."""
     l1_warm_up_steps: int = 0
+    """[steps] Over which the L1 coefficient rises linearly from 0; of SAELens's classes all of their coefficients."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the encoder's product, which decides what is active; everything else is float32."""
     clip_grad_norm: float | None = None
+    """[norm] The largest of all gradients together; null: they are not clipped."""
     initial: Literal["saeflow", "saelens", "jsae"] = "saeflow"
+    """First weights: this project's, SAELens's, or the JSAE paper's (`saeflow.dictionaries.initial`)."""
     revive: Literal["none", "auxk", "ghost", "resample"] = "none"
+    """What is done for latents that have not fired for `dead_after_tokens`. `auxk`: the d_in / 2 most active of them
+    reconstruct the error of the others. `ghost`: ghost gradients. `resample`: they are set to what is reconstructed
+    badly. Source: Gao et al. 2024, as in SAELens; Jermyn and Templeton 2024, as in the transcoder paper; Bricken et al.
+    2023, as Kissane et al."""
     dead_after_tokens: int = 100_000
+    """[tokens] Without firing after which a latent counts as dead."""
     auxk_coefficient: float = 1.0
+    """[factor] Weight of the loss of `revive=auxk`."""
     resample_steps: tuple[int, ...] = ()
+    """[steps] Before which dead latents are resampled; the learning rate rises again after each."""
     resample_batches: int = 100
+    """[batches] On which `revive=resample` judges what is reconstructed badly."""
     resample_warm_up_steps: int = 1000
+    """[steps] Over which the rate rises from a tenth along half a cosine after a resampling. Source: Kissane et al.
+    2024 (arXiv 2406.17759)."""
     jacobian_warm_up_steps: int = 0
+    """[steps] Over which the penalty of a Jacobian pair rises."""
     jacobian_fraction: float = 1.0
+    """[fraction] Share of each batch's tokens on which that penalty is taken, drawn anew at every step: the same on
+    average, at a fraction of the cost."""
     exclude: ExcludeConfig = ExcludeConfig()
+    """Tokens that are left out of training, and of all that it takes from the activations: batches, mean and norms,
+    metrics, `n_tokens`."""
     log_every: int = 10
+    """[steps] From one row of metrics to the next."""
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Where copies of the metrics go."""
     together: int = 4
+    """[dictionaries] Of one site that train in one job, which reads each batch once; at most so many."""
     checkpoint_seconds: float = 60.0
+    """[seconds] From one checkpoint to the next, about."""
     keep_checkpoints: int = 1
+    """[checkpoints] The newest, which stay until training is done."""
 
     def __post_init__(self) -> None:
         names = "batch_size dead_after_tokens resample_batches log_every together keep_checkpoints"

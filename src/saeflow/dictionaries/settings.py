@@ -46,7 +46,7 @@ _ABSENT = object()
 def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
     """Of an artifact and all that it is made from. Raises `ConfigError` for one that the plan has not."""
     found: dict[str, Any] = {}
-    for made_by, instance in _lineage(plan, stage, key).values():
+    for made_by, instance in lineage(plan, stage, key).values():
         config = instance.config
         held = {name: value for name, value in config.items() if name in _POINT or isinstance(value, dict)}
         found |= {path: value for path, value in flat(held).items() if path not in found}
@@ -73,7 +73,7 @@ def read_summaries(job: Job, stage: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _lineage(plan: Plan, stage: str, key: str) -> dict[str, tuple[str, Instance]]:
+def lineage(plan: Plan, stage: str, key: str) -> dict[str, tuple[str, Instance]]:
     """Stage and instance by key: the artifact's first, then of what it needs, the nearest first."""
     found: dict[str, tuple[str, Instance]] = {}
     nearest = [(stage, key)]

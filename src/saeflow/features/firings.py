@@ -57,6 +57,7 @@ class Firings:
         self._on_disk: list[Segment] = []
         self._gathered: list[sp.csr_array] = []
         self._waiting = 0  # firings among these
+        self.n_firings = 0
         self._first = 0  # token of these
 
     def add(self, n_tokens: int, token: np.ndarray, latent: np.ndarray, value: np.ndarray) -> None:
@@ -66,6 +67,7 @@ class Firings:
         shape = (n_tokens, self.n_latents)
         self._gathered.append(sp.csr_array((value, latent.astype(np.int32), start), shape=shape))
         self._waiting += len(value)
+        self.n_firings += len(value)
         if self._waiting >= self.segment:
             self._put_on_disk()
 

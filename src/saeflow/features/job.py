@@ -7,6 +7,7 @@ but for what weights alone say and for ablations, which take another pass over t
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from saeflow.features.artifact import GROUP, ExamplesWriter, latents_table, writ
 from saeflow.features.effects import Samples, Task, loss_increases
 from saeflow.features.examples import draws, examples_table
 from saeflow.features.logits import logit_weights
-from saeflow.features.lookup import Found, choose_text, gather, run_activations, stored_activations
+from saeflow.features.lookup import Batch, Found, choose_text, gather, run_activations, stored_activations
 from saeflow.features.neighbours import by_decoder, by_jacobian
 from saeflow.features.order import lowest
 from saeflow.features.statistics import activity, counted, limits, parts, position_bins, tokens_of
@@ -44,10 +45,21 @@ log = logging.getLogger("saeflow")
 NO_TOKENS = "the model gives the output of an algorithm, and predicts no tokens"
 
 
-def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
-    """Makes the tables of jobs that share the model and the tokens; returns their indices.
+class Pass(NamedTuple):
+    """What jobs that share the model and the tokens look up."""
 
-    Raises `FitError` before any forward pass where a dictionary does not fit the model.
+    config: FeaturesConfig
+    dictionaries: list[Dictionary]
+    """Of each job one."""
+    text: Text
+    model: "HookedTransformer"
+    batches: Iterator[Batch]
+
+
+def open_pass(jobs: list[Job]) -> Pass:
+    """Opens what jobs that share the model and the tokens read; nothing is run yet.
+
+    Raises `FitError` where a dictionary does not fit the model.
     """
     first = jobs[0]
     config = build(FeaturesConfig, first.config["features"])
@@ -55,8 +67,6 @@ def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     store = open_tokens(first.input("tokens"))
     columns = {column.hook_name: column for job in jobs for column in map(open_column, job.inputs("activations"))}
     text = choose_text(store, columns, config)
-    with reading_model(first) as folder:
-        tokenizer = open_tokenizer(folder)
     model = open_model(first)
     hooks = sorted({dictionary.spec.hook_name for dictionary in dictionaries})
     if missing := [hook for hook in hooks if columns and hook not in columns]:
@@ -64,6 +74,18 @@ def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     log.info("%d dictionaries at %d hooks, %d tokens", len(dictionaries), len(hooks), text.n_tokens)
     stored = stored_activations(columns, hooks, text, config.batch_rows, model.cfg.device)
     batches = stored if columns else run_activations(model, hooks, text, config.batch_rows)
+    return Pass(config, dictionaries, text, model, batches)
+
+
+def features_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Makes the tables of jobs that share the model and the tokens; returns their indices.
+
+    Raises `FitError` before any forward pass where a dictionary does not fit the model.
+    """
+    first = jobs[0]
+    config, dictionaries, text, model, batches = open_pass(jobs)
+    with reading_model(first) as folder:
+        tokenizer = open_tokenizer(folder)
 
     def read(token: int) -> str:
         return str(tokenizer.decode([token], skip_special_tokens=False))

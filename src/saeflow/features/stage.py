@@ -15,11 +15,12 @@ from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 
 def expand(expansion: Expansion) -> None:
-    """A table for every dictionary, where they are asked for; what is part of another that has one is in that."""
+    """A table for every dictionary, where these or dashboards are asked for; what is part of another that has one is in
+    that."""
     for planned in expansion.points:
         config = planned.point.features
         planned.tree["features"].pop("make", None)
-        if not config.make:
+        if not (config.make or planned.point.dashboards.make):
             continue
         whole = {found.key for found in planned.dictionaries if not found.part}
         pair = len(planned.dictionaries) == 2

@@ -21,8 +21,17 @@ from saeflow.planning.blocks import Block, Edit, as_list, axis, blocks_of
 from saeflow.planning.files import check_files, read
 from saeflow.planning.overrides import parse
 
-SETTINGS = ("sweep", "experiment_name", "figures", "stacks", "blind")
-"""Keys of an experiment beside those of its points and the config groups."""
+SETTINGS: dict[str, str] = {
+    "experiment_name": "What its folders of figures and its ledger are called.",
+    "figures": "Names of figures to draw; `make figures` lists all that there are.",
+    "stacks": "Sets of layers whose dictionaries are also evaluated all at once: `all`, `all_but_first`, "
+    "`all_but_last`, `inner` (all but both) or a list of layers. Dictionaries that differ in nothing but the layer "
+    "belong together.",
+    "blind": "A blind set of latents of all dictionaries, for people to judge; `{}` for one as it is by default.",
+    "sweep": "Axes: config groups or dotted paths, each with its values. A mapping is a product, called a block; a "
+    "list of mappings is the union of their products.",
+}
+"""Keys of an experiment beside those of its points and the config groups, and what each says."""
 
 
 class Sweep:

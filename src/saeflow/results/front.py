@@ -54,7 +54,7 @@ class Shown(NamedTuple):
     files: list[Link]
 
 
-class Row(NamedTuple):
+class ShownPoint(NamedTuple):
     """A point of a front, with where it comes from."""
 
     point: Point
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 class Front(NamedTuple):
     place: Place
-    rows: list[Row]
+    rows: list[ShownPoint]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class _Maker:
         judged = self._judged(needs)
         return [Front(place, [self._row(point, judged) for point in place.points]) for place in best_points(folder)]
 
-    def _row(self, point: Point, judged: dict[str, list[tuple[str, str]]]) -> Row:
+    def _row(self, point: Point, judged: dict[str, list[tuple[str, str]]]) -> ShownPoint:
         chains, links = list[list[Link]](), list[Link]()
         for key in point.keys:
             for one in self._measured(key, point, judged):
@@ -218,7 +218,7 @@ class _Maker:
                 corpora = found.contents.get("corpus", [])
                 chains.append(steps + [Link(f"corpus {c[:8]}", f"#corpus/{c}", "hash of its content") for c in corpora])
             links += self._of_dictionary.get(key, [])
-        return Row(point, chains, links)
+        return ShownPoint(point, chains, links)
 
     def _measured(
         self, dictionary: str, point: Point, judged: dict[str, list[tuple[str, str]]]
@@ -274,11 +274,14 @@ class _Maker:
             of_table[key] = str(read_json(folder / "index.json")["dictionary_key"])
             link = Link("latents", self._href(folder / "latents.parquet"), "Parquet, a row a latent")
             found.setdefault(of_table[key], []).append(link)
+        compared = self.disk.whole.get("comparisons", {})
+        among = {made: key for key in sorted(compared) for made in compared[key]["needs"].get("dashboards", [])}
         for key, receipt in self.disk.whole.get("dashboards", {}).items():
             page = self.disk.folder("dashboards", key) / PAGE
+            back = f"#among={quote(among[key])}" if key in among else ""  # from where a dashboard leads to the others
             for table in receipt["needs"].get("features", []) if page.is_file() else ():
                 if table in of_table:
-                    found[of_table[table]].insert(0, Link("dashboard", self._href(page)))
+                    found[of_table[table]].insert(0, Link("dashboard", self._href(page) + back))
         return found
 
     # ---------------------------------------------------------------- files

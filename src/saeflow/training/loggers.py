@@ -6,7 +6,9 @@ They keep times and host names, so they write below `results/logs/`, never into 
 import configparser
 import netrc
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +22,73 @@ MODULES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 NO_UPLOAD = ("offline", "disabled", "dryrun")  # of wandb's modes
 
 
+NAMES = {
+    "loss": "losses/overall_loss",
+    "squared_error": "losses/mse_loss",
+    "sparsity": "losses/sparsity",
+    "jacobian_loss": "losses/jacobian_loss",
+    "l0": "metrics/l0",
+    "explained_variance": "metrics/explained_variance",
+    "fvu": "metrics/fvu",
+    "fvu_without_first": "metrics/fvu_without_first",
+    "dead": "sparsity/dead_features",
+    "lr": "details/current_learning_rate",
+    "l1_scheduled": "details/l1_coefficient",
+    "jacobian_scheduled": "details/jacobian_coefficient",
+    "tokens": "details/n_training_samples",
+}
+"""Curves by SAELens's names, where it has them, so that runs of both lie in the same panels; the rest are metrics."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run is of."""
+
+    key: str
+    """Of the artifact."""
+    name: str
+    """For people."""
+    group: str
+    """The experiment."""
+    tags: tuple[str, ...]
+    """Its kind, and where it is."""
+    config: Mapping[str, Any]
+    """Everything that its training reads, by dotted path."""
+
+
+def curves(row: Mapping[str, float]) -> dict[str, float]:
+    """A row of metrics as people look for it. What a dictionary of several has for each is under the name of that:
+    `head_0.loss`."""
+    found = {}
+    for name, value in row.items():
+        part, metric = re.fullmatch(r"(?:(head_\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
+        if metric != "step":
+            found[(f"{part}/" if part else "") + NAMES.get(metric, f"metrics/{metric}")] = value
+    return found
+
+
 class WandbLogger:
     """One wandb run a dictionary, in the project `saeflow`; wandb's environment variables apply (WANDB_MODE, ...)."""
 
-    def __init__(self, key: str, config: Mapping[str, Any], folder: Path) -> None:
-        wandb = _package("wandb", "wandb")
+    def __init__(self, about: About, folder: Path) -> None:
+        self.wandb = _package("wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project="saeflow", name=key, config=dict(config), dir=str(folder))
+        config = {"key": about.key, **about.config}
+        tags = [tag[:64] for tag in about.tags]  # wandb takes no longer ones
+        named = {"project": "saeflow", "name": about.name, "group": about.group, "job_type": "train"}
+        self.run = self.wandb.init(config=config, tags=tags, dir=str(folder), **named)
 
     def log(self, row: Mapping[str, float]) -> None:
-        self.run.log(dict(row), step=int(row["step"]))
+        self.run.log(curves(row), step=int(row["step"]))
+
+    def finish(self, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """The last row of each part of a finished dictionary: as the run's summary, and as the table `final`."""
+        for part, row in rows.items():
+            prefix = f"{part}/" if part else ""
+            self.run.summary.update({prefix + name: value for name, value in curves(row).items()})
+        columns = ["dictionary", *next(iter(rows.values()))]
+        data = [[part or "whole", *(row[name] for name in columns[1:])] for part, row in rows.items()]
+        self.run.log({"final": self.wandb.Table(columns=columns, data=data)})
 
     def close(self) -> None:
         self.run.finish()
@@ -38,14 +97,29 @@ class WandbLogger:
 class TensorboardLogger:
     """One folder of event files a dictionary: `tensorboard --logdir results/logs/tensorboard`."""
 
-    def __init__(self, key: str, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, about: About, folder: Path) -> None:
         tensorboard = _package("torch.utils.tensorboard", "tensorboard")
-        self.writer = tensorboard.SummaryWriter(str(folder / key))
-        self.writer.add_text("config", str(dict(config)))
+        self.about = about
+        self.writer = tensorboard.SummaryWriter(str(folder / about.key))
+        self.writer.add_text("run", f"{about.name}; {about.group}; {', '.join(about.tags)}")
+        lines = (f"    {path}: {value}" for path, value in about.config.items())  # indented, it is shown as it is
+        self.writer.add_text("config", "\n".join(lines))
 
     def log(self, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
+        for name, value in curves(row).items():
             self.writer.add_scalar(name, value, int(row["step"]))
+
+    def finish(self, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """The last row of each part of a finished dictionary, beside its settings in the page of hyperparameters."""
+        final = {
+            "/".join(filter(None, ("final", part, name))): value
+            for part, row in rows.items()
+            for name, value in curves(row).items()
+        }
+        plain = {
+            path: v if isinstance(v, bool | int | float | str) else str(v) for path, v in self.about.config.items()
+        }
+        self.writer.add_hparams({"name": self.about.name, **plain}, final, run_name=".")
 
     def close(self) -> None:
         self.writer.close()
@@ -54,10 +128,10 @@ class TensorboardLogger:
 Logger = WandbLogger | TensorboardLogger
 
 
-def open_loggers(names: Sequence[str], key: str, config: Mapping[str, Any], results: Path) -> list[Logger]:
+def open_loggers(names: Sequence[str], about: About, results: Path) -> list[Logger]:
     """The loggers that `training.loggers` names. Raises `ConfigError` where a package is not installed."""
     classes: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorboardLogger}
-    return [classes[name](key, config, results / "logs" / name) for name in names]
+    return [classes[name](about, results / "logs" / name) for name in names]
 
 
 def check_loggers(names: Iterable[str]) -> None:

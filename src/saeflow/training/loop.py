@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from saeflow.config.dictionary import Columns
 from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.kinds.saelens import SAELensConfig
 from saeflow.dictionaries.kinds.trained import TrainedConfig
+from saeflow.dictionaries.naming import amount_name, hook_title
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import save_dictionary
+from saeflow.dictionaries.settings import settings
 from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
@@ -33,7 +35,7 @@ from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.models.source import PROCESSING, reading_model
 from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
-from saeflow.training.loggers import open_loggers
+from saeflow.training.loggers import About, Logger, open_loggers
 from saeflow.training.metrics import TrainingError, write_metrics
 from saeflow.training.protocol import Batches, DictionaryTrainer, HookStatistics, Inputs, PartOfBatches
 from saeflow.training.selection import Selection
@@ -55,6 +57,7 @@ class Member:
     left_out: LeftOut | None = None
     """Of the tokens that are stored, those that it is not trained on; None: none."""
     failure: TrainingError | None = None
+    loggers: Sequence[Logger] = ()
 
     @property
     def unfinished(self) -> bool:
@@ -153,15 +156,15 @@ def _member(
     """The member that a job stands for, at the step that its newest checkpoint has."""
     folders = job.inputs("activations")
     results = Path(job.plan.results)
-    opened = open_loggers(options.loggers, job.instance.key, job.config, results)
+    config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
+    specs = specs_of_job(job, [columns[folder] for folder in folders])
+    opened = open_loggers(options.loggers, _about(job, specs), results) if options.loggers else []
     loggers = [stack.enter_context(contextlib.closing(logger)) for logger in opened]
 
     def log_row(row: dict[str, float]) -> None:
         for logger in loggers:
             logger.log(row)
 
-    config = build(DictionaryConfig, job.config["dictionary"], "dictionary.")
-    specs = specs_of_job(job, [columns[folder] for folder in folders])
     head = job.config.get("head")
     statistics = [selection.statistics[folder] for folder in folders]
     given = statistics if head is None else [one.by_head()[head] for one in statistics]
@@ -177,7 +180,22 @@ def _member(
     reads = [list(columns).index(folder) for folder in folders]
     entries = slice(None) if head is None else slice(head * specs[0].d_in, (head + 1) * specs[0].d_in)
     columns_of = lambda batch: tuple(batch[i][:, entries] for i in reads)  # noqa: E731
-    return Member(job, trainer, checkpoints, columns_of, selection.left_out)
+    return Member(job, trainer, checkpoints, columns_of, selection.left_out, loggers=loggers)
+
+
+def _about(job: Job, specs: list[Spec]) -> About:
+    """What loggers call a training: kind, place, amount and seed."""
+    one, config, hooks = specs[0], job.config, (job.config["hook_name"], job.config["hook_name_out"])
+    name, amount = one.amount
+    kind = f"{config['dictionary']['kind']} {one.activation}"
+    place = " to ".join(hook_title(hook) for hook in hooks if hook)
+    head = "" if config.get("head") is None else f", head {config['head']}"
+    said = "" if amount is None else f", {amount_name(name)} = {amount:g}"
+    title = f"{kind}, {place}{head}{said}, {one.d_sae:,} latents, seed {one.seed}"
+    held = {"d_in": one.d_in, "d_out": one.d_out, "d_sae": one.d_sae, "hook_name": hooks[0], "hook_name_out": hooks[1]}
+    held |= settings(job.plan, "train", job.instance.key)
+    tags = (config["dictionary"]["kind"], one.activation, *filter(None, hooks), str(one.origin.model_name))
+    return About(job.instance.key, title, job.plan.experiment, tags, held)
 
 
 def _write(member: Member) -> str:
@@ -192,7 +210,10 @@ def _write(member: Member) -> str:
             write_metrics(rows, folder / f"{name}.parquet")
         if member.left_out is not None:
             (folder / "left_out.json").write_text(json.dumps(member.left_out.record(), indent=1) + "\n")
-    tokens = next(iter(trainer.parts.values())).metrics.rows[-1]["tokens"]
+    last = {name: part.metrics.rows[-1] for name, part in trainer.parts.items()}
+    for logger in member.loggers:
+        logger.finish(last)
+    tokens = next(iter(last.values()))["tokens"]
     bad = {name: part.metrics.diverged for name, part in trainer.parts.items() if part.metrics.diverged}
     for name, reason in bad.items():
         log.warning("%s DIVERGED, %s", "/".join(filter(None, [job.instance.key, name])), reason)

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ForeignConfig(DictionaryConfig, kind="foreign"):
-    """At `path` (of `format`, or known by its files), or `sae_id` of a `release` that SAELens knows; the site says
-    whether it is an SAE or a transcoder. `label` names it in figures."""
+    """A dictionary of another library; the site says whether it is an SAE or a transcoder."""
 
     activation: str = "foreign"
+    """Always `foreign`: its files say which it has."""
     path: str | None = None
+    """Its folder or file (docs/evaluation.md); this or `release`."""
     format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify"] | None = None
+    """Which library's files they are; null: known by them."""
     release: str | None = None
+    """A release that SAELens knows, fetched when the job runs."""
     sae_id: str | None = None
+    """The dictionary of that release."""
     label: str | None = None
+    """Its name in figures; null: that of its folder."""
 
     takes_any: ClassVar[bool] = True
     single_head: ClassVar[bool] = True

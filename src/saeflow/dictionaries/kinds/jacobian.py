@@ -17,16 +17,17 @@ from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 
 @dataclass(frozen=True)
 class JacobianPairConfig(TrainedConfig, kind="jacobian"):
-    """Adds to the losses of its SAEs `jacobian_coefficient` / k^2 times the mean over tokens of what the k x k Jacobian
-    of the active latents costs by `jacobian_penalty` (see `saeflow.kernels.penalties`), taken at the input (as the
-    paper) or at the input SAE's reconstruction of it. With coefficient 0 they are the SAEs that they would be alone.
-    `apply_b_dec_to_input`: whether its SAEs subtract their `b_dec` from their input; those of the paper do not.
-    """
+    """With a coefficient of 0 its SAEs are those that they would be alone."""
 
     jacobian_coefficient: float | None = None
+    """[factor] Over k^2, weight of the mean over tokens of what the k x k Jacobian of the active latents costs. Source:
+    JSAE paper, whose rule is 0.5 k^2 / d_model."""
     jacobian_penalty: Literal["l1", "scad", "l1_over_l2", "lp"] = "l1"
+    """What a Jacobian costs (`saeflow.kernels.penalties`). Source: JSAE paper (L1), and its code."""
     jacobian_at: Literal["input", "reconstruction"] = "input"
+    """Where it is taken: at the input (as the paper), or at the input SAE's reconstruction of it."""
     apply_b_dec_to_input: bool = True
+    """Whether its SAEs subtract their `b_dec` from their input; those of the paper do not."""
 
     two_hooks: ClassVar[bool] = True
     activations: ClassVar[tuple[str, ...]] = ("topk",)

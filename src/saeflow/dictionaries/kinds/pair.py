@@ -12,9 +12,10 @@ from saeflow.dictionaries.spec import DictionaryError, Spec
 
 @dataclass(frozen=True)
 class PairConfig(TrainedConfig, kind="pair"):
-    """Each is trained alone, and is the one that a sweep of SAEs has. `apply_b_dec_to_input` as of an SAE."""
+    """Each is trained alone, and is the one that a sweep of SAEs has."""
 
     apply_b_dec_to_input: bool = True
+    """Whether each subtracts its `b_dec` from its input, as of an SAE."""
 
     two_hooks: ClassVar[bool] = True
     activations: ClassVar[tuple[str, ...]] = ("topk",)

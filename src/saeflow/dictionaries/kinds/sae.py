@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SAEConfig(TrainedConfig, kind="sae"):
-    """`apply_b_dec_to_input`: whether it subtracts `b_dec` from its input (SAELens, Kissane), or not (April recipe)."""
+    """Of one hook, or of one head of it (`site.head`)."""
 
     apply_b_dec_to_input: bool = True
+    """Whether it subtracts `b_dec` from its input (SAELens, Kissane et al.), or not (Anthropic's April recipe)."""
 
     noun: ClassVar[str] = "SAE"
     single_head: ClassVar[bool] = True

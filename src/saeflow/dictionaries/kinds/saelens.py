@@ -33,11 +33,14 @@ SAELENS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class SAELensConfig(TrainedConfig, kind="saelens"):
-    """`saelens` names the class; `options` are its own. It brings its first weights and its loss."""
+    """SAELens brings its first weights and its loss."""
 
     activation: str = "saelens"  # type: ignore[assignment]
+    """Always `saelens`: its class has its own."""
     saelens: str | None = None
+    """Name of the class: a key of `saeflow.dictionaries.kinds.saelens.SAELENS`."""
     options: dict[str, Any] = field(default_factory=dict)
+    """The class's own options, such as `l0_coefficient`."""
 
     activations: ClassVar[tuple[str, ...]] = ()
     trainer: ClassVar[str] = "saeflow.training.saelens:SAELensTrainer"

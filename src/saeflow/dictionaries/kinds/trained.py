@@ -13,24 +13,31 @@ from saeflow.dictionaries.spec import Origin, Spec, amount_of
 
 @dataclass(frozen=True)
 class TrainedConfig(DictionaryConfig):
-    """`squared_error` names how the reconstruction error of N tokens is averaged, so that a source's coefficient can be
-    used as printed: `sum` over d, mean over N (SAELens); `mean` over both (JSAE); `target_norm`: mean over both of the
-    error divided by the target's L2 norm (transcoder paper). `sparsity`: L1 of activations weighted by the decoder
-    row's norm (SAELens, April recipe), or plain L1 with unit-norm decoder rows (transcoder paper). With TopK likewise:
-    latents compete by value times the decoder row's norm (SAELens), or rows are kept at unit norm (JSAE). `batchtopk`
-    keeps the k N largest of a batch of N tokens, and after training whatever exceeds the mean threshold of that.
-    `normalize_activations`: training sees the input times sqrt(d_in) over its mean norm (SAELens), or each head of it
-    times sqrt(d_head) over that head's RMS norm.
-    """
+    """What all have that are trained here."""
 
     activation: Literal["topk", "batchtopk", "relu"]
+    """What keeps latents few: the k largest of a token; the k N largest of a batch of N tokens, and after training what
+    exceeds the mean threshold of that; or an L1 penalty on ReLU. Source: Gao et al. 2024 (arXiv 2406.04093); Bussmann
+    et al. 2024 (arXiv 2412.06410); Bricken et al. 2023."""
     k: int | None = None
+    """[latents] Active on a token, with TopK and BatchTopK; null with ReLU."""
     l1_coefficient: float | None = None
+    """[factor] Weight of the L1 penalty with ReLU; null without. What one means depends on `squared_error`, `sparsity`
+    and `normalize_activations`."""
     expansion: int | None = 8
+    """[factor] Latents for each dimension that it reads; this or `d_sae`."""
     d_sae: int | None = None
+    """[latents] How many it has; this or `expansion`."""
     squared_error: Literal["sum", "mean", "target_norm"] = "sum"
+    """How the squared error of N tokens is averaged, so that a source's coefficient can be used as printed: over N, of
+    sums over d; over both; over both, of the error divided by the target's L2 norm. Source: SAELens; JSAE paper;
+    transcoder paper."""
     sparsity: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
+    """Whether activations count times the norm of their decoder row, in the L1 penalty and among what competes in TopK;
+    or rows are kept at norm 1. Source: SAELens and the April recipe; transcoder and JSAE papers."""
     normalize_activations: Literal["none", "expected_average_only_in", "per_head"] = "none"
+    """What training sees: activations as they are, times sqrt(d_in) over their mean norm, or each head's times
+    sqrt(d_head) over its RMS norm. Source: SAELens; April recipe."""
 
     activations: ClassVar[tuple[str, ...]] = ("topk", "batchtopk", "relu")
     trainer: ClassVar[str] = "saeflow.training.trainer:Trainer"

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TranscoderConfig(TrainedConfig, kind="transcoder"):
-    """`skip` adds a linear map from its input to its output."""
+    """From `site.hook_name` to `site.hook_name_out`."""
 
     skip: bool = False
+    """Whether a linear map from its input to its output is added. Source: Paulo et al. 2025 (arXiv 2501.18823)."""
 
     noun: ClassVar[str] = "transcoder"
     two_hooks: ClassVar[bool] = True

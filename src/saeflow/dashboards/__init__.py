@@ -1,0 +1,1 @@
+"""Static pages of a dictionary and its latents, and of dictionaries beside each other: no server, no network."""

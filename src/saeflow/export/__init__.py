@@ -1,0 +1,1 @@
+"""Dictionaries of an experiment in the formats of other tools: `saeflow.export.run.export`."""

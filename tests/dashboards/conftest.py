@@ -1,0 +1,13 @@
+"""A browser for the tests of pages."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.dashboards.browser import chromium
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
