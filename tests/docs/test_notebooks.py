@@ -45,6 +45,7 @@ def show(value: Any) -> str:
     """As a notebook shows the last expression of a cell."""
     if isinstance(value, Figure):
         value.canvas.draw()
+        return repr(value)
     return value._repr_html_() if hasattr(value, "_repr_html_") else repr(value)
 
 
