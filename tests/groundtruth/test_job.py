@@ -54,7 +54,7 @@ def test_experiment_has_seven_models_that_share_their_tokens(tmp_path: Path) -> 
     plan = planned(tmp_path)
     found = {stage: len(table) for stage, table in plan.stages.items() if table}
     assert found == {
-        "groundtruth": 7, "tokens": 2, "activations": 28, "train": 28, "recover": 28, "figures": 1,
+        "groundtruth": 7, "tokens": 2, "activations": 28, "train": 44, "recover": 44, "figures": 1,
     }  # fmt: skip
     made = set(plan.stages["groundtruth"])
     for stage in ("activations", "recover"):
@@ -65,8 +65,8 @@ def test_experiment_has_seven_models_that_share_their_tokens(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("model.tracr.lr=0.02", {"groundtruth": 6, "activations": 24, "train": 24, "recover": 24, "figures": 1}),
-        ("dictionary.l1_coefficient=0.2", {"train": 28, "recover": 28, "figures": 1}),
+        ("model.tracr.lr=0.02", {"groundtruth": 6, "activations": 24, "train": 32, "recover": 32, "figures": 1}),
+        ("dictionary.l1_coefficient=0.2", {"train": 44, "recover": 44, "figures": 1}),
         ("device=cuda", {}),
     ],
 )
@@ -312,8 +312,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
         f"{{dictionary:transcoder,{around}}},{{{pair},dictionary.jacobian_coefficient:[0,1],{around}}}]",
         "training.n_tokens=40_000",
         "training.revive=none",
+        "dictionary.apply_b_dec_to_input=true",
+        "training.initial=saeflow",
         "jacobian.n_tokens=1280",
-        "figures=[recovery,true_jacobian,training_curves]",
+        "figures=[recovery,true_jacobian,training_curves,latents_by_state]",
     )
 
     def jobs(stage: str) -> list[Job]:
@@ -337,11 +339,20 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
     for stage, table in plan.stages.items():
         assert stage == "jacobian" or all(plan.done(stage, key) for key in table), stage  # it was not run
     (folder,) = (plan.folder("figures", key) for key in plan.stages["figures"])
-    for name in ("recovery", "true_jacobian", "training_curves"):
+    for name in ("recovery", "true_jacobian", "training_curves", "latents_by_state"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
     identity = ["place", "hook_name_out", "case", "method", "model", "model_seed", "series", "amount_name"]
     identity += ["amount", "d_sae", "seed", "train_key", "part"]
-    shown = ["l0", "recovery", "recovery_random", "mixtures", "mixtures_random"]
+    shown = [
+        "l0",
+        "fvu",
+        "recovery",
+        "recovery_raw",
+        "recovery_random",
+        "decoder_cosine",
+        "mixtures",
+        "mixtures_random",
+    ]
     assert list(pd.read_csv(folder / "recovery.csv")) == [*identity, *shown]
     assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", "jacobian_cosine"]
     assert len(pd.read_csv(folder / "stability.csv").columns) == 11
@@ -356,9 +367,15 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
         summary = json.loads((folder / "summary.json").read_text())
         labels, contexts = (pd.read_parquet(folder / f"{name}.parquet") for name in ("labels", "contexts"))
         assert summary["n_live"] == len(labels) == contexts["latent"].nunique() > 0
-        assert summary["accuracy_clean"] == 1.0 and 0 <= summary["recovery"] <= 1 + 1e-9
+        assert summary["accuracy_clean"] == 1.0 and -1 <= summary["recovery"] <= 1 + 1e-9
         assert labels["label"].notna().all()
         assert "<h2" in (folder / "latents.html").read_text()
+        states = pd.read_parquet(folder / "states.parquet")
+        assert set(states["latent"]) == set(labels["latent"])
+        groups = json.loads((folder / "duplicates.json").read_text())
+        assert summary["n_live"] - summary["n_distinct"] == sum(len(g) - 1 for g in groups["firing_and_writing"])
+        assert summary["n_live"] - summary["n_distinct_firing"] == sum(len(g) - 1 for g in groups["firing"])
+        assert summary["mse"] >= 0 and summary["l1"] > 0
 
 
 def test_both_splits_hold_all_rows_of_the_case(finished: tuple[Plan, str]) -> None:

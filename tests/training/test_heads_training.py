@@ -38,6 +38,7 @@ CASES = {
     "batchtopk": (BATCHTOPK, {}),
     "april": (APRIL, {"initial": "saelens", "clip_grad_norm": 0.5, "lr_decay_steps": 8}),
     "kissane": (KISSANE, RESAMPLING),
+    "kaiming": (APRIL, {"initial": "kaiming"}),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from saeflow.config import TrainingConfig
 from saeflow.dictionaries import DictionaryError, Origin, load_dictionary, save_dictionary
-from saeflow.dictionaries.initial import initial_weights
+from saeflow.dictionaries.initial import geometric_median, initial_weights
 from saeflow.dictionaries.kinds.sae import SAEConfig
 from saeflow.dictionaries.kinds.transcoder import TranscoderConfig
 from saeflow.kernels.step import Objective, loss_slow
@@ -190,6 +190,23 @@ def test_the_first_loss_is_the_loss_as_written_at_the_initial_weights(squared_er
     objective = Objective("relu", by_norm=sparsity == "decoder_norm", squared_error=squared_error)
     wanted = loss_slow(objective, weights, *first, 0.3)
     assert rows[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+def test_kaiming_starts_at_the_geometric_median_of_what_it_will_see(normalize):
+    x, _ = sparse_truth()
+    x[:4000] += 5  # where the mean is another point
+    config = SAEConfig("sae", "relu", l1_coefficient=0.3, expansion=2, normalize_activations=normalize)
+    _, rows = trained(config, x, steps=3, initial="kaiming", l1_warm_up_steps=0)
+    scale = 1.0 if normalize == "none" else float(4 / x.norm(dim=1).mean())
+    seen = [batch for (batch,) in InMemory(x * scale).iterate(0, 3)]
+    weights = initial_weights(config.spec(16, 16, HOOK, HOOK, 0, Origin()), torch.zeros(16), 0, "kaiming")
+    losses = {}
+    for name, b_dec in (("median", geometric_median(torch.cat(seen))), ("mean", x.mean(dim=0) * scale)):
+        weights.b_dec.copy_(b_dec)
+        losses[name] = loss_slow(Objective("relu", by_norm=True, centred=True), weights, seen[0], seen[0], 0.3).item()
+    assert rows[0]["loss"] == pytest.approx(losses["median"], rel=1e-5)
+    assert rows[0]["loss"] != pytest.approx(losses["mean"], rel=1e-2)
 
 
 @pytest.mark.parametrize("config", [UNIT_NORM, UNIT_TOPK])

@@ -80,8 +80,8 @@ class TrainingConfig:
     """Of the encoder's product, which decides what is active; everything else is float32."""
     clip_grad_norm: float | None = None
     """[norm] The largest of all gradients together; null: they are not clipped."""
-    initial: Literal["saeflow", "saelens", "jsae"] = "saeflow"
-    """First weights: this project's, SAELens's, or the JSAE paper's (`saeflow.dictionaries.initial`)."""
+    initial: Literal["saeflow", "saelens", "jsae", "kaiming"] = "saeflow"
+    """First weights: this project's, SAELens's, the JSAE paper's, notebook 002's (`saeflow.dictionaries.initial`)."""
     revive: Literal["none", "auxk", "ghost", "resample"] = "none"
     """What is done for latents that have not fired for `dead_after_tokens`. `auxk`: the d_in / 2 most active of them
     reconstruct the error of the others. `ghost`: ghost gradients. `resample`: they are set to what is reconstructed

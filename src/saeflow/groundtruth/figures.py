@@ -32,6 +32,8 @@ class Recoveries(NamedTuple):
     """One row a dictionary: its `summary.json`, and its `settings`."""
     stability: pd.DataFrame
     """See `stability_table`."""
+    states: list[pd.DataFrame]
+    """`states.parquet` of each row of the table."""
 
     @property
     def extra_tables(self) -> dict[str, pd.DataFrame]:
@@ -41,7 +43,8 @@ class Recoveries(NamedTuple):
 
 def read_recoveries(job: Job) -> Recoveries:
     table = read_summaries(job, "recover")
-    return Recoveries(table.drop(columns="folder"), stability_table(job, table))
+    states = [pd.read_parquet(f"{folder}/states.parquet") for folder in table["folder"]]
+    return Recoveries(table.drop(columns="folder"), stability_table(job, table), states)
 
 
 def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
@@ -67,15 +70,20 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
 
 @figure("recovery", stage="recover", reads=read_recoveries)
 def recovery(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
-    """Recovery of true variables and share of mixtures by L0, one column a hook, beside random directions."""
+    """How well one latent for each true feature has it, between random directions (0) and the truth (1), and the share
+    of latents that are mixtures, by L0.
+
+    One column a hook. On the compiled model what latents write counts too.
+    """
     return _recovery(data, "l0", "amount")
 
 
 @figure("recovery_width", stage="recover", reads=read_recoveries)
 def recovery_width(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
-    """Recovery of true variables and share of mixtures by the number of latents, one line a kind and sparsity.
+    """How well one latent for each true feature has it, between random directions (0) and the truth (1), and the share
+    of latents that are mixtures, by the number of latents.
 
-    One column a hook; crosses are as many random directions, as sparse.
+    One column a hook. On the compiled model what latents write counts too.
     """
     return _recovery(data, "d_sae", "d_sae")
 
@@ -83,24 +91,36 @@ def recovery_width(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
 def _recovery(data: Recoveries, by: str, along: str) -> tuple[Figure, pd.DataFrame]:
     """Dictionaries and models that differ in their seeds alone are one point of a curve that is `along` the amount or
     the width."""
-    table = _with_names(data.table, along)
+    table = _with_names(data.table, along).astype({"recovery": float, "mixtures": float, "mixtures_random": float})
     places = list(dict.fromkeys(table["place"]))
     figure, grid = subplots(2, len(places), figsize=(1.9 * len(places) + 1.2, 4.0), sharey="row", squeeze=False)
     for column, place in enumerate(places):
         for style, rows in _groups(table, table["place"] == place):
             for axis, value in zip(grid[:, column], ("recovery", "mixtures"), strict=True):
                 _draw_curve(axis, rows, by, value, style)
-                axis.scatter(rows[by], rows[f"{value}_random"], color="0.6", marker="x", s=10, linewidth=0.7)
+            grid[1][column].scatter(rows[by], rows["mixtures_random"], color="0.6", marker="x", s=10, linewidth=0.7)
+        grid[0][column].axhline(0, color="0.6", linewidth=0.8, zorder=0)
         grid[0][column].set_title(place.replace(", case", "\ncase"))
         grid[1][column].set_xlabel("L0" if by == "l0" else "latents")
         if by != "l0":
             for axis in grid[:, column]:
                 axis.set_xscale("log", base=2)
-    grid[0][0].set(ylabel="recovery of true variables", ylim=(-0.03, 1.03))
+    lowest = min(0.0, float(table["recovery"].min()))
+    grid[0][0].set(ylabel="recovery of true features\n(0: random directions)", ylim=(lowest - 0.03, 1.03))
     grid[1][0].set(ylabel="share of latents\nthat are mixtures", ylim=(-0.03, 1.03))
     figure.tight_layout()
     _key(figure, table, Line2D([], [], color="0.6", marker="x", linestyle="", label="random directions"))
-    return figure, table[[*_IDENTITY, "l0", "recovery", "recovery_random", "mixtures", "mixtures_random"]]
+    shown = [
+        "l0",
+        "fvu",
+        "recovery",
+        "recovery_raw",
+        "recovery_random",
+        "decoder_cosine",
+        "mixtures",
+        "mixtures_random",
+    ]
+    return figure, table[[*_IDENTITY, *shown]]
 
 
 @figure("true_jacobian", stage="recover", reads=read_recoveries)
@@ -125,6 +145,46 @@ def true_jacobian(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout()
     _key(figure, table)
     return figure, table[[*_IDENTITY, "l0", "fvu", "jacobian_cosine"]]
+
+
+@figure("latents_by_state", stage="recover", reads=read_recoveries)
+def latents_by_state(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
+    """When each latent fires: its mean activation in every state of the program, relative to its largest.
+
+    One row a model, one column a hook, of each the first dictionary. Latents are sorted by the state in which they are
+    most active; a latent that stands for one state is one dark cell, one that stands for a token or a position several.
+    States in which none fires are left out.
+    """
+    named = _with_names(data.table.assign(number=range(len(data.table))), "amount")
+    firsts = named.groupby(["model", "place"], sort=False).first().reset_index()
+    places, models = list(dict.fromkeys(firsts["place"])), _models(named)
+    sizes = [max(int(firsts[firsts["model"] == m]["n_live"].max()), 8) for m in models]
+    widths = [max(int(firsts[firsts["place"] == p]["n_states"].max()), 4) + 6 for p in places]
+    figure, grid = subplots(
+        len(models), len(places), squeeze=False, width_ratios=widths, height_ratios=sizes,
+        figsize=(0.6 + 0.11 * sum(widths), 0.9 + 0.055 * sum(sizes) + 0.6 * len(models)),
+    )  # fmt: skip
+    found = []
+    for (model, place), rows in firsts.groupby(["model", "place"], sort=False):
+        axis, states = (
+            grid[models.index(str(model))][places.index(str(place))],
+            data.states[int(rows["number"].iloc[0])],
+        )
+        table = states.pivot_table(index="latent", columns="state", values="mean", fill_value=0.0)
+        shown = (table.T / table.max(axis=1)).T
+        shown = shown.loc[shown.assign(most=shown.to_numpy().argmax(axis=1)).sort_values("most", kind="stable").index]
+        axis.imshow(shown.to_numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        names = states.drop_duplicates("state").set_index("state")["name"]
+        axis.set_xticks(range(len(shown.columns)), [names[s] for s in shown.columns], rotation=90, fontsize=5)
+        axis.set_yticks([])
+        axis.set_title(f"{place}\n{model}", fontsize=7)
+        axis.set_ylabel(f"{len(shown)} latents", fontsize=6)
+        found.append(states.assign(model=str(model), place=str(place), train_key=str(rows["train_key"].iloc[0])))
+    for axis in grid.flat:
+        axis.set_visible(axis.has_data())
+    figure.supxlabel("state; shade: mean activation there, from 0 (white) to the latent's largest (black)", fontsize=7)
+    figure.tight_layout()
+    return figure, pd.concat(found)[["model", "place", "train_key", "latent", "state", "name", "mean", "share"]]
 
 
 def _with_names(table: pd.DataFrame, along: str) -> pd.DataFrame:

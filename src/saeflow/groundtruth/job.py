@@ -61,7 +61,7 @@ def make_model(job: Job) -> str:
 
 def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     """Compares dictionaries of one model with what is known of it. Each folder gets `summary.json`, `labels.parquet`,
-    `contexts.parquet` and `latents.html`.
+    `states.parquet`, `duplicates.json`, `contexts.parquet` and `latents.html`.
 
     Raises `FitError` for a dictionary of another model.
     """
@@ -72,7 +72,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.groundtruth.faithfulness import compare_jacobians, faithfulness, interchange_accuracy, true_jacobians
     from saeflow.groundtruth.folder import read_model
     from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, without_leaks
-    from saeflow.groundtruth.recovery import random_latents, recovery, redundancy
+    from saeflow.groundtruth.record import by_state, losses
+    from saeflow.groundtruth.recovery import duplicates, recovery, redundancy
     from saeflow.groundtruth.training import Truth
     from saeflow.models.folder import read_geometry
 
@@ -94,6 +95,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         with torch.no_grad():
             x = clean.at(spec.hook_name).flatten(0, 1)
             f = without_leaks(dictionary.encode(x).double().numpy())
+            y, reconstruction = clean.at(spec.hook_name_out).flatten(0, 1), dictionary.forward(x)
         labels, contexts = label(f, against), top_contexts(case, rows, f)
         name, amount = spec.amount
         names = ("kind", "activation", "skip", "saelens", "hook_name", "hook_name_out", "d_sae", "seed")
@@ -101,18 +103,23 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
         summary |= {"part": part, "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
         summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
+        summary |= losses(y.double().numpy(), reconstruction.double().numpy(), f)
         summary |= faithfulness(network, truth, dictionary) | interchange_accuracy(network, truth, dictionary)
         input = load_dictionary(train_folder / "input") if part == "output" else None
         summary |= compare_jacobians(network, clean, dictionary, input)
         if model["method"] == "compiled" and spec.hook_name_out.endswith("hook_mlp_out"):
             summary |= known(int(spec.hook_name_out.split(".")[1]))
-        summary |= recovery(case, rows, spec.hook_name_out, f)
-        random = random_latents(x.double().numpy(), spec.d_sae, float((f > 0).mean()))
-        summary |= {f"{k}_random": v for k, v in recovery(case, rows, spec.hook_name_out, random).items()}
-        summary |= redundancy(dictionary.tensors["W_dec"].double().numpy(), f, states(case, rows, spec.hook_name_out))
+        W_dec = dictionary.tensors["W_dec"].double().numpy()
+        known_rows = W_dec if model["method"] == "compiled" else None
+        hooks = spec.hook_name, spec.hook_name_out
+        summary |= recovery(case, rows, hooks, x.double().numpy(), f, known_rows)
+        summary |= redundancy(W_dec, f, states(case, rows, spec.hook_name_out))
         summaries.append(summary)
         with job.writing() as out:
             labels.to_parquet(out / "labels.parquet")
+            by_state(case, rows, spec.hook_name_out, f).to_parquet(out / "states.parquet")
+            groups = {"firing_and_writing": duplicates(W_dec, f), "firing": duplicates(None, f)}
+            (out / "duplicates.json").write_text(json.dumps(groups) + "\n")
             contexts.to_parquet(out / "contexts.parquet")
             title = f"case {case.number} ({model['method']} model), latents of {folder.name}"
             (out / "latents.html").write_text(page(title, labels, contexts))

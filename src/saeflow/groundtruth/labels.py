@@ -147,11 +147,14 @@ def match(activations: np.ndarray, against: Predicates) -> Matches:
 
 
 def label(activations: np.ndarray, against: Predicates, seed: int = 0) -> pd.DataFrame:
-    """A row a live latent: `latent`, `label`, `precision`, `recall`, `f1`, `auroc`, `f1_chance`, the predicate of the
-    largest AUROC, `frequency`, and `r2_<number>` with every number."""
+    """A row a live latent: `latent`, `frequency`, `max` and `mean` of its activations where it fires, `label`,
+    `precision`, `recall`, `f1`, `auroc`, `f1_chance`, the predicate of the largest AUROC, and `r2_<number>` with every
+    number."""
     found = match(activations, against)
     names = np.array(against.names)
-    table = {"latent": found.live, "frequency": (activations[:, found.live] > 0).mean(0)}
+    live = activations[:, found.live]
+    table = {"latent": found.live, "frequency": (live > 0).mean(0), "max": live.max(0, initial=0)}
+    table["mean"] = live.sum(0) / np.maximum((live > 0).sum(0), 1)
     best = _best(found.f1, np.nan_to_num(found.auroc, nan=0.5))
     rows = np.arange(len(found.live))
     often = against.masks.sum(1) >= LEAST_POSITIONS

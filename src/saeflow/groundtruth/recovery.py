@@ -1,10 +1,9 @@
 """How much of the truth a dictionary holds: is there a latent for every variable, and is every latent one variable?
 
-A variable's *recovery* is how well its best latent matches it: for a categorical one the mean over its values (those
-that occur, but not everywhere) of the largest AUROC, rescaled from [0.5, 1] to [0, 1]; for a numerical one the largest
-absolute correlation. A latent is a *mixture* if it neither fires as one value of one variable (F1 of 0.9 or more) nor
-follows a numerical one (absolute correlation of 0.95 or more): a conjunction such as x at position 1 is a mixture of
-token and position.
+*Recovery* is how well one latent for each value of a variable, and for each number, agrees with it, between the level
+of random directions and 1: `saeflow.groundtruth.matching`. A latent is a *mixture* if it neither fires as one value of
+one variable (F1 of 0.9 or more) nor follows a numerical one (absolute correlation of 0.95 or more): a conjunction such
+as x at position 1 is a mixture of token and position.
 
 Redundancy: how many different things the latents are, what they cover, and whether another seed finds them again.
 """
@@ -17,9 +16,11 @@ from scipy.sparse.csgraph import connected_components
 
 from saeflow.groundtruth.cases import Case
 from saeflow.groundtruth.labels import TIE, Predicates, correlation, match, predicates
+from saeflow.groundtruth.matching import matched, random_directions, random_latents, true_features
 
 PURE_F1, PURE_CORRELATION = 0.9, 0.95
 COSINE, CORRELATION, IDENTIFIES = 0.9, 0.95, 0.9
+N_DRAWS = 16  # of random directions
 
 
 def true_values(case: Case, tokens: np.ndarray, variables: list[str]) -> dict[str, Predicates]:
@@ -36,31 +37,45 @@ def true_values(case: Case, tokens: np.ndarray, variables: list[str]) -> dict[st
     return found
 
 
-def recovery(case: Case, tokens: np.ndarray, hook_name: str, activations: np.ndarray) -> dict[str, Any]:
-    """Of latents at rows `tokens` (N, P), `activations` (N P, n): `recovery` (mean over the variables that the compiled
-    model has at the hook), `recovery_<variable>` of each, and `mixtures`, the share of live latents."""
-    variables = list(case.compiled.variables_at(hook_name))
-    values = case.program.run(tokens)
-    scores: dict[str, float] = {}
+def recovery(
+    case: Case, tokens: np.ndarray, hook_names: tuple[str, str], x: np.ndarray, activations: np.ndarray,
+    W_dec: np.ndarray | None, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Of a dictionary that reads the first of the hooks, x (M, d), and writes to the second, at rows `tokens` (N, P).
+
+    `activations` (M, n); `W_dec` (n, p): what latents write, or None on a model whose directions are not known: there
+    a dictionary that fires as it should and writes anything else passes for the truth (its unexplained variance tells).
+    Gives `recovery`, `recovery_raw`, `recovery_random` (means over the true features), `recovery_<variable>` (raw, of
+    its features), `decoder_cosine` (of matched latents with the known directions), `mixtures`, the share of live
+    latents, and `mixtures_random`. None is what there is not: no feature at the hook, no known direction, or nothing
+    that random directions leave to be found.
+    """
+    truth, n = true_features(case, tokens, hook_names[1]), activations.shape[1]
+    share, width_out = float((activations > 0).mean()), x.shape[1] if W_dec is None else W_dec.shape[1]
+    row: dict[str, Any] = dict.fromkeys(("recovery", "recovery_raw", "recovery_random", "decoder_cosine"))
+    levels = []
+    for draw in range(N_DRAWS):
+        reads = random_directions(n, x.shape[1], 2 * (N_DRAWS * seed + draw))
+        writes = reads if hook_names[0] == hook_names[1] else random_directions(n, width_out, 2 * draw + 1)
+        random = random_latents(x, reads, share)
+        levels.append(matched(truth, random, None if W_dec is None else writes)[0])
+        if not draw:
+            row["mixtures_random"] = _mixtures(case, tokens, random)
+    if truth.names:
+        agrees, cosine = matched(truth, activations, W_dec)
+        raw, level = float(agrees.mean()), float(np.mean(levels))
+        row |= {"recovery_raw": raw, "recovery_random": level}
+        if level < 1 - TIE:
+            row["recovery"] = (raw - level) / (1 - level if raw > level else max(level, TIE))
+        row["decoder_cosine"] = None if np.isnan(cosine).all() else float(np.nanmean(cosine))
+        of = [name.split("=")[0] for name in truth.names]
+        row |= {f"recovery_{v}": float(agrees[[v == o for o in of]].mean()) for v in dict.fromkeys(of)}
+    return row | {"mixtures": _mixtures(case, tokens, activations)}
+
+
+def _mixtures(case: Case, tokens: np.ndarray, activations: np.ndarray) -> float | None:
     live = activations[:, (activations > 0).any(0)]
-    for name, against in true_values(case, tokens, variables).items():
-        auroc = match(live, against).auroc
-        best = auroc.max(0) if live.shape[1] else np.full(len(against.names), 0.5)
-        scores[name] = float(2 * best.clip(0.5).mean() - 1)
-    for name in variables:
-        if case.program.variables[name].numerical:
-            scores[name] = float(np.abs(correlation(live, values[name].ravel())).max(initial=0.0))
-    row: dict[str, Any] = {"recovery": float(np.mean(list(scores.values()))) if scores else None}
-    row |= {f"recovery_{name}": score for name, score in scores.items()}
-    return row | {"mixtures": float((~pure(case, tokens, live)).mean()) if live.shape[1] else None}
-
-
-def random_latents(x: np.ndarray, n: int, share: float, seed: int = 0) -> np.ndarray:
-    """(M, n): what a dictionary of `n` random directions makes of `x` (M, d), with one threshold by which a share of
-    all activations is above 0: the level that any dictionary of that width and sparsity has for nothing."""
-    W = np.random.default_rng(seed).standard_normal((x.shape[1], n))
-    found = (x - x.mean(0)) @ (W / np.linalg.norm(W, axis=0))
-    return np.maximum(found - np.quantile(found, 1 - share), 0)
+    return float((~pure(case, tokens, live)).mean()) if live.shape[1] else None
 
 
 def pure(case: Case, tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -75,16 +90,18 @@ def pure(case: Case, tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
 
 
 # -------------------------------------------------------------------- redundancy
-def duplicates(W_dec: np.ndarray, activations: np.ndarray) -> list[list[int]]:
+def duplicates(W_dec: np.ndarray | None, activations: np.ndarray) -> list[list[int]]:
     """Groups of two or more live latents, each linked to another by a cosine of decoder rows above 0.9 and a
-    correlation of activations above 0.95. W_dec (n, d), activations (M, n)."""
+    correlation of activations above 0.95; without decoder rows by that alone. W_dec (n, d), activations (M, n)."""
     live = np.flatnonzero((activations > 0).any(0))
-    rows = _unit(W_dec[live])
     centred = activations[:, live] - activations[:, live].mean(0)
     varying = np.linalg.norm(centred, axis=0) > TIE
     columns = _unit(centred.T)
     constant = ~varying[:, None] & ~varying[None]  # latents that always fire alike correlate with each other
-    alike = (rows @ rows.T > COSINE) & ((columns @ columns.T > CORRELATION) | constant)
+    alike = (columns @ columns.T > CORRELATION) | constant
+    if W_dec is not None:
+        rows = _unit(W_dec[live])
+        alike &= rows @ rows.T > COSINE
     n, group = connected_components(alike, directed=False)
     return [live[group == i].tolist() for i in range(n) if (group == i).sum() > 1]
 
@@ -107,13 +124,15 @@ def stability(decoders: list[np.ndarray]) -> float:
 
 
 def redundancy(W_dec: np.ndarray, activations: np.ndarray, states: np.ndarray) -> dict[str, Any]:
-    """Counts of a dictionary: live and distinct latents, duplicates, coverage."""
+    """Counts of a dictionary: latents that live, that are distinct (by when they fire and what they write; by when
+    alone), and coverage."""
     n_live = int((activations > 0).any(0).sum())
-    copies = sum(len(group) - 1 for group in duplicates(W_dec, activations))
+    copies, alike = (sum(len(g) - 1 for g in duplicates(rows, activations)) for rows in (W_dec, None))
     identified, fired = coverage(activations, states)
     return {
         "n_live": n_live,
         "n_distinct": n_live - copies,
+        "n_distinct_firing": n_live - alike,
         "redundancy": copies / n_live if n_live else 0.0,
         "n_states": len(np.unique(states)),
         "states_identified": identified,

@@ -67,7 +67,7 @@ STAGES = (
         work_recover,
         expand_recover,
         reads=("model",),
-        version=2,
+        version=3,
         needs=("train", "tokens", "groundtruth"),
         after=("blind",),
         resources=resources_recover,

@@ -8,6 +8,7 @@ L1 coefficients at a small d. A step of a small dictionary is mostly calls; ther
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from saeflow.dictionaries.spec import Spec
 from saeflow.kernels.adam import Adam
 from saeflow.kernels.step import Weights, take_steps
 from saeflow.training.metrics import TrainingError, told
-from saeflow.training.protocol import Batches, HookStatistics, Inputs, SeveralTrainers
+from saeflow.training.protocol import Batches, HookStatistics, Inputs, PartOfBatches, SeveralTrainers
 from saeflow.training.trainer import Trainer, update_weights
 
 SHARED_METRICS = ("step", "tokens", "lr", "l1_scheduled")  # the same for every head
@@ -86,8 +87,15 @@ class HeadsTrainer(SeveralTrainers):
                 row |= {f"{part}.{name}": value for name, value in of_head.items() if name not in SHARED_METRICS}
             self.on_row(row)
 
+    def _of_head(self, h: int, batch: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (batch[0].tensor_split(len(self.heads), dim=1)[h],)
+
     def resample(self, batches: Batches) -> None:
-        """As `Trainer.resample`, of each head, from one read of the batches."""
+        """As `Trainer.resample`, of each head, from one read of the batches; before the first step from one each."""
+        if self.step == 0 and self.training.initial == "kaiming":
+            for h, head in enumerate(self.heads):
+                head.start_at_median(PartOfBatches(batches, partial(self._of_head, h)))
+            return
         dead = [head.dead_latents()[: None if h not in self.silent else 0] for h, head in enumerate(self.heads)]
         if not any(map(len, dead)):
             return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import TrainingConfig
-from saeflow.dictionaries.initial import initial_weights
+from saeflow.dictionaries.initial import geometric_median, initial_weights
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.sae import build as build_dictionary
 from saeflow.dictionaries.spec import Spec
@@ -43,6 +43,7 @@ both take as long at 0.34 with 1,024 latents of width 128, and at 0.24 with 8,19
 DENSE_ABOVE = 1.2  # times that density it changes back
 CACHED = 1 << 18  # numbers
 DENSITY_STEPS = 10  # how often the density is looked at; looking waits for a GPU
+MEDIAN_TOKENS = 65_536  # of which the geometric median is taken
 WARM_UP = 3  # steps on a GPU before they are recorded: by then all is compiled
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK's threshold, as in SAELens
 
@@ -210,11 +211,24 @@ class Trainer:
 
     def resamples_next(self) -> bool:
         """Whether `resample` is to be called before the next step."""
-        return self.step in self.training.resample_steps
+        return self.step in self.training.resample_steps or self._starts_at_median()
+
+    def _starts_at_median(self) -> bool:
+        return self.step == 0 and self.training.initial == "kaiming"
+
+    @torch.no_grad()
+    def start_at_median(self, batches: Batches) -> None:
+        """Sets `b_dec` to the geometric median of the first `MEDIAN_TOKENS` targets that training will see."""
+        n = min(self.n_steps, -(-MEDIAN_TOKENS // self.training.batch_size))
+        targets = torch.cat([self._scaled(batch)[1] for batch in batches.iterate(0, n)])
+        self.weights.b_dec.copy_(geometric_median(targets))
 
     def resample(self, batches: Batches) -> None:
-        """Sets dead latents anew, judged on batches that come after all those of training."""
-        if len(dead := self.dead_latents()):
+        """Sets dead latents anew, judged on batches that come after all those of training. Before the first step, of
+        which latents cannot be dead, what of the first weights depends on the data."""
+        if self._starts_at_median():
+            self.start_at_median(batches)
+        elif len(dead := self.dead_latents()):
             sampled = batches.iterate(self.n_steps, self.training.resample_batches)
             self.reset_latents(dead, [self.token_errors(batch) for batch in sampled])
 

@@ -94,6 +94,8 @@ class SAELensConfig(TrainedConfig, kind="saelens"):
     def check(self, point: "PointConfig") -> None:
         head = point.site.head
         require(head is None, "site.head", head, "null with activation=saelens: SAELens's classes are of whole hooks")
+        initial, wanted = point.training.initial, "saeflow or saelens with activation=saelens, which draws its own"
+        require(initial in ("saeflow", "saelens"), "training.initial", initial, wanted)
         super().check(point)
 
     def spec(self, *args: Any, **named: Any) -> Spec:

@@ -1,0 +1,62 @@
+"""What notebook 002 prints of a dictionary, and what its hand-made lists are made from: losses, latents by state."""
+
+import numpy as np
+import pandas as pd
+
+from saeflow.groundtruth.cases import Case
+from saeflow.groundtruth.labels import TIE, states
+from saeflow.groundtruth.program import BOS, PAD
+
+
+def losses(y: np.ndarray, reconstruction: np.ndarray, activations: np.ndarray) -> dict[str, float]:
+    """As SAELens 3 logs them, over all tokens at once: y, reconstruction (M, d), activations (M, n).
+
+    `mse`: squared error of a token, summed over d; `l1`: sum of a token's activations, without a coefficient;
+    `explained_variance`, `explained_variance_sd`: mean and standard deviation over tokens of 1 - squared error of the
+    token / its squared distance from the mean (those at the mean are left out).
+    """
+    squared = np.square(y - reconstruction).sum(1)
+    spread = np.square(y - y.mean(0)).sum(1)
+    explained = 1 - squared[spread > TIE] / spread[spread > TIE]
+    return {
+        "mse": float(squared.mean()),
+        "l1": float(np.abs(activations).sum(1).mean()),
+        "explained_variance": float(explained.mean()) if len(explained) else 0.0,
+        "explained_variance_sd": float(explained.std(ddof=1)) if len(explained) > 1 else 0.0,
+    }
+
+
+def state_names(case: Case, tokens: np.ndarray, hook_name: str) -> list[str]:
+    """What the states of `saeflow.groundtruth.labels.states` are called, by number: `x@2`, `frac_prevs=0.5`."""
+    number = states(case, tokens, hook_name)
+    first = np.unique(number, return_index=True)[1]
+    values, held = case.program.run(tokens), case.compiled.variables_at(hook_name)
+    words, special = case.program.vocabulary, [case.program.token_id(BOS), case.program.token_id(PAD)]
+    names = []
+    for place in first:
+        row, position = divmod(int(place), tokens.shape[1])
+        said = []
+        if "tokens" in held:
+            word = str(words[tokens[row, position]])
+            said.append(word if tokens[row, position] in special or "indices" not in held else f"{word}@{position}")
+        for name in held:
+            if name not in ("tokens", "indices"):
+                of, value = case.program.variables[name].values, values[name][row, position]
+                if of is None:
+                    said.append(f"{name}={value:.3g}")
+                elif 0 <= value < len(of):
+                    said.append(f"{name}={of[int(value)]}")
+        names.append(", ".join(said) or "none")
+    return names
+
+
+def by_state(case: Case, tokens: np.ndarray, hook_name: str, activations: np.ndarray) -> pd.DataFrame:
+    """A row for each live latent and state in which it fires: `latent`, `state`, its name, mean activation there, and
+    `share`, of the state's positions at which it fires."""
+    number, names = states(case, tokens, hook_name), state_names(case, tokens, hook_name)
+    live = np.flatnonzero((activations > 0).any(0))
+    grouped = pd.DataFrame(activations[:, live], columns=live).groupby(number)
+    mean, share = grouped.mean().to_numpy(), (pd.DataFrame(activations[:, live] > 0).groupby(number).mean()).to_numpy()
+    which, state = np.nonzero(share.T)
+    found = {"latent": live[which], "state": state, "name": [names[s] for s in state]}
+    return pd.DataFrame(found | {"mean": mean.T[which, state], "share": share.T[which, state]})
