@@ -21,7 +21,7 @@ def test_parts_enter_no_key_and_by_default_there_are_none(home: Path) -> None:  
     plain, shared = plan_of(home), plan_of(home, SHARDS, "device.parts.tokens=2")
     assert plain.parts == {} and plain.device["parts"] == {"tokens": 1, "activations": 1}
     ours, theirs = (dataclasses.asdict(plan) for plan in (plain, shared))
-    assert {name for name in ours if ours[name] != theirs[name]} == {"parts", "device"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {"parts", "device", "overrides"}
 
 
 def test_there_are_no_more_parts_than_shards_and_no_part_of_one(home: Path) -> None:  # noqa: F811

@@ -100,7 +100,8 @@ def test_everything_that_appears_by_a_rename_is_flushed_first(tmp_path: Path, di
         cache.file(__file__)
         cache.save()
     else:
-        from saeflow.figures.registry import caption, declared
+        from saeflow.figures.captions import caption
+        from saeflow.figures.registry import declared
 
         caption(next(iter(declared())), tmp_path, file.parent)
     assert disk.unsafe == []

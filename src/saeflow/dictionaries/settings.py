@@ -8,15 +8,16 @@ dictionaries with equal settings are equal. Figures and tables name dictionaries
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from saeflow.config import PointConfig
 from saeflow.config.defaults import flat
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import canonical, short_hash
 from saeflow.planning.graph import Instance, Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Settings = Mapping[str, Any]
 MOST_SAID = 3
@@ -61,8 +62,10 @@ def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
     return found
 
 
-def read_summaries(job: Job, stage: str) -> pd.DataFrame:
+def read_summaries(job: Job, stage: str) -> "pd.DataFrame":
     """One row an artifact of a stage that a job needs: its `summary.json`, its `settings` and its `folder`."""
+    import pandas as pd
+
     folders = job.inputs(stage)
     rows = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     held = [{"settings": settings(job.plan, stage, folder.name), "folder": str(folder)} for folder in folders]

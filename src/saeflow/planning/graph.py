@@ -65,7 +65,7 @@ class Plan:
     parts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Of stages whose work several jobs share, by what a job is known by: the parts (`2-of-8`) that are to be made."""
     results: str = "results"
-    overrides: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list, compare=False)
     """Hydra's, that it was composed with: what to type for the same again."""
 
     # ---------------------------------------------------------------- what the rules and the jobs ask
