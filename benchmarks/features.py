@@ -2,7 +2,7 @@
 
 Last line: {"latents_per_s", "seconds", "n_latents", "n_tokens", "bytes_per_latent", "peak_bytes",
 "saedashboard_over_ours", "saedashboard_seconds", "alone_seconds", "dashboard_s", "first_open_bytes", "open_s",
-"latent_s", "scroll_fps", "race_fps"}; the last five are null without a Chromium.
+"latent_s", "scroll_fps", "race_fps", "import_s"}; the five before the last are null without a Chromium.
 
 Eight SAEs of the MLP's output of layer 3 and four transcoders, 1,024 latents each, with random encoders: TopK of k = 8,
 16, 32 and 64, the others ReLU, of which 20 to 150 latents are active on a token. Everything that the stage
@@ -16,6 +16,8 @@ Null with --no-saedashboard, and where it cannot be installed.
 Then a dashboard of one TopK SAE of 16,384 latents (`--wide`, k = 64) is made, and opened by file:// in a headless
 Chromium: bytes of all files that it reads until table and overview are there, seconds of that (the median of five) and
 from there to the page of a latent, and frames a second while 100 rows go by a second, and while all do in four.
+
+`import_s`: of `import saeflow`, the median of five processes.
 """
 
 import argparse
@@ -87,7 +89,13 @@ def main() -> None:
     n = sum(index["n_latents"] for index in indices)
     found = {"latents_per_s": n / seconds, "seconds": seconds, "n_latents": n, "n_tokens": indices[0]["n_tokens"]}
     found |= {"bytes_per_latent": size / n, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    print(json.dumps(found | beside_saedashboard(model) | seen))
+    print(json.dumps(found | beside_saedashboard(model) | seen | {"import_s": import_seconds()}))
+
+
+def import_seconds() -> float:
+    code = "import time; start = time.perf_counter(); import saeflow; print(time.perf_counter() - start)"
+    run = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    return statistics.median(float(done.stdout) for done in run)
 
 
 def beside_saedashboard(model: Any) -> dict[str, float | None]:
