@@ -295,3 +295,18 @@ def test_from_each_number_a_chain_leads_to_the_corpus(results: Path, run: Result
     drawn = pd.read_csv(next(results.glob("figures/*/table.csv")), dtype=str, keep_default_na=False)
     shown = {value for row in page.rows for value in row["numbers"]}
     assert shown <= set(drawn.to_numpy().ravel()) and shown
+
+
+def test_of_several_tables_of_a_dictionary_the_largest_is_taken_then_one_with_partners(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saeflow.open_results(results)
+    tables = {"a": (100, None), "b": (200, None), "d": (200, "pair"), "c": (200, "pair"), "e": (50, "pair")}
+    monkeypatch.setitem(run._disk.whole, "features", {key: {} for key in tables})
+
+    def index(file: Path) -> dict[str, object]:
+        n_tokens, partners = tables[file.parent.name]
+        return {"dictionary_key": "sae", "n_tokens": n_tokens, "jacobian_key": partners}
+
+    monkeypatch.setattr("saeflow.results.run.read_json", index)
+    assert run._of_dictionary == {"sae": "c"}

@@ -144,7 +144,10 @@ class Results:
         return load_dictionary(folder / part, device)
 
     def features(self, key: str) -> "Features":
-        """The table of a dictionary's latents, by its own key or the dictionary's: `run.features(key)[123]` is one."""
+        """The table of a dictionary's latents, by its own key or the dictionary's: `run.features(key)[123]` is one.
+
+        Of several tables of one dictionary, the one on the most tokens, and of these one with Jacobian partners.
+        """
         from saeflow.features import open_features
 
         folder = self._disk.folder("features", self._features(key))
@@ -263,20 +266,25 @@ class Results:
             except ResultsError:
                 raise error from None
         wanted = "/".join(name for name in (folder.name, part) if name)
-        found = self._of_dictionary.get(wanted, [])
-        if len(found) != 1:
-            there = ", ".join(found or self._of_dictionary)
-            raise ResultsError(f"{wanted} has {len(found) or 'no'} tables of latents; there are: {there}")
-        return found[0]
+        found = self._of_dictionary.get(wanted)
+        if found is None:
+            raise ResultsError(
+                f"{wanted} has no table of latents; of these there are: {', '.join(self._of_dictionary)}"
+            )
+        return found
 
     @cached_property
-    def _of_dictionary(self) -> dict[str, list[str]]:
-        """Keys of tables of latents by the key of their dictionary."""
-        found: dict[str, list[str]] = {}
-        for key in self._disk.whole.get("features", {}):
+    def _of_dictionary(self) -> dict[str, str]:
+        """By the key of a dictionary that of its table of latents: of several the one on the most tokens, of these one
+        with Jacobian partners, of these the first by name."""
+        found: dict[str, tuple[int, bool, str]] = {}
+        for key in sorted(self._disk.whole.get("features", {}), reverse=True):
             index = read_json(self._disk.folder("features", key) / "index.json")
-            found.setdefault(str(index["dictionary_key"]), []).append(key)
-        return found
+            name, known = str(index["dictionary_key"]), index["jacobian_key"] is not None
+            found[name] = max(
+                (int(index["n_tokens"]), known, key), found.get(name, (0, False, "")), key=lambda one: one[:2]
+            )
+        return {name: key for name, (_, _, key) in found.items()}
 
 
 def open_results(folder: str | Path = "results") -> Results:
