@@ -7,7 +7,7 @@ import pytest
 from tests.dashboards.browser import chromium
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, an event loop is, in which Snakemake does not run
 def browser() -> Iterator[Any]:
     with chromium() as found:
         yield found

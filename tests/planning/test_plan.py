@@ -347,6 +347,9 @@ def test_the_docs_add_one_value_to_one_block_of_the_demo(home: Path) -> None:
     assert changed(demo, compose(home / "conf", ["experiment=demo", one_more])) == {
         "train": 1,
         "evaluate": 1,
+        "features": 1,
+        "dashboards": 1,
+        "comparisons": 1,
         "figures": 1,
     }
     everywhere = compose(home / "conf", ["experiment=demo", "dictionary.l1_coefficient=[0.5]", one_more])
