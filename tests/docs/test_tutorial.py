@@ -88,7 +88,9 @@ def test_the_tutorial_does_what_it_says(clone: Path) -> None:
     assert "Nothing to be done" in said[1], said[1]
     plans = {block: text for block, text in shown if block.startswith("make plan")}
     one, other = plans.values()
-    assert re.search(r"^1 training, 1 evaluation, 1 table of latents, 1 dashboard, 1 comparison", one, re.MULTILINE), one
+    assert re.search(r"^1 training, 1 evaluation, 1 table of latents, 1 dashboard, 1 comparison", one, re.MULTILINE), (
+        one
+    )
     assert "4 trainings" in other, other
     tables = [text for block, text in shown if "evaluations(" in block]
     assert len(re.findall(r"\d\.\d+", tables[0])) >= 12  # L0 and loss of six dictionaries
