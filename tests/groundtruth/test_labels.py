@@ -9,7 +9,7 @@ import torch
 from saeflow.groundtruth.cases import Case, get_case
 from saeflow.groundtruth.labels import correlation, label, match, page, predicates, states, top_contexts, without_leaks
 from saeflow.groundtruth.network import Network
-from saeflow.groundtruth.recovery import coverage, duplicates, pure, recovery, redundancy, stability
+from saeflow.groundtruth.recovery import all_duplicates, coverage, duplicates, pure, recovery, redundancy, stability
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_resid_pre"]
 
@@ -78,7 +78,7 @@ def test_duplicates_of_the_truth_are_found_exactly(case: Case, rows: np.ndarray)
     W_dec = np.concatenate([np.eye(13), 2 * np.eye(13)[copies]])
     latents = np.concatenate([held, held[:, copies] * 0.5], axis=1)
     assert sorted(duplicates(W_dec, latents)) == [[3, 14, 18], [6, 16], [12, 13, 15, 17]]
-    found = redundancy(W_dec, latents, states(case, rows, SITES[0]))
+    found = redundancy(all_duplicates(W_dec, latents), latents, states(case, rows, SITES[0]))
     live = 4 + 1 + 6
     assert (found["n_live"], found["n_distinct"]) == (live + 6, live)
     assert found["redundancy"] == pytest.approx(6 / (live + 6))
@@ -171,7 +171,8 @@ def test_dead_dictionary_has_no_labels_and_no_score(case: Case, rows: np.ndarray
     assert len(label(dead, predicates(case, rows))) == 0
     found = recovery(case, rows, (SITES[0], SITES[0]), compiled_values(case, rows, SITES[0]), dead, np.ones((5, 13)))
     assert found["mixtures"] is None and found["recovery_raw"] == 0.0
-    assert redundancy(np.ones((5, 3)), dead, states(case, rows, SITES[0]))["redundancy"] == 0.0
+    groups = all_duplicates(np.ones((5, 3)), dead)
+    assert redundancy(groups, dead, states(case, rows, SITES[0]))["redundancy"] == 0.0
     assert len(top_contexts(case, rows, dead)) == 0
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from saeflow.groundtruth.cases import get_case
+from saeflow.groundtruth.labels import states
 from saeflow.groundtruth.record import by_state, losses, state_names
 
 PRE, ATTENTION = "blocks.0.hook_resid_pre", "blocks.1.hook_attn_out"
@@ -32,12 +33,16 @@ def test_a_token_at_the_mean_has_no_explained_variance_and_takes_part_in_the_res
     assert found == {"mse": pytest.approx(2 / 3), "l1": 2.0, "explained_variance": 0.0, "explained_variance_sd": 0.0}
 
 
+def names_at(rows: np.ndarray, hook: str) -> list[str]:
+    return state_names(get_case(3), rows, hook, states(get_case(3), rows, hook))
+
+
 def test_states_have_the_names_that_the_notebook_gives_them() -> None:
     rows = get_case(3).rows()
     wanted = {f"{t}@{p}" for t in "abcx" for p in range(1, 5)} | {"BOS", "PAD"}
-    assert set(state_names(get_case(3), rows, PRE)) == wanted
+    assert set(names_at(rows, PRE)) == wanted
     fractions = {0.0} | {i / p for p in range(1, 5) for i in range(p + 1)}
-    assert set(state_names(get_case(3), rows, ATTENTION)) == {f"frac_prevs={v:.3g}" for v in fractions}
+    assert set(names_at(rows, ATTENTION)) == {f"frac_prevs={v:.3g}" for v in fractions}
 
 
 def test_latents_by_state_are_counted_by_hand() -> None:
@@ -47,8 +52,8 @@ def test_latents_by_state_are_counted_by_hand() -> None:
     f = np.zeros((rows.size, 3))
     at = ((rows == x) & (np.arange(5) == 2)).ravel()
     f[at, 1] = np.where(np.arange(at.sum()) % 2, 2.0, 0.0)
-    found = by_state(case, rows, PRE, f)
+    found = by_state(names_at(rows, PRE), states(case, rows, PRE), f)
     (row,) = found.to_dict("records")
     assert (row["latent"], row["name"]) == (1, "x@2")
     assert (row["mean"], row["share"]) == (pytest.approx(f[at, 1].mean()), pytest.approx((f[at, 1] > 0).mean()))
-    assert by_state(case, rows, PRE, np.zeros((rows.size, 3))).empty
+    assert by_state(names_at(rows, PRE), states(case, rows, PRE), np.zeros((rows.size, 3))).empty

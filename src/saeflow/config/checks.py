@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import html
 import math
 import os
 import re
@@ -27,6 +28,11 @@ def loud(text: str, stream: TextIO) -> str:
     """The text in red where `stream` is a terminal that shows colours (https://no-color.org), else as it is."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
     return text if plain or not text else "\n".join(f"\033[31m{line}\033[0m" for line in text.split("\n"))
+
+
+def html_text(text: object) -> str:
+    """For HTML, within tags and attributes; characters that turn or hide text are spelled out."""
+    return html.escape(escape_controls(str(text)))
 
 
 class ConfigError(ValueError):

@@ -32,6 +32,11 @@ def series_name(
     return ("skip " if skip else "") + name + (" of one head" if head >= 0 else "")
 
 
+def dictionary_key(key: str, part: str | None) -> str:
+    """What a dictionary is known by: the key of its artifact, and which part of that it is, if it is one."""
+    return f"{key}/{part}" if part else key
+
+
 def amount_name(name: str) -> str:
     return _AMOUNTS.get(name, name.replace("_", " "))
 

@@ -7,7 +7,6 @@ to be filled in by someone who has not seen it, and `score` reads both.
 """
 
 import csv
-import html
 import json
 import random
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from scipy.stats import fisher_exact
 
 from saeflow.config import BlindConfig, ConfigError
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import html_text
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.features.examples import values_at
@@ -131,7 +130,7 @@ def example(tokens: list[str], values: np.ndarray, at: int, largest: float) -> s
     for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
         shade = "" if value <= 0 else "s" if value < largest / 3 else "t" if value < 2 * largest / 3 else "u"
         classes = " ".join(c for c in (shade, "at" if i == at else "") if c)
-        text = html.escape(escape_controls(token.replace("\n", "↵")))
+        text = html_text(token.replace("\n", "↵"))
         parts.append(f'<span class="{classes}">{text}</span>' if classes else text)
     return "".join(parts)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.naming import dictionary_key
 from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
 from saeflow.evaluation.intervals import entry, interval, resample
 from saeflow.evaluation.metrics import firing, limits, reconstruct, summarise, target
@@ -225,8 +226,8 @@ def _identity(job: Job, dictionary: Dictionary) -> dict[str, Any]:
     names += ["hook_head_index", "d_sae", "sparsity", "seed"]
     name, amount = spec.amount
     identity = {name: getattr(spec, name) for name in names}
-    keys = {"train_key": (job.inputs("train") + job.inputs("foreign"))[0].name, "part": job.config.get("part")}
-    keys["dictionary_key"] = "/".join(key for key in keys.values() if key)
+    key, part = (job.inputs("train") + job.inputs("foreign"))[0].name, job.config.get("part")
+    keys = {"train_key": key, "part": part, "dictionary_key": dictionary_key(key, part)}
     keys |= {"tokens_key": job.input("tokens").name, "model_name": spec.origin.model_name or ""}
     pair = {"source": spec.origin.source or "", "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
     scope = {name: job.config[name] for name in ("replace_first",) if name in job.config}

@@ -7,7 +7,6 @@ dictionary writes.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +23,7 @@ from saeflow.features.logits import direct_path, logit_effects
 from saeflow.features.order import largest
 from saeflow.features.reader import Features
 from saeflow.jobs.job import Job
+from saeflow.models.resources import block_of
 from saeflow.planning.digests import canonical
 from saeflow.storage.receipts import verify
 
@@ -113,9 +113,8 @@ def open_dashboard(subject: Subject, models: Models) -> Dashboard:
             "only where it is a number of bins; set features.bins to a multiple of features.intervals"
         )
     hook = features.index["hook_name_out"]
-    found = re.match(r"blocks\.(\d+)\.", hook)
     model, corpus = (str(subject.settings.get(f"{source}.name", "")) for source in ("model", "corpus"))
-    return Dashboard(features, int(found[1]) if found else 0, model, corpus, _latents(features, job, models))
+    return Dashboard(features, block_of(hook), model, corpus, _latents(features, job, models))
 
 
 def _latents(features: Features, job: Job, models: Models) -> Iterator[Latent]:

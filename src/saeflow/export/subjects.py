@@ -8,6 +8,7 @@ from typing import Any
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Dictionary, load_dictionary
+from saeflow.dictionaries.naming import dictionary_key
 from saeflow.dictionaries.settings import settings
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
@@ -35,7 +36,7 @@ class Subject:
     @property
     def name(self) -> str:
         """What it is called, and its folder below that of the export."""
-        return "/".join(name for name in (self.key, self.part) if name)
+        return dictionary_key(self.key, self.part)
 
     @property
     def folder(self) -> Path:

@@ -22,6 +22,7 @@ from saeflow.activations.store import open_column
 from saeflow.config import FeaturesConfig, build
 from saeflow.dictionaries import Dictionary, DictionaryError
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.naming import dictionary_key
 from saeflow.features.artifact import GROUP, ExamplesWriter, latents_table, write_index, write_latents
 from saeflow.features.effects import Samples, Task, loss_increases
 from saeflow.features.examples import draws, examples_table
@@ -271,7 +272,7 @@ def _about(job: Job, dictionary: Dictionary, text: Text, config: FeaturesConfig)
     key = (job.inputs("train") + job.inputs("foreign"))[0].name
     amount_name, amount = spec.amount
     return {
-        "dictionary_key": "/".join(name for name in (key, part) if name),
+        "dictionary_key": dictionary_key(key, part),
         **{name: getattr(spec, name) for name in names},
         "amount_name": amount_name,
         "amount": amount if amount is None or math.isfinite(amount) else None,

@@ -1,12 +1,11 @@
 """How a latent, and a table of latents, show themselves in a notebook: HTML without scripts. All text is escaped."""
 
-import html
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import escape_controls, html_text
 
 if TYPE_CHECKING:
     from saeflow.features.reader import Example, Feature, Features
@@ -31,7 +30,7 @@ def feature_html(feature: "Feature") -> str:
         facts.append(f"without it the loss rises by {row['effect']:.3g}{error} nats where it fires")
     if isinstance(row["label"], str):
         facts.append(f"label: {row['label']}" + (f" (F1 {row['label_f1']:.2f})" if _known(row["label_f1"]) else ""))
-    parts = [f"<h4>latent {feature.latent}</h4><p>{'; '.join(_text(fact) for fact in facts)}</p>"]
+    parts = [f"<h4>latent {feature.latent}</h4><p>{'; '.join(html_text(fact) for fact in facts)}</p>"]
     parts += ["<b>largest activations</b>", *(_example(one, row["max"]) for one in feature.top[:TOP])]
     parts.append("<b>over its range, from the strongest part to the weakest</b>")
     for examples in reversed(feature.intervals):
@@ -41,7 +40,7 @@ def feature_html(feature: "Feature") -> str:
     parts.append(_tokens("fires most on", feature.tokens))
     for name, near in feature.near.items():
         told = ", ".join(f"{latent} ({value:.2f})" for latent, value in near[:NEIGHBOURS])
-        parts += [f"<p><b>nearest by {_text(name)}</b> {told}</p>"] if told else []
+        parts += [f"<p><b>nearest by {html_text(name)}</b> {told}</p>"] if told else []
     return "\n".join(part for part in parts if part)
 
 
@@ -52,15 +51,15 @@ def features_html(features: "Features") -> str:
     columns = ["latent", "frequency", "max", "effect", "label"]
     shown = features.table.nlargest(LATENTS, by)[[name for name in columns if features.table[name].notna().any()]]
     rows = "".join(
-        f"<tr>{''.join(f'<td>{_text(_number(value))}</td>' for value in row)}"
-        f'<td style="text-align:left">{_text(_quoted(features[int(row[0])].raised[:3]))}</td></tr>'
+        f"<tr>{''.join(f'<td>{html_text(_number(value))}</td>' for value in row)}"
+        f'<td style="text-align:left">{html_text(_quoted(features[int(row[0])].raised[:3]))}</td></tr>'
         for row in shown.itertuples(index=False)
     )
-    heads = "".join(f"<th>{_text(name)}</th>" for name in [*shown, "raises"])
+    heads = "".join(f"<th>{html_text(name)}</th>" for name in [*shown, "raises"])
     return (
-        f"<p>Latents of <code>{_text(index['dictionary_key'])}</code> at {_text(index['hook_name'])}: "
+        f"<p>Latents of <code>{html_text(index['dictionary_key'])}</code> at {html_text(index['hook_name'])}: "
         f"{index['n_latents']:,}, of which {index['n_live']:,} fire on {index['n_tokens']:,} tokens of "
-        f"{_text(index['split'].replace('_', '-'))} text. Those of the largest {_text(by)}:</p>"
+        f"{html_text(index['split'].replace('_', '-'))} text. Those of the largest {html_text(by)}:</p>"
         f"<table><tr>{heads}</tr>{rows}</table>"
     )
 
@@ -72,13 +71,13 @@ def _example(example: "Example", largest: float) -> str:
         share = min(1.0, abs(value) / abs(largest)) * _LARGEST if largest else 0.0
         style = f"background:rgba(230,159,0,{share:.2f})" if value else ""
         style += ";outline:1.5px solid" if n == example.at else ""
-        spans.append(f'<span style="{style}" title="{value:.4g}">{_text(visible(token))}</span>')
+        spans.append(f'<span style="{style}" title="{value:.4g}">{html_text(visible(token))}</span>')
     about = f"{example.value:.4g}, stronger than {example.quantile:.1%} of its firings; document {example.document}"
-    return f'<div style="{_LINE}" title="{_text(about)}"><small>{example.value:.3g}</small> {"".join(spans)}</div>'
+    return f'<div style="{_LINE}" title="{html_text(about)}"><small>{example.value:.3g}</small> {"".join(spans)}</div>'
 
 
 def _tokens(what: str, named: Sequence[tuple[str, Any]]) -> str:
-    return f"<p><b>{what}</b> <code>{_text(_quoted(named[:TOKENS]))}</code></p>" if named else ""
+    return f"<p><b>{what}</b> <code>{html_text(_quoted(named[:TOKENS]))}</code></p>" if named else ""
 
 
 def _quoted(named: Sequence[tuple[str, Any]]) -> str:
@@ -86,8 +85,8 @@ def _quoted(named: Sequence[tuple[str, Any]]) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its line breaks and tabs as signs."""
-    return token.replace("\n", "↵").replace("\t", "→").replace("\r", "↵")
+    """A token with its line breaks and tabs as signs, and other characters that turn or hide text spelled out."""
+    return escape_controls(token.replace("\n", "↵").replace("\t", "→").replace("\r", "↵"))
 
 
 def _number(value: Any) -> str:
@@ -98,7 +97,3 @@ def _number(value: Any) -> str:
 
 def _known(value: Any) -> bool:
     return isinstance(value, Real) and not math.isnan(value)
-
-
-def _text(text: object) -> str:
-    return html.escape(escape_controls(str(text)))

@@ -4,14 +4,13 @@ Snakemake's report reads captions as reStructuredText from files, the front page
 """
 
 import functools
-import html
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import escape_controls, html_text
 from saeflow.figures.registry import declared
 from saeflow.planning.explain import counted
 from saeflow.storage.publish import publish_text
@@ -45,7 +44,7 @@ def text_of(name: str, written: str | Path) -> str:
 
 def as_html(text: str) -> str:
     """The few signs of reStructuredText that captions have, as HTML."""
-    escaped = html.escape(escape_controls(" ".join(text.split())))
+    escaped = html_text(" ".join(text.split()))
     escaped = re.sub(r"``(.+?)``", r"<code>\1</code>", escaped)
     return re.sub(r"(?<![\w*])\*(\S(?:.*?\S)?)\*", r"<em>\1</em>", escaped).replace("\\|", "|")
 

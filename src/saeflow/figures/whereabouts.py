@@ -17,11 +17,16 @@ def report_is_current(plan: Plan) -> bool:
     report, receipt = Path(plan.results) / "report.html", plan.folder("figures", key) / RECEIPT
     shown = [receipt, *(file for file in [ledger_file(plan)] if file.is_file())]
     return (
-        report.is_file()
-        and receipt.is_file()
+        receipt.is_file()
+        and report.is_file()
         and report.stat().st_mtime >= max(file.stat().st_mtime for file in shown)
-        and key in report.read_text(errors="replace")
+        and report_names(report, key)
     )
+
+
+def report_names(report: Path, key: str) -> bool:
+    """Whether a report is of the figures with that key."""
+    return report.is_file() and key in report.read_text(errors="replace")
 
 
 def whereabouts(plan: Plan, overrides: list[str]) -> str:

@@ -72,8 +72,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.groundtruth.faithfulness import compare_jacobians, faithfulness, interchange_accuracy, true_jacobians
     from saeflow.groundtruth.folder import read_model
     from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, without_leaks
-    from saeflow.groundtruth.record import by_state, losses
-    from saeflow.groundtruth.recovery import duplicates, recovery, redundancy
+    from saeflow.groundtruth.record import by_state, losses, state_names
+    from saeflow.groundtruth.recovery import all_duplicates, recovery, redundancy
     from saeflow.groundtruth.training import Truth
     from saeflow.models.folder import read_geometry
 
@@ -113,12 +113,13 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         known_rows = W_dec if model["method"] == "compiled" else None
         hooks = spec.hook_name, spec.hook_name_out
         summary |= recovery(case, rows, hooks, x.double().numpy(), f, known_rows)
-        summary |= redundancy(W_dec, f, states(case, rows, spec.hook_name_out))
+        state, groups = states(case, rows, spec.hook_name_out), all_duplicates(W_dec, f)
+        summary |= redundancy(groups, f, state)
         summaries.append(summary)
         with job.writing() as out:
             labels.to_parquet(out / "labels.parquet")
-            by_state(case, rows, spec.hook_name_out, f).to_parquet(out / "states.parquet")
-            groups = {"firing_and_writing": duplicates(W_dec, f), "firing": duplicates(None, f)}
+            names_of_states = state_names(case, rows, spec.hook_name_out, state)
+            by_state(names_of_states, state, f).to_parquet(out / "states.parquet")
             (out / "duplicates.json").write_text(json.dumps(groups) + "\n")
             contexts.to_parquet(out / "contexts.parquet")
             title = f"case {case.number} ({model['method']} model), latents of {folder.name}"

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from saeflow.groundtruth.cases import Case
-from saeflow.groundtruth.labels import TIE, states
+from saeflow.groundtruth.labels import TIE
 from saeflow.groundtruth.program import BOS, PAD
 
 
@@ -26,10 +26,9 @@ def losses(y: np.ndarray, reconstruction: np.ndarray, activations: np.ndarray) -
     }
 
 
-def state_names(case: Case, tokens: np.ndarray, hook_name: str) -> list[str]:
-    """What the states of `saeflow.groundtruth.labels.states` are called, by number: `x@2`, `frac_prevs=0.5`."""
-    number = states(case, tokens, hook_name)
-    first = np.unique(number, return_index=True)[1]
+def state_names(case: Case, tokens: np.ndarray, hook_name: str, states: np.ndarray) -> list[str]:
+    """What the states (M,) of `saeflow.groundtruth.labels.states` are called, by number: `x@2`, `frac_prevs=0.5`."""
+    first = np.unique(states, return_index=True)[1]
     values, held = case.program.run(tokens), case.compiled.variables_at(hook_name)
     words, special = case.program.vocabulary, [case.program.token_id(BOS), case.program.token_id(PAD)]
     names = []
@@ -50,13 +49,12 @@ def state_names(case: Case, tokens: np.ndarray, hook_name: str) -> list[str]:
     return names
 
 
-def by_state(case: Case, tokens: np.ndarray, hook_name: str, activations: np.ndarray) -> pd.DataFrame:
+def by_state(names: list[str], states: np.ndarray, activations: np.ndarray) -> pd.DataFrame:
     """A row for each live latent and state in which it fires: `latent`, `state`, its name, mean activation there, and
-    `share`, of the state's positions at which it fires."""
-    number, names = states(case, tokens, hook_name), state_names(case, tokens, hook_name)
+    `share`, of the state's positions at which it fires. `names` of states (M,), `activations` (M, n)."""
     live = np.flatnonzero((activations > 0).any(0))
-    grouped = pd.DataFrame(activations[:, live], columns=live).groupby(number)
-    mean, share = grouped.mean().to_numpy(), (pd.DataFrame(activations[:, live] > 0).groupby(number).mean()).to_numpy()
+    grouped = pd.DataFrame(activations[:, live], columns=live).groupby(states)
+    mean, share = grouped.mean().to_numpy(), (pd.DataFrame(activations[:, live] > 0).groupby(states).mean()).to_numpy()
     which, state = np.nonzero(share.T)
     found = {"latent": live[which], "state": state, "name": [names[s] for s in state]}
     return pd.DataFrame(found | {"mean": mean.T[which, state], "share": share.T[which, state]})

@@ -39,7 +39,7 @@ def true_values(case: Case, tokens: np.ndarray, variables: list[str]) -> dict[st
 
 def recovery(
     case: Case, tokens: np.ndarray, hook_names: tuple[str, str], x: np.ndarray, activations: np.ndarray,
-    W_dec: np.ndarray | None, seed: int = 0,
+    W_dec: np.ndarray | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Of a dictionary that reads the first of the hooks, x (M, d), and writes to the second, at rows `tokens` (N, P).
 
@@ -55,7 +55,7 @@ def recovery(
     row: dict[str, Any] = dict.fromkeys(("recovery", "recovery_raw", "recovery_random", "decoder_cosine"))
     levels = []
     for draw in range(N_DRAWS):
-        reads = random_directions(n, x.shape[1], 2 * (N_DRAWS * seed + draw))
+        reads = random_directions(n, x.shape[1], 2 * draw)
         writes = reads if hook_names[0] == hook_names[1] else random_directions(n, width_out, 2 * draw + 1)
         random = random_latents(x, reads, share)
         levels.append(matched(truth, random, None if W_dec is None else writes)[0])
@@ -123,11 +123,15 @@ def stability(decoders: list[np.ndarray]) -> float:
     return float(np.mean(found))
 
 
-def redundancy(W_dec: np.ndarray, activations: np.ndarray, states: np.ndarray) -> dict[str, Any]:
-    """Counts of a dictionary: latents that live, that are distinct (by when they fire and what they write; by when
-    alone), and coverage."""
+def all_duplicates(W_dec: np.ndarray, activations: np.ndarray) -> dict[str, list[list[int]]]:
+    """The groups of `duplicates`, by when latents fire and what they write, and by when they fire alone."""
+    return {"firing_and_writing": duplicates(W_dec, activations), "firing": duplicates(None, activations)}
+
+
+def redundancy(groups: dict[str, list[list[int]]], activations: np.ndarray, states: np.ndarray) -> dict[str, Any]:
+    """Counts of a dictionary: latents that live, that are distinct by each of `all_duplicates`, and coverage."""
     n_live = int((activations > 0).any(0).sum())
-    copies, alike = (sum(len(g) - 1 for g in duplicates(rows, activations)) for rows in (W_dec, None))
+    copies, alike = (sum(len(g) - 1 for g in groups[by]) for by in ("firing_and_writing", "firing"))
     identified, fired = coverage(activations, states)
     return {
         "n_live": n_live,

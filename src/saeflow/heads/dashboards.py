@@ -24,12 +24,12 @@ from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.features.examples import top, values_at
 from saeflow.features.firings import Chunk
 from saeflow.features.logits import logit_effects
+from saeflow.features.show import visible
 from saeflow.features.text import Grid, Seen
 from saeflow.heads.attribution import by_source, de_embedding
 from saeflow.heads.shares import MEASURES
 from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import Attention, decoder_by_head, encoder_by_head
-from saeflow.jacobians.pages import visible
 from saeflow.models.splicing import read_hooks
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from saeflow.config.checks import escape_controls
+from saeflow.features.show import visible
 
 SHOWN = 3  # windows of a latent or pair on the page; the Parquet tables hold all
 STATISTICS = {"mean": "mean J", "mean_absolute": "mean |J|", "count": "number of tokens"}
@@ -116,12 +116,6 @@ def _window(row: pd.Series, column: str, label: str, side: str | None = None) ->
         title = f' title="{value:.3g}"' if value else ""
         spans.append(f"<span{marked}{shade}{title}>{html.escape(visible(token))}</span>")
     return f'<div class="window"><b>{html.escape(label)}</b>{"".join(spans)}</div>'
-
-
-def visible(token: str) -> str:
-    """The token with line breaks and tabs as signs, so that a window stays one line, and other characters that control
-    what shows them spelled out."""
-    return escape_controls(token.replace("\n", "↵").replace("\t", "→").replace("\r", "↵"))
 
 
 # -------------------------------------------------------------------- LaTeX

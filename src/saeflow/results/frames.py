@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from saeflow.dictionaries.layouts import part_folders
+from saeflow.dictionaries.naming import dictionary_key
 from saeflow.dictionaries.series import with_names
 from saeflow.dictionaries.settings import read_summaries
 from saeflow.evaluation.overview import told_apart
@@ -64,7 +65,7 @@ def curves(job: Job, judged: pd.DataFrame) -> pd.DataFrame:
     for folder_of_all in job.inputs("train", "metrics.parquet"):
         for folder in part_folders(folder_of_all):
             part = "" if folder == folder_of_all else folder.name
-            key = "/".join(name for name in (folder_of_all.name, part) if name)
+            key = dictionary_key(folder_of_all.name, part)
             of = {"dictionary_key": key, "train_key": folder_of_all.name, "part": part}
             found.append(pd.read_parquet(folder / "metrics.parquet").assign(**of))
     if not found:

@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 from saeflow.config.checks import escape_controls
 from saeflow.config.labels import file_safe
+from saeflow.dictionaries.naming import dictionary_key
 from saeflow.figures.captions import about, as_html, text_of
 from saeflow.figures.registry import declared
-from saeflow.figures.whereabouts import ROOT
+from saeflow.figures.whereabouts import ROOT, report_names
 from saeflow.planning.explain import readable
 from saeflow.planning.parts import without_hash
 from saeflow.results.asked import Series, asked, axes, experiments_of
@@ -227,8 +228,8 @@ class _Maker:
         found = {}
         for stage, key in judged.get(dictionary.partition("/")[0], []):
             summary = self._summary(stage, key)
-            parts = (summary.get("train_key", ""), summary.get("part") or "")
-            if dictionary == (summary.get("dictionary_key") or "/".join(part for part in parts if part)):
+            of = summary.get("dictionary_key") or dictionary_key(summary.get("train_key", ""), summary.get("part"))
+            if dictionary == of:
                 found[stage, key] = summary
         if len(found) > 1 and len(point.keys) == 1:
             shown = {name: number(cell.value) for name, cell in point.cells.items()}
@@ -315,7 +316,7 @@ class _Maker:
     def _reports(self, key: str | None) -> list[Link]:
         """Snakemake's report, where it is of these figures."""
         file = self.disk.root / "report.html"
-        if key is None or not file.is_file() or key not in file.read_text(errors="replace"):
+        if key is None or not report_names(file, key):
             return []
         return [Link("Snakemake's report", self._href(file), "figures, rules, run times")]
 

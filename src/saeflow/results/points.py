@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from saeflow.dictionaries.naming import dictionary_key
+
 MOST = 12
 """Points that are shown of a place."""
 
@@ -26,7 +28,7 @@ METRICS = {
     "loss_recovered_zero": Metric("recovered of zero ablation", "share", ".3f"),
     "explained_variance": Metric("explained variance", "share", ".3f"),
     "dead_fraction": Metric("dead latents", "share", ".3f"),
-    "recovery": Metric("recovery of true variables", "share", ".3f"),
+    "recovery": Metric("recovery of true features", "0: random directions, 1: all", ".3f"),
     "mixtures": Metric("mixtures", "share of live latents", ".3f"),
 }
 _FRONTS = (("table", "ce_replaced", 1.0), ("recovery", "recovery", -1.0))
@@ -111,9 +113,8 @@ def _place(place: str, rows: list[dict[str, str]], column: str, sense: float, na
 
 def _point(row: dict[str, str], metrics: dict[str, Metric]) -> Point:
     amount = f"{row['amount_name']} = {number(row['amount']):g}" if row.get("amount") else ""
-    keys = row.get("dictionary_keys") or row.get("dictionary_key") or "/".join(
-        part for part in (row.get("train_key", ""), row.get("part", "")) if part
-    )  # fmt: skip
+    own = row.get("dictionary_key") or dictionary_key(row.get("train_key", ""), row.get("part"))
+    keys = row.get("dictionary_keys") or own
     n = int(float(row.get("seeds") or 1))
     seed = f"{number(row['seed']):g}" if row.get("seed") else ""
     cells = {name: _cell(row, name, metric, n) for name, metric in metrics.items()}

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeflow.dictionaries.naming import dictionary_key
 from saeflow.planning.stages import stages
 from saeflow.results.disk import FIGURES, HOLDS_DICTIONARIES, Disk, LeftOut, ResultsError, read_config, read_json
 from saeflow.storage.receipts import DamagedError, verify
@@ -265,7 +266,7 @@ class Results:
                 folder, part = self._dictionary(key)
             except ResultsError:
                 raise error from None
-        wanted = "/".join(name for name in (folder.name, part) if name)
+        wanted = dictionary_key(folder.name, part)
         found = self._of_dictionary.get(wanted)
         if found is None:
             raise ResultsError(

@@ -1,10 +1,9 @@
 """How a results folder and what is in it show themselves: as text, and as HTML in a notebook. All text is escaped."""
 
-import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from saeflow.config.checks import escape_controls
+from saeflow.config.checks import escape_controls, html_text
 from saeflow.planning.explain import counted, readable
 
 if TYPE_CHECKING:
@@ -14,15 +13,10 @@ if TYPE_CHECKING:
 SETTINGS_SHOWN = 60
 
 
-def escaped(text: object) -> str:
-    """For HTML, within tags and attributes; characters that turn or hide text are spelled out."""
-    return html.escape(escape_controls(str(text)))
-
-
 def table_html(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A plain table, of text."""
-    heads = "".join(f'<th style="text-align:left">{escaped(name)}</th>' for name in head)
-    lines = ("".join(f'<td style="text-align:left">{escaped(cell)}</td>' for cell in row) for row in rows)
+    heads = "".join(f'<th style="text-align:left">{html_text(name)}</th>' for name in head)
+    lines = ("".join(f'<td style="text-align:left">{html_text(cell)}</td>' for cell in row) for row in rows)
     return f"<table><tr>{heads}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
@@ -41,10 +35,10 @@ def as_html(run: "Results") -> str:
             "features": "run.features(key)[latent]", "activations": "run.activations(hook)"}  # fmt: skip
     rows = [(stage, what, size, asks.get(stage, "")) for stage, what, size in _stages(run)]
     experiments = ", ".join(run.experiments) or "none"
-    left_out = "".join(f"<p>{escaped(line.strip())}</p>" for line in _left_out(run))
+    left_out = "".join(f"<p>{html_text(line.strip())}</p>" for line in _left_out(run))
     return (
-        f"<p>Results of saeflow in <code>{escaped(run.path)}</code>; experiments with figures: "
-        f"<b>{escaped(experiments)}</b></p>{table_html(('stage', 'there are', 'on disk', 'ask'), rows)}{left_out}"
+        f"<p>Results of saeflow in <code>{html_text(run.path)}</code>; experiments with figures: "
+        f"<b>{html_text(experiments)}</b></p>{table_html(('stage', 'there are', 'on disk', 'ask'), rows)}{left_out}"
     )
 
 
@@ -68,7 +62,8 @@ def chain_html(chain: "Chain") -> str:
     """A row a step, and the hashes of what is from outside."""
     rows = [(step.title, settings_text(step.read), step.cost, step.made, step.key) for step in chain]
     sources = "".join(
-        f"<p>{escaped(name)}: <code>{escaped(', '.join(found))}</code></p>" for name, found in chain.contents.items()
+        f"<p>{html_text(name)}: <code>{html_text(', '.join(found))}</code></p>"
+        for name, found in chain.contents.items()
     )
     return table_html(("made", "read", "cost", "when, where, by what", "key"), rows) + sources
 

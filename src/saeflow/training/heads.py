@@ -92,7 +92,7 @@ class HeadsTrainer(SeveralTrainers):
 
     def resample(self, batches: Batches) -> None:
         """As `Trainer.resample`, of each head, from one read of the batches; before the first step from one each."""
-        if self.step == 0 and self.training.initial == "kaiming":
+        if self.first.starts_at_median():
             for h, head in enumerate(self.heads):
                 head.start_at_median(PartOfBatches(batches, partial(self._of_head, h)))
             return

@@ -211,9 +211,10 @@ class Trainer:
 
     def resamples_next(self) -> bool:
         """Whether `resample` is to be called before the next step."""
-        return self.step in self.training.resample_steps or self._starts_at_median()
+        return self.step in self.training.resample_steps or self.starts_at_median()
 
-    def _starts_at_median(self) -> bool:
+    def starts_at_median(self) -> bool:
+        """Whether `start_at_median` is to be called before the next step, which is the first."""
         return self.step == 0 and self.training.initial == "kaiming"
 
     @torch.no_grad()
@@ -226,7 +227,7 @@ class Trainer:
     def resample(self, batches: Batches) -> None:
         """Sets dead latents anew, judged on batches that come after all those of training. Before the first step, of
         which latents cannot be dead, what of the first weights depends on the data."""
-        if self._starts_at_median():
+        if self.starts_at_median():
             self.start_at_median(batches)
         elif len(dead := self.dead_latents()):
             sampled = batches.iterate(self.n_steps, self.training.resample_batches)

@@ -12,7 +12,7 @@ saeflow.overview = (() => {
     ["kl", "KL divergence, nats", number],
     ["explained_variance", "explained variance", share],
     ["cosine", "cosine of output and target", number],
-    ["recovery", "true variables recovered", share],
+    ["recovery", "true features: 0 as random directions, 1 all", number],
     ["accuracy_replaced", "accuracy with it in place", share],
     ["dead_fraction", "dead latents in the evaluation", share],
   ];
