@@ -23,7 +23,7 @@ from saeflow.dashboards.naming import identity
 from saeflow.dashboards.scripts import copy_app, packed, write_script
 from saeflow.dictionaries import load_dictionary
 from saeflow.dictionaries.series import with_names
-from saeflow.dictionaries.settings import read_summaries
+from saeflow.dictionaries.settings import read_summaries, with_keys
 from saeflow.features.order import largest
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
@@ -101,10 +101,7 @@ def summaries(job: Job) -> dict[str, dict[str, Any]]:
     found = [table for stage in ("evaluate", "recover") if len(table := read_summaries(job, stage))]
     if not found:
         return {}
-    table = pd.concat(found, ignore_index=True)
-    if "dictionary_key" not in table:  # of comparisons with the truth
-        table["dictionary_key"] = table["train_key"].str.cat(table["part"].fillna(""), sep="/").str.rstrip("/")
-    named = with_names(table).astype(object)
+    named = with_names(with_keys(pd.concat(found, ignore_index=True))).astype(object)
     rows = named.where(named.notna(), None).to_dict("records")
     return {str(row["dictionary_key"]): {str(name): value for name, value in row.items()} for row in rows}
 

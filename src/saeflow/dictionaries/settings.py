@@ -76,6 +76,13 @@ def read_summaries(job: Job, stage: str) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
+def with_keys(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Summaries with the `dictionary_key` of each, which comparisons with the truth do not state."""
+    if "dictionary_key" in table:
+        return table
+    return table.assign(dictionary_key=table["train_key"].str.cat(table["part"].fillna(""), sep="/").str.rstrip("/"))
+
+
 def lineage(plan: Plan, stage: str, key: str) -> dict[str, tuple[str, Instance]]:
     """Stage and instance by key: the artifact's first, then of what it needs, the nearest first."""
     found: dict[str, tuple[str, Instance]] = {}

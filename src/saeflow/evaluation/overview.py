@@ -12,7 +12,7 @@ import pandas as pd
 
 from saeflow.config.training import DIVERGED
 from saeflow.dictionaries.series import with_names
-from saeflow.dictionaries.settings import Settings, differing, read_summaries
+from saeflow.dictionaries.settings import Settings, differing, read_summaries, with_keys
 from saeflow.jobs.job import Job
 
 _WHAT = ["place", "series", "amount_name", "amount", "seed", "d_sae"]
@@ -60,9 +60,7 @@ def overview(job: Job) -> tuple[pd.DataFrame, str]:
     In the order of the figures: place, series, amount, seed. `<metric>_low` and `_high` are intervals over documents.
     """
     found = [read_summaries(job, stage) for stage in ("evaluate", "recover")]
-    table = pd.concat([part for part in found if len(part)], ignore_index=True)
-    if "dictionary_key" not in table:  # of comparisons
-        table["dictionary_key"] = table["train_key"].str.cat(table["part"].fillna(""), sep="/").str.rstrip("/")
+    table = with_keys(pd.concat([part for part in found if len(part)], ignore_index=True))
     settings = told_apart(list(table["settings"]))
     paths = list(settings[0]) if settings else []
     named = with_names(table.assign(settings_of=pd.Series(settings, dtype=object)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saeflow.config.defaults import flat
+from saeflow.dictionaries.settings import lineage
 from saeflow.planning.explain import readable
 from saeflow.planning.graph import Instance
 from saeflow.planning.history import lines
@@ -114,19 +115,16 @@ class Lineage:
         self._steps: dict[tuple[str, str], Step] = {}
 
     def chain(self, stage: str, key: str) -> Chain:
-        plan = self.disk.plan([(stage, key)])
-        found: dict[tuple[str, str], None] = {}
-        nearest = [(stage, key)]
-        while nearest:
-            one = nearest.pop(0)
-            if one not in found:
-                found[one] = None
-                instance = plan.stages[one[0]][one[1]]
-                self._steps.setdefault(one, self._step(instance))
-                nearest += self._steps[one].needs
-        return Chain([self._steps[one] for one in found])
+        found = lineage(self.disk.plan([(stage, key)]), stage, key)
+        return Chain([self._step(instance) for _, instance in found.values()])
 
     def _step(self, instance: Instance) -> Step:
+        one = instance.stage, instance.key
+        if one not in self._steps:
+            self._steps[one] = self._read(instance)
+        return self._steps[one]
+
+    def _read(self, instance: Instance) -> Step:
         one = instance.stage, instance.key
         receipt = self.disk.whole[instance.stage].get(instance.key)
         read = {path: value for path, value in flat(instance.config).items() if value is not None}
