@@ -26,8 +26,10 @@ MODEL_FILES = (
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 # How the folders of presets come to be, by their names below models/.
 MADE_BY = {
-    "smollm2": "make model NAME=smollm2",
-    "gelu-2l": "python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l",
+    "smollm2": "fetch it once, with the network: make model NAME=smollm2",
+    "gelu-2l": "fetch it once, with the network: "
+    "python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l",
+    "greater_than": "train it once: python scripts/train_greater_than.py",
 }
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -165,7 +167,7 @@ def resolve_folder(model: ModelConfig) -> Path:
         folder = Path(model.path)
         if not folder.is_dir():
             made_by = MADE_BY.get(folder.name) if folder.parent.name == "models" else None
-            how = f"; fetch it once, with the network: {made_by}" if made_by else ""
+            how = f"; {made_by}" if made_by else ""
             raise ModelError(f"model.path={folder}: no such folder{where(folder)}{how}")
         return folder
     from huggingface_hub import snapshot_download
