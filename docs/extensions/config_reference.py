@@ -21,7 +21,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from saeflow.config import BlindConfig, DictionaryConfig, PointConfig
+from saeflow.config import BlindConfig, CorpusConfig, DictionaryConfig, PointConfig
 from saeflow.config.device import SETTINGS as DEVICE
 from saeflow.config.dictionary import kinds
 from saeflow.planning.expansion import compose
@@ -77,7 +77,11 @@ BESIDE_KEYS |= {
 }
 BESIDE_KEYS |= {
     f"dictionary.{name}": "`foreign`; in keys are the contents of its files"
-    for name in ("path", "format", "release", "sae_id")
+    for name in ("path", "format", "release", "sae_id", "path_out", "sae_id_out")
+}
+BESIDE_KEYS |= {
+    f"evaluation.corpus.{field.name}": BESIDE_KEYS.get(f"corpus.{field.name}", "`tokens`")
+    for field in dataclasses.fields(CorpusConfig)
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import write_plain_model
 from tests.planning.test_plan import ROOT, changed, home  # noqa: F401 (home is a fixture)
 
-from saeflow.config import ConfigError
+from saeflow.config import ConfigError, JacobianConfig
 from saeflow.config.defaults import set_apart
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.initial import initial_weights
@@ -16,6 +16,7 @@ from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
 from saeflow.planning.stages import stages
+from saeflow.text.tokenizer import load_tokenizer
 
 PAIRS = ["dictionary=jacobian", "site=mlp"]
 
@@ -47,6 +48,63 @@ def test_a_site_that_is_no_mlp_is_refused(home: Path) -> None:  # noqa: F811
     hooks = ["site.hook_name=blocks.1.hook_resid_pre", "site.hook_name_out=blocks.1.hook_resid_post"]
     with pytest.raises(ConfigError, match="a Jacobian is that of one MLP"):
         plan_of(home, *PAIRS, *hooks)
+
+
+def test_training_without_the_norm_needs_a_site_before_it(home: Path) -> None:  # noqa: F811
+    ignored = ["dictionary=jacobian", "dictionary.jacobian_norm=ignored", "site.layer=1"]
+    with pytest.raises(ConfigError, match=r"dictionary.jacobian_norm=ignored leaves the norm out of f, but f does not"):
+        plan_of(home, *ignored, "site=mlp")
+    before = [*ignored[:1], "site=mlp_before_norm", "site.layer=1", "site.hook_name=blocks.1.hook_resid_pre"]
+    plain, without = plan_of(home, *before), plan_of(home, *before, ignored[1])
+    assert changed(plain, without) == {"train": 1, "jacobian": 1, "evaluate": 2, "figures": 1}
+    assert "jacobian_norm_ignored" in next(iter(without.stages["train"]))
+
+
+# -------------------------------------------------------------------- a text in place of held-out tokens
+PROMPT = "jacobian.text='It was a bright cold day in April, and the clocks were striking thirteen.'"
+
+
+def test_a_text_is_a_row_with_its_own_key(tmp_path: Path) -> None:
+    conf, results = ROOT / "conf", str(tmp_path)
+    before = compose(conf, PAIRS, results)
+    plan = compose(conf, [*PAIRS, PROMPT, "jacobian.text_tokens=[3,5]", "jacobian.n_tokens=7"], results)
+    assert set(changed(before, plan)) == {"jacobian", "figures"}
+    (study,) = plan.stages["jacobian"].values()
+    tokenizer = load_tokenizer(ROOT / "resources" / "model")
+    ids = tokenizer.tokenizer.encode(study.config["jacobian"]["text"], add_special_tokens=False).ids
+    assert study.config["row"] == [tokenizer.bos_token_id, *ids][:6] and "tokens" not in study.needs
+    assert "prompt." in study.key and "-3_5-" in study.key
+    whole = compose(conf, [*PAIRS, PROMPT], results)
+    assert [len(s.config["row"]) for s in whole.stages["jacobian"].values()] == [len(ids) + 1]
+    (tmp_path / "prompt.txt").write_text(study.config["jacobian"]["text"])
+    file = f"jacobian.text_path={tmp_path}/prompt.txt"
+    assert compose(conf, [*PAIRS, file], results).stages["jacobian"].keys() == whole.stages["jacobian"].keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            [PROMPT, "jacobian.text_tokens=[3,99]"],
+            r"has 25 tokens .* position 99 is not there; name positions below 25",
+        ),
+        (["jacobian.text=''"], r"has 1 tokens .* so position 1 is not there"),
+        (["jacobian.text_path=nowhere.txt"], r"text_path=nowhere.txt cannot be read in .*\(--directory\): .*No such"),
+        (["jacobian.text='" + "so it goes " * 200 + "'"], "the model's context is 256; name fewer"),
+    ],
+)
+def test_a_text_that_cannot_be_studied_is_refused(settings: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(ROOT / "conf", [*PAIRS, *settings], str(tmp_path))
+
+
+def test_positions_that_no_text_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"text_tokens=\[5, 3\] is out of range: .* from 1 up"):
+        JacobianConfig(text="a", text_tokens=(5, 3))
+    with pytest.raises(ConfigError, match=r"text_tokens=\[3, 5\] is out of range: it must be empty without"):
+        JacobianConfig(text_tokens=(3, 5))
+    with pytest.raises(ConfigError, match=r"set one of jacobian\.text and jacobian\.text_path, not both"):
+        JacobianConfig(text="a", text_path="b")
 
 
 # -------------------------------------------------------------------- the paper's settings

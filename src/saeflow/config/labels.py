@@ -4,6 +4,7 @@ A name is a function of what is read alone, never of a sweep: one more value ren
 ever too; a setting that is not in it is usual at its dataclass's default.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -61,6 +62,7 @@ SHORT: dict[str, str] = {
     "training.jacobian_warm_up_steps": "jwarmup",
     "training.jacobian_fraction": "jfraction",
     "training.log_every": "log",
+    "jacobian.text_tokens": "",
     "features.n_tokens": "looked",
     "features.split": "on",
     "activations.dtype": "",
@@ -97,6 +99,8 @@ def told(path: str, value: Any, usual: Any = None) -> dict[str, str]:
     """One setting, or nothing where it is as usual."""
     if path in NAMED_ALREADY or value in (USUAL.get(path, usual), None) or value == {}:
         return {}
+    if path == "jacobian.text":  # as what stands for a corpus
+        return {path: f"prompt.{hashlib.sha256(value.encode()).hexdigest()[:4]}"}
     return {path: _token(SHORT.get(path, path.rsplit(".", 1)[1]), value)}
 
 

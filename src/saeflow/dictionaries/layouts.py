@@ -1,5 +1,7 @@
 """The layout of a dictionary on disk, by the names of its files: whose it is, and of how many parts."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from saeflow.config import ConfigError
@@ -9,6 +11,7 @@ LAYOUTS = {
     "saelens": ("cfg.json", "sae_weights.safetensors"),
     "dictionary_learning": ("config.json", "ae.pt"),
     "sparsify": ("cfg.json", "sae.safetensors"),
+    "jsae": ("cfg.json", "sae_weights.safetensors"),
 }
 
 
@@ -30,12 +33,29 @@ def foreign_format(path: Path) -> str:
         return "transcoder_circuits"
     for form, names in LAYOUTS.items():
         if all((path / name).is_file() for name in names):
-            return form
+            return "jsae" if form == "saelens" and _is_jsae(path / names[0]) else form
     known = "; ".join(f"{form}: {', '.join(names)}" for form, names in LAYOUTS.items())
     raise ConfigError(
         f"dictionary.path={path} is no dictionary that can be read here; these can: {known}; transcoder_circuits: a "
         ".pt file"
     )
+
+
+def _is_jsae(config: Path) -> bool:
+    """Whether a `cfg.json` is of a pair: of late by `is_pair`, before that by the loss that it was trained with."""
+    try:
+        found = json.loads(config.read_text())
+    except (ValueError, OSError):
+        return False  # the job says what is wrong with it
+    return isinstance(found, dict) and bool({"is_pair", "use_jacobian_loss"} & found.keys())
+
+
+def foreign_bytes(sources: Mapping[str, str]) -> int:
+    """Of the files of a dictionary of another library, or of both of a pair, by where they lie; 0 where they are not
+    here yet."""
+    paths = {Path(sources[name]) for name in ("foreign", "foreign_out") if name in sources}
+    files = {file for path in paths for file in [path, *path.glob("*")]}
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def foreign_files(path: Path, form: str) -> list[Path]:

@@ -7,8 +7,8 @@ from typing import Any
 from saeflow.config import ConfigError
 from saeflow.config.checks import where
 from saeflow.config.labels import file_safe
-from saeflow.dictionaries.kinds.foreign import ForeignConfig
-from saeflow.dictionaries.layouts import foreign_digest, foreign_format
+from saeflow.dictionaries.kinds.foreign import ForeignConfig, ForeignPairConfig
+from saeflow.dictionaries.layouts import foreign_bytes, foreign_digest, foreign_format
 from saeflow.jobs.job import Job
 from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
 from saeflow.planning.graph import Instance, Plan
@@ -23,24 +23,46 @@ def expand(expansion: Expansion) -> None:
 
 def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     """It enters by content, or by the names of its release; what figures call it enters nothing but theirs."""
-    site, sources = planned.point.site, dict[str, str]()
-    identity: dict[str, Any] = {"release": config.release, "sae_id": config.sae_id, "format": None, "content": None}
-    label = config.label or f"{config.release} {config.sae_id}"
-    if config.path is not None:
-        path = Path(config.path)
-        if not path.exists():
-            raise ConfigError(f"dictionary.path={path}: no such file or folder{where(path)}")
-        form = config.format or foreign_format(path)
-        content = foreign_digest(path, form, planned.digests)
-        identity |= {"format": form, "content": content}
-        label = config.label or path.stem
-        sources = {"foreign": str(path)}
-    made = file_safe(f"{form}.{content[:4]}" if config.path is not None else f"{config.release}.{config.sae_id}")
-    base = f"{made}-{short_hook(site.hook_name, site.hook_name_out)}"
+    site = planned.point.site
+    identity, sources = _identity(planned, config.path, config.release, config.sae_id, "foreign", config.format)
+    label = config.label or (Path(config.path).stem if config.path else f"{config.release} {config.sae_id}")
+    made = [_made(identity)]
+    if isinstance(config, ForeignPairConfig):
+        path = config.path_out or config.path
+        identity["output"], more = _identity(
+            planned, path, config.release, config.sae_id_out, "foreign_out", config.format
+        )
+        made.append(_made(identity["output"]))
+        sources |= more
+    base = f"{'_'.join(dict.fromkeys(made))}-{short_hook(site.hook_name, site.hook_name_out)}"
     extra = identity | {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
     key = planned.add("foreign", base, {}, extra, sources=sources | {"label": label})
-    written = site.hook_name_out or site.hook_name
-    planned.dictionaries.append(PlannedDictionary("foreign", key, written, base, head=site.head))
+    if isinstance(config, ForeignPairConfig):
+        for side, hook in zip(("input", "output"), config.hooks(site), strict=True):
+            planned.dictionaries.append(PlannedDictionary("foreign", key, hook, base, side))
+    else:
+        written = site.hook_name_out or site.hook_name
+        planned.dictionaries.append(PlannedDictionary("foreign", key, written, base, head=site.head))
+
+
+def _identity(
+    planned: PlannedPoint, path: str | None, release: str | None, sae_id: str | None, source: str, form: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What identifies one dictionary, and where it lies, as the source `source`."""
+    if path is None:
+        return {"release": release, "sae_id": sae_id, "format": None, "content": None}, {}
+    if not Path(path).exists():
+        name = "path" if source == "foreign" else "path_out"
+        raise ConfigError(f"dictionary.{name}={path}: no such file or folder{where(path)}")
+    form = form or foreign_format(Path(path))
+    content = foreign_digest(Path(path), form, planned.digests)
+    return {"release": None, "sae_id": None, "format": form, "content": content}, {source: path}
+
+
+def _made(identity: dict[str, Any]) -> str:
+    """What stands for a dictionary in names of folders."""
+    form, content = identity["format"], identity["content"]
+    return file_safe(f"{form}.{content[:4]}" if content else f"{identity['release']}.{identity['sae_id']}")
 
 
 def version_of(config: dict[str, Any]) -> int | None:
@@ -51,9 +73,7 @@ def version_of(config: dict[str, Any]) -> int | None:
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Its files three times, as read, as ours and as written, beside 3 GB; 1 GB where they are not here yet."""
-    size = 0
-    for path in (Path(instance.sources.get("foreign", "")) for instance in instances):
-        size += sum(file.stat().st_size for file in [path, *path.glob("*")] if file.is_file())
+    size = sum(foreign_bytes(instance.sources) for instance in instances)
     return {"mem_mb": 3000 + max(1000, round(3e-6 * size)), "runtime": 60}
 
 
@@ -62,8 +82,8 @@ def work(jobs: list[Job]) -> str:
 
     lines = []
     for job in jobs:
-        spec = foreign_job(job).spec
-        lines.append(f"{job.path}/: {spec.kind} of {spec.d_sae} latents at {spec.hook_name}, {spec.activation}")
+        for spec in (dictionary.spec for dictionary in foreign_job(job)):
+            lines.append(f"{job.path}/: {spec.kind} of {spec.d_sae} latents at {spec.hook_name}, {spec.activation}")
     return "\n".join(lines)
 
 

@@ -203,7 +203,7 @@ def pair_contexts_table(activity: Activity, grid: Grid, keep: int, read: Read) -
 def _numbers(grid: Grid, window: int) -> list[int]:
     """Token numbers of a window; -1 at position 0."""
     row, start, end = grid.span(window)
-    return [row * (grid.context_size - 1) + p - 1 if p else -1 for p in range(start, end)]
+    return [int(grid.number(np.array(row), np.array(p))) if p >= grid.first else -1 for p in range(start, end)]
 
 
 def _schema(first: dict[str, pa.DataType], values: list[str]) -> pa.Schema:

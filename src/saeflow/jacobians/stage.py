@@ -1,8 +1,10 @@
 """The stage `jacobian`: of a pair of dictionaries around an MLP, or of a transcoder, on held-out tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saeflow.config import ConfigError
+from saeflow.jacobians.prompt import read_prompt
 from saeflow.jobs.job import Job
 from saeflow.models.folder import block_of_hooks
 from saeflow.models.resources import operations as running_operations
@@ -21,19 +23,29 @@ def expand(expansion: Expansion) -> None:
         pair = len(planned.dictionaries) == 2
         _check(planned, pair)
         label = f"{short_hook(point.site.hook_name, point.site.hook_name_out)}-{config.amount_label}"
-        needs = planned.needed("train") | {"tokens": [planned.keys["tokens"]["held_out"]]}
-        planned.add("jacobian", label if pair else f"{config.kind_label}-{label}", needs)
+        if planned.dictionaries[0].stage == "foreign":
+            label = planned.dictionaries[0].base
+        needs, extra = planned.needed("train") | planned.needed("foreign"), dict[str, Any]()
+        if point.jacobian.of_text:
+            extra = {"row": read_prompt(planned), "tokenizer": planned.tree["tokenizer"]}
+        else:
+            needs |= {"tokens": [planned.keys["tokens"]["held_out"]]}
+        planned.add("jacobian", label if pair else f"{config.kind_label}-{label}", needs, extra)
 
 
 def _check(planned: PlannedPoint, pair: bool) -> None:
     point = planned.point
     assert point.site.hook_name_out is not None
     norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, planned.geometry.parallel).norm
-    if point.jacobian.norm == "ignored" and not (norm and pair):
-        raise ConfigError(
-            "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
-            "with a pair and site=mlp_before_norm, or set jacobian.norm=inside"
-        )
+    trained = getattr(point.dictionary, "jacobian_norm", "inside")
+    for name, value in (("jacobian.norm", point.jacobian.norm), ("dictionary.jacobian_norm", trained)):
+        if value == "ignored" and not (norm and pair):
+            raise ConfigError(
+                f"{name}=ignored leaves the norm out of f, but f does not begin before the norm here; use it with a "
+                f"pair and site=mlp_before_norm, or set {name}=inside"
+            )
+    if point.jacobian.of_text:
+        return
     usable = point.tokens.held_out_tokens // point.tokens.context_size * (point.tokens.context_size - 1)
     if point.jacobian.n_tokens > usable:
         raise ConfigError(
@@ -73,8 +85,7 @@ STAGES = (
         expand,
         reads=("jacobian", "model"),
         version=4,
-        needs=("train", "tokens"),
-        after=("foreign",),
+        needs=("train", "foreign", "tokens"),
         operations=operations,
         resources=resources,
         drawn="where_there",

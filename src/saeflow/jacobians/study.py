@@ -31,7 +31,7 @@ from saeflow.jacobians.pages import latex, page
 from saeflow.jacobians.statistics import Tally
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jobs.job import Job
-from saeflow.models.blocks import Block, input_gain, read_block
+from saeflow.models.blocks import input_gain, read_block, without_norm
 from saeflow.models.folder import Span, block_of_hooks, read_geometry
 from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
@@ -55,11 +55,11 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     with reading_model(job) as folder:
         geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
     span = _check_around_mlp(dictionaries, folders, geometry.parallel)
-    tokens = _open_tokens(job.input("tokens"), config)
+    tokens = _row_of_text(job.config["row"], config) if config.of_text else _open_tokens(job.input("tokens"), config)
 
     model = open_model(job)
     jacobian_map = open_map(model, dictionaries, config)
-    grid = Grid(tokens.context_size, config.window)
+    grid = tokens.grid(config.window)
     with job.writing() as out:
         tally, pairs, tops, samples = _run_pass(out, model, jacobian_map, tokens, grid, config)
         summary = _identity(job, dictionaries, span, config) | _write_statistics(out, tally, pairs, config)
@@ -170,7 +170,7 @@ def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], paral
             for d, path in zip(dictionaries, folders, strict=True)
         )
         raise FitError(
-            f"a Jacobian needs two TopK or ReLU SAEs around one MLP, or one transcoder, but {described}; use "
+            f"a Jacobian needs two TopK, ReLU or JumpReLU SAEs around one MLP, or one transcoder, but {described}; use "
             "dictionary=pair or dictionary=transcoder with site=mlp"
         )
     try:
@@ -188,16 +188,18 @@ def open_map(model: "HookedTransformer", dictionaries: list[Dictionary], config:
     block = read_block(model, *hooks)
     gain = input_gain(model, block_of_hooks(*hooks, bool(model.cfg.parallel_attn_mlp)))
     if config.norm == "ignored":
-        if not isinstance(block, Block):
-            raise ConfigError("jacobian.norm=ignored needs an MLP with a closed form; set jacobian.norm=inside")
-        block = Block(block.mlp, skip=block.skip)
+        block = without_norm(block, "jacobian.norm")
     return Pair(block, input, output, config.at == "reconstruction", own_output=config.norm == "ignored", gain=gain)
 
 
 def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: JacobianConfig) -> dict[str, Any]:
     """What the study is of, and its convention."""
     first, last = dictionaries[0].spec, dictionaries[-1].spec
+    made = job.inputs("train") + job.inputs("foreign")
     where = "its reconstruction by the input dictionary" if config.at == "reconstruction" else "the true input"
+    which = (
+        f"tokens {' to '.join(map(str, config.text_tokens))} of a text" if config.text_tokens else "without position 0"
+    )
     if len(dictionaries) == 2:
         entries = "k x k entries of a token's active latents, latents at 0 included"
         if first.activation != "topk" or last.activation != "topk":
@@ -209,12 +211,12 @@ def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: Jaco
         }[span.begins]
         if config.norm == "ignored":
             begins = "before the norm, which is left out of f but for its gain and bias"
-        convention = f"at {where}, without position 0; {entries}; f begins {begins}"
+        convention = f"at {where}, {which}; {entries}; f begins {begins}"
     else:
-        convention = "of the transcoder's output by its input, without position 0; all d_out x d_in entries"
+        convention = f"of the transcoder's output by its input, {which}; all d_out x d_in entries"
     return {
-        "train_key_in": job.inputs("train")[0].name,
-        "train_key_out": job.inputs("train")[-1].name,
+        "train_key_in": made[0].name,
+        "train_key_out": made[-1].name,
         "kind": "pair" if len(dictionaries) == 2 else "transcoder",
         "activation": first.activation,
         "hook_name": first.hook_name,
@@ -231,7 +233,14 @@ def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: Jaco
         "at": config.at,
         "norm": config.norm if span.norm else "outside",
         "convention": convention,
+        **({"text": config.text} if config.of_text else {}),
     }
+
+
+def _row_of_text(row: list[int], config: JacobianConfig) -> Tokens:
+    """One document, so that nothing has an interval."""
+    first = config.text_tokens[0] if config.text_tokens else 1
+    return Tokens(np.array([row], np.int32), np.zeros(1, np.int64), np.zeros(len(row) - first, np.int64), first)
 
 
 def _open_tokens(folder: Path, config: JacobianConfig) -> Tokens:

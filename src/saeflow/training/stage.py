@@ -10,9 +10,11 @@ from saeflow.activations.elsewhere import array_url
 from saeflow.config import DictionaryConfig, build
 from saeflow.config.dictionary import Columns, kinds
 from saeflow.dictionaries.kinds.trained import TrainedConfig
+from saeflow.dictionaries.layouts import foreign_bytes
 from saeflow.dictionaries.spec import Origin
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
+from saeflow.models.resources import rows_of
 from saeflow.planning.digests import canonical
 from saeflow.planning.expansion import Expansion, PlannedDictionary, short_hook
 from saeflow.planning.graph import Instance, Plan
@@ -141,14 +143,13 @@ def dictionaries_mb(plan: Plan, instances: Sequence[Instance]) -> float:
     """Of the weights of all dictionaries that some instances read, each once, trained or of other libraries."""
     keys = {(stage, key) for i in instances for stage in ("train", "foreign") for key in i.needs.get(stage, ())}
     trained = sum(n_bytes(plan, plan.instance("train", key)) for stage, key in keys if stage == "train")
-    paths = (plan.instance("foreign", key).sources.get("foreign") for stage, key in keys if stage == "foreign")
-    files = (file for path in paths if path for file in [Path(path), *Path(path).glob("*")])
-    return 1e-6 * (trained + sum(file.stat().st_size for file in files if file.is_file()))
+    foreign = sum(foreign_bytes(plan.instance("foreign", key).sources) for stage, key in keys if stage == "foreign")
+    return 1e-6 * (trained + foreign)
 
 
 def dictionaries_operations(plan: Plan, instances: Sequence[Instance]) -> float:
     """Of all dictionaries that some instances read, each once over the tokens that they share: two for each weight."""
-    tokens = plan.instance("tokens", instances[0].needs["tokens"][-1]).config
+    tokens = rows_of(plan, instances[0])
     return 2 * dictionaries_mb(plan, instances) * 1e6 / 4 * tokens["n_rows"] * tokens["tokens"]["context_size"]
 
 

@@ -147,9 +147,27 @@ def _about(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[
     seeds = (*SEEDS, "model.randomise", "model.randomise_seed", "tracr.seed", "dictionary.jacobian_coefficient")
     own |= {path: value for path, value in held.items() if path not in (*hashed, *seeds, *NAMES, *own)}
     own.pop("control_seed", None)
+    if of_tokens := _tokens_of(held):
+        own = {path: value for path, value in own.items() if path not in _OF_TOKENS} | of_tokens
     if control(summary) == CONTROLS["none"] and "model.weights" in held:
         own["model.weights"] = held["model.weights"]
     return own
+
+
+_OF_TOKENS = (
+    "tokens.held_out_tokens",
+    *(f"jacobian.{name}" for name in ("n_tokens", "text", "text_path", "text_tokens")),
+)
+
+
+def _tokens_of(held: Settings) -> dict[str, str]:
+    """Which tokens a study is of, in words, as `tokens`; nothing where its settings are not known."""
+    if text := held.get("jacobian.text"):
+        ends = held["jacobian.text_tokens"]
+        return {"tokens": (f"tokens {ends[0]} to {ends[1]} of " if ends else "") + f"“{text:.18}…”"}
+    if "jacobian.n_tokens" in held:
+        return {"tokens": f"{held['jacobian.n_tokens']:,} of {held['tokens.held_out_tokens']:,} held-out tokens"}
+    return {}
 
 
 def _read_examples(folder: Path) -> pd.DataFrame:
