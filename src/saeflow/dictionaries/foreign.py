@@ -8,6 +8,8 @@ class that does nothing.
 * `transcoder_circuits`: a `.pt` of `cfg` and `state_dict`; ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec_out.
 * `dictionary_learning`: `config.json` and `ae.pt`; what its `dict_class` computes.
 * `sparsify`: `cfg.json` and `sae.safetensors`; TopK of ReLU, of x - b_dec unless it transcodes.
+* `kissane`: `<name>.pt`, a state dict, and `<name>_cfg.json`; ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec. It is of
+  TransformerLens's processed model, whose heads' values are without their biases: see `_with_value_biases`.
 
 Shapes: d and p the widths read and written, n latents.
 """
@@ -24,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.layouts import foreign_digest, foreign_format
+from saeflow.dictionaries.fitting import check_fit, open_model
+from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format, kissane_config
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.saelens_format import (
     CONFIG_FILE,
@@ -36,6 +39,7 @@ from saeflow.dictionaries.saelens_format import (
 )
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.jobs.job import Job
+from saeflow.models.attention import read_values
 from saeflow.models.folder import read_geometry
 
 
@@ -262,11 +266,26 @@ def _sparsify(path: Path, site: Site) -> Dictionary:
     return build(spec, W_enc, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], W_skip)
 
 
+def _kissane(path: Path, site: Site) -> Dictionary:
+    config, tensors = kissane_config(path), _load_weights(path)
+    _check_kind(path, site, "sae")
+    _check_site(path, site, config["act_name"], None)
+    W_enc, b_enc, W_dec, b_dec = (tensors[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    if (sizes := (config["act_size"], config["dict_size"])) != tuple(W_enc.shape):
+        raise DictionaryError(f"{path} has W_enc of shape {tuple(W_enc.shape)}, but its _cfg.json says {sizes}")
+    # Values of heads are what processing leaves as they are, but for their biases; of the stream it changes the rest.
+    processed = None if site.hook_name.endswith("attn.hook_z") else True
+    origin = Origin(config.get("model_name"), None, processed, processed, processed, config.get("seq_len"), True)
+    spec = dataclasses.replace(_spec(site, "relu", W_enc, b_dec, True, origin), l1_coefficient=config["l1_coeff"])
+    return build(spec, W_enc, b_enc, W_dec, b_dec)
+
+
 _READERS: dict[str, Callable[[Path, Site], Dictionary]] = {
     "saelens": _saelens,
     "transcoder_circuits": _transcoder_circuits,
     "dictionary_learning": _dictionary_learning,
     "sparsify": _sparsify,
+    "kissane": _kissane,
 }
 
 
@@ -298,18 +317,45 @@ def foreign_job(job: Job) -> Dictionary:
     """Reads the dictionary that a job names, checks it against the model, and writes it as a SAELens folder."""
     config = job.config
     site = Site(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
-    if config["release"] is None:
-        form = config["format"]
-        with job.reading("foreign", lambda path, d: foreign_digest(path, form, d), config["content"]) as source:
-            dictionary = read_foreign(source, site, form)
+    source = Path(config["sae_id"] or job.instance.sources["label"])
+    if config["release"] is not None:
+        read = [read_release(config["release"], config["sae_id"], site)]
+    elif "heads" in config:
+        sites = [site._replace(hook_head_index=head) for head in range(len(config["heads"]))]
+        read = [_read(job, f"foreign_{h}", config["heads"][h], of_head) for h, of_head in enumerate(sites)]
     else:
-        source = Path(config["release"]) / config["sae_id"]
-        dictionary = read_release(config["release"], config["sae_id"], site)
-    dictionary.spec = dataclasses.replace(
-        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=job.instance.sources["label"])
-    )
+        source = job.source("foreign")
+        read = [_read(job, "foreign", config["content"], site)]
     folder = job.source("model")
-    check_fit(dictionary, source, folder, config["model"], read_geometry(folder))
+    for one in read:
+        origin = dataclasses.replace(one.spec.origin, source=job.instance.sources["label"])
+        one.spec = dataclasses.replace(one.spec, origin=origin)
+        check_fit(one, source, folder, config["model"], read_geometry(folder))
+    if config["format"] == "kissane" and site.hook_name.endswith("attn.hook_z"):
+        read = _with_value_biases(read, job)
+    dictionary = BlockDiagonal(read) if "heads" in config else read[0]
     with job.writing() as out:
         save_dictionary(dictionary, out)
     return dictionary
+
+
+def _read(job: Job, name: str, content: str, site: Site) -> Dictionary:
+    """The dictionary at one of the job's sources, whose files have the digest `content`."""
+    form = job.config["format"]
+    with job.reading(name, lambda path, digests: foreign_digest(path, form, digests), content) as source:
+        return read_foreign(source, site, form)
+
+
+def _with_value_biases(dictionaries: list[Dictionary], job: Job) -> list[Dictionary]:
+    """The same for values of heads as they are here, which add each head's bias c (d): a dictionary of z - c that gives
+    back z - c is one of z with b_dec + c in place of b_dec, since b_dec is subtracted from the input too.
+
+    TransformerLens's default processing folds c = b_V + b_norm W_V into b_O, as attention patterns sum to 1.
+    """
+    _, biases = read_values(open_model(job), int(job.config["hook_name"].split(".")[1]))
+    moved = []
+    for one in dictionaries:
+        head = one.spec.hook_head_index
+        c = biases.flatten() if head is None else biases[head]
+        moved.append(build(one.spec, **one.tensors | {"b_dec": one.b_dec + c.to(one.b_dec)}))
+    return moved

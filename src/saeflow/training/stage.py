@@ -10,6 +10,7 @@ from saeflow.activations.elsewhere import array_url
 from saeflow.config import DictionaryConfig, build
 from saeflow.config.dictionary import Columns, kinds
 from saeflow.dictionaries.kinds.trained import TrainedConfig
+from saeflow.dictionaries.layouts import foreign_paths
 from saeflow.dictionaries.spec import Origin
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
@@ -141,8 +142,8 @@ def dictionaries_mb(plan: Plan, instances: Sequence[Instance]) -> float:
     """Of the weights of all dictionaries that some instances read, each once, trained or of other libraries."""
     keys = {(stage, key) for i in instances for stage in ("train", "foreign") for key in i.needs.get(stage, ())}
     trained = sum(n_bytes(plan, plan.instance("train", key)) for stage, key in keys if stage == "train")
-    paths = (plan.instance("foreign", key).sources.get("foreign") for stage, key in keys if stage == "foreign")
-    files = (file for path in paths if path for file in [Path(path), *Path(path).glob("*")])
+    foreign = (foreign_paths(plan.instance("foreign", key).sources) for stage, key in keys if stage == "foreign")
+    files = (file for paths in foreign for path in paths for file in [path, *path.glob("*")])
     return 1e-6 * (trained + sum(file.stat().st_size for file in files if file.is_file()))
 
 
