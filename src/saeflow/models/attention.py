@@ -10,11 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+
+
+def read_values(model: "HookedTransformer", layer: int) -> tuple[Tensor, Tensor]:
+    """W_V (H, D, d) and b_V (H, d) of a layer by query head, the gain and bias of the norm before it folded in, whether
+    or not the model was loaded with `fold_ln`."""
+    block: Any = model.blocks[layer]
+    norm = getattr(block, "ln1", None)
+    gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+    W_V, b_V = block.attn.W_V.detach(), block.attn.b_V.detach()
+    if bias is not None:
+        b_V = b_V + torch.einsum("e,hed->hd", bias, W_V)
+    return W_V if gain is None else gain[:, None] * W_V, b_V
 
 
 @contextmanager
