@@ -265,7 +265,7 @@ def read_by(path: str) -> str:
     stages = readers().get(path, ())
     if path.startswith("dictionary.") and path not in BESIDE_KEYS:
         stages = ("train",)
-    if path.startswith("training.exclude."):
+    if path.startswith("training.exclude.") or path == "training.buffer_tokens":
         stages = ("train",)
     return ", ".join(f"`{stage}`" for stage in stages) or BESIDE_KEYS.get(path, "")
 

@@ -60,6 +60,34 @@ def test_jobs_that_run_a_model_ask_for_its_weights_twice_and_for_time_by_its_ope
     assert small["runtime"] == large["runtime"] == pytest.approx(2 * n_tokens * 2 * each / 1e7 / 60, abs=1)
 
 
+def test_a_training_asks_for_two_buffers_of_the_buffered_order(model: Path) -> None:
+    """Of what it reads, as it is stored."""
+    half = ["activations.dtype=float16", "dictionary.expansion=1"]
+    uniform = asked(plan_of(model, *half), "train")["mem_mb"]
+    buffered = asked(plan_of(model, *half, "training.order=buffered", "training.buffer_tokens=10_000_000"), "train")
+    assert buffered["mem_mb"] - uniform == 2 * 10_000_000 * 128 * 2 // 10**6
+
+
+def test_the_order_is_in_the_key_and_its_buffer_where_there_is_one(model: Path) -> None:
+    keys = {
+        overrides: next(iter(plan_of(model, *overrides).stages["train"]))
+        for overrides in (
+            (),
+            ("training.buffer_tokens=4096",),
+            ("training.order=buffered",),
+            ("training.order=buffered", "training.buffer_tokens=4096"),
+        )
+    }
+    usual, unread, buffered, smaller = keys.values()
+    assert usual == unread and len({usual, buffered, smaller}) == 3
+    assert "-buffered-" in buffered and "-buffered-buffer4096-" in smaller
+
+
+def test_trainings_of_different_orders_do_not_share_a_job(model: Path) -> None:
+    plan = plan_of(model, "training.order=[uniform,buffered]", "dictionary.k=[4,8]")
+    assert sorted(len(keys) for keys in plan.jobs("train")) == [2, 2]
+
+
 def test_a_small_job_has_time_all_the_same(model: Path) -> None:
     plan = plan_of(model)
     runtimes = [asked(plan, stage)["runtime"] for stage in ("activations", "baseline", "evaluate", "train")]
