@@ -28,7 +28,8 @@ def expand(expansion: Expansion) -> None:
 def _check(planned: PlannedPoint, pair: bool) -> None:
     point = planned.point
     assert point.site.hook_name_out is not None
-    norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, planned.geometry.parallel).norm
+    geometry = planned.geometry
+    norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel, geometry.norms).norm
     if point.jacobian.norm == "ignored" and not (norm and pair):
         raise ConfigError(
             "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
