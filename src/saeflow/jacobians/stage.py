@@ -36,7 +36,8 @@ def expand(expansion: Expansion) -> None:
 def _check(planned: PlannedPoint, pair: bool) -> None:
     point = planned.point
     assert point.site.hook_name_out is not None
-    norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, planned.geometry.parallel).norm
+    geometry = planned.geometry
+    norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel, geometry.norms).norm
     trained = getattr(point.dictionary, "jacobian_norm", "inside")
     for name, value in (("jacobian.norm", point.jacobian.norm), ("dictionary.jacobian_norm", trained)):
         if value == "ignored" and not (norm and pair):
