@@ -26,8 +26,8 @@ def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     """It enters by content, or by the names of its release; what figures call it enters nothing but theirs."""
     site, heads = planned.point.site, _heads(config)
     if heads:
-        _check_heads(planned, len(heads))
         identity, sources = _identity_of_heads(planned, heads, config.format)
+        _check_heads(planned, len(heads))
         label = (heads[0].parent if config.heads else Path(str(config.path))).stem
     else:
         identity, sources = _identity(planned, config.path, config.release, config.sae_id, "foreign", config.format)
