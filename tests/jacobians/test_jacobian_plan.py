@@ -155,6 +155,33 @@ def test_the_papers_settings_are_a_plan(tmp_path: Path, name: str) -> None:
     assert found.time.seconds > operations / 1e11
 
 
+def test_notebook_000_at_its_own_size_is_a_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "num_hidden_layers": 6,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 2048,
+    }
+    write_plain_model(tmp_path, config)
+    settings = ["experiment=notebook_000_pythia", f"model.path={tmp_path}"]
+    plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
+    for trained in plan.stages["train"].values():
+        dictionary = trained.config["dictionary"]
+        assert (dictionary["k"], 512 * dictionary["expansion"], dictionary["jacobian_norm"]) == (32, 16_384, "ignored")
+        assert trained.config["hook_name"] == "blocks.3.hook_resid_pre"
+    of_prompt = [study.config for study in plan.stages["jacobian"].values() if "row" in study.config]
+    assert len(of_prompt) == 4 and all(config["jacobian"]["text_tokens"] == [11, 20] for config in of_prompt)
+    assert all(config["jacobian"]["text"].startswith("Given the existence as uttered") for config in of_prompt)
+    assert not caplog.records
+    compose(ROOT / "conf", [*settings, "tokens.train_tokens=307_200"], results=str(tmp_path / "results"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "training.n_tokens=300000000 passes 977 times over tokens.train_tokens=307200"
+    )
+
+
 def test_the_papers_first_weights() -> None:
     spec = Spec("sae", "topk", 64, 64, 4096, "h", "h", k=4, sparsity="unit_norm")
     weights = initial_weights(spec, torch.ones(64), 0, "jsae")

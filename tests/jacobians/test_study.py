@@ -285,8 +285,11 @@ def test_study_counts_as_the_notebook_does(
     beyond = survival.iloc[-1]  # the notebook drops what exceeds the last edge
     np.testing.assert_allclose(survival.iloc[:19] - beyond, [counts[i:].sum() for i in range(1, 20)], atol=0.03)
     edges = torch.linspace(0, 0.5, 201)
-    printed = [f"There are {counts[i:].sum() + beyond:.1f} values above {edges[i]:.3f}." for i in range(1, 20)]
-    ours = notebook_lines(tally)
+    printed = [f"There are {counts[i:].sum() + beyond:.1f} values and above {edges[i]:.3f}." for i in range(1, 20)]
+    *ours, said = notebook_lines(tally)
+    assert said.startswith(
+        f"The histogram is of 200 bins from 0 to 0.5; there are {beyond:.1f} values above 0.5, which"
+    )
     assert [line.split("values")[1] for line in ours] == [line.split("values")[1] for line in printed]
     assert sum(a != b for a, b in zip(ours, printed, strict=True)) <= 3  # one value may round to another tenth
 
@@ -381,10 +384,10 @@ def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folde
     assert list(histogram.columns)[:4] == ["bin_left", "bin_right", "count_per_token", "above_per_token"]
     title, *lines = (job.path / "table.txt").read_text().splitlines()
     assert (
-        title.startswith(f"{IN} to {OUT}, k = 6, Jacobian coefficient 0, 100 tokens: at the true input")
-        and len(lines) == 19
+        title.startswith(f"{IN} to {OUT}, k = 6, Jacobian coefficient 0, trained model, 100 tokens: at the true input")
+        and len(lines) == 20
     )
-    assert lines[0].startswith("There are ") and lines[0].endswith(" values above 0.002.")
+    assert lines[0].startswith("There are ") and lines[0].endswith(" values and above 0.002.")
 
 
 def test_ten_tokens_are_enough(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.series import control
 from saeflow.evaluation.sums import write_tables
 from saeflow.features.text import Grid
 from saeflow.jacobians import examples, statistics
@@ -90,7 +91,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
 def _title(summary: dict[str, Any]) -> str:
     of = "transcoder"
     if summary["kind"] == "pair":  # a transcoder has no coefficient
-        of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
+        of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}, {control(summary)}"
     where = f"{summary['hook_name']} to {summary['hook_name_out']}"
     return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
 

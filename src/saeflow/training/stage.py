@@ -1,6 +1,7 @@
 """The stage `train`: one dictionary, or several that are trained as one, from columns of activations."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -18,20 +19,39 @@ from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.models.resources import rows_of
 from saeflow.planning.digests import canonical
-from saeflow.planning.expansion import Expansion, PlannedDictionary, short_hook
+from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
 from saeflow.planning.explain import readable
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage.memory import machine_memory
 from saeflow.training.loggers import check_loggers
 
+log = logging.getLogger(__name__)
 HOW_IT_RUNS = ("loggers", "together", "checkpoint_seconds", "keep_checkpoints")  # makes no dictionary another
+
+
+MANY_PASSES = 10
+
+
+def _warn_of_passes(planned: PlannedPoint) -> None:
+    """Says where a training sees the same text again and again, which a preset for a long training on few tokens does
+    without a word; rows of a case are all that there are."""
+    point = planned.point
+    passes = point.training.n_tokens / point.tokens.train_tokens
+    if passes <= MANY_PASSES or point.corpus.case is not None or not point.dictionary.trainings(point.site):
+        return
+    said = (
+        f"training.n_tokens={point.training.n_tokens} passes {passes:.0f} times over tokens.train_tokens="
+        f"{point.tokens.train_tokens}: raise the latter, unless so few tokens are meant"
+    )
+    planned.digests.once(said, lambda: log.warning(said))
 
 
 def expand(expansion: Expansion) -> None:
     loggers = set[str]()
     for planned in expansion.points:
         site, config = planned.point.site, planned.point.dictionary
+        _warn_of_passes(planned)
         training = planned.tree["training"]
         how = {name: training.pop(name) for name in HOW_IT_RUNS}
         exclude = planned.point.training.exclude

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.dictionaries.series import CONTROLS, NAMES, SEEDS, about_place, natural
+from saeflow.dictionaries.series import CONTROLS, NAMES, SEEDS, about_place, control, natural
 from saeflow.dictionaries.settings import Settings, by_one_width, read_summaries, settings, tell_apart
 from saeflow.figures.axes import PANELS_BESIDE, labelled, legend_below, subplots
 from saeflow.figures.style import sequence, track
@@ -110,11 +110,6 @@ def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.
         named = mine.rename(columns={name: f"{name}_{side}" for name in FAITHFULNESS} | {"train_key": key})
         summaries = summaries.merge(named, on=key, how="left")
     return summaries
-
-
-def control(summary: Mapping[Any, Any]) -> str:
-    """Name of the language model: trained, or which control."""
-    return CONTROLS[summary.get("randomise") or "none"]
 
 
 def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.DataFrame) -> pd.DataFrame:
