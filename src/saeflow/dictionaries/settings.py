@@ -30,6 +30,7 @@ _SAYS = {
     "dictionary.jacobian_norm": "norm {} in training",
     "dictionary.label": "{}",
     "dictionary.k": "k = {}",
+    "evaluation.replace_first": "first tokens kept",
     "jacobian.at": "at the {}",
     "jacobian.norm": "norm {}",
     "training.corpus": "trained on {}",
@@ -60,6 +61,8 @@ def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
             if any(found[path] != value for path, value in flat({"corpus": config["corpus"]}).items()):
                 found.setdefault("training.corpus", instance.sources["corpus_name"])
             found[f"tokens.{config['split']}_tokens"] = config["n_rows"] * config["tokens"]["context_size"]
+        if "replace_first" in config:  # where it is not as usual
+            found["evaluation.replace_first"] = config["replace_first"]
         if made_by == "foreign":
             found |= {f"dictionary.{name}": config[name] for name in ("content", "release", "sae_id")}
             found["dictionary.label"] = instance.sources["label"]  # as it is now
