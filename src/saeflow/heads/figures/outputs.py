@@ -51,7 +51,9 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 values = one["decoder_norm"].sel(head=head).values
                 axis.stairs(np.histogram(np.minimum(values, edges[-1]), edges)[0], edges, color=colour)
             axis.axvline(1, color="0.35", linestyle="--", linewidth=1)
-            axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.label(key)}")
+            mean = float(one["decoder_norm"].mean())
+            axis.set(xlabel="norm of a decoder row (last bin: and above)")
+            axis.set_title(f"{study.name}: {study.label(key)}\nmean norm {mean:.2f}")
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
     head_legend(figure, studies, Line2D([], [], color="0.35", linestyle="--", label="all, once folded"))
