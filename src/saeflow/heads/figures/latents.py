@@ -141,6 +141,7 @@ def coefficients(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         right.plot(atoms + 1, median, color=COLOURS[0])
         right.set(xlabel="rank of the atom", ylabel="|coefficient| / norm", title=study.label(key), ylim=(0, None))
         log_axis(right, "x")
+        right.set_xticks([10**power for power in range(len(str(len(atoms))))])
         columns = {"rank": atoms + 1, "low": low, "median": median, "high": high, "latent": latent, "head": head}
         tables.append(identified(pd.DataFrame(columns | {"atom": atoms, "coefficient": first}), study, key))
     figure.tight_layout()

@@ -51,7 +51,9 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 values = one["decoder_norm"].sel(head=head).values
                 axis.stairs(np.histogram(np.minimum(values, edges[-1]), edges)[0], edges, color=colour)
             axis.axvline(1, color="0.35", linestyle="--", linewidth=1)
-            axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.label(key)}")
+            mean = float(one["decoder_norm"].mean())
+            axis.set(xlabel="norm of a decoder row (last bin: and above)")
+            axis.set_title(f"{study.name}: {study.label(key)}\nmean norm {mean:.2f}")
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
     head_legend(figure, studies, Line2D([], [], color="0.35", linestyle="--", label="all, once folded"))
@@ -149,7 +151,7 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         right.set(xlabel="pair of heads", title="all texts: median, quartiles, 5 to 95 %")
         right.legend(loc="lower right")
         low, high = left.get_ylim()
-        left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
+        left.set_ylim(low - 0.35 * (high - low), high)  # room for the legends
     figure.tight_layout()
 
     def shown(study: HeadStudy) -> xr.Dataset:
@@ -235,6 +237,7 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         null = dataset["total_rotated"] / weight
         lowest, highest = null.min("rotation"), null.max("rotation")
         right.bar(at + 0.2, highest - lowest, 0.36, bottom=lowest, color=NULL)
+        right.use_sticky_edges = False  # the ends of ranges are not those of the axis
         right.plot(at + 0.2, null.mean("rotation"), "_", color="white", markersize=8)
         small = 5 if len(at) > 15 else None
         right.set_xticks(at, pair_names(dataset), fontsize=small, rotation=90 if small else 0)
@@ -317,7 +320,7 @@ def lifted(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 @figure("heads_ov", stage="heads", reads=read_heads)
 def ov(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Singular values of W_V W_O by head, over the largest of each: how many directions a head moves, how evenly."""
-    figure, grid = panels(1, max(1, len(studies)), width=3.4)
+    figure, grid = panels(1, max(1, len(studies)), width=4.8)
     for axis, study in zip(grid[0], studies, strict=True):
         dataset = study.dataset("ov")
         for head, colour in enumerate(colours(dataset.sizes["head"])):
@@ -327,6 +330,6 @@ def ov(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             label = f"head {head}: {shared:.1f} of {len(values)} share"
             axis.plot(at, values / values[0], color=colour, linestyle=dashes, label=label)
         axis.set(xlabel="index", ylabel="singular value of W_V W_O / largest", ylim=(0, None), title=study.name)
-        axis.legend(title="directions that share the energy")
+        axis.legend(title="directions that share the energy", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     return figure, of_studies(studies, lambda study: study.dataset("ov"))
