@@ -33,7 +33,7 @@ LIBRARY = CONF.parent / "src/saeflow"
 UNITS = {
     "tokens", "rows", "steps", "batches", "latents", "documents", "dictionaries", "examples", "intervals", "bins",
     "pairs", "atoms", "samples", "resamples", "checkpoints", "seconds", "index", "seed", "fraction", "factor", "rate",
-    "norm", "|J|",
+    "norm", "|J|", "heads", "paths", "nodes",
 }  # fmt: skip
 """What a number can be a number of; `factor`, `rate` and `fraction` have no dimension."""
 
@@ -42,6 +42,7 @@ EXPERIMENTS = (
     ["experiment=jsae"],
     ["experiment=attention_heads"],
     ["experiment=stack"],
+    ["experiment=circuits"],
     ["experiment=blind"],
     ["experiment=tracr_case3"],
     ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'"],
@@ -53,6 +54,7 @@ ELSEWHERE = {
     "hook_name_out": "site.hook_name_out",
     "head": "site.head",
     "layers": "site.layer",
+    "layer": "circuits.layer",
     "replace_first": "evaluation.replace_first",
 }
 """What instances read that is called otherwise than the setting that it is."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
+from saeflow.config.circuits import CircuitsConfig
 from saeflow.config.corpus import CorpusConfig, TokensConfig
 from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
@@ -52,6 +53,8 @@ class PointConfig:
     """What is looked up of every latent."""
     dashboards: DashboardsConfig = field(default_factory=DashboardsConfig)
     """Whether pages of dictionaries and their latents are made."""
+    circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
+    """How circuits through transcoders are looked for."""
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")

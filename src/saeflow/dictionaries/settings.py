@@ -29,6 +29,7 @@ _SAYS = {
     "dictionary.jacobian_penalty": "penalty {}",
     "dictionary.label": "{}",
     "dictionary.k": "k = {}",
+    "evaluation.replace_first": "first tokens kept",
     "jacobian.at": "at the {}",
     "jacobian.norm": "norm {}",
     "tokens.context_size": "context of {}",
@@ -56,6 +57,8 @@ def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
                 found.setdefault(f"{source}.name", instance.sources[f"{source}_name"])
         if made_by == "tokens":
             found[f"tokens.{config['split']}_tokens"] = config["n_rows"] * config["tokens"]["context_size"]
+        if "replace_first" in config:  # where it is not as usual
+            found["evaluation.replace_first"] = config["replace_first"]
         if made_by == "foreign":
             found |= {f"dictionary.{name}": config[name] for name in ("content", "release", "sae_id")}
             found["dictionary.label"] = instance.sources["label"]  # as it is now
