@@ -104,7 +104,7 @@ def _run_pass(
     Gives what was counted and summed, the windows of outputs and of inputs, and the tokens to look at functions of.
     """
     tally = Tally(config, tokens.n_documents)
-    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
+    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, out, jacobian_map.shared)
     sizes = {"outputs": jacobian_map.n_out, "inputs": jacobian_map.n_in}
     tops = [TopWindows(n, grid, config.contexts, out / f"{side}.firings") for side, n in sizes.items()]
     row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))

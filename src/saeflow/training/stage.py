@@ -14,7 +14,7 @@ from saeflow.config import DictionaryConfig, build
 from saeflow.config.dictionary import Columns, kinds
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.layouts import foreign_bytes
-from saeflow.dictionaries.spec import Origin
+from saeflow.dictionaries.spec import Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.models.resources import rows_of
@@ -165,11 +165,16 @@ def _operations(plan: Plan, instance: Instance) -> float:
     return config_of(instance).operations(_columns(plan, instance), instance.config["training"], d_mlp)
 
 
-def n_weights(plan: Plan, instance: Instance) -> int:
-    """Weights and biases of all that a training makes."""
+def specs_of(plan: Plan, instance: Instance) -> list[Spec]:
+    """What a training makes, as far as the plan knows it."""
     config = config_of(instance)
     assert isinstance(config, TrainedConfig)
-    specs = config.specs(_columns(plan, instance), instance.config["seed"], Origin())
+    return config.specs(_columns(plan, instance), instance.config["seed"], Origin())
+
+
+def n_weights(plan: Plan, instance: Instance) -> int:
+    """Weights and biases of all that a training makes."""
+    specs = specs_of(plan, instance)
     return sum(s.d_sae * (s.d_in + s.d_out + 1) + s.d_out + s.skip * s.d_in * s.d_out for s in specs)
 
 
