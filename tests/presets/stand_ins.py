@@ -37,7 +37,8 @@ OTHERS = (
     Preset("jsae_paper", "pythia-70m", "pile", ("site.layer=3", "dictionary.jacobian_coefficient=[0,1]")),
 )
 """Of the models that presets name in their comments."""
-LAYERS = {"pythia-70m": 6, "pythia-160m-deduped": 12, "pythia-410m": 24, "pythia-410m-deduped": 24}
+LAYERS = {"pythia-70m": 6, "pythia-160m-deduped": 12, "pythia-410m": 24, "pythia-410m-deduped": 24, "pythia-1.4b": 24}
+LAYERS |= {"gpt2-small": 12}
 REDUCED = (
     *("tokens.context_size=64", "tokens.train_tokens=8192", "tokens.held_out_tokens=4096"),
     *("tokens.held_out_fraction=0.2", "training.n_tokens=4096", "training.batch_size=512"),
@@ -45,9 +46,11 @@ REDUCED = (
 )
 """What makes a run of minutes of one of days; sizes follow from the model's."""
 ALSO = {
+    "notebook_000_pythia": ("jacobian.n_tokens=512", "jacobian.linearity_samples=64", "jacobian.resamples=100"),
     "jsae_paper": ("jacobian.n_tokens=512", "jacobian.linearity_samples=64", "jacobian.resamples=100"),
     "notebook_001": ("heads.n_tokens=1024", "heads.loss_tokens=512", "heads.resamples=50", "heads.dashboards=2"),
-    "notebook_004": ("dictionary.d_sae=512",),
+    "blind_pythia-410m": ("dictionary.d_sae=512", "blind.n_features=4", "blind.min_frequency=0", "blind.batch_rows=16"),
+    **dict.fromkeys(("notebook_004", "transcoders_gpt2-small", "transcoders_pythia-1.4b"), ("dictionary.d_sae=512",)),
 }
 
 
@@ -63,9 +66,14 @@ def presets() -> list[Preset]:
 
 
 def _chosen(experiment: dict[str, Any]) -> dict[str, str]:
-    """The groups that an experiment's file overrides."""
-    items = [item for item in experiment.get("defaults", ()) if isinstance(item, dict)]
-    return {name.removeprefix("override /"): value for item in items for name, value in item.items()}
+    """The groups that an experiment's file overrides, or one that it goes on from."""
+    chosen: dict[str, str] = {}
+    for item in experiment.get("defaults", ()):
+        if isinstance(item, dict):
+            chosen |= {name.removeprefix("override /"): value for name, value in item.items()}
+        elif item != "_self_":
+            chosen |= _chosen(yaml.safe_load((EXPERIMENTS / f"{item}.yaml").read_text()))
+    return chosen
 
 
 def _group(name: str, choice: str) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def write_model(folder: Path, name: str) -> Path:
     if folder.is_dir():
         return folder
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -99,6 +107,9 @@ def write_model(folder: Path, name: str) -> Path:
     n_vocab = len(json.loads((EMBEDDED / "model/tokenizer.json").read_text())["model"]["vocab"]) + 8
     if name == "gelu-2l":
         _write_gelu_2l(folder, n_vocab)
+    elif name == "gpt2-small":
+        sizes = {"n_embd": WIDTH, "n_layer": LAYERS[name], "n_head": HEADS, "n_positions": 1024, "n_ctx": 1024}
+        GPT2LMHeadModel(GPT2Config(vocab_size=n_vocab, **sizes)).save_pretrained(folder)
     else:
         config = GPTNeoXConfig(
             vocab_size=n_vocab, hidden_size=WIDTH, num_hidden_layers=LAYERS[name], num_attention_heads=HEADS,
