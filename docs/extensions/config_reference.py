@@ -22,7 +22,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from saeflow.config import BlindConfig, DictionaryConfig, PointConfig
+from saeflow.config import BlindConfig, CorpusConfig, DictionaryConfig, PointConfig
 from saeflow.config.device import SETTINGS as DEVICE
 from saeflow.config.dictionary import kinds
 from saeflow.planning.expansion import compose
@@ -79,7 +79,11 @@ BESIDE_KEYS |= {
 }
 BESIDE_KEYS |= {
     f"dictionary.{name}": "`foreign`; in keys are the contents of its files"
-    for name in ("path", "heads", "format", "release", "sae_id")
+    for name in ("path", "heads", "format", "release", "sae_id", "path_out", "sae_id_out")
+}
+BESIDE_KEYS |= {
+    f"evaluation.corpus.{field.name}": BESIDE_KEYS.get(f"corpus.{field.name}", "`tokens`")
+    for field in dataclasses.fields(CorpusConfig)
 }
 
 
@@ -262,7 +266,7 @@ def read_by(path: str) -> str:
     stages = readers().get(path, ())
     if path.startswith("dictionary.") and path not in BESIDE_KEYS:
         stages = ("train",)
-    if path.startswith("training.exclude."):
+    if path.startswith("training.exclude.") or path == "training.buffer_tokens":
         stages = ("train",)
     return ", ".join(f"`{stage}`" for stage in stages) or BESIDE_KEYS.get(path, "")
 

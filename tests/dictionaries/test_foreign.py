@@ -289,7 +289,7 @@ def test_kissane_latents_are_those_of_the_model_that_they_were_trained_on(
     (instance,) = plan.stages["foreign"].values()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saeflow.dictionaries.foreign.open_model", lambda job: ours)
-        made = foreign_job(Job(instance, plan, "cpu"))
+        (made,) = foreign_job(Job(instance, plan, "cpu"))
     f = ((trained_on - B_IN) @ W_ENC + B_ENC).relu()
     torch.testing.assert_close(made.encode(x), f, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made.forward(x) - x, f @ W_DEC + B_IN - trained_on, rtol=1e-4, atol=1e-3)

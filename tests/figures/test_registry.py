@@ -99,7 +99,7 @@ def test_all_figures_are_listed_without_drawing_libraries() -> None:
     listed, heavy = done.stdout.splitlines()
     assert not heavy
     found = {name: registry.Declared(*fields) for name, fields in json.loads(listed).items()}
-    assert found == declared() and len(found) == 40 and {one.stage for one in found.values()} == STAGES
+    assert found == declared() and len(found) == 45 and {one.stage for one in found.values()} == STAGES
     for name, one in found.items():
         known = find(name)
         assert known.declared == one and known.draw.__module__ == one.module and one.sentence.endswith(".")

@@ -62,6 +62,9 @@ class PointConfig:
             raise ConfigError(
                 "a model of a case is studied on the rows of that case: use model=tracr with corpus=tracr"
             )
+        other = self.evaluation.corpus
+        if other is not None and (self.corpus.case is not None or other.case is not None):
+            raise ConfigError("evaluation.corpus is another text, and a case has no text: set evaluation.corpus=null")
         self.dictionary.check(self)
 
 

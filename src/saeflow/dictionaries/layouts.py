@@ -16,6 +16,7 @@ LAYOUTS = {
     "saelens": ("cfg.json", "sae_weights.safetensors"),
     "dictionary_learning": ("config.json", "ae.pt"),
     "sparsify": ("cfg.json", "sae.safetensors"),
+    "jsae": ("cfg.json", "sae_weights.safetensors"),
 }
 IN_PT = {
     "kissane": ("W_enc", "b_enc", "W_dec", "b_dec"),
@@ -43,12 +44,21 @@ def foreign_format(path: Path) -> str:
         return "kissane" if "W_enc" in (held := _texts(path)) and "state_dict" not in held else "transcoder_circuits"
     for form, names in LAYOUTS.items():
         if all((path / name).is_file() for name in names):
-            return form
+            return "jsae" if form == "saelens" and _is_jsae(path / names[0]) else form
     known = "; ".join(f"{form}: {', '.join(names)}" for form, names in LAYOUTS.items())
     raise ConfigError(
         f"dictionary.path={path} is no dictionary that can be read here; these can: {known}; transcoder_circuits: a "
         ".pt file; kissane: a .pt file with its _cfg.json; or a folder of head_0, head_1, ..., each one of these"
     )
+
+
+def _is_jsae(config: Path) -> bool:
+    """Whether a `cfg.json` is of a pair: of late by `is_pair`, before that by the loss that it was trained with."""
+    try:
+        found = json.loads(config.read_text())
+    except (ValueError, OSError):
+        return False  # the job says what is wrong with it
+    return isinstance(found, dict) and bool({"is_pair", "use_jacobian_loss"} & found.keys())
 
 
 def foreign_files(path: Path, form: str) -> list[Path]:
@@ -101,9 +111,12 @@ def _texts(path: Path) -> set[str]:
     return found
 
 
-def foreign_paths(sources: Mapping[str, str]) -> list[Path]:
-    """Where the files of a foreign dictionary lie, of those of heads one a head, by the `sources` of its instance."""
-    return [Path(path) for name, path in sources.items() if re.fullmatch(r"foreign(_\d+)?", name)]
+def foreign_bytes(sources: Mapping[str, str]) -> int:
+    """Of the files of a foreign dictionary, of both of a pair, or of those of all heads, by the `sources` of its
+    instance; 0 where they are not here yet."""
+    paths = {Path(path) for name, path in sources.items() if re.fullmatch(r"foreign(_out|_\d+)?", name)}
+    files = {file for path in paths for file in [path, *path.glob("*")]}
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def foreign_digest(path: Path, form: str, digests: DigestCache) -> str:

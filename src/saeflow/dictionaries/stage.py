@@ -7,8 +7,8 @@ from typing import Any
 from saeflow.config import ConfigError
 from saeflow.config.checks import where
 from saeflow.config.labels import file_safe
-from saeflow.dictionaries.kinds.foreign import ForeignConfig
-from saeflow.dictionaries.layouts import foreign_digest, foreign_format, foreign_paths, head_folders, kissane_config
+from saeflow.dictionaries.kinds.foreign import ForeignConfig, ForeignPairConfig
+from saeflow.dictionaries.layouts import foreign_bytes, foreign_digest, foreign_format, head_folders, kissane_config
 from saeflow.jobs.job import Job
 from saeflow.planning.digests import short_hash
 from saeflow.planning.expansion import Expansion, PlannedDictionary, PlannedPoint, short_hook
@@ -24,37 +24,77 @@ def expand(expansion: Expansion) -> None:
 
 def _add(planned: PlannedPoint, config: ForeignConfig) -> None:
     """It enters by content, or by the names of its release; what figures call it enters nothing but theirs."""
-    site, sources = planned.point.site, dict[str, str]()
-    identity: dict[str, Any] = {"release": config.release, "sae_id": config.sae_id, "format": None, "content": None}
-    label, made, heads = f"{config.release} {config.sae_id}", f"{config.release}.{config.sae_id}", list[Path]()
-    if config.release is None:
-        paths = [Path(path) for path in config.heads or (config.path,) if path]
-        for path in paths:
-            if not path.exists():
-                name = "heads" if config.heads else "path"
-                raise ConfigError(f"dictionary.{name}={path}: no such file or folder{where(path)}")
-        heads = paths if config.heads else head_folders(paths[0])
-        forms = {config.format or foreign_format(path): path for path in heads or paths}
-        if len(forms) > 1:
-            raise ConfigError(
-                f"dictionaries of heads are of one format, but {_several(forms)}; name them by themselves"
-            )
-        ((form, _),) = forms.items()
-        contents = [_checked(path, form, planned) for path in heads or paths]
-        identity |= {"format": form, "content": short_hash(contents, 32) if heads else contents[0]}
-        identity |= {"heads": contents} if heads else {}
-        label = (paths[0].parent if config.heads else paths[0]).stem
-        made = f"{'heads_' if heads else ''}{form}.{identity['content'][:4]}"
-        sources = {f"foreign_{h}": str(path) for h, path in enumerate(heads)} or {"foreign": str(paths[0])}
-    base = f"{file_safe(made)}-{short_hook(site.hook_name, site.hook_name_out)}"
-    extra = identity | {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
+    site, heads = planned.point.site, _heads(config)
     if heads:
+        identity, sources = _identity_of_heads(planned, heads, config.format)
         _check_heads(planned, len(heads))
+        label = (heads[0].parent if config.heads else Path(str(config.path))).stem
+    else:
+        identity, sources = _identity(planned, config.path, config.release, config.sae_id, "foreign", config.format)
+        label = Path(config.path).stem if config.path else f"{config.release} {config.sae_id}"
+    made = [_made(identity)]
+    if isinstance(config, ForeignPairConfig):
+        path = config.path_out or config.path
+        identity["output"], more = _identity(
+            planned, path, config.release, config.sae_id_out, "foreign_out", config.format
+        )
+        made.append(_made(identity["output"]))
+        sources |= more
+    base = f"{'_'.join(dict.fromkeys(made))}-{short_hook(site.hook_name, site.hook_name_out)}"
+    extra = identity | {"hook_name": site.hook_name, "hook_name_out": site.hook_name_out, "head": site.head}
     needs = planned.needed("groundtruth")  # a model that it has to fit, and that the workflow makes first
     key = planned.add("foreign", base, needs, extra, sources=sources | {"label": config.label or label})
-    written = site.hook_name_out or site.hook_name
-    parts = [PlannedDictionary("foreign", key, written, base, f"head_{h}", h) for h in range(len(heads))]
-    planned.dictionaries += [PlannedDictionary("foreign", key, written, base, head=site.head), *parts]
+    if isinstance(config, ForeignPairConfig):
+        sides = zip(("input", "output"), config.hooks(site), strict=True)
+        planned.dictionaries += [PlannedDictionary("foreign", key, hook, base, side) for side, hook in sides]
+    else:
+        written = site.hook_name_out or site.hook_name
+        parts = [PlannedDictionary("foreign", key, written, base, f"head_{h}", h) for h in range(len(heads))]
+        planned.dictionaries += [PlannedDictionary("foreign", key, written, base, head=site.head), *parts]
+
+
+def _heads(config: ForeignConfig) -> list[Path]:
+    """Where the dictionaries of all heads lie, if that is what is meant."""
+    whole = isinstance(config, ForeignPairConfig) or config.path is None
+    return [Path(path) for path in config.heads] if whole or config.heads else head_folders(Path(str(config.path)))
+
+
+def _identity(
+    planned: PlannedPoint, path: str | None, release: str | None, sae_id: str | None, source: str, form: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What identifies one dictionary, and where it lies, as the source `source`."""
+    if path is None:
+        return {"release": release, "sae_id": sae_id, "format": None, "content": None}, {}
+    there = _there(Path(path), "path" if source == "foreign" else "path_out")
+    form = form or foreign_format(there)
+    content = _checked(there, form, planned)
+    return {"release": None, "sae_id": None, "format": form, "content": content}, {source: path}
+
+
+def _identity_of_heads(
+    planned: PlannedPoint, heads: list[Path], form: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What identifies the dictionaries of all heads, which are read as one, and where they lie."""
+    forms = {form or foreign_format(_there(path, "heads")): path for path in heads}
+    if len(forms) > 1:
+        raise ConfigError(f"dictionaries of heads are of one format, but {_several(forms)}; name them by themselves")
+    (found,) = forms
+    contents = [_checked(_there(path, "heads"), found, planned) for path in heads]
+    identity = {"release": None, "sae_id": None, "format": found, "content": short_hash(contents, 32)}
+    return identity | {"heads": contents}, {f"foreign_{h}": str(path) for h, path in enumerate(heads)}
+
+
+def _there(path: Path, name: str) -> Path:
+    if not path.exists():
+        raise ConfigError(f"dictionary.{name}={path}: no such file or folder{where(path)}")
+    return path
+
+
+def _made(identity: dict[str, Any]) -> str:
+    """What stands for a dictionary in names of folders."""
+    form, content = identity["format"], identity["content"]
+    heads = "heads_" if "heads" in identity else ""
+    return file_safe(f"{heads}{form}.{content[:4]}" if content else f"{identity['release']}.{identity['sae_id']}")
 
 
 def _several(forms: dict[str, Path]) -> str:
@@ -92,9 +132,7 @@ def version_of(config: dict[str, Any]) -> int | None:
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
     """Its files three times, as read, as ours and as written, beside 3 GB; 1 GB where they are not here yet."""
-    size = 0
-    for path in (path for instance in instances for path in foreign_paths(instance.sources)):
-        size += sum(file.stat().st_size for file in [path, *path.glob("*")] if file.is_file())
+    size = sum(foreign_bytes(instance.sources) for instance in instances)
     return {"mem_mb": 3000 + max(1000, round(3e-6 * size)), "runtime": 60}
 
 
@@ -103,8 +141,8 @@ def work(jobs: list[Job]) -> str:
 
     lines = []
     for job in jobs:
-        spec = foreign_job(job).spec
-        lines.append(f"{job.path}/: {spec.kind} of {spec.d_sae} latents at {spec.hook_name}, {spec.activation}")
+        for spec in (dictionary.spec for dictionary in foreign_job(job)):
+            lines.append(f"{job.path}/: {spec.kind} of {spec.d_sae} latents at {spec.hook_name}, {spec.activation}")
     return "\n".join(lines)
 
 

@@ -47,7 +47,13 @@ def expand(expansion: Expansion) -> None:
         for stage in ("train", "foreign"):
             if keys := {p.dictionaries[0].key for p in points if p.dictionaries[0].stage == stage}:
                 needs[stage] = sorted(keys)
-        hook = points[0].point.site.hook_name
+        hook, geometry = points[0].point.site.hook_name, points[0].geometry
+        if geometry.norms != "before":
+            raise ConfigError(
+                f"the study of the heads at {hook} needs a layer to write the sum of what its heads write, and "
+                f"{geometry.architecture} normalises that sum; use a model without norms after attention, or "
+                "dictionaries of all heads together, such as dictionary=topk"
+            )
         _check_latents(points)
         needs["tokens"] = [points[0].keys["tokens"]["held_out"]]
         points[0].add("heads", short_hook(hook), needs, {"hook_name": hook}, name=hook)
