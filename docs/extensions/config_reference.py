@@ -79,7 +79,7 @@ BESIDE_KEYS |= {
 }
 BESIDE_KEYS |= {
     f"dictionary.{name}": "`foreign`; in keys are the contents of its files"
-    for name in ("path", "format", "release", "sae_id", "path_out", "sae_id_out")
+    for name in ("path", "heads", "format", "release", "sae_id", "path_out", "sae_id_out")
 }
 BESIDE_KEYS |= {
     f"evaluation.corpus.{field.name}": BESIDE_KEYS.get(f"corpus.{field.name}", "`tokens`")
