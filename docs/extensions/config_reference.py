@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -200,6 +201,9 @@ def _type(hint: Any) -> tuple[str, tuple[str, ...]]:
     origin, args = typing.get_origin(inner), typing.get_args(inner)
     if origin is typing.Literal:
         return "one of these" + null, tuple(map(str, args))
+    if origin in (typing.Union, types.UnionType):  # a list, or a word in its place
+        (of, choices), (_, words) = map(_type, args)
+        return f"{of} or one of these{null}", (*choices, *words)
     if origin is tuple:
         of, choices = _type(args[0])
         return (f"list of {of}s" if not choices else "list of these") + null, choices
@@ -261,7 +265,7 @@ def read_by(path: str) -> str:
     stages = readers().get(path, ())
     if path.startswith("dictionary.") and path not in BESIDE_KEYS:
         stages = ("train",)
-    if path.startswith("training.exclude."):
+    if path.startswith("training.exclude.") or path == "training.buffer_tokens":
         stages = ("train",)
     return ", ".join(f"`{stage}`" for stage in stages) or BESIDE_KEYS.get(path, "")
 

@@ -12,9 +12,11 @@ from saeflow.config.defaults import set_apart
 from saeflow.dictionaries import Spec
 from saeflow.dictionaries.initial import initial_weights
 from saeflow.dictionaries.spec import DictionaryError
+from saeflow.jacobians.stage import most_pairs
 from saeflow.planning.expansion import compose
 from saeflow.planning.explain import explain, sentence
 from saeflow.planning.graph import Plan
+from saeflow.planning.machine import notes
 from saeflow.planning.stages import stages
 from saeflow.text.tokenizer import load_tokenizer
 
@@ -180,6 +182,36 @@ def test_notebook_000_at_its_own_size_is_a_plan(tmp_path: Path, caplog: pytest.L
     assert record.getMessage().startswith(
         "training.n_tokens=300000000 passes 977 times over tokens.train_tokens=307200"
     )
+
+
+def test_a_plan_says_what_the_sums_of_pairs_need(tmp_path: Path) -> None:
+    """As many as k x k a token, or all; beyond 5 million they lie on the disk, with a gigabyte of memory."""
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+        "intermediate_size": 256, "max_position_embeddings": 256,
+    }  # fmt: skip
+    write_plain_model(tmp_path, config)
+    settings = [
+        f"model.path={tmp_path}",
+        "dictionary=jacobian",
+        "site=mlp",
+        "dictionary.k=8",
+        "dictionary.expansion=64",
+    ]
+    asked = {}
+    for n_tokens, pairs in ((1000, 64_000), (60_000, 3_840_000), (1_000_000, 16_777_216)):
+        tokens = ["tokens.held_out_tokens=2_000_000", f"jacobian.n_tokens={n_tokens}"]
+        plan = compose(ROOT / "conf", [*settings, *tokens], results=str(tmp_path / "results"))
+        (study,) = plan.stages["jacobian"].values()
+        assert most_pairs(plan, study) == pairs
+        asked[pairs] = stages()["jacobian"].resources(plan, [study])["mem_mb"]
+        said = [note for note in notes(plan) if "pairs of latents" in note]
+        assert len(said) == (pairs > 5_000_000)
+    assert (
+        f"{study.key} sums up to 16,777,216 pairs of latents, in files: 1000 MB of memory and up to 2.0 GB" in said[0]
+    )
+    assert asked[3_840_000] - asked[64_000] == pytest.approx(200 * (3.84 - 0.064), abs=1)
+    assert asked[16_777_216] - asked[64_000] == pytest.approx(1000 - 200 * 0.064, abs=1)
 
 
 def test_the_papers_first_weights() -> None:

@@ -195,23 +195,46 @@ def test_rotary_base_of_a_neox_is_kept(neox_folder, tmp_path, key):
 
 # -------------------------------------------------------------------- folders that cannot be used
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings",
     [
-        (
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}},
-            "rope_type=linear, which",
-        ),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type=yarn, which"),
-        ({"attention_bias": True}, "attention_bias=true, which"),
-        ({"mlp_bias": True}, "mlp_bias=true, which"),
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}},
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 12},
     ],
 )
-def test_settings_that_transformerlens_leaves_out_are_refused_from_the_config(
-    llama_folder, tmp_path, settings, message
-):
-    folder = edit_config(llama_folder, tmp_path / "m", **settings)
-    with pytest.raises(ModelError, match=rf"/m: config.json has {message} TransformerLens leaves out"):
+def test_settings_that_hooked_transformer_leaves_out_are_for_the_bridge(llama_folder, tmp_path, settings):
+    assert not read_geometry(llama_folder).bridged
+    assert read_geometry(edit_config(llama_folder, tmp_path / "m", **settings)).bridged
+
+
+def test_a_setting_that_nothing_here_computes_is_refused_from_the_config(neox_folder, tmp_path):
+    linear = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}
+    folder = edit_config(neox_folder, tmp_path / "m", rope_parameters=linear)
+    with pytest.raises(ModelError, match=r"/m: config.json has rope_type=linear, which TransformerLens leaves out of"):
         read_geometry(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"quantization_config": {"bits": 4}}, "only weights that are plain numbers are read: save it again"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"a": 1}}, "only models of text alone"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "only decoders are run"),
+        ({"use_bidirectional_attention": True}, "only attention that looks back is run"),
+    ],
+)
+def test_a_feature_that_no_model_can_have_here_is_named(llama_folder, tmp_path, settings, why):
+    folder = edit_config(llama_folder, tmp_path / "m", **settings)
+    with pytest.raises(ModelError, match=rf"/m: config.json has {list(settings)[-1]}, and {why}"):
+        read_geometry(folder)
+
+
+def test_a_config_without_architectures_is_understood_by_its_model_type(llama_folder, tmp_path):
+    folder = edit_config(llama_folder, tmp_path / "m", drop=("architectures",))
+    assert read_geometry(folder) == read_geometry(llama_folder)
+    load_model(folder, PLAIN, "cpu")
 
 
 def test_centering_a_model_with_rms_norm_is_refused(llama_folder):
@@ -272,7 +295,7 @@ def test_folder_without_weights_is_refused(tmp_path, file, message):
         ("[]", "config.json holds a list where keys should be"),
         (
             '{"architectures": ["BertModel"]}',
-            "architecture BertModel is not supported; these are: GPTNeoX, GPT2, Llama",
+            "architecture BertModel is not supported; these are: Llama, Mistral, .*Gemma2, .*GPT2, and Trans",
         ),
         ('{"model_type": "x"}', "architecture unknown is not supported"),
         ('{"architectures": ["GPT2LMHeadModel"], "n_embd": 8}', "has none of the keys num_attention_heads, n_head"),

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +33,11 @@ from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
 from saeflow.models.attention import fused_attention
-from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
-from saeflow.models.source import reading_model
+from saeflow.models.protocol import LanguageModel
+from saeflow.models.source import reading_model, settings_of
+from saeflow.models.splicing import run_until
 from saeflow.storage.receipts import RECEIPT
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
 
 
 class DiskFullError(OSError):
@@ -68,7 +66,7 @@ def cache_jobs(jobs: list[Job]) -> str:
     return f"{len(jobs)} columns, {tokens:,} tokens, in {store.folder}: {time.perf_counter() - start:.1f} s"
 
 
-def opened(jobs: list[Job]) -> "tuple[ActivationStore, list[ColumnRequest], Callable[[], HookedTransformer]]":
+def opened(jobs: list[Job]) -> tuple[ActivationStore, list[ColumnRequest], Callable[[], LanguageModel]]:
     """The store of the jobs, the column that each is to make, and what opens the model. Raises `StoreError` for columns
     of several stores."""
     folders = sorted({job.path.parent for job in jobs})
@@ -79,7 +77,7 @@ def opened(jobs: list[Job]) -> "tuple[ActivationStore, list[ColumnRequest], Call
     asked = (job.config for job in jobs)
     columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
 
-    def load() -> "HookedTransformer":
+    def load() -> LanguageModel:
         with reading_model(jobs[0]) as source:
             return load_model(source, model, jobs[0].device, context_size)
 
@@ -88,14 +86,14 @@ def opened(jobs: list[Job]) -> "tuple[ActivationStore, list[ColumnRequest], Call
 
 def processing_of(config: dict[str, Any]) -> dict[str, Any]:
     """How a model is processed when it is opened."""
-    return {name: value for name, value in config["model"].items() if name != "weights"}
+    return settings_of(config["model"])
 
 
 def cache(
     store: ActivationStore,
     columns: Iterable[ColumnRequest],
     rows: TokenRows,
-    load: "Callable[[], HookedTransformer]",
+    load: Callable[[], LanguageModel],
     device: str = "cpu",
     attributes: dict[str, Any] | None = None,
 ) -> dict[ColumnRequest, Statistics]:
@@ -158,7 +156,7 @@ def longest_rows(folders: Iterable[Path]) -> TokenRows:
 
 
 # -------------------------------------------------------------------- the forward pass
-def _fill(writers: list[ColumnWriter], rows: TokenRows, load: "Callable[[], HookedTransformer]", device: str) -> None:
+def _fill(writers: list[ColumnWriter], rows: TokenRows, load: Callable[[], LanguageModel], device: str) -> None:
     """Runs every block of rows of which some writer needs a row, up to the last layer that is needed there."""
     if not all(writer.done for writer in writers):
         model, batch_rows = load(), writers[0].store.config.batch_rows
@@ -173,9 +171,7 @@ def _fill(writers: list[ColumnWriter], rows: TokenRows, load: "Callable[[], Hook
         writer.wait()
 
 
-def run_block(
-    model: "HookedTransformer", writers: Sequence[HookWriter], rows: TokenRows, block: int, device: str
-) -> None:
+def run_block(model: LanguageModel, writers: Sequence[HookWriter], rows: TokenRows, block: int, device: str) -> None:
     """Gives the writers what they need of a block of rows."""
     batch_rows = writers[0].store.config.batch_rows
     first, stop = block * batch_rows * rows.context_size, (block + 1) * batch_rows * rows.context_size
@@ -188,7 +184,7 @@ def run_block(
 
 
 @torch.inference_mode()
-def forward(model: "HookedTransformer", tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
+def forward(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
     """Activations at some hooks, each (N, *size) with N = rows x positions; no later block runs, and no logits.
 
     tokens: (rows, positions) int64. Raises `ActivationError` for a hook that does not fire in this model.
@@ -198,9 +194,8 @@ def forward(model: "HookedTransformer", tokens: Tensor, hooks: list[str]) -> dic
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value.flatten(0, 1)
 
-    after_blocks = any(hook.startswith("ln_final") for hook in hooks)
-    stop = None if after_blocks else max(hook_layer(hook, model.cfg.n_layers) for hook in hooks)
-    model.run_with_hooks(tokens, return_type=None, stop_at_layer=stop, fwd_hooks=[(hook, keep) for hook in hooks])
+    with model.hooks(fwd_hooks=[(hook, keep) for hook in hooks]):
+        run_until(model, tokens, hooks)
     for hook in hooks:
         if hook not in values:
             raise ActivationError(f"{hook} did not fire in the model's forward pass; use another site")

@@ -22,6 +22,7 @@ from saeflow.activations.writer import AheadWriter, ColumnRequest
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
 from saeflow.models.attention import fused_attention
+from saeflow.models.protocol import LanguageModel
 from saeflow.planning.parts import Part
 from saeflow.storage.locks import locked
 from saeflow.storage.publish import make_folder, remove_leftovers
@@ -95,7 +96,7 @@ def _compute(
     wanted: list[tuple[ColumnRequest, Path]],
     number: int,
     rows: TokenRows,
-    model: object,
+    model: LanguageModel,
     device: str,
 ) -> None:
     """One shard of several hooks, in one pass over its blocks of rows."""

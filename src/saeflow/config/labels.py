@@ -48,6 +48,8 @@ SHORT: dict[str, str] = {
     "training.n_tokens": "n",
     "training.batch_size": "batch",
     "training.shuffle_seed": "shuffle",
+    "training.order": "",
+    "training.buffer_tokens": "buffer",
     "training.adam_beta1": "beta1",
     "training.adam_beta2": "beta2",
     "training.lr_warm_up_steps": "warmup",

@@ -76,4 +76,4 @@ def takes_list(path: str) -> bool:
             return False
         variants = [hint, *(kinds().values() if hint is DictionaryConfig else ())]
         hint = next((found for v in variants if (found := typing.get_type_hints(v).get(part))), None)
-    return typing.get_origin(hint) is tuple
+    return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))

@@ -1,7 +1,7 @@
 """The model of a job, and dictionaries that belong to it: checked before any forward pass."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries.sae import Dictionary
@@ -10,10 +10,8 @@ from saeflow.jobs.job import Job
 from saeflow.models.conversion import SHORT
 from saeflow.models.folder import Geometry, read_geometry
 from saeflow.models.loading import load_model
-from saeflow.models.source import PROCESSING, reading_model
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel
+from saeflow.models.source import PROCESSING, reading_model, settings_of
 
 
 class FitError(ConfigError):
@@ -22,11 +20,10 @@ class FitError(ConfigError):
 
 def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
     """`load_model`'s config from a job's `model` group, in which the weights' digest stands for the path."""
-    fields = {name: value for name, value in model.items() if name != "weights"}
-    return ModelConfig(name=folder.name, path=str(folder), **fields)
+    return ModelConfig(name=folder.name, path=str(folder), **settings_of(model))
 
 
-def open_model(job: Job, context_size: int = SHORT) -> "HookedTransformer":
+def open_model(job: Job, context_size: int = SHORT) -> LanguageModel:
     """The model of a job, on its device.
 
     Its conversion was checked on whole rows when the activations were cached that the job, or one before it, needs; a

@@ -9,6 +9,8 @@ class that does nothing.
 * `dictionary_learning`: `config.json` and `ae.pt`; what its `dict_class` computes.
 * `sparsify`: `cfg.json` and `sae.safetensors`; TopK of ReLU, of x - b_dec unless it transcodes.
 * `jsae`: `cfg.json` and `sae_weights.safetensors` of both SAEs around an MLP, whose site says which is meant.
+* `kissane`: `<name>.pt`, a state dict, and `<name>_cfg.json`; ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec. It is of
+  TransformerLens's processed model, whose heads' values are without their biases: see `_with_value_biases`.
 
 Shapes: d and p the widths read and written, n latents.
 """
@@ -25,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.layouts import foreign_digest, foreign_format
+from saeflow.dictionaries.fitting import check_fit, open_model
+from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format, kissane_config
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.saelens_format import (
     CONFIG_FILE,
@@ -37,6 +40,7 @@ from saeflow.dictionaries.saelens_format import (
 )
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.jobs.job import Job
+from saeflow.models.attention import read_values
 from saeflow.models.folder import read_geometry
 
 
@@ -303,12 +307,28 @@ def _jsae(path: Path, site: Site) -> Dictionary:
 
 _JSAE_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
+
+def _kissane(path: Path, site: Site) -> Dictionary:
+    config, tensors = kissane_config(path), _load_weights(path)
+    _check_kind(path, site, "sae")
+    _check_site(path, site, config["act_name"], None)
+    W_enc, b_enc, W_dec, b_dec = (tensors[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    if (sizes := (config["act_size"], config["dict_size"])) != tuple(W_enc.shape):
+        raise DictionaryError(f"{path} has W_enc of shape {tuple(W_enc.shape)}, but its _cfg.json says {sizes}")
+    # Values of heads are what processing leaves as they are, but for their biases; of the stream it changes the rest.
+    processed = None if site.hook_name.endswith("attn.hook_z") else True
+    origin = Origin(config.get("model_name"), None, processed, processed, processed, config.get("seq_len"), True)
+    spec = dataclasses.replace(_spec(site, "relu", W_enc, b_dec, True, origin), l1_coefficient=config["l1_coeff"])
+    return build(spec, W_enc, b_enc, W_dec, b_dec)
+
+
 _READERS: dict[str, Callable[[Path, Site], Dictionary]] = {
     "saelens": _saelens,
     "transcoder_circuits": _transcoder_circuits,
     "dictionary_learning": _dictionary_learning,
     "sparsify": _sparsify,
     "jsae": _jsae,
+    "kissane": _kissane,
 }
 
 
@@ -337,20 +357,28 @@ def _check_site(name: str | Path, site: Site, hook: str, out: str | None) -> Non
 
 # -------------------------------------------------------------------- jobs
 def foreign_job(job: Job) -> list[Dictionary]:
-    """Reads the dictionary that a job names, or both of a pair, checks them against the model, and writes each as a
-    SAELens folder: those of a pair as `input` and `output`."""
+    """Reads the dictionary that a job names, both of a pair, or those of all heads as one, checks them against the
+    model, and writes each as a SAELens folder: those of a pair as `input` and `output`."""
     config = job.config
     hook, out = config["hook_name"], config["hook_name_out"] or config["hook_name"]
-    if "output" not in config:
-        dictionaries = [_read(job, config, Site(hook, out, config["head"]), "foreign")]
+    site = Site(hook, out, config["head"])
+    if "output" in config:
+        sides = {"input": (config, Site(hook, hook), "foreign")}
+        sides |= {"output": (config["output"], Site(out, out), "foreign_out")}
+        dictionaries = {side: _read(job, *one) for side, one in sides.items()}
     else:
-        sides = ((config, Site(hook, hook), "foreign"), (config["output"], Site(out, out), "foreign_out"))
-        dictionaries = [_read(job, *side) for side in sides]
+        contents = config.get("heads")
+        heads = enumerate(contents or ())
+        parts = [({**config, "content": c}, site._replace(hook_head_index=h), f"foreign_{h}") for h, c in heads]
+        read = [_read(job, *part) for part in parts or [(config, site, "foreign")]]
+        if config["format"] == "kissane" and hook.endswith("attn.hook_z"):
+            read = _with_value_biases(read, job)
+        dictionaries = {"": BlockDiagonal(read) if contents else read[0]}
     with job.writing() as folder:
-        for dictionary, side in zip(dictionaries, ("input", "output") if "output" in config else ("",), strict=True):
+        for side, dictionary in dictionaries.items():
             (folder / side).mkdir(exist_ok=True)
             save_dictionary(dictionary, folder / side)
-    return dictionaries
+    return list(dictionaries.values())
 
 
 def _read(job: Job, identity: dict[str, Any], site: Site, name: str) -> Dictionary:
@@ -368,3 +396,18 @@ def _read(job: Job, identity: dict[str, Any], site: Site, name: str) -> Dictiona
     folder = job.source("model")
     check_fit(dictionary, source, folder, job.config["model"], read_geometry(folder))
     return dictionary
+
+
+def _with_value_biases(dictionaries: list[Dictionary], job: Job) -> list[Dictionary]:
+    """The same for values of heads as they are here, which add each head's bias c (d): a dictionary of z - c that gives
+    back z - c is one of z with b_dec + c in place of b_dec, since b_dec is subtracted from the input too.
+
+    TransformerLens's default processing folds c = b_V + b_norm W_V into b_O, as attention patterns sum to 1.
+    """
+    _, biases = read_values(open_model(job), int(job.config["hook_name"].split(".")[1]))
+    moved = []
+    for one in dictionaries:
+        head = one.spec.hook_head_index
+        c = biases.flatten() if head is None else biases[head]
+        moved.append(build(one.spec, **one.tensors | {"b_dec": one.b_dec + c.to(one.b_dec)}))
+    return moved

@@ -29,6 +29,7 @@ from saeflow.evaluation.sums import Rows, SumAccumulator, Sums, token_batches, w
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
 from saeflow.models.attention import fused_attention
+from saeflow.models.protocol import unembedding
 from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.text.tokens import open_tokens
 
@@ -116,7 +117,7 @@ def model_losses(
     model: "HookedTransformer", tokens: Tensor, clean: Tensor, variants: list[Tensor]
 ) -> tuple[Tensor, list[Losses]]:
     """`next_token_losses` of the model on `tokens` (B, P), of final values (B (P - 1), D)."""
-    W_U, b_U, softcap = model.unembed.W_U.contiguous(), model.unembed.b_U, model.cfg.output_logits_soft_cap
+    W_U, b_U, softcap = unembedding(model)
     return next_token_losses(W_U, b_U, softcap, tokens[:, 1:].flatten(), clean, variants)
 
 

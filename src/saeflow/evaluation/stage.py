@@ -295,6 +295,7 @@ STAGES = (
         work_blind,
         expand_blind,
         reads=("model",),
+        version=2,
         needs=("train", "foreign", "evaluate", "tokens"),
         after=("heads",),
         operations=operations_blind,

@@ -17,6 +17,7 @@ from saeflow.features.text import Text
 from saeflow.jobs.progress import progress
 from saeflow.kernels.next_token import cross_entropy
 from saeflow.models.alone import each_alone
+from saeflow.models.protocol import unembedding
 from saeflow.models.splicing import CleanPass, flattened, run_clean, run_spliced
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _of_batch(
         after = _passes(model, clean, hook, head, of_site, written)
         for i, final in zip(members, after.split([len(places[i]) for i in members]), strict=True):
             finals[i] = final
-    W_U, b_U, softcap = model.unembed.W_U.contiguous(), model.unembed.b_U, model.cfg.output_logits_soft_cap
+    W_U, b_U, softcap = unembedding(model)
     used, where = torch.unique(torch.cat(places), return_inverse=True)
     target, before = clean.tokens.flatten(), clean.final.flatten(0, 1)
     ce = cross_entropy(W_U, b_U, softcap, target[used + 1], before[used])[where].split([len(place) for place in places])

@@ -9,7 +9,7 @@ the dictionary writes, D model width, V vocabulary.
 """
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
 from saeflow.features.order import largest
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel, norms_of
 
 
 class LogitWeights(NamedTuple):
@@ -32,10 +30,12 @@ class LogitWeights(NamedTuple):
 
 
 @torch.no_grad()
-def direct_path(model: "HookedTransformer", hook_name: str, head: int | None = None) -> Tensor | None:
+def direct_path(model: LanguageModel, hook_name: str, head: int | None = None) -> Tensor | None:
     """M (p, D) from a hook, or one head of it, to the residual stream; None where nothing leads there directly."""
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     block = model.blocks[int(found[1])] if found else None
+    if found and norms_of(model) != "before" and re.match(r"(attn|mlp)\.", found[2]):
+        return None  # a norm is in between, whose scale depends on all that is written
     if block is not None and found is not None and found[2] == "attn.hook_z":
         W_O: Tensor = block.attn.W_O
         return W_O.flatten(0, 1) if head is None else W_O[head]
@@ -47,7 +47,7 @@ def direct_path(model: "HookedTransformer", hook_name: str, head: int | None = N
 
 
 @torch.no_grad()
-def logit_effects(model: "HookedTransformer", directions: Tensor) -> Tensor:
+def logit_effects(model: LanguageModel, directions: Tensor) -> Tensor:
     """What directions (A, D) of the stream add to the logits directly, (A, V), but for the last norm's scale."""
     gain = getattr(getattr(model, "ln_final", None), "w", None)
     if str(model.cfg.normalization_type).startswith("LN"):
@@ -58,7 +58,7 @@ def logit_effects(model: "HookedTransformer", directions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logit_weights(model: "HookedTransformer", dictionary: Dictionary, most: int) -> LogitWeights | None:
+def logit_weights(model: LanguageModel, dictionary: Dictionary, most: int) -> LogitWeights | None:
     """Of every latent the `most` tokens that it raises and lowers most, of equal ones the lower id first; None where
     its hook leads to no logits directly."""
     spec = dictionary.spec

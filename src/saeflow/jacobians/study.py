@@ -32,8 +32,8 @@ from saeflow.jacobians.pages import latex, page
 from saeflow.jacobians.statistics import Tally
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jobs.job import Job
-from saeflow.models.blocks import input_gain, read_block, without_norm
-from saeflow.models.folder import Span, block_of_hooks, read_geometry
+from saeflow.models.blocks import input_gain, read_block, read_span, without_norm
+from saeflow.models.folder import Geometry, Span, block_of_hooks, read_geometry
 from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens
@@ -55,7 +55,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     dictionaries = [open_dictionary(path, job) for path in folders]
     with reading_model(job) as folder:
         geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
-    span = _check_around_mlp(dictionaries, folders, geometry.parallel)
+    span = _check_around_mlp(dictionaries, folders, geometry)
     tokens = _row_of_text(job.config["row"], config) if config.of_text else _open_tokens(job.input("tokens"), config)
 
     model = open_model(job)
@@ -104,7 +104,7 @@ def _run_pass(
     Gives what was counted and summed, the windows of outputs and of inputs, and the tokens to look at functions of.
     """
     tally = Tally(config, tokens.n_documents)
-    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
+    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, out, jacobian_map.shared)
     sizes = {"outputs": jacobian_map.n_out, "inputs": jacobian_map.n_in}
     tops = [TopWindows(n, grid, config.contexts, out / f"{side}.firings") for side, n in sizes.items()]
     row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))
@@ -162,7 +162,7 @@ def _reader(tokens: Tokens, grid: Grid, tokenizer: "Tokenizer") -> Read:
     return functools.cache(read)
 
 
-def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], parallel: bool) -> Span:
+def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], geometry: Geometry) -> Span:
     """`block_of_hooks` of the dictionaries. Raises `FitError` where they are around no MLP."""
     kinds = [d.spec.kind for d in dictionaries]
     if kinds not in (["sae", "sae"], ["transcoder"]) or any(d.spec.activation == "saelens" for d in dictionaries):
@@ -175,7 +175,8 @@ def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], paral
             "dictionary=pair or dictionary=transcoder with site=mlp"
         )
     try:
-        return block_of_hooks(dictionaries[0].spec.hook_name, dictionaries[-1].spec.hook_name_out, parallel)
+        hooks = dictionaries[0].spec.hook_name, dictionaries[-1].spec.hook_name_out
+        return block_of_hooks(*hooks, geometry.parallel, geometry.norms)
     except ConfigError as error:
         raise FitError(f"{' and '.join(map(str, folders))}: {error}") from error
 
@@ -187,7 +188,7 @@ def open_map(model: "HookedTransformer", dictionaries: list[Dictionary], config:
     input, output = dictionaries
     hooks = input.spec.hook_name, output.spec.hook_name
     block = read_block(model, *hooks)
-    gain = input_gain(model, block_of_hooks(*hooks, bool(model.cfg.parallel_attn_mlp)))
+    gain = input_gain(model, read_span(model, *hooks))
     if config.norm == "ignored":
         block = without_norm(block, "jacobian.norm")
     return Pair(block, input, output, config.at == "reconstruction", own_output=config.norm == "ignored", gain=gain)

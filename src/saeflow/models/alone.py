@@ -13,15 +13,12 @@ changes); a pass for each changed position would give the same. Shapes: B rows, 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saeflow.models.attention import fused, is_plain, plain_forward
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel
 
 
 class Recorder:
@@ -39,13 +36,13 @@ class Recorder:
         return _attend(q, self.seen[layer], (k, v), scale)
 
 
-def can_stand_alone(model: "HookedTransformer") -> bool:
+def can_stand_alone(model: LanguageModel) -> bool:
     """Whether all layers have attention that `each_alone` can compute."""
     return all(is_plain(block.attn) for block in model.blocks)
 
 
 @contextmanager
-def each_alone(model: "HookedTransformer") -> Iterator[Recorder]:
+def each_alone(model: LanguageModel) -> Iterator[Recorder]:
     """Within it, passes of `model` are clean and recorded, or (`recorder.clean = False`) see the last clean pass at
     earlier positions. All layers must be plain (`can_stand_alone`)."""
     recorder = Recorder()

@@ -8,17 +8,29 @@ but `hook_attn_scores`, `hook_pattern` and `hook_result`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel
+
+
+def read_values(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
+    """W_V (H, D, d) and b_V (H, d) of a layer by query head, the gain and bias of the norm before it folded in, whether
+    or not the model was loaded with `fold_ln`."""
+    block: Any = model.blocks[layer]
+    norm = getattr(block, "ln1", None)
+    gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+    W_V, b_V = block.attn.W_V.detach(), block.attn.b_V.detach()
+    if bias is not None:
+        b_V = b_V + torch.einsum("e,hed->hd", bias, W_V)
+    return W_V if gain is None else gain[:, None] * W_V, b_V
 
 
 @contextmanager
-def fused_attention(model: "HookedTransformer") -> Iterator[None]:
+def fused_attention(model: LanguageModel) -> Iterator[None]:
     """Within it, the layers of `model` whose attention is plain causal attention compute it in one call.
 
     Layers with anything else (a sliding window, ALiBi, soft-capped scores, ...) stay as they are.
@@ -37,10 +49,11 @@ def is_plain(attention: Any) -> bool:
     """Whether the layer computes softmax(mask(q kᵀ / scale)) v W_O + b_O and nothing else."""
     from transformer_lens.components import Attention, GroupedQueryAttention
 
+    if type(attention) not in (Attention, GroupedQueryAttention):
+        return False
     c = attention.cfg
     return (
-        type(attention) in (Attention, GroupedQueryAttention)
-        and attention.attn_type == "global"
+        attention.attn_type == "global"
         and (attention._attention_dir_override or c.attention_dir) == "causal"
         and c.positional_embedding_type in ("standard", "rotary")
         and c.original_architecture not in ("OlmoeForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM")

@@ -17,7 +17,6 @@ x (less its mean, in a LayerNorm) by a scale s that depends on x: y = x / s. Alo
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,10 +27,7 @@ from saeflow.kernels import loops
 from saeflow.kernels.jacobian import BlockWeights, Linearisation
 from saeflow.kernels.memory import empty
 from saeflow.models.folder import Span, block_of_hooks
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-
+from saeflow.models.protocol import LanguageModel, norms_of
 
 CHUNK_TOKENS = 512  # that are linearised at a time
 
@@ -173,7 +169,7 @@ def _together(branches: list[Tensor]) -> Tensor:
 class ModuleBlock:
     """f by the model's own modules, for MLPs and norms that have no closed form here; the kernels differentiate it."""
 
-    def __init__(self, model: "HookedTransformer", layer: int, norm: bool, skip: bool, gain: bool = True) -> None:
+    def __init__(self, model: LanguageModel, layer: int, norm: bool, skip: bool, gain: bool = True) -> None:
         """`norm`, `gain`, `skip`: whether f begins with the norm, or else with its gain and bias, and includes its
         input."""
         self.model, self.layer, self.norm, self.skip, self.gain = model, layer, norm, skip, gain
@@ -192,9 +188,14 @@ class ModuleBlock:
         return (x + y if self.skip else y)[0]
 
 
-def read_block(model: "HookedTransformer", hook_name: str, hook_name_out: str) -> Block | ModuleBlock:
+def read_span(model: LanguageModel, hook_name: str, hook_name_out: str) -> Span:
+    """`models.block_of_hooks` of a model."""
+    return block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp), norms_of(model))
+
+
+def read_block(model: LanguageModel, hook_name: str, hook_name_out: str) -> Block | ModuleBlock:
     """The block between two hooks (see `models.block_of_hooks`), in closed form where there is one."""
-    span = block_of_hooks(hook_name, hook_name_out, bool(model.cfg.parallel_attn_mlp))
+    span = read_span(model, hook_name, hook_name_out)
     kind = str(model.cfg.normalization_type)
     known = kind in ("LN", "LNPre", "RMS", "RMSPre") and not model.cfg.use_normalization_before_and_after
     if not known or model.cfg.act_fn not in ACTIVATIONS or not hasattr(model.blocks[span.layer].mlp, "W_in"):
@@ -211,7 +212,7 @@ def without_norm(block: Block | ModuleBlock, setting: str) -> Block:
     return Block(block.mlp, skip=block.skip)
 
 
-def input_gain(model: "HookedTransformer", span: Span) -> Tensor | None:
+def input_gain(model: LanguageModel, span: Span) -> Tensor | None:
     """(d,): by what the values where f begins are multiplied before the MLP reads them, but for the norm's division,
     which depends on the token; None where that is part of f."""
     if span.norm:
@@ -222,7 +223,7 @@ def input_gain(model: "HookedTransformer", span: Span) -> Tensor | None:
     return torch.as_tensor(gain)
 
 
-def read_mlp(model: "HookedTransformer", layer: int, with_gain: bool = True) -> MLP:
+def read_mlp(model: LanguageModel, layer: int, with_gain: bool = True) -> MLP:
     """The MLP of block `layer`, with the gain and bias of its norm folded in, or without them."""
     block = model.blocks[layer]
     mlp, norm = block.mlp, block.ln2 if with_gain else None
@@ -232,8 +233,11 @@ def read_mlp(model: "HookedTransformer", layer: int, with_gain: bool = True) -> 
         zero = W.new_zeros(W.shape[1]) if b is None else b
         return W if gain is None else gain[:, None] * W, zero if bias is None else zero + bias @ W
 
-    gated = hasattr(mlp, "W_gate")
-    W_in, b_in = folded(mlp.W_in, None if gated else mlp.b_in)
-    W_gate, b_gate = folded(mlp.W_gate, None) if gated else (None, None)
-    b_mid = mlp.b_in if gated else None  # TransformerLens adds a gated MLP's b_in after the product
+    if not hasattr(mlp, "W_gate"):
+        return MLP(str(model.cfg.act_fn), *folded(mlp.W_in, mlp.b_in), mlp.W_out, mlp.b_out)
+    # HookedTransformer adds a gated MLP's b_in after the product, and has none for the gate
+    b_in, b_gate, b_mid = (
+        (mlp.b_in, mlp.b_gate, torch.zeros_like(mlp.b_in)) if hasattr(mlp, "b_gate") else (None, None, mlp.b_in)
+    )
+    (W_in, b_in), (W_gate, b_gate) = folded(mlp.W_in, b_in), folded(mlp.W_gate, b_gate)
     return MLP(str(model.cfg.act_fn), W_in, b_in, mlp.W_out, mlp.b_out, W_gate, b_gate, b_mid)

@@ -7,17 +7,15 @@ are to be studied, and are compared in what every block reads and what its atten
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeflow.models.attention import fused_attention
-from saeflow.models.folder import ModelError
+from saeflow.models.folder import Geometry, ModelError, Norms
+from saeflow.models.protocol import LanguageModel, unembedding
 from saeflow.models.splicing import run_hooked
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
 
 SHORT = 64
 """Tokens of a row where nobody says how long the rows are; of a longer one, so many of its last are asked for logits,
@@ -26,25 +24,43 @@ TOLERANCE = 0.01
 """Of a right conversion: 1e-6 to 1e-4."""
 
 
-@torch.no_grad()
-def check_conversion(folder: Path, original: Any, hooked: "HookedTransformer", centred: bool, n_tokens: int) -> None:
-    """Compares `hooked` with transformers' model of the same weights on one row of `n_tokens`, both on the CPU.
+class Expected(NamedTuple):
+    """What transformers' model computes on one row."""
 
-    `centred`: `center_writing_weights` took the mean out of what `hooked` writes. Costs a forward pass of each.
+    ids: Tensor
+    """(1, P)"""
+    values: dict[str, Tensor]
+    """(1, P, d) by TransformerLens's name of the hook, in the order in which blocks compute them."""
+    logits: Tensor
+    """(1, <= SHORT, vocabulary): of the last tokens."""
+
+
+@torch.no_grad()
+def expect(original: Any, geometry: Geometry, n_tokens: int) -> Expected:
+    """Runs transformers' model on one row of `n_tokens`."""
+    generator = torch.Generator().manual_seed(0)  # any row will do
+    embeddings = original.get_input_embeddings().weight
+    ids = torch.randint(len(embeddings), (1, min(n_tokens, geometry.n_ctx)), generator=generator)
+    return _run_original(original, ids.to(embeddings.device), geometry.n_layers, geometry.norms)
+
+
+@torch.no_grad()
+def check_conversion(folder: Path, expected: Expected, hooked: LanguageModel, centred: bool) -> None:
+    """Compares `hooked` with what is expected of it.
+
+    `centred`: `center_writing_weights` took the mean out of what `hooked` writes. Costs a forward pass.
     Raises `ModelError` where a token's vector at a hook differs by more than a hundredth of its norm, or its
     log-probabilities by more than a hundredth of a nat on average.
     """
-    generator = torch.Generator().manual_seed(0)  # any row will do
-    ids = torch.randint(hooked.cfg.d_vocab, (1, min(n_tokens, hooked.cfg.n_ctx)), generator=generator)
-    wanted, logits = _run_original(original, ids, hooked.cfg.n_layers)
+    ids, wanted, logits = expected
     differences: dict[str, Tensor] = {}
 
     def compare(name: str, value: Tensor, hook: Any) -> None:
-        differences[name] = _difference(value[0], wanted.pop(name)[0], centred)
+        differences[name] = _difference(value[0], wanted[name][0], centred)
 
     with fused_attention(hooked):  # as caching and evaluation do
         final = run_hooked(hooked, ids, [(name, partial(compare, name)) for name in wanted], None, 0)
-    found = hooked.unembed(final[:, -SHORT:])[0].log_softmax(-1)
+    found = unembedding(hooked).logits(final[:, -SHORT:])[0].log_softmax(-1)
     for name, by_token in differences.items():
         if not bool((by_token < TOLERANCE).all()):
             raise _disagreement(
@@ -55,9 +71,7 @@ def check_conversion(folder: Path, original: Any, hooked: "HookedTransformer", c
         raise _disagreement(folder, ids.shape[1], f"log-probabilities by {nats.max():.2g} on average", nats)
 
 
-def _run_original(original: Any, ids: Tensor, n_layers: int) -> tuple[dict[str, Tensor], Tensor]:
-    """What transformers' model computes on `ids` (1, P): (1, P, d) by TransformerLens's name of the hook, in the order
-    in which blocks compute it, and the logits of the last tokens (1, <= SHORT, vocabulary)."""
+def _run_original(original: Any, ids: Tensor, n_layers: int, norms: Norms) -> Expected:
     blocks = next(
         m for m in original.base_model.children() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers
     )
@@ -69,7 +83,7 @@ def _run_original(original: Any, ids: Tensor, n_layers: int) -> tuple[dict[str, 
     handles = []
     for layer, block in enumerate(blocks):
         for part, module in block.named_children():
-            if (hook := _WRITES.get(part)) is not None:
+            if (hook := (_WRITES if norms == "before" else _WRITES_AFTER_NORMS).get(part)) is not None:
                 handles.append(module.register_forward_hook(partial(keep, f"blocks.{layer}.{hook}")))
     try:
         output = original(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=SHORT)
@@ -82,11 +96,16 @@ def _run_original(original: Any, ids: Tensor, n_layers: int) -> tuple[dict[str, 
         values[f"blocks.{layer}.hook_resid_pre"] = output.hidden_states[layer]
         for hook in ("hook_attn_out", "hook_mlp_out"):
             values[f"blocks.{layer}.{hook}"] = written[f"blocks.{layer}.{hook}"]
-    return values, output.logits
+    return Expected(ids, values, output.logits)
 
 
 _WRITES = dict.fromkeys(("attn", "attention", "self_attn"), "hook_attn_out") | {"mlp": "hook_mlp_out"}
 """Hooks by the names of the modules of a block that write to the residual stream."""
+_WRITES_AFTER_NORMS = {
+    "post_attention_layernorm": "hook_attn_out",
+    "post_feedforward_layernorm": "hook_mlp_out",
+}
+"""The same where norms stand behind attention and MLP."""
 
 
 def _difference(found: Tensor, wanted: Tensor, centred: bool) -> Tensor:

@@ -30,9 +30,55 @@ MADE_BY = {
     "gelu-2l": "python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l",
 }
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
-RMS_NORM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-ROPE = {"LlamaForCausalLM": ("llama3",)}  # beyond those that change nothing within the model's context
+Norms = Literal["before", "both", "after"]
+# Architectures with gated MLPs and norms by the root mean square, by where these norms are. Of the first three
+# TransformerLens's `HookedTransformer` computes what most folders ask for; the others are run by its bridge.
+RMS_NORM: dict[str, Norms] = {
+    "LlamaForCausalLM": "before",
+    "MistralForCausalLM": "before",
+    "Qwen2ForCausalLM": "before",
+    "Qwen3ForCausalLM": "before",
+    "Qwen3MoeForCausalLM": "before",
+    "MixtralForCausalLM": "before",
+    "GptOssForCausalLM": "before",
+    "Phi3ForCausalLM": "before",
+    "SmolLM3ForCausalLM": "before",
+    "GemmaForCausalLM": "before",
+    "Gemma2ForCausalLM": "both",
+    "Gemma3ForCausalLM": "both",
+    "Olmo2ForCausalLM": "after",
+    "Olmo3ForCausalLM": "after",
+}
+CONVERTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GPTNeoXForCausalLM", "GPT2LMHeadModel")
+EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM")
 SUPPORTED = (*RMS_NORM, "GPTNeoXForCausalLM", "GPT2LMHeadModel", GROUND_TRUTH, HOOKED)
+# The architecture of a config.json that names none.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# What of a config.json no model can have here, and why.
+UNSUPPORTED = {
+    "quantization_config": "only weights that are plain numbers are read: save it again, dequantised, as bfloat16",
+    "vision_config": "only models of text alone are run: save its language model in a folder of its own",
+    "is_encoder_decoder": "only decoders are run: hooks are named by one stack of blocks",
+    "use_bidirectional_attention": "only attention that looks back is run: losses are of the next token",
+}
+ROPE = {"LlamaForCausalLM": ("llama3",)}  # that are converted, beyond those that change nothing in the model's context
 
 
 class ModelError(ConfigError):
@@ -56,6 +102,13 @@ class Geometry:
     n_ctx: int
     d_vocab: int | None = None
     """Rows of its embedding; None where `config.json` does not say it."""
+    norms: Norms = "before"
+    """Where a block normalises: what attention and MLP read, what they write, or both."""
+    experts: bool = False
+    """Whether the MLPs are mixtures of experts; `d_mlp` is then of those together that a token uses."""
+    bridged: bool = False
+    """Whether transformers' own modules run it, with TransformerLens's `TransformerBridge` for the hooks between them:
+    what `HookedTransformer` cannot convert."""
 
     def block_hooks(self) -> dict[str, tuple[int, ...]]:
         """Sizes per token, (d,) or (head, d_head), of the hooks of one block that a dictionary can read; their names
@@ -81,7 +134,11 @@ class Geometry:
             del hooks["hook_resid_mid"]
         if self.architecture == GROUND_TRUTH:  # without norms
             del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"], hooks["mlp.hook_in"]
-        if self.gated:
+        if self.norms == "after":  # what these norms see is not what attention and MLP read
+            del hooks["ln1.hook_normalized"], hooks["ln2.hook_normalized"]
+        if self.experts:  # each has hidden units of its own, for some of the tokens
+            del hooks["mlp.hook_pre"], hooks["mlp.hook_post"]
+        elif self.gated:
             hooks["mlp.hook_pre_linear"] = m
         return hooks
 
@@ -133,21 +190,24 @@ class Span(NamedTuple):
         return self.begins == "norm"
 
 
-def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool) -> Span:
+def block_of_hooks(hook_name: str, hook_name_out: str, parallel: bool, norms: Norms = "before") -> Span:
     """The block between two hooks.
 
-    `parallel`: attention and MLP both read the residual stream before the block (Pythia). Raises `ConfigError` where no
-    MLP alone leads from one hook to the other.
+    `parallel`: attention and MLP both read the residual stream before the block (Pythia). `norms`: where the block
+    normalises; with norms after the MLP they are part of what is between the hooks. Raises `ConfigError` where no MLP
+    alone leads from one hook to the other.
     """
     before = "hook_resid_pre" if parallel else "hook_resid_mid"
     starts: dict[str, Literal["norm", "gain", "mlp"]] = {before: "norm", "ln2.hook_normalized": "gain"}
+    if norms == "after":
+        starts = {before: "mlp"}
     starts["mlp.hook_in"] = "mlp"
     found, out = (re.fullmatch(r"blocks\.(\d+)\.(.+)", name) for name in (hook_name, hook_name_out))
     if found and out and found[1] == out[1] and found[2] in starts:
         begins = starts[found[2]]
         if out[2] == "hook_mlp_out":
             return Span(int(found[1]), begins, False)
-        if out[2] == "hook_resid_post" and begins == "norm" and not parallel:
+        if out[2] == "hook_resid_post" and found[2] == before and not parallel:
             return Span(int(found[1]), begins, True)
     ends = "hook_mlp_out" if parallel else f"hook_mlp_out, or from {before} to blocks.L.hook_resid_post"
     raise ConfigError(
@@ -220,15 +280,23 @@ def read_geometry(folder: Path) -> Geometry:
             f"{folder}/config.json names code of its own (auto_map), and code of a model folder is never run: if the "
             "model is of a supported architecture, remove auto_map from a copy of the folder"
         )
-    named = config.get("architectures")
-    architecture = named[0] if named else _own_format(folder, config)
+    named = config.get("architectures") or [ARCHITECTURES.get(str(config.get("model_type")))]
+    architecture = named[0] or _own_format(folder, config)
+    for feature, what in UNSUPPORTED.items():
+        if config.get(feature):
+            raise ModelError(f"{folder}: config.json has {feature}, and {what}; this model cannot be used here")
     if architecture not in SUPPORTED:
+        names = (name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for name in ARCHITECTURES.values())
         raise ModelError(
-            f"{folder}: architecture {architecture} is not supported; these are: GPTNeoX, GPT2, Llama, Mistral, Qwen2, "
-            "and TransformerLens's own format"
+            f"{folder}: architecture {architecture} is not supported; these are: {', '.join(names)}, and "
+            "TransformerLens's own format"
         )
-    _check_settings(folder, architecture, config)
+    bridged = _must_be_bridged(folder, architecture, config)
     d_model, n_heads = get("hidden_size", "n_embd", "d_model"), get("num_attention_heads", "n_head", "n_heads")
+    experts = architecture in EXPERTS
+    d_mlp = get("intermediate_size", "n_inner", "d_mlp", default=4 * d_model)
+    if experts:
+        d_mlp = get("moe_intermediate_size", default=d_mlp) * get("num_experts_per_tok")
     return Geometry(
         architecture=architecture,
         n_layers=get("num_hidden_layers", "n_layer", "n_layers"),
@@ -236,31 +304,47 @@ def read_geometry(folder: Path) -> Geometry:
         n_heads=n_heads,
         n_key_value_heads=get("num_key_value_heads", default=n_heads),
         d_head=get("head_dim", "d_head", default=d_model // n_heads),
-        d_mlp=get("intermediate_size", "n_inner", "d_mlp", default=4 * d_model),
+        d_mlp=d_mlp,
         parallel=config.get("use_parallel_residual", True) if architecture == "GPTNeoXForCausalLM" else False,
         gated=architecture in RMS_NORM,
         n_ctx=get("max_position_embeddings", "n_positions", "n_ctx"),
         d_vocab=config.get("vocab_size", config.get("d_vocab")),
+        norms=RMS_NORM.get(architecture, "before"),
+        experts=experts,
+        bridged=bridged,
     )
 
 
-def _check_settings(folder: Path, architecture: str, config: dict[str, Any]) -> None:
-    """Raises `ModelError` for settings that TransformerLens is known to leave out; `conversion` finds the others."""
+def _must_be_bridged(folder: Path, architecture: str, config: dict[str, Any]) -> bool:
+    """Whether TransformerLens's `HookedTransformer` leaves out something of the model, and its bridge does not;
+    `conversion` finds what is not known here. Raises `ModelError` for what neither computes."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     left_out = {f"rope_type={kind}": kind not in ("default", "dynamic", *ROPE.get(architecture, ()))}
     if architecture == "LlamaForCausalLM":
         left_out |= {f"{name}=true": bool(config.get(name)) for name in ("attention_bias", "mlp_bias")}
-    for setting, wrong in left_out.items():
-        if wrong:
-            raise ModelError(
-                f"{folder}: config.json has {setting}, which TransformerLens leaves out of {architecture}, so that it "
-                "would compute something else than transformers; this model cannot be used here"
-            )
+    if architecture in ("LlamaForCausalLM", "Qwen2ForCausalLM") and config.get("head_dim"):
+        d_head = config["head_dim"]
+        left_out[f"head_dim={d_head}"] = d_head * config["num_attention_heads"] != config["hidden_size"]
+    wrong = [setting for setting, is_left_out in left_out.items() if is_left_out]
+    if wrong and architecture not in RMS_NORM:
+        raise ModelError(
+            f"{folder}: config.json has {wrong[0]}, which TransformerLens leaves out of {architecture}, so that it "
+            "would compute something else than transformers; this model cannot be used here"
+        )
+    return bool(wrong) or (architecture in RMS_NORM and architecture not in CONVERTED)
 
 
 def check_processing(folder: Path, geometry: Geometry, model: ModelConfig) -> None:
-    """Raises `ModelError` for processing of the weights that would change what the model computes."""
+    """Raises `ModelError` for processing of the weights that would change what the model computes, or that there is no
+    way to do."""
+    asked = [name for name in ("fold_ln", "center_writing_weights", "center_unembed") if getattr(model, name)]
+    if geometry.bridged and (asked or model.randomise != "none"):
+        setting, off = (asked[0], "false") if asked else ("randomise", "none")
+        raise ModelError(
+            f"model.{setting} does not apply to {folder}: TransformerLens does not convert its weights, transformers' "
+            f"own modules run it ({geometry.architecture}), and those are left as they are; set model.{setting}={off}"
+        )
     if geometry.architecture in RMS_NORM and model.center_writing_weights:
         raise ModelError(
             f"model.center_writing_weights=true does not apply to {folder}: {geometry.architecture} normalises by the "

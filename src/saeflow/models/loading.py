@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saeflow.config import ModelConfig
-from saeflow.models.conversion import SHORT, check_conversion
+from saeflow.models.bridge import BridgedModel
+from saeflow.models.conversion import SHORT, check_conversion, expect
 from saeflow.models.folder import (
     GROUND_TRUTH,
     HOOKED,
@@ -23,6 +24,7 @@ from saeflow.models.folder import (
     read_keys,
     weight_files,
 )
+from saeflow.models.protocol import LanguageModel
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
 LOADERS = {GROUND_TRUTH: "saeflow.groundtruth.folder:load_hooked"}
 
 
-def load_model(folder: Path, model: ModelConfig, device: str, context_size: int = SHORT) -> "HookedTransformer":
-    """Opens a local Hugging Face folder as a `HookedTransformer` in float32, without touching the network.
+def load_model(folder: Path, model: ModelConfig, device: str, context_size: int = SHORT) -> LanguageModel:
+    """Opens a local Hugging Face folder in float32, without touching the network: as a `HookedTransformer`, or as a
+    `BridgedModel` where TransformerLens does not convert it rightly (`Geometry.bridged`).
 
     With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are. The
     conversion is checked on a row of `context_size` tokens: who is the first to run rows of some length says so, and
@@ -43,7 +46,7 @@ def load_model(folder: Path, model: ModelConfig, device: str, context_size: int 
     """
     geometry = read_geometry(folder)
     if geometry.architecture in LOADERS:
-        loaded: HookedTransformer = pkgutil.resolve_name(LOADERS[geometry.architecture])(folder)
+        loaded: Any = pkgutil.resolve_name(LOADERS[geometry.architecture])(folder)
         return loaded.to(device, print_details=False)
     if geometry.architecture == HOOKED:
         from saeflow.models.hooked import read_hooked_format
@@ -52,15 +55,26 @@ def load_model(folder: Path, model: ModelConfig, device: str, context_size: int 
         check_finite(folder, state)
         return processed(config, state, model).to(device, print_details=False)
     check_processing(folder, geometry, model)
-    original = _load_original(folder)
+    original = _load_original(folder, **(_PLAIN if geometry.bridged else {}))
+    if geometry.bridged:
+        return _bridge(folder, geometry, original.to(device), context_size)
+    expected = expect(original, geometry, context_size)
     try:
         hooked = _convert(folder, geometry, original, dataclasses.replace(model, randomise="none"))
-        check_conversion(folder, original, hooked, model.center_writing_weights, context_size)
+        check_conversion(folder, expected, hooked, model.center_writing_weights)
         if model.randomise != "none":
             hooked = _convert(folder, geometry, original, model)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
     return hooked.to(device, print_details=False)
+
+
+def _bridge(folder: Path, geometry: Geometry, original: Any, context_size: int) -> BridgedModel:
+    """Transformers' model on its device, with hooks between its modules, and compared with itself without them."""
+    expected = expect(original, geometry, context_size)  # before there are hooks
+    bridged = BridgedModel(original, geometry)
+    check_conversion(folder, expected, bridged, False)
+    return bridged
 
 
 def check_finite(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -124,8 +138,13 @@ def with_mlp_inputs(hooked: "HookedTransformer") -> "HookedTransformer":
     return hooked
 
 
-def _load_original(folder: Path) -> Any:
-    """The transformers model of a folder, in float32 on the CPU."""
+_PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+"""How a model that is to be bridged computes: with masks written out, which are what the bridge can read, and experts
+by operations that have derivatives."""
+
+
+def _load_original(folder: Path, **how: Any) -> Any:
+    """The transformers model of a folder, in float32 on the CPU. `how` it computes, by transformers' own names."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -140,6 +159,7 @@ def _load_original(folder: Path) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **how,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {folder} cannot be read ({error}); copy the model folder again") from error
@@ -163,7 +183,9 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool, theirs: Any)
 
     plain, n_ctx = read_keys(config_file(folder)), geometry.n_ctx
     with tempfile.TemporaryDirectory() as neutral:
-        (Path(neutral) / "config.json").write_text(json.dumps({"n_ctx": n_ctx} | plain))
+        (Path(neutral) / "config.json").write_text(
+            json.dumps({"n_ctx": n_ctx} | plain | {"architectures": [geometry.architecture]})
+        )
         given = {"fold_ln": fold_ln, "device": "cpu", "dtype": torch.float32, "n_ctx": n_ctx}
         config = get_pretrained_model_config(neutral, **given)
     config.model_name, config.tokenizer_name = folder.name, None

@@ -49,7 +49,9 @@ def set_model(
         of_control = {name: tree[name] for name in CONTROL}
         weights = _identity(weights, of_control)
         name += f"-{model.randomise}{model.randomise_seed}"
-    planned.tree["model"] = {"weights": weights, **{name: tree[name] for name in PROCESSING}, **of_control}
+    bridged = {"bridge": True} if geometry.bridged else {}  # of the others keys stay as they were
+    processing = {name: tree[name] for name in PROCESSING}
+    planned.tree["model"] = {"weights": weights, **processing, **of_control, **bridged}
     planned.tree["tokenizer"] = tokenizer
     planned.geometry, planned.labels["model"] = geometry, name
     planned.sources |= {"model": str(folder), "model_name": model.name}
@@ -58,6 +60,12 @@ def set_model(
 def _identity(weights: str, control: dict[str, Any]) -> str:
     """Of weights that are replaced at random, as `control` says, from those with the digest `weights`."""
     return short_hash([weights, control], 32) if control else weights
+
+
+def settings_of(model: dict[str, Any]) -> dict[str, Any]:
+    """Of a job's `model` group, what a `ModelConfig` has: `weights` stands for the folder, and `bridge` follows from
+    it."""
+    return {name: value for name, value in model.items() if name not in ("weights", "bridge")}
 
 
 @contextmanager

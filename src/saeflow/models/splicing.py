@@ -1,7 +1,7 @@
 """Running a model with the value at one hook replaced, at the cost of only the layers above that hook.
 
 One clean pass over a batch of rows keeps what the splices need; each splice then resumes from there
-(`start_at_layer` of TransformerLens). Additions are in the model's own order, so that the result is bit for bit that
+(`start_at_layer`). Additions are in the model's own order, so that the result is bit for bit that
 of a full pass with a hook. A splice replaces every position of a row, BOS too.
 
 Passes end at the unembedding's input ("final"), so that logits can be made a few positions at a time
@@ -12,15 +12,13 @@ import functools
 import operator
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeflow.models.folder import hook_layer
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel
 
 
 class CleanPass(NamedTuple):
@@ -35,7 +33,7 @@ class CleanPass(NamedTuple):
 
 
 @torch.no_grad()
-def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> CleanPass:
+def run_clean(model: LanguageModel, tokens: Tensor, hooks: Iterable[str], splices: Iterable[str]) -> CleanPass:
     """Runs the model on `tokens` (B, P); keeps the values at `hooks`, and what resuming at `splices` takes."""
     kept = {*hooks, *splices}.union(*(_resume(model, splice)[1] for splice in splices))
     values: dict[str, Tensor] = {}
@@ -50,7 +48,7 @@ def run_clean(model: "HookedTransformer", tokens: Tensor, hooks: Iterable[str], 
 
 @torch.no_grad()
 def run_spliced(
-    model: "HookedTransformer", clean: CleanPass, hook_name: str, value: Tensor, head: int | None = None
+    model: LanguageModel, clean: CleanPass, hook_name: str, value: Tensor, head: int | None = None
 ) -> Tensor:
     """The final value (B, P, D) with the value at the hook replaced by `value`, of its shape or flattened to (N, d).
 
@@ -71,7 +69,7 @@ def run_spliced(
 
 @torch.no_grad()
 def run_hooked(
-    model: "HookedTransformer", tokens: Tensor, hooks: list[tuple[str, Any]], residual: Tensor | None, layer: int
+    model: LanguageModel, tokens: Tensor, hooks: list[tuple[str, Any]], residual: Tensor | None, layer: int
 ) -> Tensor:
     """The final value (B, P, D) of a pass with `hooks`, from `residual` (B, P, D) before block `layer` on.
 
@@ -86,7 +84,7 @@ def flattened(value: Tensor, head: int | None = None) -> Tensor:
     return (value if head is None else value[:, :, head]).flatten(2).flatten(0, 1)
 
 
-def _resume(model: "HookedTransformer", hook_name: str) -> tuple[int, tuple[str, ...], bool]:
+def _resume(model: LanguageModel, hook_name: str) -> tuple[int, tuple[str, ...], bool]:
     """How a splice resumes, (layer, base, adds): the residual stream before block `layer` is the sum of `base`, then
     the value if `adds`; otherwise the value is put in by a hook during the pass. With no `base` and no `adds` the pass
     starts at the tokens.
@@ -110,15 +108,28 @@ def _resume(model: "HookedTransformer", hook_name: str) -> tuple[int, tuple[str,
     return layer, (block + "hook_resid_pre",), False
 
 
-def _final(model: "HookedTransformer", given: Tensor, layer: int | None = None) -> Tensor:
+def _final(model: LanguageModel, given: Tensor, layer: int | None = None) -> Tensor:
     """What the unembedding reads after tokens, or after the residual stream before block `layer`."""
     residual = model(given, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
     return residual if model.cfg.normalization_type is None else model.ln_final(residual)
 
 
+def run_until(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> None:
+    """A pass over `tokens` (B, P) that ends when the highest of the hooks has fired; no logits are made."""
+    if any(name.startswith("ln_final") for name in hooks):
+        _final(model, tokens)
+    else:
+        model(tokens, stop_at_layer=max(hook_layer(name, model.cfg.n_layers) for name in hooks))
+
+
 @torch.no_grad()
-def read_hooks(model: "HookedTransformer", tokens: Tensor, hooks: list[str]) -> list[Tensor]:
+def read_hooks(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> list[Tensor]:
     """Values at `hooks` of a clean pass over `tokens` (B, P) that stops above the highest of them."""
-    stop = max(hook_layer(name, model.cfg.n_layers) for name in hooks)
-    _, cache = model.run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, return_cache_object=False)
-    return [cache[name] for name in hooks]
+    values: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        values[hook.name] = value
+
+    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
+        run_until(model, tokens, hooks)
+    return [values[name] for name in hooks]

@@ -22,8 +22,13 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
     activation: str = "foreign"
     """Always `foreign`: its files say which it has."""
     path: str | None = None
-    """Its folder or file (docs/evaluation.md); this or `release`."""
-    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify", "jsae"] | None = None
+    """Its folder or file (docs/evaluation.md); this, `heads` or `release`. A folder with `head_0`, `head_1`, ... is of
+    all heads of the hook."""
+    heads: tuple[str, ...] = ()
+    """Folders or files of the SAEs of all heads of the hook, that of head 0 first, which are read as one dictionary."""
+    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify", "kissane", "jsae"] | None = (
+        None
+    )
     """Which library's files they are; null: known by them."""
     release: str | None = None
     """A release that SAELens knows, fetched when the job runs."""
@@ -38,14 +43,16 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
 
     @classmethod
     def claims(cls, tree: dict[str, Any]) -> bool:
-        named = tree.get("path") is not None or tree.get("release") is not None
+        named = any(tree.get(name) is not None for name in ("path", "release")) or bool(tree.get("heads"))
         return (named or "foreign" in (tree.get("kind"), tree.get("activation"))) and tree.get("kind") != PAIR
 
     def __post_init__(self) -> None:
         legal = self.kind in ("foreign", PAIR) and self.activation == "foreign"
         require(legal, "dictionary.kind", self.kind, "foreign, with activation=foreign: use dictionary=foreign")
-        if (self.path is None) == (self.release is None):
-            raise ConfigError(f"dictionary={self.kind}: set exactly one of dictionary.path and dictionary.release")
+        if sum((self.path is not None, bool(self.heads), self.release is not None)) != 1:
+            raise ConfigError(
+                f"dictionary={self.kind}: set exactly one of dictionary.path, dictionary.heads and dictionary.release"
+            )
         legal = (self.release is None) == (self.sae_id is None)
         require(legal, "dictionary.sae_id", self.sae_id, "given with dictionary.release, and only then")
 
@@ -64,11 +71,7 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
         return []
 
     def check(self, point: "PointConfig") -> None:
-        if point.model.tracr:
-            raise ConfigError(
-                f"dictionary={self.kind} is evaluated on text, and model=tracr has none; open it with "
-                "saeflow.dictionaries.load_dictionary and ask saeflow.groundtruth"
-            )
+        """Whatever does not fit is known when its files are read."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class ForeignPairConfig(ForeignConfig, kind=PAIR):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not self.heads, "dictionary.heads", self.heads, "left out: a pair is two SAEs")
         given, wanted = self.sae_id_out, "given with dictionary.release, and only then"
         require((self.release is None) == (given is None), "dictionary.sae_id_out", given, wanted)
 
