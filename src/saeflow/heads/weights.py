@@ -8,15 +8,13 @@ d = `d_head`, n = `d_sae` (of a per-head dictionary: of one head), V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeflow.dictionaries import Dictionary, DictionaryError
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel, full
 
 
 class Attention(NamedTuple):
@@ -38,18 +36,18 @@ class Attention(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(device) for name in ("W_V", "b_V", "W_O", "b_O")})
 
 
-def read_attention(model: "HookedTransformer", layer: int) -> Attention:
+def read_attention(model: LanguageModel, layer: int) -> Attention:
     """The weights of a layer, the norm's folded in whether or not the model was loaded with `fold_ln`."""
     block: Any = model.blocks[layer]
     attention, norm = block.attn, getattr(block, "ln1", None)
     gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
-    W_V, b_V = attention.W_V.detach(), attention.b_V.detach()
+    W_V, b_V = full(attention.W_V.detach()), full(attention.b_V.detach())
     if bias is not None:
-        b_V = b_V + torch.einsum("e,hed->hd", bias, W_V)
+        b_V = b_V + torch.einsum("e,hed->hd", full(bias), W_V)
     if gain is not None:
-        W_V = gain[:, None] * W_V
+        W_V = full(gain)[:, None] * W_V
     centred = str(model.cfg.normalization_type).startswith("LN")
-    return Attention(layer, W_V, b_V, attention.W_O.detach(), attention.b_O.detach(), centred)
+    return Attention(layer, W_V, b_V, full(attention.W_O.detach()), full(attention.b_O.detach()), centred)
 
 
 def head_outputs(z: Tensor, W_O: Tensor) -> Tensor:

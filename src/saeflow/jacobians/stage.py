@@ -30,6 +30,11 @@ def _check(planned: PlannedPoint, pair: bool) -> None:
     assert point.site.hook_name_out is not None
     geometry = planned.geometry
     norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel, geometry.norms).norm
+    if point.model.dtype != "float32" and (geometry.norms != "before" or geometry.experts):
+        raise ConfigError(
+            f"model.dtype={point.model.dtype}: Jacobians of {geometry.architecture} are derivatives of the model's own "
+            "modules, which have too few bits for them there; set model.dtype=float32"
+        )
     if point.jacobian.norm == "ignored" and not (norm and pair):
         raise ConfigError(
             "jacobian.norm=ignored leaves the norm out of f, but f does not begin before the norm here; use it "
