@@ -42,7 +42,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step, features and real_model do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real test-slurm lint docs notebooks bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real presets test-slurm lint docs notebooks bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -153,6 +153,9 @@ bench: $(INSTALLED) ## all benchmarks, or one: make bench NAME=caching
 chaos: $(INSTALLED) ## inject faults into a small experiment, say what became of it: make chaos FAULTS=1000 SEED=0
 	@$(OFFLINE) $(BIN)/python tests/chaos/run.py --faults $(or $(FAULTS),50) --seed $(or $(SEED),0) \
 	  --workers $(WORKERS) --experiment $(or $(EXPERIMENT),chaos)
+
+presets: $(INSTALLED) ## run what needs the hub over stand-ins, reduced; or one experiment: make presets NAME=notebook_004
+	@$(OFFLINE) $(BIN)/python tests/presets/run.py --cores $(CORES) $(if $(filter command line,$(origin NAME)),--only $(NAME))
 
 test-slurm: $(INSTALLED) ## runs through a real Slurm on this machine, with faults; as root, on Debian; half an hour
 	@$(BIN)/python tests/slurm/run.py

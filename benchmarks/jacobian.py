@@ -5,7 +5,8 @@ Last line: {"einsum_over_block", "max_relative_error", "block_over_forward_per_t
 
 * Block: the notebook's setting (d 768, d_mlp 3072, d_sae 49152, k 32, 64 tokens). Its einsum gathers strided columns;
   ours is `jacobian_blocks`. Both have the products of weights given. `max_relative_error`: of ours, to the einsum in
-  float64, over its largest entry.
+  float64, over its largest entry. `einsum` and `block` have what the notebook prints of its runs: mean, median,
+  standard deviation, minimum, maximum, device, number of runs.
 * `block_over_forward_per_token`: block and slopes of 1,024 tokens, over the forward pass of a randomly initialised
   GPT-2 small on a sequence of as many.
 * Step: `JacobianTrainer.train_step` (d 512, d_mlp 2048, d_sae 8192, k 32, 4,096 tokens) with the whole penalty, with
@@ -31,6 +32,7 @@ from typing import Any
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--runs", type=int, default=20, help="of the block and of the einsum; the notebook: 100")
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--device", default="cpu", help="cpu or cuda")
 parser.add_argument("--without", nargs="*", default=[], choices=["block", "forward", "step", "original"])
@@ -61,26 +63,45 @@ def main() -> None:
     keep_freed_memory()
     if args.peak is not None:
         return print(peak_bytes(args.peak))
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     if "block" not in args.without:
         found |= block()
     if "forward" not in args.without:
         found |= {"block_over_forward_per_token": over_forward()}
     if "step" not in args.without:
         found |= step()
-    print(json.dumps({name: float(f"{value:.3g}") for name, value in found.items()}))
+    print(json.dumps({name: rounded(value) for name, value in found.items()}))
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def timed(work: Callable[[], object], rounds: int) -> float:
     """Median seconds, after one that does not count."""
-    times = []
-    for _ in range(rounds + 1):
-        synchronise()
-        started = time.perf_counter()
-        work()
-        synchronise()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median(times_of(work, rounds))
+
+
+def times_of(work: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds of each of `rounds` runs, after one that does not count."""
+    return [timed_once(work) for _ in range(rounds + 1)][1:]
+
+
+def statistics_of(times: list[float]) -> dict[str, Any]:
+    """What notebook 003 prints of its runs, in milliseconds; its keys say so, and its numbers are seconds."""
+    found = {"mean": statistics.mean, "median": statistics.median, "std": statistics.stdev, "min": min, "max": max}
+    of_times = {f"{name}_ms": 1e3 * of(times) for name, of in found.items()}
+    return of_times | {"device": DEVICE, "num_runs": len(times)}
+
+
+def timed_once(work: Callable[[], object]) -> float:
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
 
 
 def synchronise() -> None:
@@ -96,7 +117,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 # -------------------------------------------------------------------- the block
-def block() -> dict[str, float]:
+def block() -> dict[str, Any]:
     m, n, N = 3072, 49152, 64
     WD, WE = draw(n, m), draw(n, m)
     w2e = WE.T.contiguous()  # as the notebook stores it
@@ -113,12 +134,12 @@ def block() -> dict[str, float]:
     error = ((jacobian_blocks(products, linearisation, A, B) - wanted).abs().max() / wanted.abs().max()).item()
     if error > 1e-5:
         sys.exit(f"the block differs from the einsum by {error:g} of its largest entry")
-    theirs, ours = (
-        timed(einsum, 4 * args.rounds),
-        timed(lambda: jacobian_blocks(products, linearisation, A, B), 4 * args.rounds),
-    )
-    print(f"einsum {theirs:.4f} s, block {ours:.4f} s", file=sys.stderr)
-    return {"einsum_over_block": theirs / ours, "max_relative_error": error, "block_s": ours}
+    works = {"einsum": einsum, "block": lambda: jacobian_blocks(products, linearisation, A, B)}
+    runs = {name: statistics_of(times_of(work, args.runs)) for name, work in works.items()}
+    for name, found in runs.items():
+        print(name, rounded(found), file=sys.stderr)
+    theirs, ours = (found["median_ms"] / 1e3 for found in runs.values())
+    return {"einsum_over_block": theirs / ours, "max_relative_error": error, "block_s": ours, **runs}
 
 
 def over_forward() -> float:
@@ -196,14 +217,6 @@ def step() -> dict[str, float]:
         "step_over_products": median["step"] / median["products"],
         "step_s": median["step"],
     }  # fmt: skip
-
-
-def timed_once(work: Callable[[], object]) -> float:
-    synchronise()
-    started = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - started
 
 
 def products(x: Tensor, encoders: list[Tensor]) -> None:

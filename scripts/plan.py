@@ -1,10 +1,11 @@
 """Says what `snakemake --config hydra="…"` would run and why, without running it; or freezes the plan for scripts."""
 
+from collections import Counter
 from pathlib import Path
 
 from saeflow.planning.command import parser_of, plan_of, refusals
-from saeflow.planning.explain import explain, sentence
-from saeflow.planning.machine import check_disk, notes
+from saeflow.planning.explain import costs, explain, sentence
+from saeflow.planning.machine import check_disk, jobs, notes
 from saeflow.planning.remote import check_remote, notes_of_bucket
 from saeflow.planning.stages import stages
 
@@ -35,7 +36,10 @@ def main() -> None:
             for stage, table in plan.stages.items():
                 for key in table:
                     print(f"{'done   ' if key in plan.found[stage] else 'missing'}  {plan.folder(stage, key)}")
-        print(sentence(explain(plan)))
+        explanation = explain(plan)
+        print(sentence(explanation))
+        if table := costs(explanation, Counter(stage for stage, _ in jobs(plan))):
+            print(f"\n{table}\n")
         check_disk(plan)
         check_remote(plan)
         for note in [*notes(plan), *notes_of_bucket(plan)]:

@@ -155,7 +155,7 @@ def test_one_target_prints_the_table_of_every_study(home: Path) -> None:
     done = Workflow(home).call("jacobian_tables")
     (folder,) = (home / "results" / "jacobian").iterdir()
     assert (folder / "table.txt").read_text() in done.stdout
-    assert len(re.findall(r"^There are [0-9.]+ values above 0\.[0-9]{3}\.$", done.stdout, re.MULTILINE)) == 19
+    assert len(re.findall(r"^There are [0-9.]+ values and above 0\.[0-9]{3}\.$", done.stdout, re.MULTILINE)) == 19
 
 
 def test_one_bit_of_the_weights_runs_everything_that_reads_them(home: Path) -> None:

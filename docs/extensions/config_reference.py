@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -21,7 +22,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from saeflow.config import BlindConfig, DictionaryConfig, PointConfig
+from saeflow.config import BlindConfig, CorpusConfig, DictionaryConfig, PointConfig
 from saeflow.config.device import SETTINGS as DEVICE
 from saeflow.config.dictionary import kinds
 from saeflow.planning.expansion import compose
@@ -33,7 +34,7 @@ LIBRARY = CONF.parent / "src/saeflow"
 UNITS = {
     "tokens", "rows", "steps", "batches", "latents", "documents", "dictionaries", "examples", "intervals", "bins",
     "pairs", "atoms", "samples", "resamples", "checkpoints", "seconds", "index", "seed", "fraction", "factor", "rate",
-    "norm", "|J|",
+    "norm", "|J|", "heads", "paths", "nodes",
 }  # fmt: skip
 """What a number can be a number of; `factor`, `rate` and `fraction` have no dimension."""
 
@@ -42,6 +43,7 @@ EXPERIMENTS = (
     ["experiment=jsae"],
     ["experiment=attention_heads"],
     ["experiment=stack"],
+    ["experiment=circuits"],
     ["experiment=blind"],
     ["experiment=tracr_case3"],
     ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'", "model.dtype=bfloat16"],
@@ -53,6 +55,7 @@ ELSEWHERE = {
     "hook_name_out": "site.hook_name_out",
     "head": "site.head",
     "layers": "site.layer",
+    "layer": "circuits.layer",
     "replace_first": "evaluation.replace_first",
 }
 """What instances read that is called otherwise than the setting that it is."""
@@ -75,7 +78,11 @@ BESIDE_KEYS |= {
 }
 BESIDE_KEYS |= {
     f"dictionary.{name}": "`foreign`; in keys are the contents of its files"
-    for name in ("path", "format", "release", "sae_id")
+    for name in ("path", "format", "release", "sae_id", "path_out", "sae_id_out")
+}
+BESIDE_KEYS |= {
+    f"evaluation.corpus.{field.name}": BESIDE_KEYS.get(f"corpus.{field.name}", "`tokens`")
+    for field in dataclasses.fields(CorpusConfig)
 }
 
 
@@ -194,6 +201,9 @@ def _type(hint: Any) -> tuple[str, tuple[str, ...]]:
     origin, args = typing.get_origin(inner), typing.get_args(inner)
     if origin is typing.Literal:
         return "one of these" + null, tuple(map(str, args))
+    if origin in (typing.Union, types.UnionType):  # a list, or a word in its place
+        (of, choices), (_, words) = map(_type, args)
+        return f"{of} or one of these{null}", (*choices, *words)
     if origin is tuple:
         of, choices = _type(args[0])
         return (f"list of {of}s" if not choices else "list of these") + null, choices
@@ -255,7 +265,7 @@ def read_by(path: str) -> str:
     stages = readers().get(path, ())
     if path.startswith("dictionary.") and path not in BESIDE_KEYS:
         stages = ("train",)
-    if path.startswith("training.exclude."):
+    if path.startswith("training.exclude.") or path == "training.buffer_tokens":
         stages = ("train",)
     return ", ".join(f"`{stage}`" for stage in stages) or BESIDE_KEYS.get(path, "")
 

@@ -1,17 +1,19 @@
 """From text to the figures of studies of sparse dictionaries in language models.
 
-`saeflow.open_results("results")` opens what the workflow has made. Names are imported on first use.
+`saeflow.open_results("results")` opens what the workflow has made; `saeflow.jacobian(sae_in, sae_out, mlp, x)` is the
+Jacobian of a pair of dictionaries around an MLP. Names are imported on first use.
 """
 
 from importlib import import_module
 from typing import Any
 
-__all__ = ["open_results"]  # pyright: ignore
+_HOMES = {"open_results": "saeflow.results", "jacobian": "saeflow.jacobians.function"}
+__all__ = list(_HOMES)  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # by its name as a string: every package imports this one, and `results` is below all
-        return getattr(import_module("saeflow.results"), name)
+    if name in _HOMES:  # by its name as a string: every package imports this one, and these are below all
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

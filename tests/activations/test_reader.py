@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from stores import write_store
 
 from saeflow.activations import reader as reader_module
-from saeflow.activations.reader import BatchReader, MappedRows, ZarrRows, open_rows, permute
-from saeflow.activations.shards import ShardError
+from saeflow.activations.order import permute
+from saeflow.activations.reader import BatchReader, MappedRows, ZarrRows, open_rows
+from saeflow.activations.shards import PAGE, Shard, ShardError, row_checksums_of
 from saeflow.activations.store import StoreError
 
 GEOMETRY = {"chunk_tokens": 16, "shard_tokens": 64}
@@ -34,6 +35,12 @@ def values():
 @pytest.fixture
 def columns(tmp_path, values):
     return write_store(tmp_path / "store", values, **GEOMETRY)
+
+
+@pytest.fixture
+def in_files(monkeypatch):
+    """However small, columns are read from their files."""
+    monkeypatch.setattr(reader_module, "IN_MEMORY_BYTES", 0)
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**40), st.integers(0, 1000))
@@ -94,28 +101,31 @@ def test_leaving_out_does_not_change_the_remembered_order_of_whole_epochs(column
     assert all(map(np.array_equal, before, again))
 
 
-def test_batch_is_a_pure_function_of_seed_and_step(columns):
-    first, second = BatchReader(columns, 48, seed=3), BatchReader(columns, 48, seed=3)
+@pytest.mark.parametrize("buffer_tokens", [None, 64])
+def test_batch_is_a_pure_function_of_seed_and_step(columns, in_files, buffer_tokens):
+    first, second = (BatchReader(columns, 48, seed=3, buffer_tokens=buffer_tokens) for _ in range(2))
     in_order = [first.batch(s) for s in range(10)]
     backwards = [second.batch(s) for s in reversed(range(10))][::-1]
     for a, b in zip(in_order, backwards, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    other = BatchReader(columns, 48, seed=4).batch(0)
+    other = BatchReader(columns, 48, seed=4, buffer_tokens=buffer_tokens).batch(0)
     assert not torch.equal(other[0], in_order[0][0])
 
 
-def test_iterating_from_any_step_continues_exactly(columns):
-    reader = BatchReader(columns, 48, seed=0)
+@pytest.mark.parametrize("buffer_tokens", [None, 64])
+def test_iterating_from_any_step_continues_exactly(columns, in_files, buffer_tokens):
+    reader = BatchReader(columns, 48, seed=0, buffer_tokens=buffer_tokens)
     whole = list(reader.iterate(0, 12))
     for start in (0, 5, 11):
-        rest = list(BatchReader(columns, 48, seed=0).iterate(start, 12 - start))
+        rest = list(BatchReader(columns, 48, seed=0, buffer_tokens=buffer_tokens).iterate(start, 12 - start))
         assert len(rest) == 12 - start
         for a, b in zip(whole[start:], rest, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_rows_of_all_columns_are_the_same_tokens(columns, values):
-    reader = BatchReader(columns, 77, seed=1)
+@pytest.mark.parametrize("buffer_tokens", [None, 100])
+def test_rows_of_all_columns_are_the_same_tokens(columns, values, buffer_tokens):
+    reader = BatchReader(columns, 77, seed=1, buffer_tokens=buffer_tokens)
     for s in range(5):
         rows = torch.from_numpy(reader.rows(s))
         for found, held in zip(reader.batch(s), values.values(), strict=True):
@@ -154,16 +164,110 @@ def test_a_flipped_byte_is_found_before_its_values_are_used(columns, where):
     assert f"{shard} is damaged" in str(error.value) and "run the workflow again" in str(error.value)
 
 
-def test_undamaged_chunks_of_a_damaged_shard_can_still_be_read(columns, values):
-    """Checksums are compared chunk by chunk, when a chunk is first touched."""
+@pytest.mark.parametrize("by_row", [True, False])
+def test_undamaged_parts_of_a_damaged_shard_can_still_be_read(columns, values, by_row):
+    """Checksums are compared row by row, or, where rows have none, chunk by chunk when a chunk is first touched."""
     shard = columns[0].array / "c" / "0" / "0"
     data = bytearray(shard.read_bytes())
     data[16 * 6 * 4 + 4 + 7] ^= 0x80  # in the second chunk
     shard.write_bytes(data)
+    if not by_row:
+        row_checksums_of(shard).unlink()
     rows = open_rows(columns[0])
     assert torch.equal(rows.take(np.arange(16)), values["blocks.0.hook_mlp_out"][:16])
+    if by_row:
+        assert torch.equal(rows.take(np.array([17])), values["blocks.0.hook_mlp_out"][[17]])
     with pytest.raises(ShardError, match="chunk 1"):
-        rows.take(np.array([17]))
+        rows.take(np.array([16 if by_row else 17]))
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
+def test_checksums_of_rows_are_a_help_and_their_damage_none(columns, values, damage):
+    file = row_checksums_of(columns[0].array / "c" / "1" / "0")
+    held = bytearray(file.read_bytes())
+    held[4 * 3] ^= 1  # of row 64 + 3
+    file.write_bytes(held[:-4] if damage == "short" else held) if damage != "missing" else file.unlink()
+    rows = np.array([67, 68])
+    assert torch.equal(open_rows(columns[0]).take(rows), values["blocks.0.hook_mlp_out"][rows])
+
+
+def test_checksums_of_rows_are_those_of_their_bytes(columns, values):
+    """Of all rows of a shard, and of the NaN that its last chunk is padded with."""
+    from google_crc32c import value as crc32c
+
+    held = values["blocks.0.hook_mlp_out"][192:].numpy()
+    rows = [*held, *np.full((8, 6), np.nan, dtype=np.float32)]
+    found = np.fromfile(row_checksums_of(columns[0].array / "c" / "3" / "0"), dtype="<u4")
+    assert found.tolist() == [crc32c(row.tobytes()) for row in rows]
+
+
+@pytest.mark.parametrize("buffer_tokens", [None, 64])
+def test_a_flipped_bit_is_found_by_the_first_batch_that_has_its_row(columns, in_files, buffer_tokens):
+    shard = columns[0].array / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[16 * 6 * 4 + 4 + 7] ^= 1  # row 16
+    shard.write_bytes(data)
+    reader = BatchReader(columns, 8, seed=0, buffer_tokens=buffer_tokens)
+    first = next(s for s in range(25) if 16 in reader.rows(s))
+    for s in range(first):
+        reader.batch(s)
+    with pytest.raises(ShardError, match="chunk 1"):
+        reader.batch(first)
+
+
+def test_a_batch_checks_its_own_rows_and_no_others(columns, in_files):
+    reader = BatchReader(columns, 8, seed=0)
+    reader.batch(0)
+    checked = np.concatenate([shard._checked for shard in reader.columns[0].shards])
+    assert np.array_equal(np.flatnonzero(checked), np.sort(reader.rows(0)))
+
+
+def test_all_is_checked_beside_the_batches_where_it_fits_into_memory(columns, in_files, monkeypatch):
+    """Damage that no batch has is left to who reads it."""
+    shard = columns[0].array / "c" / "2" / "0"
+    data = bytearray(shard.read_bytes())
+    data[0] ^= 1
+    shard.write_bytes(data)
+    reader = BatchReader(columns[:1], 4, seed=0, left_out=np.arange(128, 144))
+    batches = reader.iterate(0, 10)
+    next(batches)
+    for thread in threading.enumerate():
+        if thread.name == "batch-checker":
+            thread.join()
+    found = [shard.is_checked(c) for shard in reader.columns[0].shards for c in range(shard.n_chunks)]
+    assert found == [number != 8 for number in range(13)]
+    batches.close()
+
+    monkeypatch.setattr(reader_module, "machine_memory", lambda: 2 * 200 * 24 - 1)
+    larger = BatchReader(columns[:1], 4, seed=0)
+    batches = larger.iterate(0, 1)
+    next(batches)
+    assert not any(shard.is_checked(0) for shard in larger.columns[0].shards) and larger.columns[0].evicts
+    batches.close()
+
+
+def test_the_kernel_is_told_of_the_rows_of_a_batch_and_of_the_pieces_of_a_buffer(tmp_path, monkeypatch):
+    """Whole pages, each once."""
+    (column,) = write_store(tmp_path / "s", {"blocks.0.hook_mlp_out": torch.randn(1024, 512)}, chunk_tokens=256,
+                            shard_tokens=1024)  # fmt: skip
+    monkeypatch.setattr(reader_module, "IN_MEMORY_BYTES", 0)
+    told = []
+    monkeypatch.setattr(Shard, "_advise", lambda self, start, stop: told.append((start, stop)))
+    reader = BatchReader([column], 16, seed=0)
+    reader.batch(0)
+    starts = np.sort(reader.rows(0)) // 256 * (256 * 2048 + 4) + np.sort(reader.rows(0)) % 256 * 2048
+    wanted = {page for start in starts for page in range(start // PAGE, (start + 2047) // PAGE + 1)}
+    found = [page for start, stop in told for page in range(start // PAGE, stop // PAGE)]
+    assert set(found) == wanted and len(found) == len(wanted)
+    told.clear()
+    reader.batch(0)
+    assert not told
+
+    buffered = BatchReader([column], 16, seed=0, buffer_tokens=256)
+    for s in range(16):
+        buffered.batch(s)
+    assert len({row // 256 for s in range(16) for row in buffered.rows(s)}) == 1  # and the next piece is read meanwhile
+    assert 2 * 256 * 2048 <= sum(stop - start for start, stop in told) <= 2 * (256 * 2048 + 2 * PAGE)
 
 
 def test_a_missing_or_short_shard_is_an_error_not_fill_values(columns):

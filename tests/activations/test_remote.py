@@ -123,11 +123,14 @@ def test_batches_are_those_of_the_store_here(
     assert torch.equal(reader.batch(7)[1], local.batch(7)[1])
 
 
-def test_tokens_left_out_and_a_far_and_a_near_column_together(far: list[Column], near: list[Column]) -> None:
+@pytest.mark.parametrize("buffer_tokens", [None, 64])
+def test_tokens_left_out_and_a_far_and_a_near_column_together(
+    far: list[Column], near: list[Column], buffer_tokens: int | None
+) -> None:
     left_out = np.arange(0, N, 10)
-    here = BatchReader(near, 8, 5, left_out)
+    here = BatchReader(near, 8, 5, left_out, buffer_tokens=buffer_tokens)
     shutil.copytree(near[0].array, far[0].array)  # one of the two is here again
-    reader = BatchReader(far, 8, 5, left_out, 10_000)
+    reader = BatchReader(far, 8, 5, left_out, 10_000, buffer_tokens)
     assert [type(rows) for rows in reader.columns] == [MappedRows, RemoteRows] and reader.at_once > 1
     for one, other in zip(reader.iterate(0, 50), here.iterate(0, 50), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -113,11 +113,6 @@ def shares(faults: int, kinds: list[str]) -> dict[str, int]:
     return whole
 
 
-def inject_small(folder: Path, faults: int, only: Sequence[str]) -> list[Outcome]:
-    """Some kinds of faults in the smallest experiment, in an empty folder."""
-    return inject(Bench.undisturbed(folder, "chaos_small"), faults, seed=0, only=only)
-
-
 def report(outcomes: list[Outcome]) -> dict[str, int]:
     """Prints a line a kind; returns flat counts."""
     flat: dict[str, int] = {"faults": len(outcomes), SURVIVED: sum(o.verdict == SURVIVED for o in outcomes)}

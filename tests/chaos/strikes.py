@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -112,16 +113,13 @@ def disk_full(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 
 
 def _fill(file: Path, spare: int) -> None:
+    """Unbuffered: what the run beside it writes meanwhile may leave no room even for the last bytes of a buffer."""
     free = shutil.disk_usage(file.parent).free
-    with file.open("wb") as out:
-        try:
-            block = b"\0" * (1 << 20)
-            for _ in range((free - spare) >> 20):
-                out.write(block)
-            out.write(b"\0" * ((free - spare) & 0xFFFFF))
-            out.flush()
-        except OSError:
-            pass
+    with file.open("wb", buffering=0) as out, suppress(OSError):
+        block = b"\0" * (1 << 20)
+        for _ in range((free - spare) >> 20):
+            out.write(block)
+        out.write(b"\0" * ((free - spare) & 0xFFFFF))
 
 
 def source_swapped(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""What doesn't end well is seen, and every kind of fault has its share; the faults: `test_damage`, `test_strikes`."""
+"""What doesn't end well is seen, and every kind of fault has its share; the faults: `test_fifty`."""
 
 import json
 from pathlib import Path

@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from saeflow.circuits import (
-    CircuitRun,
-    Node,
-    Target,
-    connections,
-    de_embedding,
-    graph,
-    greedy_paths,
-    logit_weights,
-    ov,
-    ov_norms,
-)
+from saeflow.circuits.attribution import CircuitRun, Node, Target
+from saeflow.circuits.paths import graph, greedy_paths
+from saeflow.circuits.weights import connections, de_embedding, logit_weights, ov, ov_norms
 from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, DictionaryError, Spec
 from saeflow.dictionaries.sae import build
@@ -112,7 +103,7 @@ def test_input_invariant_connections_are_products_of_weights(model: Any) -> None
     through = ov(model, 0, 2)
     assert torch.equal(connections(earlier, v), earlier.W_dec @ v)
     torch.testing.assert_close(connections(earlier, v, through)[3], earlier.W_dec[3] @ through @ v)
-    torch.testing.assert_close(logit_weights(earlier, model)[7], earlier.W_dec[7] @ model.unembed.W_U)
+    torch.testing.assert_close(logit_weights(earlier.W_dec, model)[7], earlier.W_dec[7] @ model.unembed.W_U)
     torch.testing.assert_close(de_embedding(model, v)[9], model.embed.W_E[9] @ v)
     torch.testing.assert_close(de_embedding(model, v, through)[9], model.embed.W_E[9] @ through @ v)
     norms = ov_norms(model, v, 1)

@@ -113,6 +113,11 @@ def test_built_config_builds_itself_again():
                 "jacobian_warm_up_steps",
             )
         ),
+        (
+            {"training__order": "buffered", "training__buffer_tokens": 15},
+            "training.buffer_tokens=15 is out of range: it must be training.batch_size=.* or more with order=buffered",
+        ),
+        ({"training__buffer_tokens": 0}, "training.buffer_tokens=0 is out of range"),
         ({"training__auxk_coefficient": -1.0}, "training.auxk_coefficient=-1.0 is out of range"),
         ({"training__adam_beta2": 1.0}, "training.adam_beta2=1.0 is out of range: it must be 0 or more and below 1"),
         ({"training__checkpoint_seconds": -1}, "training.checkpoint_seconds=-1.0 is out of range"),

@@ -209,6 +209,92 @@ def test_sparsify(transcodes: bool, tmp_path: Path) -> None:
             read_foreign(folder, TRANSCODER)
 
 
+# -------------------------------------------------------------------- kissane
+Z = "blocks.1.attn.hook_z"
+KISSANE = {"act_name": Z, "act_size": D, "dict_size": N_LATENTS, "l1_coeff": 2.0, "seed": 49, "enc_dtype": "fp32"}
+STATE = {"W_enc": W_ENC, "b_enc": B_ENC, "W_dec": W_DEC, "b_dec": B_IN}
+
+
+def kissane(folder: Path, config: dict[str, Any] | None = None, **tensors: Tensor) -> Path:
+    """`gelu-2l_l12.00e+00_v78.pt`, a bare state dict, and its `_cfg.json`."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "gelu-2l_l12.00e+00_v78.pt"
+    torch.save(STATE | tensors, file)  # noqa: TID251
+    if config is not None:
+        (folder / "gelu-2l_l12.00e+00_v78_cfg.json").write_text(json.dumps(config))
+    return file
+
+
+def test_kissane(tmp_path: Path) -> None:
+    file = kissane(tmp_path, KISSANE)
+    assert foreign_format(file) == "kissane" and len(foreign_files(file, "kissane")) == 2
+    f = ((X - B_IN) @ W_ENC + B_ENC).relu()
+    made = read_foreign(file, Site(Z, Z))
+    check(made, f, f @ W_DEC + B_IN, tmp_path / "again")
+    assert made.spec.l1_coefficient == 2.0 and made.spec.origin.fold_ln is None  # no matter for values of heads
+    with pytest.raises(DictionaryError, match=f"reads {Z} and writes {Z}, but the site is {OUT}"):
+        read_foreign(file, SAE)
+    torch.save(STATE, file, _use_new_zipfile_serialization=False)  # noqa: TID251 -- as torch did before 1.6
+    assert foreign_format(file) == "kissane"
+    with pytest.raises(DictionaryError, match=r"W_enc of shape \(32, 48\), but its _cfg.json says \(32, 47\)"):
+        read_foreign(kissane(tmp_path, KISSANE | {"dict_size": 47}), Site(Z, Z))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.with_name(f"{file.stem}_cfg.json").unlink(), "lacks gelu-2l_.*_cfg.json, which .*=kissane"),
+        (lambda file: kissane(file.parent, {"dict_size": 1}), "_cfg.json lacks act_name, act_size, l1_coeff: it is no"),
+        (lambda file: file.with_name(f"{file.stem}_cfg.json").write_text("[1]"), "_cfg.json lacks any settings"),
+        (lambda file: file.with_name(f"{file.stem}_cfg.json").write_text("{"), "_cfg.json cannot be read as JSON"),
+        (lambda file: torch.save({"W_enc": W_ENC}, file), "holds no W_dec, b_dec, b_enc, which a .pt of .*=kissane"),  # noqa: TID251
+        (
+            lambda file: file.write_bytes(b"no pickle"),
+            "holds no cfg, state_dict, which a .pt of .*=transcoder_circuits",
+        ),
+        (lambda file: kissane(file.parent, KISSANE | {"act_name": OUT}), f"is of {OUT}, but the site is {Z}"),
+    ],
+)
+def test_a_kissane_dictionary_that_lacks_something_is_refused_by_the_plan(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    file = kissane(tmp_path, KISSANE)
+    change(file)
+    with pytest.raises(ConfigError, match=message):
+        compose(ROOT / "conf", ["dictionary=foreign", f"dictionary.path={file}", "site=attn_z", "site.layer=1"])
+
+
+@torch.no_grad()
+def test_kissane_latents_are_those_of_the_model_that_they_were_trained_on(
+    gpt2_folder: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    """TransformerLens's default processing, which folds the biases of values into that of the output."""
+    from transformer_lens import HookedTransformer
+
+    from saeflow.config import ModelConfig
+    from saeflow.dictionaries.foreign import foreign_job
+    from saeflow.models.loading import load_model
+
+    ours = load_model(gpt2_folder, ModelConfig("tiny", path=str(gpt2_folder)), "cpu")
+    for attention in (block.attn for block in ours.blocks):
+        attention.b_V += torch.randn(attention.b_V.shape, generator=G)
+    theirs = HookedTransformer(ours.cfg, move_to_device=False)
+    theirs.load_and_process_state_dict({k: v.clone() for k, v in ours.state_dict().items()}, fold_ln=True)
+    tokens = torch.randint(0, 300, (3, 20), generator=G)
+    x, trained_on = (m.run_with_cache(tokens)[1][Z].flatten(2).flatten(0, 1) for m in (ours, theirs))
+    assert (x - trained_on).abs().max() > 0.5
+    chosen = ["model=local", f"model.path={gpt2_folder}", "corpus=local", f"corpus.path={corpus_file}", *TINY]
+    path = f"dictionary.path={kissane(tmp_path, KISSANE)}"
+    plan = compose(ROOT / "conf", ["dictionary=foreign", path, "site=attn_z", *chosen], results=str(tmp_path))
+    (instance,) = plan.stages["foreign"].values()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saeflow.dictionaries.foreign.open_model", lambda job: ours)
+        (made,) = foreign_job(Job(instance, plan, "cpu"))
+    f = ((trained_on - B_IN) @ W_ENC + B_ENC).relu()
+    torch.testing.assert_close(made.encode(x), f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.forward(x) - x, f @ W_DEC + B_IN - trained_on, rtol=1e-4, atol=1e-3)
+
+
 # -------------------------------------------------------------------- SAELens
 def test_old_saelens_folders(tmp_path: Path) -> None:
     """Version 3: a flat `cfg.json` with the training run's options."""
@@ -332,7 +418,7 @@ def test_a_foreign_dictionary_of_another_size_is_refused(neox_folder: Path, corp
     [
         (["dictionary.path=/none"], "dictionary.path=/none: no such file or folder"),
         (["dictionary.release=r"], "dictionary.sae_id=None is out of range: it must be given with dictionary.release"),
-        ([], "set exactly one of dictionary.path and dictionary.release"),
+        ([], "set exactly one of dictionary.path, dictionary.heads and dictionary.release"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_the_plan(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_widths_given_in_two_ways_are_compared_by_what_they_come_to(home: Path) 
         (["tokens.context_size=[64,128]"], ["layer 2, mlp_out, context of 64", "layer 2, mlp_out, context of 128"]),
         (["evaluation.confidence=[0.9,0.95]"],
          ["layer 2, mlp_out, confidence = 0.9", "layer 2, mlp_out, confidence = 0.95"]),
+        (["evaluation.replace_first=[true,false]"], ["layer 2, mlp_out", "layer 2, mlp_out, first tokens kept"]),
     ],
 )  # fmt: skip
 def test_models_tokens_and_hooks_make_places(home: Path, overrides: list[str], places: list[str]) -> None:  # noqa: F811

@@ -35,7 +35,11 @@ def test_all_groups_and_all_kinds_are_there() -> None:
     assert {one.path.split(".")[0] for one in EVERY} == {f.name for f in dataclasses.fields(PointConfig)} | {"blind"}
     assert {kind for one in EVERY for kind in one.kinds} == set(kinds())
     (k,) = of("dictionary.k")
-    assert set(k.kinds) == set(kinds()) - {"foreign"} and k.type == "whole number or null" and k.unit == "latents"
+    assert (
+        set(k.kinds) == set(kinds()) - {"foreign", "foreign_pair"}
+        and k.type == "whole number or null"
+        and k.unit == "latents"
+    )
 
 
 def test_parts_of_a_string() -> None:

@@ -77,7 +77,7 @@ def pages(site: Path) -> dict[Path, Page]:
 def test_every_page_and_every_package_is_there(site: Path, pages: dict[Path, Page]) -> None:
     names = {file.relative_to(site.resolve()).with_suffix("").as_posix() for file in pages}
     assert {file.stem for file in ROOT.glob("docs/*.md")} <= names
-    packages = {p.name for p in (ROOT / "src/saeflow").iterdir() if (p / "__init__.py").exists()} | {"circuits"}
+    packages = {p.name for p in (ROOT / "src/saeflow").iterdir() if (p / "__init__.py").exists()}
     assert {f"api/{name}" for name in packages} <= names
     text = (site / "configuration.html").read_text()
     assert all(f'id="confval-{name}"' in text for name in ("training.lr", "dictionary.k", "model.tracr.method"))

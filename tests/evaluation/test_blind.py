@@ -1,6 +1,7 @@
 """The blind set: what it shows, what it hides, and the scores of a filled-in sheet."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from saeflow.dictionaries.sae import build
 from saeflow.evaluation.blind import (
     BANDS,
     SheetError,
+    _warn_of_sparsity,
     choose_features,
     examples,
     find_activations,
@@ -114,6 +116,32 @@ def test_a_set_is_the_same_twice(made: tuple[Path, Any]) -> None:
     (instance,) = plan.stages["blind"].values()
     blind_job(Job(instance, plan, "cpu"))
     assert [(folder / name).read_bytes() for name in files] == before
+
+
+def test_one_key_tells_nothing_of_the_next_set(made: tuple[Path, Any]) -> None:
+    """Of other dictionaries, by the same settings: other names, and another order."""
+    folder, plan = made
+    from saeflow.evaluation.blind import blind_job
+    from saeflow.jobs.job import Job
+
+    (instance,) = plan.stages["blind"].values()
+    known = json.loads((folder / "secret/key.json").read_text())
+    other = dataclasses.replace(instance, key="other", identity=instance.identity[::-1])
+    blind_job(Job(other, plan, "cpu"))
+    key = json.loads((plan.folder("blind", "other") / "secret/key.json").read_text())
+    assert key.keys().isdisjoint(known) and len(key) == len(known)
+    orders = [[(one["kind"], one["feature"]) for one in secret.values()] for secret in (key, known)]
+    assert orders[0] != orders[1]
+    sets = [compose(ROOT / "conf", ["experiment=blind", f"dictionary.expansion={n}"]).stages["blind"] for n in (4, 8)]
+    assert len({i.identity for table in sets for i in table.values()}) == 2
+
+
+def test_a_set_of_unequal_sparsity_is_said_to_be_one(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "saeflow"):
+        _warn_of_sparsity([29.3, 28.9])
+        assert not caplog.text
+        _warn_of_sparsity([40.8, 28.9])
+    assert "an L0 of 28.9 and 40.8" in caplog.text
 
 
 def test_names_are_letters() -> None:

@@ -14,7 +14,7 @@ from tests.dictionaries.test_series import plan_of
 from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.dictionaries.series import with_names
-from saeflow.evaluation.comparisons import PAIRED
+from saeflow.evaluation.comparisons import NOTEBOOK_004, PAIRED
 from saeflow.evaluation.figures import pairs
 from saeflow.evaluation.figures.data import Evaluations, Stacks, read_evaluations, read_stacks
 from saeflow.evaluation.figures.fronts import sparsity_faithfulness
@@ -43,7 +43,7 @@ COLUMNS = {
     "l0_histograms": [*IDENTITY, "seed", "dictionary_key", "l0", "tokens", "tokens_without_bos"],
     "stacks": [
         "place", "series", "amount_name", "amount", "seed", "group", "stack", "layers", "hooks",
-        "ce_replaced", *INCREASE, *LEVELS,
+        "ce_replaced", *LEVELS, *(f"{n}{end}" for n in ("loss_recovered_zero", "kl") for end in ("", "_low", "_high")),
     ],
 }  # fmt: skip
 
@@ -105,7 +105,8 @@ def evaluations() -> Evaluations:
 @pytest.fixture(scope="module")
 def stacked() -> Stacks:
     stack = {"group": "g", "ce_clean": 3.5, "ce_replaced": 3.7, "ce_zero": 6.0, "ce_mean": 5.0, "train_keys": ["a"]}
-    stack |= {"ce_increase": 0.2, "ce_increase_low": 0.19, "ce_increase_high": 0.22, "hooks": ["blocks.0.hook_mlp_out"]}
+    stack |= {"hooks": ["blocks.0.hook_mlp_out"], "kl": 0.1, "kl_low": 0.09, "kl_high": 0.12}
+    stack |= {"loss_recovered_zero": 0.92, "loss_recovered_zero_low": 0.91, "loss_recovered_zero_high": 0.93}
     rows = [stack | {"stack": name, "layers": layers} for name, layers in (("all", [0, 1, 2]), ("inner", [1]))]
     table = pd.DataFrame(rows).assign(**dict.fromkeys(("place", "series"), "SAE"), amount_name="k", seed=0)
     return Stacks(table.assign(amount=4, point="4", repeat=""))
@@ -129,12 +130,43 @@ def test_figure_has_its_table_and_is_deterministic(
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     lines = {"sparsity_faithfulness": 8, "matched_l0": len(table), "matched_ce": len(table)}
     lines |= dict.fromkeys(("paired_differences", "paired_differences_all"), 28 * len(PAIRED)) | {
-        "notebook_004": 3,
+        "notebook_004": 3 + 9,
         "stacks": 2,
         "l0_histograms": 40,
     }
     assert len(table) == lines[name] > 0
     assert list(table) == COLUMNS[name] and len(table.columns) <= 20
+
+
+def test_stacks_are_drawn_as_what_they_recover_and_diverge_by(stacked: Stacks) -> None:
+    """Each with its interval; what cannot be said, as where zero ablation costs nothing, is left out."""
+    stacked = stacked._replace(table=stacked.table.head(1))
+    figure, _ = find("stacks").draw(stacked)
+    for axis, wanted in zip(figure.axes, ((92, [91, 93]), (0.1, [0.09, 0.12])), strict=True):
+        point, ends = axis.get_lines()[:2]
+        np.testing.assert_allclose(point.get_xdata(), wanted[0])
+        np.testing.assert_allclose(ends.get_xdata(), wanted[1])
+    unknown = dict.fromkeys(("loss_recovered_zero", "loss_recovered_zero_low", "loss_recovered_zero_high"), None)
+    figure, _ = find("stacks").draw(stacked._replace(table=stacked.table.assign(**unknown)))
+    assert all(np.isnan(line.get_xdata()).all() for line in figure.axes[0].get_lines())
+
+
+def test_the_notebooks_nine_points_stand_beside_ours(evaluations: Evaluations) -> None:
+    figure, table = find("notebook_004").draw(evaluations)
+    ours, theirs = figure.axes[:2]
+    drawn = {
+        name: points
+        for axis in (ours, theirs)
+        for name, points in (
+            (f"{axis.get_title()} {line.get_label()}", list(zip(*line.get_data(), strict=True))) for line in axis.lines
+        )
+    }
+    assert sorted(drawn["as printed: layer 15, Pythia-410M ReLU + L1 SAE"]) == sorted(
+        points for (kind, _), points in NOTEBOOK_004.items() if kind == "sae"
+    )
+    assert len(drawn["as printed: layer 15, Pythia-410M ReLU + L1 transcoder"]) == 5
+    assert sorted(drawn["here ReLU + L1 SAE"]) == [(5.0, 3.62), (20.0, 3.605)]
+    assert table["printed_l0"].notna().sum() == 9
 
 
 def test_histograms_of_l0_are_shares_of_the_tokens(evaluations: Evaluations) -> None:
@@ -301,10 +333,11 @@ def test_sets_of_layers_are_told_apart_by_what_their_dictionaries_are(home: Path
     for n, (key, instance) in enumerate(plan.stages["stack"].items()):
         row = {name: instance.config[name] for name in ("group", "stack", "layers")}
         row |= {"train_keys": instance.needs["train"], "hooks": [f"blocks.{i}.hook_mlp_out" for i in row["layers"]]}
-        row |= {"ce_clean": 3.5, "ce_zero": 6, "ce_mean": 5, "ce_replaced": 3.7 + n / 100, "ce_increase": 0.2}
+        row |= {"ce_clean": 3.5, "ce_zero": 6, "ce_mean": 5, "ce_replaced": 3.7 + n / 100}
+        row |= {f"{m}{end}": 0.2 for m in ("kl", "loss_recovered_zero") for end in ("", "_low", "_high")}
         folder = plan.folder("stack", key)
         folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps(row | {"ce_increase_low": 0.19, "ce_increase_high": 0.22}))
+        (folder / "summary.json").write_text(json.dumps(row))
         write_receipt(folder, "stack")
     figure, table = find("stacks").draw(read_stacks(job))
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [

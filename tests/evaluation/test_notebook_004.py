@@ -126,16 +126,15 @@ def test_l0_and_ce_loss_are_the_notebooks(model: Any, tmp_path: Path, dtype: tor
         assert evaluation.summary["ce_replaced"] > evaluation.summary["ce_clean"] + 1e-3
 
 
+def neox(d_model: int) -> dict[str, Any]:
+    """`config.json` of Pythia-410M, or of 1.4B, which is as deep."""
+    sizes = {"num_hidden_layers": 24, "hidden_size": d_model, "num_attention_heads": 16}
+    sizes |= {"intermediate_size": 4 * d_model, "max_position_embeddings": 2048}
+    return {"architectures": ["GPTNeoXForCausalLM"], **sizes}
+
+
 def test_the_notebooks_settings_are_a_plan(tmp_path: Path) -> None:
-    config = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "num_hidden_layers": 24,
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "max_position_embeddings": 2048,
-    }
-    write_plain_model(tmp_path, config)
+    write_plain_model(tmp_path, neox(1024))
     settings = ["experiment=notebook_004", f"model.path={tmp_path}"]
     plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
     trained = [instance.config for instance in plan.stages["train"].values()]
@@ -152,3 +151,29 @@ def test_the_notebooks_settings_are_a_plan(tmp_path: Path) -> None:
         assert all(evaluation.config["model"][name] for name in processing)
     hooks = {i.config["hook_name"] for i in plan.stages["activations"].values()}
     assert hooks == {"blocks.15.hook_mlp_out", "blocks.15.ln2.hook_normalized"}
+
+
+GPT2: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_embd": 768, "n_head": 12}
+GPT2 |= {"n_positions": 1024, "n_ctx": 1024}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "config", "layer", "d_sae", "stages"),
+    [
+        ("transcoders_gpt2-small", GPT2, 8, 24_576, {"train": 8, "evaluate": 8}),
+        ("transcoders_pythia-1.4b", neox(2048), 15, 65_536, {"train": 9, "evaluate": 9}),
+        ("blind_pythia-410m", neox(1024), 15, 32_768, {"train": 2, "blind": 1}),
+    ],
+)
+def test_the_papers_other_studies_are_plans(
+    experiment: str, config: Any, layer: int, d_sae: int, stages: dict[str, int], tmp_path: Path
+) -> None:
+    """Against a folder of the model's true sizes."""
+    write_plain_model(tmp_path / "model", config)
+    settings = [f"experiment={experiment}", f"model.path={tmp_path}/model"]
+    plan = compose(ROOT / "conf", settings, results=str(tmp_path / "results"))
+    assert {name: len(plan.stages[name]) for name in stages} == stages
+    for trained in (instance.config for instance in plan.stages["train"].values()):
+        assert trained["dictionary"]["d_sae"] == d_sae and f"blocks.{layer}." in trained["hook_name"]
+        loss = [trained["dictionary"][name] for name in ("squared_error", "sparsity", "normalize_activations")]
+        assert loss == ["target_norm", "unit_norm", "none"] and trained["training"]["n_tokens"] == 60_000_000

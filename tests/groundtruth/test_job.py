@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.groundtruth.test_training import publish
 
 from saeflow.config import ConfigError
-from saeflow.dictionaries import Origin, Spec
+from saeflow.dictionaries import Origin, Spec, save_dictionary
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
+from saeflow.groundtruth.effects import node_effects
 from saeflow.groundtruth.faithfulness import (
     compare_jacobians,
     dictionary_jacobians,
@@ -25,8 +27,9 @@ from saeflow.groundtruth.faithfulness import (
     true_jacobians,
 )
 from saeflow.groundtruth.folder import load_hooked, read_model, write_model
-from saeflow.groundtruth.network import HOOKS, Network, initial_weights
-from saeflow.groundtruth.training import Truth
+from saeflow.groundtruth.interpbench import ACTIVATIONS as READ
+from saeflow.groundtruth.network import ACTIVATIONS, HOOKS, Network, Node, initial_weights
+from saeflow.groundtruth.training import Alignment, Truth, align, pairs
 from saeflow.jobs.job import Job
 from saeflow.models.folder import ModelError, read_geometry
 from saeflow.planning.expansion import compose
@@ -94,9 +97,130 @@ def test_what_a_case_does_not_have_is_refused_by_the_plan(tmp_path: Path, overri
         planned(tmp_path, "sweep=[{model.tracr.seed:[0]}]", override)
 
 
-def test_a_dictionary_from_elsewhere_is_refused_by_the_plan(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dictionary=foreign is evaluated on text, and model=tracr has none"):
-        planned(tmp_path, "sweep=[{model.tracr.seed:[0]}]", "dictionary=foreign", "dictionary.path=/somewhere")
+def published(folder: Path) -> tuple[Path, Network]:
+    """A folder as InterpBench publishes them, of a model of case 3 with random weights."""
+    config = small_config(get_case(3))
+    weights = initial_weights(config, 5)
+    return publish(folder, config, weights), Network(config, weights)
+
+
+def test_a_published_model_and_a_dictionary_from_elsewhere(tmp_path: Path) -> None:
+    """Neither is trained; what the program says, and which node stands for what, is written beside the labels."""
+    from saeflow.dictionaries.foreign import foreign_job
+    from saeflow.groundtruth.job import make_model, recover_jobs, write_case_rows
+
+    folder, network = published(tmp_path / "published")
+    hook, made = "blocks.0.hook_mlp_out", identity("blocks.0.hook_mlp_out", 12, (1.0, -1.0))
+    (tmp_path / "theirs").mkdir()
+    save_dictionary(made, tmp_path / "theirs")
+    sweep = f"sweep=[{{model.tracr.method:published,model.tracr.path:{folder},site.hook_name:{hook}}}]"
+    elsewhere = ["dictionary=foreign", f"dictionary.path={tmp_path / 'theirs'}"]
+    plan = planned(tmp_path / "results", sweep, *elsewhere)
+    counts = {stage: len(table) for stage, table in plan.stages.items() if table}
+    assert counts == {"groundtruth": 1, "tokens": 2, "activations": 1, "foreign": 1, "recover": 1, "figures": 1}
+    ((_, instance),) = plan.stages["groundtruth"].items()
+    assert set(instance.config["tracr"]) == {"case", "method", "content"}  # whatever the folder is called
+
+    def jobs(stage: str) -> list[Job]:
+        return [Job(one, plan, "cpu") for one in plan.stages[stage].values()]
+
+    with pytest.MonkeyPatch.context() as patch:  # of 102,400 pairs some are enough here
+        patch.setattr("saeflow.groundtruth.training.pairs", lambda n_rows: pairs(n_rows, 500))
+        assert "published: accuracy" in make_model(jobs("groundtruth")[0])
+    for job in jobs("tokens"):
+        write_case_rows(job)
+    foreign_job(jobs("foreign")[0])
+    (summary,) = recover_jobs(jobs("recover"))
+    assert (summary["method"], summary["source"], summary["fvu"]) == ("published", "theirs", pytest.approx(0, abs=1e-9))
+    case, opened = read_model(plan.folder("groundtruth", instance.key))
+    tokens = torch.from_numpy(case.rows())
+    torch.testing.assert_close(opened(tokens).output, network(tokens).output)
+    effects = pd.read_parquet(plan.folder("groundtruth", instance.key) / "effects.parquet")
+    assert len(effects) == 10 and effects["on_circuit"].sum() == 2
+    folder_of = plan.folder("recover", next(iter(plan.stages["recover"])))
+    truth = pd.read_parquet(folder_of / "truth.parquet")
+    np.testing.assert_array_equal(truth["label"], case.labels(case.rows()).ravel())
+    words = [str(case.program.vocabulary[t]) for t in case.rows().ravel()]
+    assert truth["token"].tolist() == words
+    after_bos = truth["position"] > 0
+    assert (truth["variable_is_x"] == (truth["token"] == "x"))[after_bos].all()
+    of = pd.read_parquet(folder_of / "nodes.parquet").set_index("variable")
+    assert of.loc["is_x", "hook"] == "blocks.0.mlp.hook_post" and of.loc["frac_prevs", "node"] == "blocks.1.attn.2"
+    assert of.loc["tokens", "hook"] == "hook_embed" and len(of.loc["tokens", "directions"]) == 6
+    labels = pd.read_parquet(folder_of / "labels.parquet")
+    assert (labels["f1_states"] >= labels["f1_states_chance"]).mean() > 0.5 and labels["states"].notna().all()
+    renamed = folder.rename(tmp_path / "renamed")
+    again = planned(tmp_path / "results", sweep.replace(str(folder), str(renamed)), *elsewhere)
+    assert list(again.stages["recover"]) == list(plan.stages["recover"])
+
+
+def test_a_folder_that_is_no_model_of_the_case_is_refused_by_the_plan(tmp_path: Path) -> None:
+    folder, _ = published(tmp_path / "published")
+    for settings, message in (
+        (["path:null", "method:published"], "model.tracr.path=None is out of range: it must be the folder of a model"),
+        ([f"path:{folder}", "method:siit"], "null with all others"),
+        (["path:/none", "method:published"], "model.tracr.path=/none: no such folder"),
+        ([f"path:{tmp_path}", "method:published"], "has no ll_model_cfg.pkl: it is no folder of a model"),
+        ([f"path:{folder}", "method:published", "case:4"], "is no model of case 4: it has n_ctx 5 for 10"),
+    ):
+        sweep = ",".join(f"model.tracr.{setting}" for setting in settings)
+        size = ["tokens.context_size=10"] if "case:4" in settings else []
+        with pytest.raises(ConfigError, match=message):
+            planned(tmp_path, f"sweep=[{{{sweep}}}]", *size)
+    assert tuple(ACTIVATIONS) == READ
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [3, 12])
+def test_effects_of_nodes_are_those_of_hooked_passes(number: int) -> None:
+    case = get_case(number)
+    config = small_config(case)
+    weights = initial_weights(config, 3)
+    truth, found = Truth(case, case.rows(40)), align(case, config)
+    network, model = Network(config, weights), hooked_transformer(config, weights)
+    base, source = np.random.default_rng(0).integers(0, len(truth.rows), (2, 2000))
+    table = node_effects(network, truth, found, base, source).set_index("node")
+    assert list(table["on_circuit"]) == [True] * len(found.on_circuit) + [False] * len(found.off_circuit)
+    tokens = torch.from_numpy(truth.rows)
+    clean, cache = model.run_with_cache(tokens)
+    labels = case.labels(truth.rows)
+    for node in (*list(found.on_circuit)[:2], *found.off_circuit[-2:]):
+        hook = f"blocks.{node.layer}." + ("mlp.hook_post" if node.head is None else "attn.hook_z")
+        at = slice(None) if node.head is None else np.s_[:, :, node.head]
+
+        def effect(rows: np.ndarray, value: torch.Tensor, counted: np.ndarray) -> float:
+            def put(old: torch.Tensor, hook: Any) -> torch.Tensor:
+                old[at] = value  # noqa: B023
+                return old
+
+            output = model.run_with_hooks(tokens[rows], fwd_hooks=[(hook, put)])  # noqa: B023
+            if number == 3:
+                changed = (output - clean[rows])[..., 0].abs() >= case.tolerance
+            else:
+                changed = output.argmax(-1) != clean[rows].argmax(-1)
+            return changed.numpy()[:, 1:][counted[:, 1:]].mean()
+
+        values, says, every = cache[hook][at], np.ones_like(labels, dtype=bool), np.arange(len(tokens))
+        says = says if number == 3 else labels >= 0
+        apart = np.abs(labels[base] - labels[source]) >= (case.tolerance if number == 3 else 1)
+        both = apart & says[base] & says[source]
+        assert table.loc[node.name, "resample"] == pytest.approx(effect(base, values[source], both), abs=2e-3)
+        assert table.loc[node.name, "zero"] == pytest.approx(effect(every, torch.tensor(0.0), says), abs=2e-3)
+        mean = values.mean((0, 1))
+        assert table.loc[node.name, "mean"] == pytest.approx(effect(every, mean, says), abs=2e-3)
+    assert table[["resample", "zero", "mean"]].max(axis=None) > 0.1
+
+
+def test_nodes_of_a_model_that_is_the_program_have_the_effects_of_their_variables() -> None:
+    """Case 3, compiled: its MLP and its head decide the output, and no other node does anything."""
+    case = get_case(3)
+    truth = Truth(case, case.rows())
+    network = Network(case.compiled.config, case.compiled.weights)
+    on = {Node(0): ("is_x",), Node(1, 0): ("frac_prevs",)}
+    table = node_effects(network, truth, Alignment(on, (Node(0, 0), Node(1))), *pairs(len(truth.rows)))
+    assert table["resample"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    nonzero = (case.labels(truth.rows)[:, 1:] > 0).mean()
+    assert table["zero"].tolist() == [nonzero, nonzero, 0.0, 0.0]
 
 
 # -------------------------------------------------------------------- the folder

@@ -7,8 +7,19 @@ import pytest
 import torch
 
 from saeflow.groundtruth.cases import Case, get_case
-from saeflow.groundtruth.labels import correlation, label, match, page, predicates, states, top_contexts, without_leaks
+from saeflow.groundtruth.labels import (
+    correlation,
+    label,
+    match,
+    page,
+    predicates,
+    states,
+    top_contexts,
+    two_states,
+    without_leaks,
+)
 from saeflow.groundtruth.network import Network
+from saeflow.groundtruth.record import state_names
 from saeflow.groundtruth.recovery import all_duplicates, coverage, duplicates, pure, recovery, redundancy, stability
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_resid_pre"]
@@ -29,6 +40,41 @@ def case() -> Case:
 @pytest.fixture(scope="module")
 def rows(case: Case) -> np.ndarray:
     return case.rows()
+
+
+# -------------------------------------------------------------------- two words, two states
+def test_predicates_of_the_word_before(case: Case, rows: np.ndarray) -> None:
+    against = predicates(case, rows)
+    words = np.array([str(word) for word in case.program.vocabulary])[rows]
+    after_x = np.zeros(rows.shape, dtype=bool)
+    after_x[:, 1:] = words[:, :-1] == "x"
+    np.testing.assert_array_equal(against.masks[against.names.index("before=x")], after_x.ravel())
+    twice = after_x & (words == "x")
+    np.testing.assert_array_equal(against.masks[against.names.index("token=x before=x")], twice.ravel())
+    found = label(twice.reshape(-1, 1).astype(np.float64), against)
+    assert found["label"].item() == "token=x before=x" and found["f1"].item() == 1.0
+
+
+def test_a_latent_of_two_states_says_which(case: Case, rows: np.ndarray) -> None:
+    hook = "blocks.0.hook_resid_pre"
+    state = states(case, rows, hook)
+    names = state_names(case, rows, hook, state)
+    x_2, x_4, a_1 = (names.index(name) for name in ("x@2", "x@4", "a@1"))
+    latents = np.zeros((rows.size, 4))
+    latents[np.isin(state, [x_2, x_4]), 0] = 1.0
+    latents[state == a_1, 1] = 2.0
+    latents[:, 3] = np.random.default_rng(0).random(rows.size) < 0.3
+    found = two_states(latents, state, names).set_index("latent")
+    assert list(found.index) == [0, 1, 3]  # one never fires
+    assert found.loc[0, "states"] == "x@2 or x@4" and found.loc[1, "states"] == "a@1"
+    assert found.loc[[0, 1], "f1_states"].tolist() == [1.0, 1.0]
+    assert found.loc[3, "f1_states"] == pytest.approx(found.loc[3, "f1_states_chance"], abs=0.05)
+    brute = max(
+        2 * (latents[:, 3] * mask).sum() / (latents[:, 3].sum() + mask.sum())
+        for s, t in itertools.product(range(len(names)), repeat=2)
+        for mask in [np.isin(state, [s, t])]
+    )
+    assert found.loc[3, "f1_states"] == pytest.approx(brute)
 
 
 # -------------------------------------------------------------------- a dictionary that is the truth

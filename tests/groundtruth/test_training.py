@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeflow.config import TracrConfig
+from saeflow.config import ConfigError, TracrConfig
+from saeflow.groundtruth import training as module
 from saeflow.groundtruth.cases import get_case, small_config
 from saeflow.groundtruth.compiler import hooked_transformer
 from saeflow.groundtruth.interpbench import InterpBenchError, plain_pickle, read_interpbench
 from saeflow.groundtruth.network import Network, Node, initial_weights
-from saeflow.groundtruth.training import Alignment, Truth, align, loss_of, pairs, quality, train_small
+from saeflow.groundtruth.training import Alignment, Truth, _Steps, align, loss_of, pairs, quality, train_small
 
 
 # -------------------------------------------------------------------- alignment
@@ -126,6 +127,43 @@ def test_training_is_a_function_of_its_seed() -> None:
     one, same, other = (train_small(case, case.rows(), recipe, n_pairs=1).network.weights() for recipe in recipes)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["embed.W_E"], other["embed.W_E"])
+
+
+def test_the_recipe_of_interpbench() -> None:
+    """Every row without PAD once an epoch, each with one source for good; a rate that stays; a strict loss of weight
+    100, clipped at 0.1; the last weights, once they are good enough."""
+    case = get_case(3)
+    rows, config = case.rows(), small_config(case)
+    recipe = TracrConfig(3, "siit", recipe="interpbench", n_steps=6, batch_rows=100, lr=1e-3)
+    network = Network(config, initial_weights(config, 0))
+    steps = _Steps(network, Truth(case, rows), align(case, config), recipe)
+    without = np.flatnonzero((rows != case.program.token_id("PAD")).all(1))
+    assert len(without) == 4**4
+    sources: dict[int, set[int]] = {}
+    for epoch in range(2):
+        batches = [steps._next(3 * epoch + i) for i in range(3)]
+        assert sorted(np.concatenate([base for base, _ in batches])) == without.tolist()
+        for base, source in batches:
+            for b, s in zip(base.tolist(), source.tolist(), strict=True):
+                sources.setdefault(b, set()).add(s)
+    assert all(len(found) == 1 for found in sources.values())
+    before = {name: p.detach().clone() for name, p in network.parameters.items()}
+    norms: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.utils, "clip_grad_norm_", lambda p, most: (norms.append(float(clip(p, most))), most == 0.1)
+        )
+        losses = steps.train_step(5)
+    assert steps.optimiser.param_groups[0]["lr"] == 1e-3 and len(norms) == 3
+    assert norms[1] > 10 * max(norms[0], norms[2]) and losses["strict"] < 1  # of a loss that is said without its weight
+    assert any(not torch.equal(p, before[name]) for name, p in network.parameters.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHECK_EVERY", 2)
+        patch.setitem(module.RECIPES, "interpbench", module.RECIPES["interpbench"]._replace(enough=0.0))
+        assert [row["step"] for row in train_small(case, rows, recipe, 100).curve] == [2]  # what is enough ends it
+    with pytest.raises(ConfigError, match=r"recipe=interpbench .* saeflow unless model.tracr.method is iit or siit"):
+        TracrConfig(3, "supervised", recipe="interpbench")
 
 
 # -------------------------------------------------------------------- InterpBench's folders

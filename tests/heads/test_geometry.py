@@ -13,8 +13,10 @@ from saeflow.dictionaries import Dictionary, DictionaryError, Spec
 from saeflow.dictionaries.sae import build
 from saeflow.heads.cross_terms import changes, orthogonal, others, removals, row_spaces
 from saeflow.heads.geometry import (
+    BIN,
     HeadCosines,
     decoder_norms,
+    ov_spectra,
     pair_cosines,
     pairs_of,
     participation,
@@ -175,10 +177,10 @@ def test_principal_angles_are_the_cosines_of_orthonormal_bases() -> None:
 # -------------------------------------------------------------------- cosines
 def test_cosines_are_those_of_head_outputs() -> None:
     z, W_O = random(6, 10, H, HEAD), random(H, HEAD, 32, seed=1)
-    held = HeadCosines(W_O, seed=0)
+    held = HeadCosines(W_O, random_rotations(H, 32, seed=0)[None], first=1)
     held.add(z[:4])
     held.add(z[4:])
-    found = held.dataset(first=1)
+    found = held.dataset()
     outputs = head_outputs(z.flatten(0, 1), W_O).view(6, 10, H, 32)
     for i, (g, h) in enumerate(pairs_of(H)):
         wanted = torch.cosine_similarity(outputs[:, :, g], outputs[:, :, h], dim=2)
@@ -196,13 +198,36 @@ def test_the_null_keeps_each_head_and_loses_how_they_lie_to_each_other() -> None
     """Heads that write the same vector have cosine 1; rotated, what two random directions have."""
     W_O = random(1, HEAD, 32).expand(3, HEAD, 32)
     z = random(40, 5, 1, HEAD).expand(40, 5, 3, HEAD)
-    held = HeadCosines(W_O, seed=0)
-    norms = [head_outputs(z.flatten(0, 1), W).norm(dim=2) for W in (W_O, held.rotated)]
+    rotations = random_rotations(3 * 50, 32, seed=0).view(50, 3, 32, 32)
+    held = HeadCosines(W_O, rotations, first=2)
+    norms = [head_outputs(z.flatten(0, 1), W).norm(dim=2) for W in (W_O, held.rotated[0])]
     torch.testing.assert_close(norms[0], norms[1])
-    held.add(z)
-    found = held.dataset(first=0)
+    held.add(z[:30])
+    held.add(z[30:])
+    found = held.dataset()
     np.testing.assert_allclose(found["mean_cosine"], 1, atol=1e-6)
-    assert np.abs(found["mean_cosine_rotated"]).max() < 0.2
+    null = found["mean_cosine_rotated"]
+    assert null.dims == ("rotation", "pair") and np.abs(null.mean("rotation")).max() < 0.05
+    outputs = head_outputs(z[:, 2:].flatten(0, 1), W_O @ rotations[7])
+    cosines = torch.cosine_similarity(outputs[:, 0], outputs[:, 2], dim=1).numpy()
+    assert null[7, 1].item() == pytest.approx(cosines.mean(), abs=1e-12)
+    of_draw = found["cosine_rotated"].isel(rotation=7, pair=1)
+    ordered = np.sort(cosines)  # a quantile from bins lies where as many are below
+    for quantile, value in zip(found["quantile"].values, of_draw.values, strict=True):
+        assert abs(np.searchsorted(ordered, value - BIN) - quantile * len(ordered)) <= 2
+    np.testing.assert_allclose(of_draw[[0, -1]], ordered[[0, -1]], atol=BIN)
+
+
+def test_spectra_of_what_heads_move() -> None:
+    W_V, W_O = random(3, 32, HEAD), random(3, HEAD, 32, seed=1)
+    W_V[1, :, 5:] = 0
+    found = ov_spectra(W_V, W_O)
+    assert found["rank"].values.tolist() == [HEAD, 5, HEAD]
+    for h in range(3):
+        wanted = np.linalg.svd((W_V[h] @ W_O[h]).numpy(), compute_uv=False)[:HEAD]
+        np.testing.assert_allclose(found["singular_value"].sel(head=h), wanted, atol=1e-10)
+        shared = np.square(wanted).sum() ** 2 / (wanted**4).sum()
+        assert found["participation"].sel(head=h).item() == pytest.approx(shared)
 
 
 # -------------------------------------------------------------------- cross terms

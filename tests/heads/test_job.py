@@ -17,13 +17,17 @@ from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries import load_dictionary, save_dictionary
+from saeflow.dictionaries.foreign import foreign_job
+from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.figures.job import draw_figure
+from saeflow.figures.registry import declared
 from saeflow.heads.attribution import bias
 from saeflow.heads.cross_terms import removals
 from saeflow.heads.dashboards import in_row, seen, top_contexts
 from saeflow.heads.decomposition import METHODS
 from saeflow.heads.folder import read_head_studies
 from saeflow.heads.job import heads_job
+from saeflow.heads.stage import SHOWN
 from saeflow.heads.study import HeadMeasurements
 from saeflow.heads.weights import head_outputs, read_attention
 from saeflow.jobs.job import Job
@@ -46,9 +50,8 @@ SIZES = [
     "evaluation.resamples=5",
 ]
 DRAWN = ("norms", "spectra", "cosines", "cross_terms", "angles", "interference", "shares", "measures", "decomposition")
-DRAWN += ("agreement", "attribution")
+DRAWN += ("agreement", "attribution", "ov", "top_pairs", "lifted", "coefficients")
 FIGURES = f"figures=[l0_histograms,{','.join(f'heads_{name}' for name in DRAWN)}]"
-PER_HEAD = "dictionary.normalize_activations=per_head"
 H, HEAD = 4, 8
 
 
@@ -100,7 +103,8 @@ def test_datasets_have_names_coordinates_and_units(study: Path) -> None:
     found = {p.relative_to(study).as_posix(): xr.open_zarr(p) for p in sorted(study.rglob("*.zarr"))}
     names = {Path(name).name for name in found}
     assert names == {
-        f"{n}.zarr" for n in ("cosines", "angles", "norms", "spectra", "interference", "shares", "measures")
+        f"{n}.zarr"
+        for n in ("cosines", "angles", "ov", "norms", "spectra", "interference", "shares", "measures", "coefficients")
     }
     for name, one in found.items():
         for variable in one.data_vars.values():
@@ -207,7 +211,10 @@ def test_decompositions_have_every_method_and_null(plan: Plan, study: Path) -> N
     one = table[(table["head"] == 2) & (table["dictionary"] == "own") & (table["method"] == "omp")].iloc[-1]
     v = made.W_dec[int(one["latent"]), 2 * HEAD : 3 * HEAD].numpy()
     matched = json.loads((study / "summary.json").read_text())["dictionaries"][key]["decomposed_in"]
-    atoms = load_dictionary(plan.folder("train", matched)).heads[2].W_dec  # type: ignore[attr-defined]
+    (head_dictionary, coefficients) = load_dictionary(plan.folder("train", matched)), folder / "coefficients.zarr"
+    C = xr.open_zarr(coefficients)["coefficient"].sel(latent=int(one["latent"]), head=2).values
+    atoms = head_dictionary.heads[2].W_dec  # type: ignore[attr-defined]
+    np.testing.assert_allclose(C @ atoms.numpy(), v, atol=1e-5)
     atoms = (atoms / atoms.norm(dim=1, keepdim=True)).numpy()[list(one["atoms"])]
     residual = np.linalg.norm(v - np.array(one["coefficients"]) @ atoms) / np.linalg.norm(v)
     assert one["residual"] == pytest.approx(residual, abs=1e-5)
@@ -232,8 +239,8 @@ def test_figures_are_there(plan: Plan) -> None:
     (key,) = plan.stages["figures"]
     folder = plan.folder("figures", key)
     (instance,) = plan.stages["figures"].values()
-    assert len(instance.config["figures"]) == 12
-    of_studies = {"heads_angles", "heads_cosines", "heads_cross_terms"}
+    assert len(instance.config["figures"]) == 16
+    of_studies = {"heads_angles", "heads_cosines", "heads_cross_terms", "heads_ov"}
     for name in instance.config["figures"]:
         table = pd.read_csv(folder / f"{name}.csv")
         assert (folder / f"{name}.png").stat().st_size > 5000 and len(table), name
@@ -263,7 +270,7 @@ def test_a_study_is_the_same_twice(plan: Plan, study: Path) -> None:
     ],
 )
 def test_what_the_study_reads(home: Path, override: str, stages: set[str]) -> None:  # noqa: F811
-    before, after = (compose(home / "conf", [SWEEP, *more], results=str(home)) for more in ([], [override]))
+    before, after = (compose(home / "conf", [SWEEP, FIGURES, *more], results=str(home)) for more in ([], [override]))
     assert {s for s in after.stages if after.stages[s].keys() - before.stages[s].keys()} == stages
 
 
@@ -275,9 +282,72 @@ def test_a_study_is_made_where_there_are_dictionaries_of_heads_or_a_figure_of_th
     assert studies("dictionary=concat", "site=attn_z", "figures=[heads_shares]") == 1
     assert studies("dictionary=heads", "site=attn_z", "site.layer=[1,2]") == 2
     assert studies("dictionary=heads", "site=attn_z", "site.hook_name=blocks.1.attn.hook_q") == 0
-    for overrides in (["dictionary=topk"], ["dictionary=concat", "site=attn_z", "site.head=1", PER_HEAD]):
-        with pytest.raises(ConfigError, match="shows what the stage heads makes, of which this experiment has nothing"):
-            studies(*overrides, "figures=[heads_shares]")
+    with pytest.raises(ConfigError, match="shows what the stage heads makes, of which this experiment has nothing"):
+        studies("dictionary=topk", "figures=[heads_shares]")
+
+
+def test_heads_from_elsewhere_are_one_dictionary(plan: Plan, llama_folder: Path, corpus_file: Path) -> None:
+    """By their folder, or by a list: with the tensors, evaluations and studies of one that was trained here."""
+    trained = plan.folder("train", next(key for key in plan.stages["train"] if key.startswith("heads")))
+    apart = [str(trained / f"head_{h}") for h in range(H)]
+    chosen = ["model=local", f"model.path={llama_folder}", "corpus=local", f"corpus.path={corpus_file}"]
+    chosen += [setting for setting in TINY if not setting.startswith(("training", "dictionary"))]
+    chosen += ["dictionary=foreign", "site=attn_z", "features=all"]
+
+    def plan_of(*more: str) -> Plan:
+        return compose(ROOT / "conf", [*chosen, *more], results=plan.results)
+
+    as_folder, as_list = plan_of(f"dictionary.path={trained}"), plan_of(f"dictionary.heads=[{','.join(apart)}]")
+    assert as_folder.stages.keys() == as_list.stages.keys()
+    ((key, instance),) = as_list.stages["foreign"].items()
+    assert list(as_folder.stages["foreign"]) == [key]
+    parts = [e.config.get("part") for e in as_list.stages["evaluate"].values()]
+    assert parts == [None, "head_0", "head_1", "head_2", "head_3"] and len(as_list.stages["features"]) == 1
+    (study,) = as_list.stages["heads"].values()
+    assert study.needs["foreign"] == [key]
+    foreign_job(Job(instance, as_list, "cpu"))
+    made, own = load_dictionary(as_list.folder("foreign", key)), load_dictionary(trained)
+    assert isinstance(made, BlockDiagonal)
+    for name, tensor in own.tensors.items():
+        torch.testing.assert_close(made.tensors[name], tensor, rtol=0, atol=0)
+    for wrong, message in (
+        ([f"dictionary.heads=[{','.join(apart[:3])}]"], r"SAEs of 3 heads, but blocks.1.attn.hook_z has 4 heads"),
+        ([f"dictionary.path={trained}", "site.head=1"], "are SAEs of all heads of one hook: leave site.head"),
+        (
+            [f"dictionary.path={trained}", "site.hook_name=blocks.1.hook_mlp_out"],
+            "SAEs of 4 heads, but .* has no heads",
+        ),
+        ([f"dictionary.heads=[{apart[0]},/none]"], "dictionary.heads=/none: no such file"),
+        ([f"dictionary.path={trained}", f"dictionary.heads=[{apart[0]}]"], "set exactly one of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan_of(*wrong)
+
+
+def test_figures_that_would_be_empty_are_refused(home: Path) -> None:  # noqa: F811
+    def figures(*overrides: str) -> None:
+        compose(home / "conf", ["site=attn_z", *overrides], results=str(home))
+
+    one_head = ["dictionary=topk", "site.head=[0,1,2,3]"]
+    with pytest.raises(ConfigError, match=r"figures=\[heads_norms\] show all heads .* are of one head each .*heads=\["):
+        figures(*one_head, "figures=[heads_norms]")
+    with pytest.raises(ConfigError, match="are of one head each"):  # of an experiment too
+        figures("experiment=attention_heads", "sweep=null", *one_head)
+    for dictionary, empty in (("heads", "heads_shares"), ("concat", "heads_agreement")):
+        with pytest.raises(ConfigError, match=rf"figures=\[{empty}\] show nothing without a dictionary of"):
+            figures(f"dictionary={dictionary}", f"figures=[heads_cosines,{empty}]")
+        figures(f"dictionary={dictionary}", "figures=[heads_cosines]")
+    known = {name for name, one in declared().items() if one.stage == "heads"}
+    assert known >= {f"heads_{name}" for names in SHOWN.values() for name in names}
+
+
+def test_a_study_runs_only_where_a_figure_asks_for_it(home: Path) -> None:  # noqa: F811
+    asked = {
+        figure: compose(home / "conf", [SWEEP, f"figures=[{figure}]"], results=str(home))
+        for figure in ("sparsity_faithfulness", "heads_shares")
+    }
+    assert [len(plan.stages["heads"]) for plan in asked.values()] == [1, 1]  # heads_tables can ask for either
+    assert [len(plan.to_make["heads"]) for plan in asked.values()] == [0, 1]
 
 
 @pytest.mark.parametrize("dead", [False, True])

@@ -6,25 +6,34 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from scipy.linalg import block_diag
 from scipy.optimize import nnls
 from scipy.stats import pearsonr, spearmanr
 
+from saeflow.config import HeadsConfig
+from saeflow.dictionaries import Dictionary, Spec
+from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.dictionaries.sae import build
 from saeflow.heads import interference as module
 from saeflow.heads.decomposition import (
     ALL,
     METHODS,
+    Agreement,
     agreement,
+    coefficients,
     curves,
     decompose,
+    decompose_latents,
     decomposition_table,
     expected_best_cosine,
     pseudo_inverse,
     random_atoms,
     unit,
 )
-from saeflow.heads.interference import EDGES, interference, interference_dataset, lifted_table
+from saeflow.heads.interference import EDGES, interference, interference_dataset, lifted_medians, lifted_table
 from saeflow.heads.shares import AGREEING, MEASURES, ActiveSums, compare_measures, ranks, shares
+from saeflow.heads.weights import random_rotations
 
 N, D = 300, 24
 
@@ -66,20 +75,32 @@ def test_interference_is_the_dense_formula(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-def test_every_pair_of_heads_stands_beside_its_null() -> None:
+def test_every_pair_of_heads_stands_beside_its_null(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     latents = [activations(12, seed) for seed in range(3)]
     shared = generator.standard_normal((12, D))
     atoms = [shared + 0.1 * generator.standard_normal((12, D)) for _ in range(3)]
-    rotations = np.linalg.qr(generator.standard_normal((3, D, D)))[0]
+    monkeypatch.setattr(module, "CHUNK", 5)  # several chunks
+    rotations = random_rotations(3 * 400, D, seed=0).view(400, 3, D, D).numpy()
     dataset, table = interference_dataset(latents, atoms, rotations, top=4)
-    assert dataset.sizes == {"pair": 3, "bin": len(EDGES) - 1} and len(table) == 12
+    assert dataset.sizes == {"pair": 3, "bin": len(EDGES) - 1, "rotation": 400} and len(table) == 12
     for i, (g, h) in enumerate(((0, 1), (0, 2), (1, 2))):
         (one,) = interference(latents[g], latents[h], [(atoms[g], atoms[h])])
-        (null,) = interference(latents[g], latents[h], [(atoms[g] @ rotations[g], atoms[h] @ rotations[h])])
-        assert dataset["total"][i].item() == one.total and dataset["total_rotated"][i].item() == null.total
-        assert dataset["weight"][i].item() == pytest.approx(dataset["weight_rotated"][i].item())  # norms stay
-    assert (dataset["mean_square"] > 1.5 * dataset["mean_square_rotated"]).all()
+        assert dataset["total"][i].item() == one.total
+        for r in (0, 3):  # as if every pair of rotated atoms were gone through
+            R = rotations[r]
+            (null,) = interference(latents[g], latents[h], [(atoms[g] @ R[g], atoms[h] @ R[h])])
+            for name in ("total", "from_means", "mean_square"):
+                found = dataset[f"{name}_rotated"].isel(rotation=r, pair=i).item()
+                assert found == pytest.approx(getattr(null, name), rel=1e-9, abs=1e-9)
+            assert null.weight == pytest.approx(one.weight)  # norms stay
+        (plain,) = interference(latents[g], latents[h], [(atoms[g] @ rotations[0, g], atoms[h] @ rotations[0, h])])
+        assert dataset["plain_rotated"].isel(pair=i).values.tolist() == plain.plain.tolist()
+        F, G = latents[g].toarray() @ atoms[g], latents[h].toarray() @ atoms[h]
+        null = dataset["total_rotated"].isel(pair=i).values
+        spread = np.linalg.norm(F.T @ G / N) / np.sqrt(D)  # of uniform rotations
+        assert null.std() == pytest.approx(spread, rel=0.15) and abs(null.mean()) < 4 * spread / 20
+    assert (dataset["mean_square"] > 1.5 * dataset["mean_square_rotated"].mean("rotation")).all()
     assert set(zip(table["head"], table["other_head"], strict=True)) == {(0, 1), (0, 2), (1, 2)}
     assert "units" in dataset["total"].attrs
 
@@ -178,6 +199,12 @@ def test_a_lifted_latent_is_found_in_another_heads_atoms() -> None:
     found = table.loc[(0, 5, 1, True, 3)]
     assert found["in_row_space"] == pytest.approx(np.linalg.norm(basis.T @ v))
     assert found["residual"] >= np.sqrt(1 - found["in_row_space"] ** 2) - 1e-9
+    medians = lifted_medians(table.reset_index()).set_index(["rotated", "n_atoms"])
+    held = table.reset_index()
+    for m, column in ((0, "in_row_space"), (3, "residual")):
+        some = held[~held["rotated"] & (held["n_atoms"] == max(m, 1))]
+        by_latent = some.groupby(["head", "latent"])[column].mean()
+        assert medians.loc[(False, m), "median"] == pytest.approx(np.median(by_latent))
     wanted = decompose(v, unit(atoms[1]) @ rotations[1], "nn_omp", 3)
     assert found["residual"] == pytest.approx(min(one.residual for one in wanted.values()))
 
@@ -209,6 +236,49 @@ def test_the_pseudo_inverse_is_the_notebooks() -> None:
     assert (np.abs(c) > 1e-6).all()
     path = decompose(v, ATOMS, "pseudo_inverse", 5)
     assert sorted(path) == [1, 2, 3, 4, 5] and path[3].atoms.tolist() == np.argsort(-np.abs(c))[:3].tolist()
+
+
+def test_all_coefficients_are_those_of_raw_rows() -> None:
+    """As in the notebook: of a latent's part on a head, by the pseudo-inverse of that head's decoder rows."""
+    H, d, n = 3, 4, 30
+
+    def made(kind: str, d_in: int, n_latents: int, seed: int, head: int | None = None) -> Dictionary:
+        G = torch.Generator().manual_seed(seed)
+        shapes = ((d_in, n_latents), (n_latents,), (n_latents, d_in), (d_in,))
+        hook = "blocks.1.attn.hook_z"
+        spec = Spec("sae", "relu", d_in, d_in, n_latents, hook, hook, hook_head_index=head)
+        return build(spec, *(torch.randn(s, generator=G, dtype=torch.float64) for s in shapes))
+
+    concat, heads = made("sae", H * d, 20, 0), BlockDiagonal([made("sae", d, n, h + 1, h) for h in range(H)])
+    chosen = np.array([3, 11])
+    found = coefficients(concat, heads, chosen)
+    assert found["latent"].values.tolist() == [3, 11] and found["residual"].max() < 1e-12
+    for i, h in itertools.product((3, 11), range(H)):
+        v, D_h = concat.W_dec[i, h * d : (h + 1) * d], heads.heads[h].W_dec
+        C = v @ torch.linalg.pinv(D_h)
+        np.testing.assert_allclose(found["coefficient"].sel(latent=i, head=h), C, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(C @ D_h, v)
+        of_units = v @ torch.linalg.pinv(D_h / D_h.norm(dim=1, keepdim=True))  # another of the exact solutions
+        assert (of_units / D_h.norm(dim=1) - C).abs().max() > 0.01
+        assert found["size"].sel(latent=i, head=h).item() == pytest.approx(v.norm().item())
+    all_at_once = concat.W_dec[3] @ torch.linalg.pinv(heads.W_dec)
+    np.testing.assert_allclose(found["coefficient"].sel(latent=3).values.ravel(), all_at_once, rtol=1e-5, atol=1e-7)
+    firing = Agreement(*np.zeros((3, 2, H * n)))
+    config = HeadsConfig(max_atoms=3)
+    table = decompose_latents(concat, heads, chosen, firing, config).table
+    row = table[(table["latent"] == 11) & (table["head"] == 1) & (table["n_atoms"] == 3)].set_index(
+        ["method", "dictionary"]
+    )
+    one = row.loc[("pseudo_inverse", "own")]
+    C = found["coefficient"].sel(latent=11, head=1).values
+    assert one["atoms"] == np.argsort(-np.abs(C))[:3].tolist()
+    v, rows = concat.W_dec[11, d : 2 * d].numpy(), heads.heads[1].W_dec.numpy()[one["atoms"]]
+    left = v - np.array(one["coefficients"]) @ rows
+    assert one["residual"] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(v))
+    sparse = row.loc[("omp", "own")]  # of atoms of norm 1
+    units = unit(heads.heads[1].W_dec.numpy())[sparse["atoms"]]
+    left = v - np.array(sparse["coefficients"]) @ units
+    assert sparse["residual"] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(v))
 
 
 @pytest.mark.parametrize("method", METHODS)

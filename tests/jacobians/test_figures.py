@@ -9,21 +9,28 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
+from stores import write_receipt
 from tests.jacobians.test_study import IN, OUT, make_job, topk_sae
+from tests.training.test_jacobian_pair import CONFIG, job_of
 
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.figures.job import draw_figure
 from saeflow.figures.registry import declared, find
-from saeflow.jacobians.figures.distributions import jacobian_thresholds
+from saeflow.jacobians.figures.distributions import jacobian_signed, jacobian_thresholds
+from saeflow.jacobians.figures.latents import jacobian_functions, jacobian_graph
 from saeflow.jacobians.figures.measures import (
     jacobian_layers,
     jacobian_pareto,
+    jacobian_price,
     jacobian_reproduction,
     jacobian_sweep,
 )
 from saeflow.jacobians.figures.studies import Studies, control, read_histograms, read_studies
+from saeflow.jacobians.figures.training import jacobian_training, read_training
 from saeflow.jacobians.study import jacobian_job
+from saeflow.jobs.job import Job
+from saeflow.planning.graph import Instance
 
 FIGURES = [name for name, one in declared().items() if one.stage == "jacobian" and name != "jacobian_histogram"]
 IDENTITY = ["panel", "jacobian_coefficient", "seed", "jacobian_key"]
@@ -43,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, tokens_
     for name, coefficient in COEFFICIENTS.items():
         folder = tmp_path_factory.mktemp(name)
         input = scaled(topk_sae(IN, seed=1), 1.0 if coefficient == 0 else 0.25, coefficient)
-        job = make_job(folder, neox_folder, tokens_folder, (input, topk_sae(OUT, seed=2)), n_tokens=310)
+        job = make_job(folder, neox_folder, tokens_folder, (input, topk_sae(OUT, seed=2)), n_tokens=310, min_count=4)
         jacobian_job(job)
         made.append(job.path.rename(job.path.with_name(name)))
     return made
@@ -150,6 +157,100 @@ def test_pareto_takes_each_sides_evaluation(folders: list[Path]) -> None:
     _, table = jacobian_pareto(read_studies(folders, pd.DataFrame(rows)))
     assert table["explained_variance_input"].tolist() == [0.5, 0.5]
     assert table["loss_recovered_zero_output"].tolist() == [0.35, 0.35]
+
+
+def test_price_is_that_of_each_sides_evaluation(folders: list[Path]) -> None:
+    rows = [
+        {"train_key": key, "part": None} | {f"{name}{end}": value + more for name, value in values.items()
+                                            for end, more in (("", 0), ("_low", -0.01), ("_high", 0.02))}
+        for key, values in (("in", {"ce_increase": 0.5, "cosine": 0.8}), ("out", {"ce_increase": 0.3, "cosine": 0.9}))
+    ]  # fmt: skip
+    drawn, table = jacobian_price(read_studies(folders, pd.DataFrame(rows)))
+    found = table.set_index(["measure", "side", "jacobian_coefficient"])
+    assert found["value"]["ce_increase", "input", 0.25] == 0.5 and found["value"]["ce_increase", "output", 0.0] == 0.3
+    assert found["value_high"]["cosine", "output", 0.25] == pytest.approx(0.92)
+    assert found["value"].loc["dead_fraction"].isna().all()  # which no evaluation says here
+    axis = next(a for a in drawn.axes if a.get_ylabel() == "CE over clean (nats)")
+    lines = [container.lines[0].get_ydata().tolist() for container in axis.containers]
+    assert lines == [[0.5, 0.5], [0.3, 0.3]]
+
+
+def test_signed_entries_are_the_stored_ones(studies: Studies, folders: list[Path]) -> None:
+    import zarr
+
+    _, table = jacobian_signed(studies)
+    for folder in folders:
+        J = zarr.open_group(folder / "tokens.zarr", mode="r")["jacobian"][:]
+        mine = table[table["jacobian_key"] == folder.name]
+        for sign, within in ((-1, mine["bin_right"] <= 0), (1, mine["bin_left"] >= 0)):
+            wanted = int(((np.sign(J) == sign) & (np.abs(J) <= 0.5)).sum())
+            assert wanted > 100
+            assert (mine["count_per_token"] * mine["stored_tokens"])[within].sum() == pytest.approx(wanted)
+
+
+def test_graph_is_of_the_inputs_of_the_first_output(studies: Studies, folders: list[Path]) -> None:
+    key = folders[1].name
+    rows = [{"output_rank": 1, "rank": r, "output": 7, "input": 10 + r, "count": 20, "mean": m, "std": 0.1,
+             "mean_absolute": abs(m), "jacobian_key": key} for r, m in ((1, 0.5), (2, -0.25))]  # fmt: skip
+    words = [("input", 11, ["a", " sea"]), ("input", 12, [" moon", "b"]), ("output", 7, ["x", " ship"])]
+    shown = [{"side": side, "latent": n, "tokens": tokens, "jacobian_key": key,
+              "activations": [2.0, 1.0] if n == 12 else [0.0, 3.0]} for side, n, tokens in words]  # fmt: skip
+    of_tables = {"top_inputs": pd.DataFrame(rows), "contexts": pd.DataFrame(shown)}
+    drawn, table = jacobian_graph(studies._replace(tables=studies.tables | of_tables))
+    texts = [text.get_text() for text in drawn.axes[0].texts]
+    assert texts[:4] == ["11  “sea”", "0.50", "12  “moon”", "-0.25"] and "7  “ship”" in texts
+    first, second = (line for line in drawn.axes[0].lines if len(line.get_xdata()) == 2)
+    assert (first.get_linewidth() - 0.4) == pytest.approx(2 * (second.get_linewidth() - 0.4))
+    assert first.get_linestyle() == "-" != second.get_linestyle()  # so that signs differ in print
+    assert table["input_token"].tolist() == ["sea", "moon"]
+    none = {"top_inputs": pd.DataFrame(rows)[:0]}
+    drawn, _ = jacobian_graph(studies._replace(tables=studies.tables | of_tables | none))
+    assert "no pair of latents is active together" in drawn.axes[0].texts[0].get_text()
+
+
+def test_functions_are_drawn_as_they_are_and_their_curvature_is_the_second_derivative(studies: Studies) -> None:
+    x = np.linspace(0, 5, 100)
+    table = studies.tables["linearity"].copy()
+    curves = [1 + 3 * x**2, np.maximum(x - 2, 0), 0 * x]  # but for where it starts, the second is a line
+    table["curve"] = [curves[n % 3] for n in range(len(table))]
+    table["sweep_end"], table["class_relative"] = 5.0, "other"
+    drawn, found = jacobian_functions(studies._replace(tables=studies.tables | {"linearity": table}))
+    np.testing.assert_allclose(found["curvature"][0::3], 6, rtol=1e-6)
+    np.testing.assert_allclose(found["curvature"][1::3], 0, atol=1e-9)
+    assert found["curvature"][2::3].isna().all()
+    key = studies.summaries.set_index("jacobian_coefficient")["jacobian_key"][0.25]
+    mine = table[table["jacobian_key"] == key]
+    for axis, curve in zip(drawn.subfigs[0].axes[5:10], mine["curve"], strict=False):
+        np.testing.assert_array_equal(axis.lines[0].get_ydata(), curve)
+
+
+def test_training_curves_of_j_are_the_logged_ones(tmp_path: Path, neox_folder: Path) -> None:
+    job = job_of(tmp_path, neox_folder)
+    trained, plan = job.instance, job.plan
+    of_text = {"split": "train", "n_rows": 8, "corpus": {}, "tokens": {"context_size": 32}}
+    plan.stages["tokens"]["text-train"].config.update(of_text)
+    for key, scale in (("pair", 1.0), ("other", 0.5)):
+        made = replace(
+            trained, key=key, config=trained.config | {"dictionary": CONFIG | {"jacobian_coefficient": scale}}
+        )
+        plan.stages["train"][key] = made
+        folder = tmp_path / "train" / key
+        folder.mkdir(parents=True)
+        logged = {"step": [1, 2], "tokens": [128, 256]}
+        logged |= {f"jacobian_{n}{at}": [0.4 * scale, 0.2 * scale] for n in ("l1", "above_0.01")
+                   for at in ("", "_at_reconstruction")}  # fmt: skip
+        pd.DataFrame(logged).to_parquet(folder / "jacobian.parquet")
+        write_receipt(folder, "train")
+    figures = Instance("figures", "f", {}, {"train": ["pair", "other"]}, {})
+    data = read_training(Job(figures, plan, "cpu"))
+    assert data.groupby("jacobian_coefficient")["jacobian_l1"].max().to_dict() == {0.5: 0.2, 1.0: 0.4}
+    drawn, table = jacobian_training(data)
+    assert [line.get_ydata().tolist() for line in drawn.axes[0].lines] == 2 * [[0.2, 0.1]] + 2 * [[0.4, 0.2]]
+    np.testing.assert_allclose(drawn.axes[1].lines[2].get_ydata(), [40, 20])
+    assert legend(drawn) == ["λ = 0.5", "λ = 1", "at the input", "at its reconstruction"]
+    assert list(table)[:4] == ["panel", "jacobian_coefficient", "seed", "train_key"]
+    with pytest.raises(ValueError, match="needs pairs that are trained as one: use dictionary=jacobian"):
+        read_training(Job(replace(figures, needs={}), plan, "cpu"))
 
 
 def test_histograms_are_labelled(folders: list[Path], tmp_path: Path) -> None:

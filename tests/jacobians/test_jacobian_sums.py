@@ -1,5 +1,6 @@
 """Sparse sums over tokens against a dense n x n buffer, and what is on disk against what went in."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from stores import contents
 
 from saeflow.config import JacobianConfig
+from saeflow.jacobians import examples
 from saeflow.jacobians import sums as jacobian_global
+from saeflow.jacobians.examples import top_inputs_table, top_pairs_table
 from saeflow.jacobians.maps import JacobianBlocks
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 
@@ -43,8 +46,11 @@ def dense(blocks: JacobianBlocks) -> np.ndarray:
     return full
 
 
+SCRATCH = Path(tempfile.gettempdir())
+
+
 def summed(blocks: JacobianBlocks, size: int = 4) -> Pairs:
-    sums = PairSums(N_OUT, N_IN)
+    sums = PairSums(N_OUT, N_IN, SCRATCH)
     for part in parts(blocks, size):
         sums.add(part)
     return sums.pairs()
@@ -84,6 +90,35 @@ def test_sums_equal_those_of_a_dense_buffer(n: int, k_out: int, k_in: int, size:
     np.testing.assert_allclose(pairs.mean_absolute("all"), np.abs(full).mean(0)[where], atol=1e-12)
 
 
+@given(
+    n=st.integers(1, 30),
+    k=st.integers(1, 5),
+    gathered=st.integers(1, 20),
+    in_memory=st.integers(1, 60),
+    block=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_runs_on_disk_give_the_bits_of_runs_in_memory(
+    n: int, k: int, gathered: int, in_memory: int, block: int, seed: int
+) -> None:
+    """And their tables those of the whole, however small the blocks that are looked at."""
+    blocks, config = random_blocks(n, k, k, seed), JacobianConfig(min_count=2, top_pairs=5, top_inputs=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jacobian_global, "GATHERED", gathered)
+        whole = summed(blocks)
+        for name, value in (("IN_MEMORY", in_memory), ("BLOCK", block)):
+            patch.setattr(jacobian_global, name, value)
+        patch.setattr(examples, "BLOCK", block)
+        found = summed(blocks)
+        assert isinstance(found.output, np.memmap) == (len(found.count) > in_memory)
+        of_found = [table(found, config) for table in (exceedance_table, top_pairs_table, top_inputs_table)]
+    for name in ("output", "input", "count", "sum", "sum_absolute", "sum_squares", "active_output", "active_input"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert of_found == [table(whole, config) for table in (exceedance_table, top_pairs_table, top_inputs_table)]
+    assert outputs_table(found) == outputs_table(whole)
+
+
 def test_exceedance_counts_the_entries_of_the_whole_matrix() -> None:
     blocks = random_blocks(40, 4, 5, seed=1)
     config = JacobianConfig(thresholds=(0.05, 0.2))
@@ -105,7 +140,7 @@ def test_inputs_for_90_percent_are_the_fewest() -> None:
         assert total == pytest.approx(row.sum())
         assert row[:needed].sum() >= 0.9 * total * (1 - 1e-12) > row[: needed - 1].sum() * (1 - 1e-12)
         assert needed <= n_inputs
-    nothing = PairSums(N_OUT, N_IN).pairs()
+    nothing = PairSums(N_OUT, N_IN, SCRATCH).pairs()
     assert len(outputs_table(nothing)) == len(nothing.count) == 0
 
 
@@ -115,7 +150,7 @@ def test_a_map_with_the_same_entries_on_all_tokens_is_summed_alike() -> None:
     outputs, inputs = (torch.arange(n).expand(20, n) for n in (N_OUT, N_IN))
     ones = [torch.ones(()).expand(20, n) for n in (N_IN, N_OUT)]
     blocks = JacobianBlocks(slice(0, 20), J, inputs, outputs, *ones, torch.full((20,), N_OUT * N_IN))
-    found = PairSums(N_OUT, N_IN, shared=True)
+    found = PairSums(N_OUT, N_IN, SCRATCH, shared=True)
     for part in parts(blocks, 7):
         found.add(part)
     one, other = found.pairs(), summed(blocks)
@@ -128,7 +163,8 @@ def test_a_map_with_the_same_entries_on_all_tokens_is_summed_alike() -> None:
 def test_stores_hold_what_was_measured_in_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jacobian_global, "CHUNK", 37)
     blocks = random_blocks(25, 4, 5, seed=3)
-    for folder in (tmp_path / "a", tmp_path / "b"):
+    for folder, block in ((tmp_path / "a", 1 << 20), (tmp_path / "b", 74)):  # pairs in two chunks of a Zarr array
+        monkeypatch.setattr(jacobian_global, "BLOCK", block)
         pairs = summed(blocks)
         write_pairs(folder / "global.zarr", pairs)
         stored = TokenBlocks(folder / "tokens.zarr", *(np.arange(10) * i for i in (1, 2, 3)))

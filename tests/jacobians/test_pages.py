@@ -25,6 +25,7 @@ NASTY = [
 SUMMARY: dict[str, Any] = {
     "layer": 3, "hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out", "k": 16,
     "k_out": 16, "d_sae": 1024, "jacobian_coefficient": 0.0, "n_tokens": 1000, "n_documents": 7,
+    "randomise": "none", "norm": "inside", "convention": "at the true input",
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_page_is_well_formed_and_escaped(tables: tuple[pd.DataFrame, ...]) -> No
     for token in NASTY:
         assert visible(token) in outline.text
     assert outline.seen.count("table") == 3
-    assert "0.2500" in outline.text and "Jacobian coefficient 0;" in outline.text
+    assert "0.2500" in outline.text and "Jacobian coefficient 0, of the trained model;" in outline.text
     assert "http" not in page(SUMMARY, *tables)  # nothing is fetched
 
 
@@ -99,3 +100,15 @@ def test_every_special_character_is_escaped() -> None:
     for character in "$&#_%{}":
         assert escape_latex(character) == "\\" + character
     assert escape_latex("\x07\x1b") == "??"
+
+
+def test_page_and_table_say_the_model_the_coefficient_and_the_norm(tables: tuple[pd.DataFrame, ...]) -> None:
+    """So that the page of a re-initialised model does not read as one of the trained model."""
+    arm = {"randomise": "reinit", "randomise_seed": 1, "jacobian_coefficient": 0.5, "norm": "ignored"}
+    said = {"trained model, λ = 0": SUMMARY, "re-initialised model (seed 1), λ = 0.5, norm ignored": SUMMARY | arm}
+    for text, summary in said.items():
+        for made in (page(summary, *tables), latex(summary, tables[0], tables[3])):
+            assert f"layer 3: {text}" in made or f"layer 3, {text}" in made
+            assert "1000 held-out tokens of 7 documents. J is taken at the true input." in made
+            assert sum(other in made for other in said) == 1
+    assert "1000 tokens of a text. J is" in page(SUMMARY | {"text": "so"}, *tables)

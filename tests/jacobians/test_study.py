@@ -285,8 +285,11 @@ def test_study_counts_as_the_notebook_does(
     beyond = survival.iloc[-1]  # the notebook drops what exceeds the last edge
     np.testing.assert_allclose(survival.iloc[:19] - beyond, [counts[i:].sum() for i in range(1, 20)], atol=0.03)
     edges = torch.linspace(0, 0.5, 201)
-    printed = [f"There are {counts[i:].sum() + beyond:.1f} values above {edges[i]:.3f}." for i in range(1, 20)]
-    ours = notebook_lines(tally)
+    printed = [f"There are {counts[i:].sum() + beyond:.1f} values and above {edges[i]:.3f}." for i in range(1, 20)]
+    *ours, said = notebook_lines(tally)
+    assert said.startswith(
+        f"The histogram is of 200 bins from 0 to 0.5; there are {beyond:.1f} values above 0.5, which"
+    )
     assert [line.split("values")[1] for line in ours] == [line.split("values")[1] for line in printed]
     assert sum(a != b for a, b in zip(ours, printed, strict=True)) <= 3  # one value may round to another tenth
 
@@ -381,10 +384,10 @@ def test_job_writes_tables_with_equal_bytes_each_time(tmp_path: Path, neox_folde
     assert list(histogram.columns)[:4] == ["bin_left", "bin_right", "count_per_token", "above_per_token"]
     title, *lines = (job.path / "table.txt").read_text().splitlines()
     assert (
-        title.startswith(f"{IN} to {OUT}, k = 6, Jacobian coefficient 0, 100 tokens: at the true input")
-        and len(lines) == 19
+        title.startswith(f"{IN} to {OUT}, k = 6, Jacobian coefficient 0, trained model, 100 tokens: at the true input")
+        and len(lines) == 20
     )
-    assert lines[0].startswith("There are ") and lines[0].endswith(" values above 0.002.")
+    assert lines[0].startswith("There are ") and lines[0].endswith(" values and above 0.002.")
 
 
 def test_ten_tokens_are_enough(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
@@ -424,6 +427,30 @@ def test_a_transcoder_is_studied_in_the_basis_of_the_model(
     assert (summary["kind"], summary["entries_per_token"]) == ("transcoder", 32 * 32)
 
 
+def test_a_texts_tokens_are_those_of_a_row_that_goes_on(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
+    """Tokens 11 to 20 in a row that ends there, against autograd where the model has read on; nothing else counts."""
+    pair = topk_sae(IN, seed=1), topk_sae(OUT, seed=2)
+    job = make_job(tmp_path, neox_folder, tokens_folder, pair, text="any", text_tokens=[11, 20], min_count=1)
+    rows = rows_of_tokens(1)
+    job.config["row"] = rows[0, :21].tolist()
+    job.config["tokenizer"] = job.plan.instance("tokens", job.instance.needs.pop("tokens")[0]).config["tokenizer"]
+    summary = jacobian_job(job)
+    assert (summary["n_tokens"], summary["text"], summary["rms_low"]) == (10, "any", None)
+    assert "at the true input, tokens 11 to 20 of a text; " in summary["convention"]
+
+    model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
+    x, y = (v[0, 11:21] for v in read_hooks(model, torch.from_numpy(rows).long(), [IN, OUT]))
+    mlp, sizes = read_mlp(model, LAYER), []
+    for x_t, y_t in zip(x, y, strict=True):
+        on = [latents[0] > 0 for latents in (pair[0].encode(x_t[None]), pair[1].encode(y_t[None]))]
+        J_f = torch.autograd.functional.jacobian(lambda v: mlp(v[None])[0], x_t)
+        sizes.append((pair[1].W_enc.T[on[1]] @ J_f @ pair[0].W_dec[on[0]].T).abs().sum().item() / 36)
+    assert summary["mean_absolute"] == pytest.approx(np.mean(sizes), rel=1e-4)
+    frame = pq.read_table(job.path / "pair_contexts.parquet").to_pandas()
+    shown = np.concatenate([np.flatnonzero(J) + p for J, p in zip(frame["jacobian"], frame["position"], strict=True)])
+    assert len(shown) and shown.min() >= 11 and shown.max() <= 20
+
+
 def test_too_few_tokens_are_refused(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
     job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN), topk_sae(OUT)), n_tokens=64 * 31 + 1)
     with pytest.raises(
@@ -444,5 +471,7 @@ def test_what_is_no_pair_around_an_mlp_is_refused(
 
 def test_dictionaries_that_are_no_pair_are_refused(tmp_path: Path, neox_folder: Path, tokens_folder: Path) -> None:
     job = make_job(tmp_path, neox_folder, tokens_folder, (topk_sae(IN),))
-    with pytest.raises(FitError, match=r"needs two TopK or ReLU SAEs around one MLP, or one transcoder, but .*in is a"):
+    with pytest.raises(
+        FitError, match=r"needs two TopK, ReLU or JumpReLU SAEs around one MLP, or one transcoder, but .*in is a"
+    ):
         jacobian_job(job)

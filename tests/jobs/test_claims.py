@@ -36,7 +36,8 @@ def work(jobs):
             (folder / "b.txt").write_text("b")
     return f"made {len(jobs)}"
 
-command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work, operations=lambda *_: 1.0)}
+sizes = dict(operations=lambda *_: 1.0, resources=lambda *_: {})
+command.stages = lambda: {"train": dataclasses.replace(stages()["train"], work=work, **sizes)}
 with stoppable():
     command.main()
 """

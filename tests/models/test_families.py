@@ -453,6 +453,10 @@ def test_what_runs_a_model_and_its_precision_are_in_its_identity_and_refused_whe
 
     with pytest.raises(ConfigError, match=r"study of the heads .* Gemma2ForCausalLM normalises that sum"):
         plan_of(gemma, corpus_file, "dictionary=heads", "site=attn_z")
+    with pytest.raises(
+        ConfigError, match=r"circuits follow weights .* those of Gemma2ForCausalLM are left as they are"
+    ):
+        plan_of(gemma, corpus_file, "dictionary=transcoder", "site=mlp", "figures=[circuits]")
     with pytest.raises(ConfigError, match=r"model.dtype=bfloat16: Jacobians of Gemma2ForCausalLM are derivatives of"):
         plan_of(gemma, corpus_file, "dictionary=pair", "site=mlp", "model.dtype=bfloat16")
     olmo = make(tmp_path / "olmo2", "olmo2", tokenizer_folder, vocab_size=300)

@@ -30,7 +30,7 @@ def run(plan: Plan, device: str = "cpu") -> None:
     for stage, keys in plan.to_make.items():
         finish(plan, stage, keys)
         for n, key in enumerate(keys, start=1):
-            record(stages()[stage], plan, [plan.instance(stage, key)], device, float(n), 2.0 * n)
+            record(stages()[stage], plan, [plan.instance(stage, key)], device, float(n), 2.0 * n, 10**9)
 
 
 @pytest.fixture

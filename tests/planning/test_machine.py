@@ -11,7 +11,7 @@ import torch
 from tests.planning.test_plan import finish, home, plan_of  # noqa: F401
 
 from saeflow.config import ConfigError
-from saeflow.planning.machine import bytes_on_disk, check_disk, check_folders, check_machine, unfit
+from saeflow.planning.machine import bytes_on_disk, check_disk, check_folders, check_machine, notes, unfit
 from saeflow.planning.stages import stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +123,21 @@ def test_a_plan_for_a_cluster_is_made_and_a_run_here_is_refused(home: Path) -> N
         told = done.stdout + done.stderr
         assert (done.returncode != 0) == bool(code) and said in told and "Traceback" not in told
     assert not list((home / "results").rglob("*.zarr"))
+
+
+def test_activations_larger_than_memory_are_said_and_no_order_is_changed_by_it(
+    home: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uniform, buffered = plan_of(home), plan_of(home, "training.order=buffered", "training.buffer_tokens=2048")
+    assert not notes(uniform)
+    size = sum(stages()["activations"].n_bytes(uniform, column) for column in uniform.stages["activations"].values())
+    monkeypatch.setattr("saeflow.training.stage.machine_memory", lambda: size)
+    assert not notes(uniform)
+    monkeypatch.setattr("saeflow.training.stage.machine_memory", lambda: size - 1)
+    assert all("at random from the disk; training.order=buffered reads them in order" in n for n in notes(uniform))
+    assert all("mixed in buffers of 2,048 tokens (training.order=buffered)" in note for note in notes(buffered))
+    assert len(notes(uniform)) == len(uniform.jobs("train")) == len(notes(buffered))
 
 
 @pytest.mark.parametrize(

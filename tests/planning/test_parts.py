@@ -105,5 +105,5 @@ def test_what_parts_took_counts_with_what_they_are_of(home: Path, monkeypatch) -
     (instance,) = plan.stages["activations"].values()
     Path(plan.results).mkdir()
     for part, seconds in (("1-of-2", 10.0), ("2-of-2", 20.0), ("", 5.0), ("1-of-1", 1.0), ("", 2.0)):
-        record(stages()["activations"], plan, [instance], "cpu", seconds, 2 * seconds, part)
+        record(stages()["activations"], plan, [instance], "cpu", seconds, 2 * seconds, 10**9, part)
     assert [(line["seconds"], line["cpu_s"]) for line in lines(plan.results)] == [(35.0, 70.0), (3.0, 6.0)]

@@ -71,6 +71,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "comparisons": 0,
         "blind": 0,
         "recover": 0,
+        "circuits": 0,
         "figures": 1,
     }
 

@@ -14,9 +14,9 @@ from saeflow.config import ConfigError
 from saeflow.planning import frozen
 from saeflow.planning.batches import look, set_aside_broken
 from saeflow.planning.expansion import compose
-from saeflow.planning.explain import explain, sentence
+from saeflow.planning.explain import costs, explain, sentence
 from saeflow.planning.graph import Plan
-from saeflow.planning.history import FILE, lines, predict, work_of
+from saeflow.planning.history import FILE, asked_mb, lines, predict, work_of
 from saeflow.planning.machine import check_disk
 from saeflow.planning.stages import downstream, stages
 
@@ -171,6 +171,42 @@ def test_jobs_of_two_sizes_tell_their_start_from_their_work(home: Path) -> None:
     assert predict(plan, one_size).seconds == pytest.approx(
         5e-9 * sum(work_of(stages()["train"], plan, job) for job in instances)
     )
+
+
+def test_memory_is_what_earlier_jobs_had_of_what_they_asked_for(home: Path) -> None:  # noqa: F811
+    """A quarter of a gigabyte, and half of what a job asks for; of a stage that did not run, what it asks for."""
+    plan = plan_of(home)
+    jobs = [[plan.stages["train"][key] for key in keys] for keys in plan.jobs("train")]
+    asked = max(asked_mb(stages()["train"], plan, job) for job in jobs)
+    here = {"host": os.uname().nodename, "device": "cpu", "stage": "train", "seconds": 1, "work": 1, "sharing": 1}
+    made = [here | {"peak_mb": 250 + mb / 2, "asked_mb": mb} for mb in (4000, 5000, 9000)]
+    found = predict(plan, [*made, here])  # what earlier releases wrote says no memory
+    assert found.memory_mb["train"] == pytest.approx(250 + asked / 2)
+    assert found.memory_mb["activations"] == asked_mb(
+        stages()["activations"], plan, [*plan.stages["activations"].values()]
+    )
+    assert "figures" not in found.memory_mb  # it asks for none
+
+
+def test_a_plan_says_time_and_memory_of_every_stage(home: Path) -> None:  # noqa: F811
+    plan = plan_of(home)
+    here = {"host": os.uname().nodename, "device": "cpu", "stage": "train", "seconds": 90.0, "work": 1e-9, "sharing": 1}
+    explanation = explain(plan)
+    time = predict(
+        plan, [here | {"work": work_of(stages()["train"], plan, [i])} for i in plan.stages["train"].values()]
+    )
+    table = costs(explanation._replace(time=time), {stage: len(plan.jobs(stage)) for stage in plan.to_make})
+    rows = {line.split()[0]: line for line in table.splitlines()[1:]}
+    assert list(rows) == [stage for stage, keys in plan.to_make.items() if keys]
+    assert " 3 min " in rows["train"] and "earlier jobs here" in rows["train"]
+    assert "4.0 GB" in rows["activations"] and "device.flops" in rows["activations"]
+    assert costs(explanation._replace(time=predict(done_plan(plan), [])), {}) == ""
+
+
+def done_plan(plan: Plan) -> Plan:
+    """Nothing of it is to be made."""
+    plan.to_make = {stage: [] for stage in plan.to_make}
+    return plan
 
 
 # -------------------------------------------------------------------- plans of runs

@@ -1,5 +1,7 @@
 """What jobs ask of the machine: by the sizes of the plan, more on each try, and as an executor takes it."""
 
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,8 @@ from saeflow.models.resources import sizes
 from saeflow.planning.batches import resources
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Plan
+from saeflow.planning.history import FILE
+from saeflow.planning.stages import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -58,6 +62,52 @@ def test_jobs_that_run_a_model_ask_for_its_weights_twice_and_for_time_by_its_ope
         "evaluate": whole + 3 * block + logits + dictionary,
     }[stage]
     assert small["runtime"] == large["runtime"] == pytest.approx(2 * n_tokens * 2 * each / 1e7 / 60, abs=1)
+
+
+def test_a_training_asks_for_two_buffers_of_the_buffered_order(model: Path) -> None:
+    """Of what it reads, as it is stored."""
+    half = ["activations.dtype=float16", "dictionary.expansion=1"]
+    uniform = asked(plan_of(model, *half), "train")["mem_mb"]
+    buffered = asked(plan_of(model, *half, "training.order=buffered", "training.buffer_tokens=10_000_000"), "train")
+    assert buffered["mem_mb"] - uniform == 2 * 10_000_000 * 128 * 2 // 10**6
+
+
+def test_the_order_is_in_the_key_and_its_buffer_where_there_is_one(model: Path) -> None:
+    keys = {
+        overrides: next(iter(plan_of(model, *overrides).stages["train"]))
+        for overrides in (
+            (),
+            ("training.buffer_tokens=4096",),
+            ("training.order=buffered",),
+            ("training.order=buffered", "training.buffer_tokens=4096"),
+        )
+    }
+    usual, unread, buffered, smaller = keys.values()
+    assert usual == unread and len({usual, buffered, smaller}) == 3
+    assert "-buffered-" in buffered and "-buffered-buffer4096-" in smaller
+
+
+def test_trainings_of_different_orders_do_not_share_a_job(model: Path) -> None:
+    plan = plan_of(model, "training.order=[uniform,buffered]", "dictionary.k=[4,8]")
+    assert sorted(len(keys) for keys in plan.jobs("train")) == [2, 2]
+
+
+def test_jobs_ask_for_twice_the_time_that_earlier_ones_took(model: Path) -> None:
+    """Wherever they ran, on devices of the same kind."""
+    plan = plan_of(model, "dictionary.k=8")
+    (instance,) = plan.stages["train"].values()
+    work = stages()["train"].operations(plan, [instance])
+    line = {"stage": "train", "key": "k", "host": "node7", "work": 2 * work, "sharing": 1}
+    lines = [line | {"device": "cpu", "seconds": 60_000.0}, line | {"device": "cuda:0", "seconds": 1.0}]
+    Path(plan.results).mkdir(parents=True)
+    file = Path(plan.results) / FILE
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert asked(plan, "train")["runtime"] == 1000  # minutes: half of 60,000 s, twice
+    assert asked(plan, "activations")["runtime"] == 240  # of which none ran
+    assert asked(plan_of(model, "device.runtime.train=7"), "train")["runtime"] == 7
+    file.write_text(json.dumps(lines[1]) + "\n")
+    os.utime(file, (0, 0))  # it is looked at once a minute
+    assert asked(plan, "train")["runtime"] == 240
 
 
 def test_a_small_job_has_time_all_the_same(model: Path) -> None:

@@ -14,18 +14,20 @@ from jacobian_formulas import AS_WRITTEN
 from stores import contents, tokens_instance, weights_of, write_store
 from torch import Tensor
 
-from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
+from saeflow.config import ConfigError, DictionaryConfig, ModelConfig, TrainingConfig, build
+from saeflow.config.dictionary import Columns
 from saeflow.dictionaries import Origin, load_dictionary
 from saeflow.dictionaries.kinds.jacobian import JacobianPairConfig
 from saeflow.dictionaries.kinds.sae import alone
 from saeflow.jobs.job import Job
 from saeflow.jobs.signals import Preempted
-from saeflow.models.blocks import MLP, Block
+from saeflow.models.blocks import MLP, Block, read_block
+from saeflow.models.loading import load_model
 from saeflow.planning.graph import Instance, Plan
 from saeflow.training import loop as jobs
 from saeflow.training.jacobian_pair import JacobianTrainer
 from saeflow.training.metrics import TrainingError
-from saeflow.training.protocol import HookStatistics
+from saeflow.training.protocol import HookStatistics, Inputs
 from saeflow.training.trainer import Trainer
 
 D, N_LATENTS, K, N = 6, 24, 3, 64
@@ -173,6 +175,43 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(TrainingError, match=r"Jacobian's penalty became (nan|inf) at step 1: lower training\.lr"):
         for step in range(40):
             trainer.train_step(batch_of(step, trainer.block))
+
+
+# -------------------------------------------------------------------- the norm
+def test_the_norm_is_left_out_of_f_where_that_is_asked(neox_folder: Path) -> None:
+    """f is then the model's own MLP of the residual stream, times the gain and plus the bias: notebook 000's
+    `ignore_ln`, whose model has them folded into the MLP. What is logged is its Jacobian, by autograd."""
+    model = load_model(neox_folder, ModelConfig("tiny", path=str(neox_folder)), "cpu")
+    hooks = "blocks.1.hook_resid_pre", HOOKS[1]
+    config = build(DictionaryConfig, CONFIG | {"jacobian_norm": "ignored"})
+    assert isinstance(config, JacobianPairConfig) and config.options["jacobian_norm"] == "ignored"
+    assert "jacobian_norm" not in replace(config, jacobian_norm="inside").options  # as it was always written
+    specs = config.specs(Columns(list(hooks), [(32,), (32,)], None), 0, Origin())
+    statistics = [HookStatistics(torch.zeros(32), 2.0)] * 2
+    inputs = Inputs(config, specs, replace(TRAINING, log_every=1), statistics, "cpu", lambda row: None,
+                    lambda: read_block(model, *hooks))  # fmt: skip
+    trainer = JacobianTrainer.of_job(inputs)
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+    norm, mlp = model.blocks[1].ln2, model.blocks[1].mlp
+
+    def f(value: Tensor) -> Tensor:
+        return mlp((value * norm.w + norm.b)[None, None])[0, 0]
+
+    torch.testing.assert_close(trainer.block(x), torch.stack(list(map(f, x))), rtol=1e-5, atol=1e-5)
+    E, D = trainer.output.weights.encoder.clone(), trainer.input.weights.W_dec.clone()
+    kept = [part.weights for part in trainer.parts.values()]
+    y = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
+    sizes = []
+    for x_t, y_t in zip(x, y, strict=True):
+        pre = [(v - w.b_dec) @ w.encoder.T + w.b_enc for v, w in zip((x_t, y_t), kept, strict=True)]
+        (A, in_), (B, out) = ((p.topk(4).indices, p.topk(4).values > 0) for p in pre)
+        J = E[B] @ torch.autograd.functional.jacobian(f, x_t) @ D[A].T
+        sizes.append((J.abs() * out[:, None] * in_).mean())
+    trainer.train_step((x, y))
+    assert trainer.rows[-1]["jacobian_l1"] == pytest.approx(torch.stack(sizes).mean().item(), rel=1e-4)
+    model.cfg.act_fn = "xielu"
+    with pytest.raises(ConfigError, match=r"dictionary.jacobian_norm=ignored needs an MLP with a closed form"):
+        JacobianTrainer.of_job(inputs)
 
 
 # -------------------------------------------------------------------- state

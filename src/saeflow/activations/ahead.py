@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import google_crc32c
 
 from saeflow.activations.shards import Layout, LayoutError, Shard, ShardError, shard_path
-from saeflow.storage.publish import make_folder, publish
+from saeflow.storage.publish import publish
 
 if TYPE_CHECKING:
     from saeflow.activations.store import ActivationStore, TokenRows
@@ -117,7 +117,7 @@ class Ahead:
             found.path.unlink()
             return 0
         target = self.store.shard(hook_name, size, number)
-        make_folder(target.parent)
+        shard.write_row_checksums(target)
         publish(found.path, target)
         return found.n_tokens
 

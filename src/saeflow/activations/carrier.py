@@ -13,7 +13,7 @@ import numpy as np
 
 from saeflow.activations.elsewhere import point_to
 from saeflow.activations.remote import NOT_THERE, RemoteRows, RemoteShardError
-from saeflow.activations.shards import COORDINATES, Layout, Shard, ShardError, shard_path, shards_are_there
+from saeflow.activations.shards import COORDINATES, ROWS, Layout, Shard, ShardError, shard_path, shards_are_there
 from saeflow.activations.store import Column, StoreError, array_layout, layout_of, open_column
 from saeflow.jobs.progress import progress
 from saeflow.planning.removal import remove_path
@@ -77,7 +77,8 @@ def drop(root: Remote, store: Path) -> Iterator[str]:
             missing = [c for c in of_hook if root.stat(f"activations/{store.name}/{c.folder.name}/{RECEIPT}") is None]
             sizes = dict(there.names(hook))
             array = of_hook[0].array
-            files = {p.relative_to(array).as_posix(): p.stat().st_size for p in array.rglob("*") if p.is_file()}
+            found = [path for path in array.rglob("*") if path.is_file() and path.suffix != ROWS]
+            files = {path.relative_to(array).as_posix(): path.stat().st_size for path in found}
             short = [name for name, n_bytes in files.items() if sizes.get(f"{hook}/{name}", 0) < n_bytes]
             if missing or short:
                 yield f"kept {array}, since {(missing[0].folder if missing else array / short[0])} is not in the bucket"
@@ -142,6 +143,7 @@ def _pull_shard(there: Remote, column: Column, layout: Layout, number: int) -> i
         get(there, f"{column.hook_name}/{path}", partial, found)
         shard = Shard(partial, layout, n_rows)
         shard.check_all()
+        shard.write_row_checksums(file)
         publish(partial, file)
     except ShardError as error:
         raise RemoteError(f"{there.name(f'{column.hook_name}/{path}')} is damaged ({error.problem})") from None

@@ -1,27 +1,23 @@
 """Shuffled reading: batch s of columns is a pure function of (seed, s), prefetched in a thread.
 
-The tokens of epoch e come in the order of a permutation that is computed, not stored: a keyed Feistel network over
-Z_a x Z_b, a b >= n, whose few results beyond n are put through it again (Black and Rogaway 2002, ciphers with
-arbitrary finite domains). So any batch can be asked for at any time, by any number of readers, without memory that
-grows with n. Batches straddle epochs: batch s holds the tokens s B to (s + 1) B - 1 of the endless stream of epochs, so
-every batch is full and every epoch has every token exactly once. With tokens left out the stream is of those that
-are kept: epochs are shorter, batches as full, and the order a function of the same and of what is left out.
-
-Rows are gathered from memory maps of the raw shards, in the order that they lie on disk. A chunk's checksum is compared
-when the chunk is first touched, before any of its values is used. A store that is not laid out as saeflow writes it
-(converted by another tool, say) is read through zarr: slower, with the same values. Of an array in a bucket
-(`saeflow.activations.remote`) the rows of many batches are read together, as many as there is memory for.
+Which tokens it holds, `saeflow.activations.order` says. Rows are gathered from memory maps of the raw shards, in the
+order that they lie on disk. The kernel, which would read megabytes beside every row, is told to read only what it is
+told of: in the uniform order the rows of the batch, in the buffered one the pieces of the coming buffer. A row's
+checksum is compared before any of its values is used (`saeflow.activations.shards`). A store that is not laid out as
+saeflow writes it (converted by another tool, say) is read through zarr: slower, with the same values. Of an array in a
+bucket (`saeflow.activations.remote`) the rows of many batches are read together, as many as there is memory for.
 """
 
-import hashlib
 import itertools
 import logging
 import math
 import resource
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,14 +25,15 @@ import torch
 from torch import Tensor
 
 from saeflow.activations.elsewhere import array_url
+from saeflow.activations.order import PIECE_TOKENS, BufferedOrder, Order, UniformOrder
 from saeflow.activations.remote import RemoteRows
 from saeflow.activations.shards import LayoutError, Shard, ShardError, shard_path
 from saeflow.activations.store import Column, StoreError, array_layout
+from saeflow.storage.memory import machine_memory
 
 log = logging.getLogger("saeflow")
-ROUNDS = 8
-IN_MEMORY_TOKENS = 1 << 16  # up to so many tokens an epoch,
-IN_MEMORY_BYTES = 16 << 20  # and float32 bytes a column, are kept in memory
+IN_MEMORY_TOKENS = 1 << 16  # up to so many tokens
+IN_MEMORY_BYTES = 16 << 20  # and float32 bytes, a column is kept in memory
 READ_AHEAD = 1 << 30  # bytes of memory for the rows of columns that lie in a bucket
 
 
@@ -50,9 +47,10 @@ class BatchReader:
         seed: int,
         left_out: np.ndarray | None = None,
         read_ahead: int = READ_AHEAD,
+        buffer_tokens: int | None = None,
     ) -> None:
         """`left_out`: numbers of tokens that no batch has, (M,) int64, rising. `read_ahead`: bytes of memory for what
-        is read ahead of columns in a bucket.
+        is read ahead of columns in a bucket. `buffer_tokens`: of the buffered order; None: the uniform one.
 
         Raises `StoreError` for columns of different stores or lengths: their rows would not be the same tokens.
         """
@@ -60,16 +58,19 @@ class BatchReader:
             what = ", ".join(f"{c.folder} ({c.n_tokens} tokens)" for c in columns)
             raise StoreError(f"only columns of one store and one length can be read together, not {what}")
         left_out = np.zeros(0, dtype=np.int64) if left_out is None else left_out
-        self.n_tokens, self.batch_size, self.seed = columns[0].n_tokens - len(left_out), batch_size, seed
-        self._kept_before = left_out - np.arange(len(left_out))
-        """How many tokens that are kept come before each that is left out, (M,)."""
+        of = (columns[0].n_tokens, left_out, batch_size, seed)
+        self.order: Order = UniformOrder(*of) if buffer_tokens is None else BufferedOrder(*of, buffer_tokens)
+        self.batch_size = batch_size
         self.columns = [_in_memory(open_rows(column), read_ahead // len(columns)) for column in columns]
+        self._in_pieces = [column for column in self.columns if buffer_tokens and isinstance(column, MappedRows)]
+        self._told = np.zeros(0, dtype=np.int64)
         far = [column for column in self.columns if isinstance(column, RemoteRows)]
         a_batch = batch_size * sum(column.layout.row_bytes for column in far)
         self.at_once = max(1, read_ahead // 2 // a_batch) if far else 1
         """Batches that are read together; while they are used, the next are read."""
         if far:
-            passes = max(1.0, self.n_tokens / (self.at_once * batch_size))
+            together = min(self.order.n_tokens, buffer_tokens or self.order.n_tokens)
+            passes = max(1.0, together / (self.at_once * batch_size))
             log.info(
                 "reading %d columns in their bucket, %.1f times an epoch with device.read_ahead_mb=%d",
                 len(far), passes, read_ahead >> 20,
@@ -77,24 +78,24 @@ class BatchReader:
 
     def rows(self, s: int) -> np.ndarray:
         """Token numbers of batch s, (batch_size,) int64."""
-        start, stop = s * self.batch_size, (s + 1) * self.batch_size
-        first, last = start // self.n_tokens, (stop - 1) // self.n_tokens
-        bounds = [start, *(e * self.n_tokens for e in range(first + 1, last + 1)), stop]
-        epochs = zip(range(first, last + 1), itertools.pairwise(bounds), strict=True)
-        parts = [self._order(e, a - e * self.n_tokens, b - e * self.n_tokens) for e, (a, b) in epochs]
-        kept = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return kept + np.searchsorted(self._kept_before, kept, side="right") if len(self._kept_before) else kept
-
-    def _order(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Numbers, counted among the tokens that are kept, at places `start` to `stop - 1` of an epoch."""
-        if self.n_tokens > IN_MEMORY_TOKENS:
-            return permute(np.arange(start, stop, dtype=np.int64), self.n_tokens, self.seed, epoch)
-        return _short_epoch(self.n_tokens, self.seed, epoch)[start:stop]
+        return self.order.rows(s)
 
     def batch(self, s: int) -> tuple[Tensor, ...]:
         """Batch s, for every column an (N, d) float32 tensor, heads flattened; row i of each is the same token."""
         rows = self.rows(s)
-        return tuple(column.take(rows) for column in self.columns)
+        if self._in_pieces:
+            self._tell(self.order.pieces(s))
+        return tuple(
+            column.take(rows, told=True) if column in self._in_pieces else column.take(rows) for column in self.columns
+        )
+
+    def _tell(self, pieces: np.ndarray) -> None:
+        """Has pieces read that were not named for the batch before."""
+        new = np.setdiff1d(pieces, self._told)
+        self._told = pieces
+        tokens = (new[:, None] * PIECE_TOKENS + np.arange(PIECE_TOKENS)).reshape(-1)
+        for column in self._in_pieces:
+            column.will_need(tokens[tokens < column.column.n_tokens])
 
     def iterate(self, start_step: int, n_steps: int, prefetch: int = 4) -> Iterator[tuple[Tensor, ...]]:
         """Batches `start_step` to `start_step + n_steps - 1`, up to `prefetch` of them read ahead by a thread, or as
@@ -107,8 +108,11 @@ class BatchReader:
         if all(isinstance(column, InMemoryRows) for column in self.columns):
             yield from map(self.batch, range(start_step, stop))
             return
+        checking = threading.Event()
+        checker = threading.Thread(target=self._check, args=(checking,), name="batch-checker", daemon=True)
         groups = iter(range(s, min(s + self.at_once, stop)) for s in range(start_step, stop, self.at_once))
         thread = ThreadPoolExecutor(1, thread_name_prefix="batch-reader")
+        checker.start()
         try:
             first = itertools.islice(groups, prefetch + 1 if self.at_once == 1 else 1)
             ahead = deque(thread.submit(self._group, steps) for steps in first)
@@ -118,7 +122,21 @@ class BatchReader:
                 while group:
                     yield tuple(values.float() for values in group.popleft())
         finally:
+            checking.set()
             thread.shutdown(cancel_futures=True)
+            checker.join()
+
+    def _check(self, stop: threading.Event) -> None:
+        """Compares chunk by chunk, beside the batches, what fits into memory: so each is read in order and once, and
+        batches need not look at their rows any more. What is damaged is found again by who needs it."""
+        for column in self.columns:
+            if isinstance(column, MappedRows) and not column.evicts and column not in self._in_pieces:
+                for shard in column.shards:
+                    for c in range(shard.n_chunks):
+                        if stop.is_set():
+                            return
+                        with suppress(ShardError):
+                            shard.chunk(c)
 
     def _group(self, steps: range) -> deque[tuple[Tensor, ...]]:
         """Batches that are read together, those of columns in a bucket as they are stored."""
@@ -132,39 +150,6 @@ class BatchReader:
             for column in self.columns
         ]
         return deque(zip(*parts, strict=True))
-
-
-# -------------------------------------------------------------------- the order of an epoch
-def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a permutation of 0 .. n - 1, chosen by (seed, epoch), sends some indices; both are int64 of shape (N,)."""
-    a = math.isqrt(n - 1) + 1 if n > 1 else 1
-    b = -(-n // a)
-    keys = np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
-    found = _feistel(index.astype(np.uint64), a, b, keys)
-    while (outside := found >= n).any():
-        found[outside] = _feistel(found[outside], a, b, keys)
-    return found.astype(np.int64)
-
-
-@lru_cache(4)  # a batch begins in one epoch and ends in the next
-def _short_epoch(n: int, seed: int, epoch: int) -> np.ndarray:
-    return permute(np.arange(n, dtype=np.int64), n, seed, epoch)
-
-
-def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of 0 .. a b - 1: each round adds a hash of one half to the other, which can be undone."""
-    left, right = np.divmod(x, np.uint64(b))
-    for i in range(0, len(keys), 2):
-        left = (left + _mix(right ^ keys[i]) % np.uint64(a)) % np.uint64(a)
-        right = (right + _mix(left ^ keys[i + 1]) % np.uint64(b)) % np.uint64(b)
-    return left * np.uint64(b) + right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 # -------------------------------------------------------------------- rows of one column
@@ -187,20 +172,37 @@ class MappedRows:
             for number, n_rows in layout.shards(column.n_tokens)
         ]
 
-    def take(self, rows: np.ndarray) -> Tensor:
-        """Rows by token number in any order, (N,) int64 -> (N, d) float32."""
+        self.evicts = layout.row_bytes * column.n_tokens > machine_memory() // 2
+        """Whether what was read once may have to be read from the disk again."""
+
+    def take(self, rows: np.ndarray, told: bool = False) -> Tensor:
+        """Rows by token number in any order, (N,) int64 -> (N, d) float32. `told`: `will_need` was, of these."""
         order = np.argsort(rows)
         ordered = rows[order]
-        shard_tokens = self.layout.shard_tokens
-        first, last = ordered[0] // shard_tokens, ordered[-1] // shard_tokens
-        bounds = np.searchsorted(ordered, np.arange(first, last + 2) * shard_tokens)
+        if not told:
+            self.will_need(ordered, again=self.evicts)
         out = np.empty((len(rows), self.layout.row_bytes), dtype=np.uint8)
         out_rows = out.view(np.dtype((np.void, self.layout.row_bytes)))[:, 0]  # one element a row: moved as one copy
+        for shard, of_shard, a, b in self._by_shard(ordered):
+            out_rows[order[a:b]] = shard.take(of_shard)
+        return _float32(out, self.column)
+
+    def will_need(self, rows: np.ndarray, again: bool = True) -> None:
+        """Has the kernel begin to read rows by token number, rising, (N,); not `again`: those that were not read."""
+        for shard, of_shard, _, _ in self._by_shard(rows):
+            shard.will_need(of_shard, again)
+
+    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[Shard, np.ndarray, int, int]]:
+        """Rows by token number, rising, (N,), of each shard that has some of them: the shard, their numbers in it, and
+        where in `rows` they begin and end."""
+        if not len(rows):
+            return
+        shard_tokens = self.layout.shard_tokens
+        first, last = rows[0] // shard_tokens, rows[-1] // shard_tokens
+        bounds = np.searchsorted(rows, np.arange(first, last + 2) * shard_tokens)
         for number in np.flatnonzero(np.diff(bounds)):
             a, b = bounds[number], bounds[number + 1]
-            shard = first + number
-            out_rows[order[a:b]] = self.shards[shard].take(ordered[a:b] - shard * shard_tokens)
-        return _float32(out, self.column)
+            yield self.shards[first + number], rows[a:b] - (first + number) * shard_tokens, a, b
 
 
 class ZarrRows:

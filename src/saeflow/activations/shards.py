@@ -5,28 +5,38 @@ index: offset and length of every chunk (uint64 each, both 2^64 - 1 for a chunk 
 crc32c (zarr-specs, codec `sharding_indexed`, index at the end). Zarr writes the same bytes, and the tests compare the
 two; but zarr assembles a shard in memory, copies it four times and reads random rows 30 to 800 times slower than a
 memory map, so the hot path goes around it. What is written here opens in zarr and xarray as any store does.
+
+Beside a shard lies `<shard>.rows`: the crc32c of each of its rows, uint32, little-endian, those that pad its last chunk
+too. A row is proven by its own, so that what is read at random of a store larger than memory is rows and not whole
+chunks. It is a help and no part of the array: where it is missing, or a row does not match, the chunk's decides.
 """
 
 import json
 import math
+import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 
-from saeflow.storage.publish import beside, make_folder, publish
+from saeflow.storage.publish import beside, make_folder, publish, writing
 from saeflow.storage.receipts import DamagedError
 
 COORDINATES = ("token_id", "document", "position")
 """Arrays of a store that are of no hook: one value a token."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 CRC = struct.Struct("<I")
+ROWS = ".rows"
 NO_CHUNK = 2**64 - 1
+PAGE = mmap.PAGESIZE
+ADVISED = 1 << 17  # bytes: the kernel reads no more ahead at once, whatever it is told, where nobody has raised it
+WHOLE = 4  # a chunk of which a quarter of the rows is asked for is compared as a whole
 
 
 class ShardError(DamagedError):
@@ -147,8 +157,8 @@ def predicted_bytes(
 ) -> int:
     """Exact size on disk of one column's shards: values, checksums, index and the padding of the last chunk.
 
-    Beside them a store holds two to three bytes a token of coordinates, and each column its statistics,
-    8 (d^2 + d + 1) bytes, twice.
+    Beside them a store holds two to three bytes a token of coordinates, and each hook four of its checksum, and each
+    column its statistics, 8 (d^2 + d + 1) bytes, twice.
     """
     layout = Layout(math.prod(size) * ITEMSIZE[dtype], chunk_tokens, shard_tokens)
     full_shards, rest = divmod(n_tokens, shard_tokens)
@@ -160,15 +170,35 @@ def shard_path(array: Path, shard: int, n_dims: int) -> Path:
     return array.joinpath("c", str(shard), *["0"] * (n_dims - 1))
 
 
-class ShardWriter:
-    """Writes one shard, chunk by chunk, beside its place; `close` publishes it, whole."""
+def row_checksums_of(shard: Path) -> Path:
+    """The file of the checksums of a shard's rows."""
+    return shard.with_name(shard.name + ROWS)
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+
+def row_checksums(rows: np.ndarray) -> np.ndarray:
+    """crc32c of rows, (N, row_bytes) uint8 -> (N,) uint32."""
+    return np.fromiter(map(google_crc32c.value, rows), dtype="<u4", count=len(rows))
+
+
+def write_row_checksums(shard: Path, checksums: Sequence[np.ndarray]) -> None:
+    """Those of each chunk, in their order."""
+    with writing(row_checksums_of(shard)) as partial:
+        np.concatenate(checksums).tofile(partial)
+
+
+class ShardWriter:
+    """Writes one shard, chunk by chunk, beside its place; `close` publishes it, whole, after the checksums of its rows.
+
+    `of_rows`: whether there are to be such.
+    """
+
+    def __init__(self, path: Path, layout: Layout, of_rows: bool = True) -> None:
         self.path, self.layout = path, layout
         self.partial = beside(path)
         make_folder(path.parent)
         self._file = open(self.partial, "wb")  # noqa: SIM115 (closed by close or discard)
         self._written = 0
+        self._of_rows: list[np.ndarray] | None = [] if of_rows else None
 
     def add(self, chunk: np.ndarray) -> None:
         """Appends one whole chunk: its bytes as uint8, flat."""
@@ -176,6 +206,8 @@ class ShardWriter:
         self._file.write(chunk.data)
         self._file.write(CRC.pack(google_crc32c.value(chunk)))
         self._written += 1
+        if self._of_rows is not None:
+            self._of_rows.append(row_checksums(chunk.reshape(self.layout.chunk_tokens, self.layout.row_bytes)))
 
     def close(self) -> None:
         length = self.layout.chunk_bytes
@@ -184,6 +216,8 @@ class ShardWriter:
         index = struct.pack(f"<{len(entries)}Q", *entries)
         self._file.write(index + CRC.pack(google_crc32c.value(index)))
         self._file.close()
+        if self._of_rows:
+            write_row_checksums(self.path, self._of_rows)
         publish(self.partial, self.path)
 
     def discard(self) -> None:
@@ -194,9 +228,11 @@ class ShardWriter:
 
 
 class Shard:
-    """A memory-mapped shard. The index is checked when it is opened, a chunk when it is first touched.
+    """A memory-mapped shard. The index is checked when it is opened, a row before it is first used: by its checksum, or
+    with its chunk where that is read anyway or rows have none.
 
-    So a flipped byte is found before any value of its chunk is used, without reading what is not asked for.
+    So a flipped byte is found before any value that it is of is used, without reading what is not asked for. The kernel
+    reads nothing ahead but what it is told of (`will_need`).
     """
 
     def __init__(self, path: Path, layout: Layout, n_rows: int) -> None:
@@ -211,30 +247,49 @@ class Shard:
             raise ShardError(path, "the file is missing") from None
         if file_bytes < layout.index_bytes:
             raise ShardError(path, f"{file_bytes} bytes are too few for its index")
-        self._map = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        with open(path, "rb") as file:
+            self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mmap.madvise(mmap.MADV_RANDOM)
+        self._map = np.frombuffer(self._mmap, dtype=np.uint8)
         index = self._map[-layout.index_bytes :]
         present = chunks_in(index, file_bytes, layout, n_rows, str(path), lambda problem: ShardError(path, problem))
         self.n_chunks = present
-        self._checked = np.zeros(present, dtype=bool)
+        self._checked = np.zeros(present * layout.chunk_tokens, dtype=bool)  # by row
         # Element i is the row whose first byte is byte i: one index gathers rows across the checksums between chunks.
         n = len(self._map) - layout.row_bytes + 1
         self._row_at = np.ndarray((n,), dtype=np.dtype((np.void, layout.row_bytes)), buffer=self._map, strides=(1,))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by number within the shard, (N,) -> (N,) elements of `row_bytes` bytes each, a copy."""
-        chunk, row = np.divmod(rows, self.layout.chunk_tokens)
-        if not self._checked[chunk].all():
-            for c in np.unique(chunk[~self._checked[chunk]]):
-                self.check(int(c))
-        return self._row_at[chunk * self.layout.chunk_bytes + row * self.layout.row_bytes]
+        """Rows by number within the shard, rising, (N,) -> (N,) elements of `row_bytes` bytes each, a copy."""
+        taken = self._row_at[self._starts(rows)]
+        fresh = ~self._checked[rows]
+        if fresh.any():
+            self._check_rows(rows[fresh], taken[fresh])
+        return taken
 
     def chunk(self, c: int, n_rows: int | None = None) -> np.ndarray:
         """The first `n_rows` rows of a chunk, (n_rows, row_bytes) uint8, a view of the map."""
-        if not self._checked[c]:
+        if not self.is_checked(c):
             self.check(c)
-        start = c * self.layout.chunk_bytes
-        values = self._map[start : start + self.layout.chunk_bytes - CRC.size]
-        return values.reshape(self.layout.chunk_tokens, self.layout.row_bytes)[:n_rows]
+        return self._values(c)[:n_rows]
+
+    def is_checked(self, c: int) -> bool:
+        """Whether all rows of a chunk are."""
+        first = c * self.layout.chunk_tokens
+        return bool(self._checked[first : first + self.layout.chunk_tokens].all())
+
+    def will_need(self, rows: np.ndarray, again: bool = True) -> None:
+        """Tells the kernel of rows, rising, (N,), that are about to be read, so that it reads all of them at once; not
+        `again`: of those alone that were not read yet."""
+        if not again:
+            rows = rows[~self._checked[rows]]
+        if not len(rows):
+            return
+        starts = self._starts(rows)
+        first, end = starts // PAGE, -(-(starts + self.layout.row_bytes) // PAGE)
+        ends_a_run = np.flatnonzero(first[1:] > end[:-1])
+        for a, b in zip(first[[0, *(ends_a_run + 1)]].tolist(), end[[*ends_a_run, -1]].tolist(), strict=True):
+            self._advise(a * PAGE, b * PAGE)
 
     def check_all(self) -> None:
         """Compares every chunk with its crc32c; raises `ShardError`."""
@@ -244,9 +299,56 @@ class Shard:
     def check(self, c: int) -> None:
         """Compares a chunk with its crc32c; raises `ShardError` where they differ."""
         start = c * self.layout.chunk_bytes
+        self._advise(start // PAGE * PAGE, start + self.layout.chunk_bytes)
         if not matches(self._map[start : start + self.layout.chunk_bytes]):
             raise ShardError(self.path, self.layout.damaged(c))
-        self._checked[c] = True
+        first = c * self.layout.chunk_tokens
+        self._checked[first : first + self.layout.chunk_tokens] = True
+
+    def write_row_checksums(self, shard: Path) -> None:
+        """Beside `shard`, where this one is to lie, once all of its chunks have been compared."""
+        assert self._checked.all()
+        write_row_checksums(shard, [row_checksums(self._values(c)) for c in range(self.n_chunks)])
+
+    def _check_rows(self, rows: np.ndarray, taken: np.ndarray) -> None:
+        """Compares rows, rising, as they were `taken`, with their checksums, or with their chunks those of which much
+        is asked for or that have none; raises `ShardError`."""
+        chunk, known = rows // self.layout.chunk_tokens, self._row_checksums
+        chunks, counts = np.unique(chunk, return_counts=True)
+        for c in chunks[counts * WHOLE >= self.layout.chunk_tokens] if known is not None else chunks:
+            self.check(int(c))
+        left = ~self._checked[rows]
+        if known is not None and left.any():
+            found = row_checksums(taken[left].view(np.uint8).reshape(-1, self.layout.row_bytes))
+            for c in np.unique(chunk[left][found != known[rows[left]]]):
+                self.check(int(c))  # what differs may be the row's checksum
+            self._checked[rows] = True
+
+    @cached_property
+    def _row_checksums(self) -> np.ndarray | None:
+        """(rows,) uint32; None where there are none of this shard."""
+        file = row_checksums_of(self.path)
+        try:
+            if os.stat(file).st_size == len(self._checked) * CRC.size:
+                return np.memmap(file, dtype="<u4", mode="r").view(np.ndarray)
+        except FileNotFoundError:
+            pass
+        return None
+
+    def _starts(self, rows: np.ndarray) -> np.ndarray:
+        """The first byte of each row, (N,)."""
+        chunk, row = np.divmod(rows, self.layout.chunk_tokens)
+        return chunk * self.layout.chunk_bytes + row * self.layout.row_bytes
+
+    def _values(self, c: int) -> np.ndarray:
+        """A chunk, (chunk_tokens, row_bytes) uint8, a view of the map."""
+        start = c * self.layout.chunk_bytes
+        values = self._map[start : start + self.layout.chunk_bytes - CRC.size]
+        return values.reshape(self.layout.chunk_tokens, self.layout.row_bytes)
+
+    def _advise(self, start: int, stop: int) -> None:
+        for at in range(start, stop, ADVISED):
+            self._mmap.madvise(mmap.MADV_WILLNEED, at, min(ADVISED, stop - at))
 
 
 def chunks_in(

@@ -146,7 +146,7 @@ class AheadWriter(HookWriter):
         super().__init__(store, column.hook_name, column.size, device, thread)
         self.position = number * self.layout.shard_tokens
         self.last = min(column.n_tokens, self.position + self.layout.shard_tokens)
-        self._shard = ShardWriter(path, self.layout)
+        self._shard = ShardWriter(path, self.layout, of_rows=False)
 
     @property
     def done(self) -> bool:

@@ -1,6 +1,7 @@
 """The configuration as data: one frozen dataclass a group of `conf/`, validated when it is built."""
 
 from saeflow.config.checks import ConfigError, build
+from saeflow.config.circuits import CircuitsConfig
 from saeflow.config.corpus import CorpusConfig, TokensConfig
 from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig
@@ -14,7 +15,7 @@ from saeflow.config.site import ActivationsConfig, SiteConfig
 from saeflow.config.training import TrainingConfig
 
 __all__ = [
-    "ActivationsConfig", "BlindConfig", "ConfigError", "CorpusConfig", "DashboardsConfig", "DictionaryConfig",
-    "EvaluationConfig", "FeaturesConfig", "HeadsConfig", "JacobianConfig", "ModelConfig", "PointConfig", "SiteConfig",
-    "TokensConfig", "TracrConfig", "TrainingConfig", "build", "takes_list",
+    "ActivationsConfig", "BlindConfig", "CircuitsConfig", "ConfigError", "CorpusConfig", "DashboardsConfig",
+    "DictionaryConfig", "EvaluationConfig", "FeaturesConfig", "HeadsConfig", "JacobianConfig", "ModelConfig",
+    "PointConfig", "SiteConfig", "TokensConfig", "TracrConfig", "TrainingConfig", "build", "takes_list",
 ]  # fmt: skip

@@ -105,7 +105,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _coerce(next(a for a in args if a is not type(None)), value, where)
+        named = (a for a in args if typing.get_origin(a) is Literal and value in typing.get_args(a))
+        return _coerce(next(named, next(a for a in args if a is not type(None))), value, where)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where}={value!r} is not legal: use one of {', '.join(map(str, args))}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from saeflow.config.checks import at_least, check_seed, require
+from saeflow.config.corpus import CorpusConfig
 
 FEWEST_DOCUMENTS = 5  # of which an interval is made: fewer do not tell how much documents differ
 
@@ -21,6 +22,9 @@ class EvaluationConfig:
     replace_first: bool = True
     """Whether the first token of each row is replaced like any other. With false it keeps the model's own activations,
     in ablations too, and counts nowhere: for dictionaries that were not trained on it."""
+    corpus: CorpusConfig | None = None
+    """Another corpus that all held-out tokens are of, those of Jacobian studies too: the name of a file in
+    `conf/corpus/`, or settings like those of `corpus`. Source: the JSAE paper trains on the Pile, and studies on C4."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "evaluation", "batch_rows")

@@ -1,8 +1,9 @@
 """How a layer's heads are studied."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from saeflow.config.checks import at_least, check_seed
+from saeflow.config.checks import ConfigError, at_least, check_seed, require
 from saeflow.config.evaluation import FEWEST_DOCUMENTS
 
 
@@ -24,10 +25,15 @@ class HeadsConfig:
     """[tokens] On which a latent of a dictionary on all heads has to be active to count."""
     n_latents: int = 64
     """[latents] Of those, drawn at random, that are decomposed in the heads' dictionaries."""
+    latents: tuple[int, ...] | Literal["all"] = ()
+    """[index] Latents that are decomposed and shown instead, by their numbers in each dictionary of the layer (of
+    dictionaries of heads, head times `d_sae` plus the latent there); `all`: all that count."""
+    rotations: int = 20
+    """[samples] Of random rotations of the heads, with which their cosines and interference are compared."""
     max_atoms: int = 16
     """[atoms] In a decomposition at most."""
     dashboards: int = 12
-    """[latents] Of those that are decomposed, how many are shown."""
+    """[latents] Of those that are decomposed, how many are shown; of `latents` all."""
     contexts: int = 4
     """[examples] Texts shown of each."""
     window: int = 12
@@ -36,8 +42,18 @@ class HeadsConfig:
     """[seed] Decides all draws."""
 
     def __post_init__(self) -> None:
-        names = "n_tokens batch_rows loss_tokens top_pairs min_active n_latents max_atoms contexts window"
+        names = "n_tokens batch_rows loss_tokens top_pairs min_active n_latents rotations max_atoms contexts window"
         at_least(1, self, "heads", names)
         at_least(FEWEST_DOCUMENTS, self, "heads", "resamples")
         at_least(0, self, "heads", "dashboards")
+        named = () if isinstance(self.latents, str) else self.latents
+        require(all(i >= 0 for i in named), "heads.latents", list(named), "numbers of latents, 0 or more, or all")
         check_seed(self, "heads.seed")
+
+    def check_latents(self, d_sae: int, name: str) -> None:
+        """Raises `ConfigError` where a latent is named that a dictionary of `d_sae` latents has not."""
+        beyond = [] if isinstance(self.latents, str) else [i for i in self.latents if i >= d_sae]
+        if beyond:
+            raise ConfigError(
+                f"heads.latents={beyond} are not in {name}, which has latents 0 to {d_sae - 1}; leave them out"
+            )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saeflow.config.checks import at_least, require
+from saeflow.config.checks import ConfigError, at_least, require
 from saeflow.config.evaluation import FEWEST_DOCUMENTS
 
 
@@ -12,7 +12,14 @@ class JacobianConfig:
     """How Jacobians are studied, on held-out tokens (docs/jacobian.md)."""
 
     n_tokens: int = 16384
-    """[tokens] Of rows spread over all, position 0 of each left out."""
+    """[tokens] Of rows spread over all, position 0 of each left out; of a `text` those that `text_tokens` names."""
+    text: str | None = None
+    """A text that is studied in place of held-out tokens, as one row. Source: notebook 000's prompt."""
+    text_path: str | None = None
+    """A file that holds that text, in UTF-8; in its place."""
+    text_tokens: tuple[int, ...] = ()
+    """[tokens] Positions in its row of the first and the last that count, 0 being what `tokens.prepend_bos` puts in
+    front; empty: all but that. Source: notebook 000, which takes 11 to 20."""
     at: Literal["input", "reconstruction"] = "input"
     """Where the Jacobian is taken: at the true input of f (the JSAE paper), or at its reconstruction by the input
     dictionary (notebook 000)."""
@@ -52,6 +59,17 @@ class JacobianConfig:
         at_least(1, self, "jacobian", names + "linearity_samples")
         at_least(FEWEST_DOCUMENTS, self, "jacobian", "resamples")
         require(self.max_value > 0, "jacobian.max_value", self.max_value, "more than 0")
+        if self.text is not None and self.text_path is not None:
+            raise ConfigError("jacobian: set one of jacobian.text and jacobian.text_path, not both")
+        ends, given = self.text_tokens, self.of_text
+        legal = not ends or (given and len(ends) == 2 and 1 <= ends[0] <= ends[1])
+        wanted = "two positions [first, last], from 1 up," if given else "empty without jacobian.text"
+        require(legal, "jacobian.text_tokens", list(ends), wanted)
         for name in ("thresholds", "relative_thresholds"):
             legal = all(value > 0 for value in getattr(self, name))
             require(legal, f"jacobian.{name}", list(getattr(self, name)), "a list of numbers above 0")
+
+    @property
+    def of_text(self) -> bool:
+        """Whether a text is studied in place of held-out tokens."""
+        return self.text is not None or self.text_path is not None

@@ -4,6 +4,7 @@ A name is a function of what is read alone, never of a sweep: one more value ren
 ever too; a setting that is not in it is usual at its dataclass's default.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -47,6 +48,8 @@ SHORT: dict[str, str] = {
     "training.n_tokens": "n",
     "training.batch_size": "batch",
     "training.shuffle_seed": "shuffle",
+    "training.order": "",
+    "training.buffer_tokens": "buffer",
     "training.adam_beta1": "beta1",
     "training.adam_beta2": "beta2",
     "training.lr_warm_up_steps": "warmup",
@@ -61,6 +64,7 @@ SHORT: dict[str, str] = {
     "training.jacobian_warm_up_steps": "jwarmup",
     "training.jacobian_fraction": "jfraction",
     "training.log_every": "log",
+    "jacobian.text_tokens": "",
     "features.n_tokens": "looked",
     "features.split": "on",
     "activations.dtype": "",
@@ -98,6 +102,8 @@ def told(path: str, value: Any, usual: Any = None) -> dict[str, str]:
     """One setting, or nothing where it is as usual."""
     if path in NAMED_ALREADY or value in (USUAL.get(path, usual), None) or value == {}:
         return {}
+    if path == "jacobian.text":  # as what stands for a corpus
+        return {path: f"prompt.{hashlib.sha256(value.encode()).hexdigest()[:4]}"}
     return {path: _token(SHORT.get(path, path.rsplit(".", 1)[1]), value)}
 
 

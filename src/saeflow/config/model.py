@@ -12,9 +12,9 @@ class TracrConfig:
 
     case: int
     """[index] Number of a case of `saeflow.groundtruth.cases`, as in InterpBench."""
-    method: Literal["compiled", "supervised", "iit", "siit"] = "siit"
-    """The compiled program itself, or how a small transformer is trained on its task. Source: InterpBench (arXiv
-    2407.14494)."""
+    method: Literal["compiled", "supervised", "iit", "siit", "published"] = "siit"
+    """The compiled program itself, how a small transformer is trained on its task, or one that InterpBench publishes.
+    Source: InterpBench (arXiv 2407.14494)."""
     seed: int = 0
     """[seed] Of first weights and draws of its training."""
     n_rows: int | None = None
@@ -25,8 +25,18 @@ class TracrConfig:
     """[rows] In a batch of its training."""
     lr: float = 1e-2
     """[rate] Adam's learning rate at the start of its training, from which it falls to 0."""
+    recipe: Literal["saeflow", "interpbench"] = "saeflow"
+    """How it is trained with `iit` and `siit`: pairs of rows, clipping, weights and end (docs/groundtruth.md). Source:
+    InterpBench's code."""
+    path: str | None = None
+    """Folder of InterpBench's `ll_model.pth` and `ll_model_cfg.pkl`, with `published`; null with all others."""
 
     def __post_init__(self) -> None:
+        if (self.path is not None) != (self.method == "published"):
+            wanted = "the folder of a model of InterpBench with model.tracr.method=published, and null with all others"
+            raise ConfigError(f"model.tracr.path={self.path} is out of range: it must be {wanted}")
+        legal = self.recipe == "saeflow" or self.method in ("iit", "siit")
+        require(legal, "model.tracr.recipe", self.recipe, "saeflow unless model.tracr.method is iit or siit")
         at_least(1, self, "model.tracr", "n_steps batch_rows")
         check_seed(self, "model.tracr.seed")
         require(0 < self.lr <= 1, "model.tracr.lr", self.lr, LEARNING_RATES)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saeflow.config.checks import ConfigError, check_seed
+from saeflow.config.circuits import CircuitsConfig
 from saeflow.config.corpus import CorpusConfig, TokensConfig
 from saeflow.config.dashboards import DashboardsConfig
 from saeflow.config.dictionary import DictionaryConfig, kinds
@@ -52,6 +53,8 @@ class PointConfig:
     """What is looked up of every latent."""
     dashboards: DashboardsConfig = field(default_factory=DashboardsConfig)
     """Whether pages of dictionaries and their latents are made."""
+    circuits: CircuitsConfig = field(default_factory=CircuitsConfig)
+    """How circuits through transcoders are looked for."""
 
     def __post_init__(self) -> None:
         check_seed(self, "seed")
@@ -59,6 +62,9 @@ class PointConfig:
             raise ConfigError(
                 "a model of a case is studied on the rows of that case: use model=tracr with corpus=tracr"
             )
+        other = self.evaluation.corpus
+        if other is not None and (self.corpus.case is not None or other.case is not None):
+            raise ConfigError("evaluation.corpus is another text, and a case has no text: set evaluation.corpus=null")
         self.dictionary.check(self)
 
 
@@ -70,4 +76,4 @@ def takes_list(path: str) -> bool:
             return False
         variants = [hint, *(kinds().values() if hint is DictionaryConfig else ())]
         hint = next((found for v in variants if (found := typing.get_type_hints(v).get(part))), None)
-    return typing.get_origin(hint) is tuple
+    return any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))

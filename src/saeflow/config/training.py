@@ -64,6 +64,12 @@ class TrainingConfig:
     shuffle_seed: int = 0
     """[seed] Of the order of the batches. The `seed` of a point decides only first weights, so that points of many
     seeds read the same batches."""
+    order: Literal["uniform", "buffered"] = "uniform"
+    """Of the tokens of an epoch, which has each once. `uniform`: any order is as likely. `buffered`: pieces of 256
+    tokens in any order, whose tokens are mixed within buffers; it reads the disk in order, for activations that are
+    larger than memory (`saeflow.activations.order`)."""
+    buffer_tokens: int = 262_144
+    """[tokens] In a buffer of `order=buffered`; two of them are to fit into memory, as they are stored."""
     lr: float = 4e-4
     """[rate] Adam's learning rate, between warm-up and decay."""
     adam_beta1: float = 0.9
@@ -117,8 +123,13 @@ class TrainingConfig:
     keep_checkpoints: int = 1
     """[checkpoints] The newest, which stay until training is done."""
 
+    @property
+    def buffered(self) -> int | None:
+        """Tokens in a buffer; None for the uniform order."""
+        return self.buffer_tokens if self.order == "buffered" else None
+
     def __post_init__(self) -> None:
-        names = "batch_size dead_after_tokens resample_batches log_every together keep_checkpoints"
+        names = "batch_size buffer_tokens dead_after_tokens resample_batches log_every together keep_checkpoints"
         at_least(1, self, "training", names)
         check_seed(self, "training.shuffle_seed")
         names = "lr_warm_up_steps lr_decay_steps l1_warm_up_steps resample_warm_up_steps "
@@ -127,6 +138,9 @@ class TrainingConfig:
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "0 or more and below 1")
         require(self.checkpoint_seconds >= 0, "training.checkpoint_seconds", self.checkpoint_seconds, "0 or more")
         require(self.n_tokens >= self.batch_size, "training.n_tokens", self.n_tokens, "one batch or more")
+        wanted = f"training.batch_size={self.batch_size} or more with order=buffered, to mix tokens of several pieces"
+        mixes = self.order == "uniform" or self.buffer_tokens >= self.batch_size
+        require(mixes, "training.buffer_tokens", self.buffer_tokens, wanted)
         require(0 < self.lr <= 1, "training.lr", self.lr, LEARNING_RATES)
         clips = self.clip_grad_norm is None or self.clip_grad_norm > 0
         require(clips, "training.clip_grad_norm", self.clip_grad_norm, "more than 0, or null")

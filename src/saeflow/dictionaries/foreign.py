@@ -8,6 +8,9 @@ class that does nothing.
 * `transcoder_circuits`: a `.pt` of `cfg` and `state_dict`; ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec_out.
 * `dictionary_learning`: `config.json` and `ae.pt`; what its `dict_class` computes.
 * `sparsify`: `cfg.json` and `sae.safetensors`; TopK of ReLU, of x - b_dec unless it transcodes.
+* `jsae`: `cfg.json` and `sae_weights.safetensors` of both SAEs around an MLP, whose site says which is meant.
+* `kissane`: `<name>.pt`, a state dict, and `<name>_cfg.json`; ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec. It is of
+  TransformerLens's processed model, whose heads' values are without their biases: see `_with_value_biases`.
 
 Shapes: d and p the widths read and written, n latents.
 """
@@ -24,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.dictionaries.fitting import check_fit
-from saeflow.dictionaries.layouts import foreign_digest, foreign_format
+from saeflow.dictionaries.fitting import check_fit, open_model
+from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.dictionaries.layouts import foreign_digest, foreign_format, kissane_config
 from saeflow.dictionaries.sae import Dictionary, build
 from saeflow.dictionaries.saelens_format import (
     CONFIG_FILE,
@@ -36,6 +40,7 @@ from saeflow.dictionaries.saelens_format import (
 )
 from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.jobs.job import Job
+from saeflow.models.attention import read_values
 from saeflow.models.folder import read_geometry
 
 
@@ -262,11 +267,68 @@ def _sparsify(path: Path, site: Site) -> Dictionary:
     return build(spec, W_enc, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], W_skip)
 
 
+_JSAE_SITES = {"ln2.hook_normalized": "mlp.hook_in"}
+"""Hooks of TransformerLens 2, whose norm's hook was behind the gain and the bias, as they are called here."""
+
+
+def _jsae(path: Path, site: Site) -> Dictionary:
+    """One of both SAEs around the MLP of a layer: that at the site. Source: `SAEPair` of lucyfarnik/jacobian-saes."""
+    config = json.loads((path / CONFIG_FILE).read_text())
+    read = config.get("hook_name") or config["hook_point"]
+    layer, hook = read.removeprefix("blocks.").split(".", 1)
+    sides = {f"blocks.{layer}.{_JSAE_SITES.get(hook, hook)}": "", f"blocks.{layer}.hook_mlp_out": "_out"}
+    if site.hook_name not in sides:
+        raise DictionaryError(
+            f"{path} holds SAEs of {' and '.join(sides)}, but the site is {site.hook_name}; set site.layer={layer} and "
+            "site=mlp_after_norm, or site=mlp_before_norm where it reads the residual stream"
+        )
+    _check_kind(path, site, "sae")
+    activation = config.get("activation_fn_str") or config["activation_fn"]
+    computes = (config["architecture"], config["normalize_activations"], bool(config["finetuning_scaling_factor"]))
+    if activation not in ("topk", "relu") or computes != ("standard", "none", False):
+        raise DictionaryError(
+            f"{path}/{CONFIG_FILE}: only standard SAEs with TopK or ReLU, of activations as they are, can be read here"
+        )
+    coefficient = config.get("jacobian_coefficient") if config.get("use_jacobian_loss", True) else 0.0
+    if coefficient is None:
+        raise DictionaryError(
+            f"{path}/{CONFIG_FILE} does not say with which Jacobian coefficient the pair was trained: add "
+            "jacobian_coefficient to it, 0 for a pair that was trained without the term"
+        )
+    found = load_file(path / WEIGHTS_FILE)
+    W_enc, b_enc, W_dec, b_dec = (found[f"_{n}{sides[site.hook_name]}"].float() for n in _JSAE_TENSORS)
+    k = config["activation_fn_kwargs"]["k"] if activation == "topk" else None
+    origin = Origin(config["model_name"], None, context_size=config["context_size"], prepend_bos=config["prepend_bos"])
+    spec = _spec(site, activation, W_enc, b_dec, bool(config["apply_b_dec_to_input"]), origin, k=k)
+    options = {"jacobian_coefficient": float(coefficient)}
+    options |= {"jacobian_penalty": config["sparsity_metric"]} if "sparsity_metric" in config else {}
+    return build(dataclasses.replace(spec, options=options), W_enc, b_enc, W_dec, b_dec)
+
+
+_JSAE_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def _kissane(path: Path, site: Site) -> Dictionary:
+    config, tensors = kissane_config(path), _load_weights(path)
+    _check_kind(path, site, "sae")
+    _check_site(path, site, config["act_name"], None)
+    W_enc, b_enc, W_dec, b_dec = (tensors[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    if (sizes := (config["act_size"], config["dict_size"])) != tuple(W_enc.shape):
+        raise DictionaryError(f"{path} has W_enc of shape {tuple(W_enc.shape)}, but its _cfg.json says {sizes}")
+    # Values of heads are what processing leaves as they are, but for their biases; of the stream it changes the rest.
+    processed = None if site.hook_name.endswith("attn.hook_z") else True
+    origin = Origin(config.get("model_name"), None, processed, processed, processed, config.get("seq_len"), True)
+    spec = dataclasses.replace(_spec(site, "relu", W_enc, b_dec, True, origin), l1_coefficient=config["l1_coeff"])
+    return build(spec, W_enc, b_enc, W_dec, b_dec)
+
+
 _READERS: dict[str, Callable[[Path, Site], Dictionary]] = {
     "saelens": _saelens,
     "transcoder_circuits": _transcoder_circuits,
     "dictionary_learning": _dictionary_learning,
     "sparsify": _sparsify,
+    "jsae": _jsae,
+    "kissane": _kissane,
 }
 
 
@@ -294,22 +356,58 @@ def _check_site(name: str | Path, site: Site, hook: str, out: str | None) -> Non
 
 
 # -------------------------------------------------------------------- jobs
-def foreign_job(job: Job) -> Dictionary:
-    """Reads the dictionary that a job names, checks it against the model, and writes it as a SAELens folder."""
+def foreign_job(job: Job) -> list[Dictionary]:
+    """Reads the dictionary that a job names, both of a pair, or those of all heads as one, checks them against the
+    model, and writes each as a SAELens folder: those of a pair as `input` and `output`."""
     config = job.config
-    site = Site(config["hook_name"], config["hook_name_out"] or config["hook_name"], config["head"])
-    if config["release"] is None:
-        form = config["format"]
-        with job.reading("foreign", lambda path, d: foreign_digest(path, form, d), config["content"]) as source:
+    hook, out = config["hook_name"], config["hook_name_out"] or config["hook_name"]
+    site = Site(hook, out, config["head"])
+    if "output" in config:
+        sides = {"input": (config, Site(hook, hook), "foreign")}
+        sides |= {"output": (config["output"], Site(out, out), "foreign_out")}
+        dictionaries = {side: _read(job, *one) for side, one in sides.items()}
+    else:
+        contents = config.get("heads")
+        heads = enumerate(contents or ())
+        parts = [({**config, "content": c}, site._replace(hook_head_index=h), f"foreign_{h}") for h, c in heads]
+        read = [_read(job, *part) for part in parts or [(config, site, "foreign")]]
+        if config["format"] == "kissane" and hook.endswith("attn.hook_z"):
+            read = _with_value_biases(read, job)
+        dictionaries = {"": BlockDiagonal(read) if contents else read[0]}
+    with job.writing() as folder:
+        for side, dictionary in dictionaries.items():
+            (folder / side).mkdir(exist_ok=True)
+            save_dictionary(dictionary, folder / side)
+    return list(dictionaries.values())
+
+
+def _read(job: Job, identity: dict[str, Any], site: Site, name: str) -> Dictionary:
+    """One dictionary, of files that lie at the job's source `name` or of a release, which fits the job's model."""
+    if identity["release"] is None:
+        form = identity["format"]
+        with job.reading(name, lambda path, d: foreign_digest(path, form, d), identity["content"]) as source:
             dictionary = read_foreign(source, site, form)
     else:
-        source = Path(config["release"]) / config["sae_id"]
-        dictionary = read_release(config["release"], config["sae_id"], site)
-    dictionary.spec = dataclasses.replace(
-        dictionary.spec, origin=dataclasses.replace(dictionary.spec.origin, source=job.instance.sources["label"])
-    )
+        source = Path(identity["release"]) / identity["sae_id"]
+        dictionary = read_release(identity["release"], identity["sae_id"], site)
+    spec = dictionary.spec
+    origin = dataclasses.replace(spec.origin, source=job.instance.sources["label"])
+    dictionary.spec = dataclasses.replace(spec, origin=origin)
     folder = job.source("model")
-    check_fit(dictionary, source, folder, config["model"], read_geometry(folder))
-    with job.writing() as out:
-        save_dictionary(dictionary, out)
+    check_fit(dictionary, source, folder, job.config["model"], read_geometry(folder))
     return dictionary
+
+
+def _with_value_biases(dictionaries: list[Dictionary], job: Job) -> list[Dictionary]:
+    """The same for values of heads as they are here, which add each head's bias c (d): a dictionary of z - c that gives
+    back z - c is one of z with b_dec + c in place of b_dec, since b_dec is subtracted from the input too.
+
+    TransformerLens's default processing folds c = b_V + b_norm W_V into b_O, as attention patterns sum to 1.
+    """
+    _, biases = read_values(open_model(job), int(job.config["hook_name"].split(".")[1]))
+    moved = []
+    for one in dictionaries:
+        head = one.spec.hook_head_index
+        c = biases.flatten() if head is None else biases[head]
+        moved.append(build(one.spec, **one.tensors | {"b_dec": one.b_dec + c.to(one.b_dec)}))
+    return moved

@@ -12,7 +12,7 @@ What was made elsewhere is a series by what its files say of it; where they don'
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ _OF_PLACE = re.compile(r"(model|corpus|tokens|tracr|evaluation)\..*|tokenizer")
 NAMES = ("model.name", "corpus.name")
 """What people call things: it says which is which, but tells nothing apart."""
 _SAID_BY_KIND = ("dictionary.saelens", "dictionary.skip", "dictionary.content", "dictionary.release")
+
+
+def control(summary: Mapping[Any, Any]) -> str:
+    """Name of the language model by a summary's `randomise`: trained, or which control."""
+    return CONTROLS[summary.get("randomise") or "none"]
 
 
 def with_names(table: pd.DataFrame, along: str = "amount") -> pd.DataFrame:

@@ -27,10 +27,13 @@ _SAYS = {
     "dictionary.expansion": "expansion {}",
     "dictionary.jacobian_coefficient": "λ = {:g}",
     "dictionary.jacobian_penalty": "penalty {}",
+    "dictionary.jacobian_norm": "norm {} in training",
     "dictionary.label": "{}",
     "dictionary.k": "k = {}",
+    "evaluation.replace_first": "first tokens kept",
     "jacobian.at": "at the {}",
     "jacobian.norm": "norm {}",
+    "training.corpus": "trained on {}",
     "tokens.context_size": "context of {}",
     "tokens.train_tokens": "{:,} training tokens",
     "tokens.held_out_tokens": "{:,} held-out tokens",
@@ -38,7 +41,7 @@ _SAYS = {
     "layer": "layer {}",
     "head": "head {}",
     "reads": "reads {}",
-    **dict.fromkeys(("model", "control", "corpus", "method", "hook"), "{}"),
+    **dict.fromkeys(("model", "control", "corpus", "tokens", "method", "hook"), "{}"),
     "control_seed": "seed {} of it",
 }
 _ABSENT = object()
@@ -52,10 +55,14 @@ def settings(plan: Plan, stage: str, key: str) -> dict[str, Any]:
         held = {name: value for name, value in config.items() if name in _POINT or isinstance(value, dict)}
         found |= {path: value for path, value in flat(held).items() if path not in found}
         for source in ("model", "corpus"):  # what people call them now; it tells nothing apart
-            if f"{source}_name" in instance.sources:
+            if f"{source}_name" in instance.sources and source in config:
                 found.setdefault(f"{source}.name", instance.sources[f"{source}_name"])
         if made_by == "tokens":
+            if any(found[path] != value for path, value in flat({"corpus": config["corpus"]}).items()):
+                found.setdefault("training.corpus", instance.sources["corpus_name"])
             found[f"tokens.{config['split']}_tokens"] = config["n_rows"] * config["tokens"]["context_size"]
+        if "replace_first" in config:  # where it is not as usual
+            found["evaluation.replace_first"] = config["replace_first"]
         if made_by == "foreign":
             found |= {f"dictionary.{name}": config[name] for name in ("content", "release", "sae_id")}
             found["dictionary.label"] = instance.sources["label"]  # as it is now

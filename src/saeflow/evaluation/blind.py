@@ -3,11 +3,13 @@
 As many random live features of each dictionary are shown in one shuffled list, each by texts on which it is active:
 examples at evenly spaced activations from the strongest to the weakest, in five bands, the tokens shaded. No number is
 shown, nor anything else that tells dictionaries apart. `secret/key.json` says which feature is whose; `sheet.csv` is
-to be filled in by someone who has not seen it, and `score` reads both.
+to be filled in by someone who has not seen it, and `score` reads both. Names, order and draws follow from all that a
+set is made of, so that the key of one tells nothing of another.
 """
 
 import csv
 import json
+import logging
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,8 +36,10 @@ from saeflow.text.tokens import open_tokens
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+log = logging.getLogger("saeflow")
 VERDICTS = ("interpretable", "maybe", "uninterpretable")
 BANDS = ("strongest", "strong", "medium", "weak", "weakest")
+ALIKE = 1.1  # factor of L0 within which dictionaries are equally sparse
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: names spell nothing
 
 
@@ -43,7 +47,7 @@ class SheetError(ConfigError):
     """A sheet that cannot be scored; the message names the line and what may stand there."""
 
 
-def choose_features(fired: np.ndarray, n_tokens: int, config: BlindConfig, seed: int) -> np.ndarray:
+def choose_features(fired: np.ndarray, n_tokens: int, config: BlindConfig, seed: int | tuple[int, int]) -> np.ndarray:
     """Random features of one dictionary that are live: on more than `min_frequency` of the tokens, and `min_active`.
 
     `fired` (n,): on how many tokens each is active. Raises `ConfigError` where there are too few.
@@ -145,21 +149,25 @@ def blind_job(job: Job) -> int:
     model = open_model(job)
     with reading_model(job) as folder:
         tokenizer = open_tokenizer(folder)
-    shown, key = [], []
+    salt = int(job.instance.identity, 16)
+    shown, key, l0s = [], [], []
     folders = {"/".join(p.parts[-2:]) if p.name in ("input", "output") else p.name: p for p in job.dictionaries()}
-    for evaluated in job.inputs("evaluate"):
-        name = json.loads((evaluated / "summary.json").read_text())["dictionary_key"]
+    for n, evaluated in enumerate(job.inputs("evaluate")):
+        summary = json.loads((evaluated / "summary.json").read_text())
+        name = summary["dictionary_key"]
+        l0s.append(summary["l0"])
         dictionary = open_dictionary(folders[name], job)
         fired = pd.read_parquet(evaluated / "latents.parquet")["fired_without_bos"].to_numpy()
-        features = choose_features(fired, rows.tokens.size, settings, settings.seed)
+        features = choose_features(fired, rows.tokens.size, settings, (salt, n))
         with TemporaryDirectory() as scratch:
             seen = find_activations(model, dictionary, features, text, settings.batch_rows, Path(scratch) / "firings")
         for number, feature in enumerate(features):
             shown.append(_bands(seen, number, text, tokenizer, settings))
             key.append({"dictionary": name, "kind": dictionary.spec.kind, "feature": int(feature)})
+    _warn_of_sparsity(l0s)
     order = list(range(len(shown)))
-    random.Random(settings.seed).shuffle(order)
-    feature_names = names(len(order), settings.seed)
+    random.Random(salt).shuffle(order)
+    feature_names = names(len(order), salt)
     with job.writing() as out:
         (out / "dashboards.html").write_text(page([(n, shown[i]) for n, i in zip(feature_names, order, strict=True)]))
         with (out / "sheet.csv").open("w", newline="") as file:
@@ -169,6 +177,13 @@ def blind_job(job: Job) -> int:
         secret = {name: key[i] for name, i in zip(feature_names, order, strict=True)}
         (out / "secret/key.json").write_text(json.dumps(secret, indent=1) + "\n")
     return len(order)
+
+
+def _warn_of_sparsity(l0s: list[float]) -> None:
+    """Says so where dictionaries are not of about equal L0: how sparse a dictionary is, is part of how readable."""
+    if max(l0s) > ALIKE * min(l0s):
+        told = " and ".join(f"{l0:.1f}" for l0 in sorted(l0s))
+        log.warning("blind: dictionaries have an L0 of %s, so that verdicts also compare how sparse they are", told)
 
 
 def _bands(seen: Seen, number: int, text: Text, tokenizer: Any, settings: BlindConfig) -> list[list[str]]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from saeflow.config import BlindConfig, ConfigError, build
 from saeflow.config.labels import file_safe
@@ -36,40 +36,60 @@ def expand_evaluate(expansion: Expansion) -> None:
             planned.add("evaluate", label, needs, extra, name=f"{found.key} {found.part}")
 
 
-def expand_stack(expansion: Expansion) -> None:
-    """For every group of dictionaries that differ in the layer alone, the sets of layers that are asked for."""
-    groups: dict[str, dict[int, PlannedPoint | None]] = {}
-    for planned in _on_text(expansion) if expansion.stacks else ():
+class Layers(NamedTuple):
+    """Points whose dictionaries differ in the layer alone."""
+
+    points: dict[int, PlannedPoint | None]
+    """By layer; None where it has several dictionaries, such as foreign ones: which belongs to the group?"""
+
+    def of(self, layers: Iterable[int]) -> list[PlannedPoint]:
+        """The points of some layers, fewer where a layer has several dictionaries."""
+        return [point for layer in layers if (point := self.points[layer]) is not None]
+
+
+def named(key: str) -> str:
+    """What dictionaries that differ in the layer alone are called together: a key without layer and hash."""
+    return re.sub(r"-L\d+\.", "-", key.rsplit("-", 1)[0])
+
+
+def by_layer(points: Iterable[PlannedPoint], apart: Collection[str] = ()) -> list[Layers]:
+    """Groups of points that differ in the layer alone, or in settings that have no part in it (`apart`)."""
+    groups: dict[str, Layers] = {}
+    for planned in points:
         site = planned.point.site
         if site.layer is None or "stack" not in planned.point.dictionary.studies:
             continue
-        rest = {name: value for name, value in planned.tree.items() if name not in ("site", "jacobian")}
+        rest = {name: value for name, value in planned.tree.items() if name not in ("site", *apart)}
         hooks = [hook and hook.replace(f"blocks.{site.layer}.", "") for hook in (site.hook_name, site.hook_name_out)]
-        by_layer = groups.setdefault(canonical([rest, hooks, site.head, *_scope(planned)]), {})
-        other = by_layer.setdefault(site.layer, planned)
+        found = groups.setdefault(canonical([rest, hooks, site.head, *_scope(planned)]), Layers({})).points
+        other = found.setdefault(site.layer, planned)
         if other is None or other.dictionaries[0].key != planned.dictionaries[0].key:
-            by_layer[site.layer] = None  # several, such as foreign ones: which belongs to the stack?
-    for by_layer in groups.values():
+            found[site.layer] = None
+    return list(groups.values())
+
+
+def expand_stack(expansion: Expansion) -> None:
+    """For every group of dictionaries that differ in the layer alone, the sets of layers that are asked for."""
+    for group in by_layer(_on_text(expansion), ("jacobian", "circuits")) if expansion.stacks else ():
         for wanted in expansion.stacks:
-            _add_stack(wanted, by_layer)
+            _add_stack(wanted, group)
     if expansion.stacks and not expansion.plan.stages["stack"]:
         raise ConfigError("stacks: no dictionary of this experiment is of a layer; sweep site.layer")
 
 
-def _add_stack(wanted: Any, by_layer: dict[int, PlannedPoint | None]) -> None:
-    layers = _layers(wanted, sorted(by_layer))
-    points = [point for layer in layers if (point := by_layer[layer]) is not None]
+def _add_stack(wanted: Any, group: Layers) -> None:
+    layers = _layers(wanted, sorted(group.points))
+    points = group.of(layers)
     if len(points) < len(layers):
         raise ConfigError(f"stacks: {wanted} has several dictionaries of a layer that differ in nothing else")
     dictionaries = [point.dictionaries[0] for point in points]
     label = re.sub(r"-L\d+\.", "-", dictionaries[0].label)
-    group = re.sub(r"-L\d+\.", "-", dictionaries[0].key.rsplit("-", 1)[0])
     name = "_".join(map(str, layers)) if isinstance(wanted, list) else wanted
     needs = {
         dictionaries[0].stage: [found.key for found in dictionaries],
         "activations": [p.keys["activations"][d.hook_name] for p, d in zip(points, dictionaries, strict=True)],
     }
-    extra = {"group": group, "stack": name, "layers": layers} | _scope(points[0])
+    extra = {"group": named(dictionaries[0].key), "stack": name, "layers": layers} | _scope(points[0])
     points[0].add("stack", f"{label}-{name}{_told(points[0])}", needs | _held_out(points[0]), extra, name=name)
 
 
@@ -275,6 +295,7 @@ STAGES = (
         work_blind,
         expand_blind,
         reads=("model",),
+        version=2,
         needs=("train", "foreign", "evaluate", "tokens"),
         after=("heads",),
         operations=operations_blind,

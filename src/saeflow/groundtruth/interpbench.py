@@ -8,16 +8,18 @@ weights.
 
 import pickletools
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeflow.config import ConfigError
+from saeflow.config.checks import where
 from saeflow.groundtruth.compiler import empty_weights
-from saeflow.groundtruth.network import ACTIVATIONS
+from saeflow.planning.digests import DigestCache, short_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "ll_model_cfg.pkl", "ll_model.pth"
+ACTIVATIONS = ("relu", "gelu")  # of `saeflow.groundtruth.network`, which a plan does not import
 MOST_BYTES = 1 << 20  # of a config: the published ones have two thousand
 MOST_SHARED = 16  # containers that stand in several places: sixty of them, each twice in the next, fill any memory
 _FIELDS = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab", "d_vocab_out", "act_fn",
@@ -31,14 +33,26 @@ class InterpBenchError(ConfigError):
 class Published(NamedTuple):
     config: dict[str, Any]
     """Those fields of `HookedTransformerConfig` that say what is computed."""
-    weights: dict[str, Tensor]
+    weights: "dict[str, Tensor]"
     """float32, by TransformerLens's names."""
+
+
+def published_digest(folder: Path, digests: DigestCache) -> str:
+    """Hash of the two files of a model of InterpBench, 32 hexadecimal digits."""
+    return short_hash([digests.file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)], 32)
 
 
 def read_interpbench(folder: str | Path) -> Published:
     """Reads `ll_model_cfg.pkl` and `ll_model.pth`. Raises `InterpBenchError` for files that hold anything but a config
     and weights, or a model with norms or other parts that the cases' models do not have."""
-    folder = Path(folder)
+    config = read_config(Path(folder))
+    return Published(config, _weights(Path(folder) / WEIGHTS_FILE, config))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a model of InterpBench, without its weights. Raises `InterpBenchError` as `read_interpbench`."""
+    if not folder.is_dir():
+        raise InterpBenchError(f"model.tracr.path={folder}: no such folder{where(folder)}")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise InterpBenchError(f"{folder} has no {name}: it is no folder of a model of InterpBench")
@@ -52,7 +66,7 @@ def read_interpbench(folder: str | Path) -> Published:
         raise InterpBenchError(f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}")
     config = {name: content[name] for name in _FIELDS}
     legal = {
-        "act_fn": tuple(ACTIVATIONS),
+        "act_fn": ACTIVATIONS,
         "normalization_type": (None,),
         "positional_embedding_type": ("standard",),
         "attention_dir": ("causal", "bidirectional"),
@@ -63,10 +77,12 @@ def read_interpbench(folder: str | Path) -> Published:
             raise InterpBenchError(
                 f"{folder / CONFIG_FILE}: {name} is {config[name]!r}; a case's model has {legal_values}"
             )
-    return Published(config, _weights(folder / WEIGHTS_FILE, config))
+    return config
 
 
-def _weights(file: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def _weights(file: Path, config: dict[str, Any]) -> "dict[str, Tensor]":
+    import torch
+
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 -- tensors only, no code
     except Exception as error:  # torch raises UnpicklingError, which only the banned module names, and others

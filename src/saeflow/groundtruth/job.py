@@ -27,30 +27,42 @@ def write_case_rows(job: Job) -> str:
 
 
 def make_model(job: Job) -> str:
-    """Compiles or trains a model, and measures it. `curve.parquet`: a row a check of the training."""
+    """Compiles, trains or reads a model, and measures it. `curve.parquet`: a row a check of the training;
+    `effects.parquet`, of a model that is published: what each node does, as InterpBench measures it."""
     import pandas as pd
     import torch
 
+    from saeflow.groundtruth.effects import node_effects
     from saeflow.groundtruth.folder import write_model
+    from saeflow.groundtruth.interpbench import published_digest, read_interpbench
     from saeflow.groundtruth.network import Network
-    from saeflow.groundtruth.training import Quality, Truth, train_small
+    from saeflow.groundtruth.training import Quality, Truth, align, pairs, train_small
+    from saeflow.groundtruth.training import quality as measure_quality
 
     config = job.config["tracr"]
     case = get_case(config["case"])
-    curve: list[dict[str, Any]] = []
+    tables: dict[str, pd.DataFrame] = {}
     if config["method"] == "compiled":
         network = Network(case.compiled.config, case.compiled.weights)
         truth = Truth(case, case.rows(1000, MODEL_ROWS_SEED))
         correct = truth.correct(network(torch.from_numpy(truth.rows)).output, truth.values[case.program.output])
         quality = Quality(float(correct.mean()), {}, {})
+    elif config["method"] == "published":
+        with job.reading("published", published_digest, config["content"]) as path:
+            network = Network(*read_interpbench(path))
+        truth, alignment = Truth(case, case.rows(1000, MODEL_ROWS_SEED)), align(case, network.config)
+        drawn = pairs(len(truth.rows))
+        quality = measure_quality(network, truth, alignment, *drawn)
+        tables["effects"] = node_effects(network, truth, alignment, *drawn)
     else:
         rows = case.rows(config["n_rows"], MODEL_ROWS_SEED)
         trained = train_small(case, rows, TracrConfig(**config))
-        network, quality, curve = trained.network, trained.quality, trained.curve
+        network, quality = trained.network, trained.quality
+        tables["curve"] = pd.DataFrame(trained.curve)
     with job.writing() as folder:
         write_model(folder, case, network.config, network.weights(), config | quality._asdict())
-        if curve:
-            pd.DataFrame(curve).to_parquet(folder / "curve.parquet")
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet")
     sentence = f"accuracy {quality.accuracy:.4f}"
     if quality.iia:
         sentence += (
@@ -61,7 +73,8 @@ def make_model(job: Job) -> str:
 
 def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     """Compares dictionaries of one model with what is known of it. Each folder gets `summary.json`, `labels.parquet`,
-    `states.parquet`, `duplicates.json`, `contexts.parquet` and `latents.html`.
+    `states.parquet`, `duplicates.json`, `contexts.parquet` and `latents.html`, and what they are compared with:
+    `truth.parquet` and `nodes.parquet`.
 
     Raises `FitError` for a dictionary of another model.
     """
@@ -71,8 +84,8 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     from saeflow.dictionaries.fitting import check_fit
     from saeflow.groundtruth.faithfulness import compare_jacobians, faithfulness, interchange_accuracy, true_jacobians
     from saeflow.groundtruth.folder import read_model
-    from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, without_leaks
-    from saeflow.groundtruth.record import by_state, losses, state_names
+    from saeflow.groundtruth.labels import label, page, predicates, states, top_contexts, two_states, without_leaks
+    from saeflow.groundtruth.record import by_state, losses, node_table, state_names, truth_table
     from saeflow.groundtruth.recovery import all_duplicates, recovery, redundancy
     from saeflow.groundtruth.training import Truth
     from saeflow.models.folder import read_geometry
@@ -87,7 +100,7 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
     known = cache(partial(true_jacobians, network, clean))
     summaries = []
     for job in jobs:
-        train_folder, part = job.input("train"), job.config.get("part")
+        (train_folder,), part = job.inputs("train") + job.inputs("foreign"), job.config.get("part")
         folder = train_folder / part if part else train_folder
         dictionary = load_dictionary(folder)
         check_fit(dictionary, folder, model_folder, job.config["model"], read_geometry(model_folder))
@@ -96,12 +109,19 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
             x = clean.at(spec.hook_name).flatten(0, 1)
             f = without_leaks(dictionary.encode(x).double().numpy())
             y, reconstruction = clean.at(spec.hook_name_out).flatten(0, 1), dictionary.forward(x)
+        state = states(case, rows, spec.hook_name_out)
+        names_of_states = state_names(case, rows, spec.hook_name_out, state)
         labels, contexts = label(f, against), top_contexts(case, rows, f)
+        labels = labels.merge(two_states(f, state, names_of_states), on="latent")
         name, amount = spec.amount
         names = ("kind", "activation", "skip", "saelens", "hook_name", "hook_name_out", "d_sae", "seed")
         summary = {"train_key": train_folder.name, "model_key": model_folder.name, "case": case.number}
         summary |= {"method": model["method"], "model_seed": model.get("seed"), "amount_name": name, "amount": amount}
-        summary |= {"part": part, "jacobian_coefficient": spec.options.get("jacobian_coefficient")}
+        summary |= {
+            "source": spec.origin.source or "",
+            "part": part,
+            "jacobian_coefficient": spec.options.get("jacobian_coefficient"),
+        }
         summary |= {n: getattr(spec, n) for n in names} | {"l0": float((f > 0).sum(1).mean())}
         summary |= losses(y.double().numpy(), reconstruction.double().numpy(), f)
         summary |= faithfulness(network, truth, dictionary) | interchange_accuracy(network, truth, dictionary)
@@ -113,13 +133,14 @@ def recover_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
         known_rows = W_dec if model["method"] == "compiled" else None
         hooks = spec.hook_name, spec.hook_name_out
         summary |= recovery(case, rows, hooks, x.double().numpy(), f, known_rows)
-        state, groups = states(case, rows, spec.hook_name_out), all_duplicates(W_dec, f)
+        groups = all_duplicates(W_dec, f)
         summary |= redundancy(groups, f, state)
         summaries.append(summary)
         with job.writing() as out:
             labels.to_parquet(out / "labels.parquet")
-            names_of_states = state_names(case, rows, spec.hook_name_out, state)
             by_state(names_of_states, state, f).to_parquet(out / "states.parquet")
+            truth_table(case, rows).to_parquet(out / "truth.parquet")
+            node_table(case, network.config).to_parquet(out / "nodes.parquet")
             (out / "duplicates.json").write_text(json.dumps(groups) + "\n")
             contexts.to_parquet(out / "contexts.parquet")
             title = f"case {case.number} ({model['method']} model), latents of {folder.name}"

@@ -12,6 +12,7 @@ earlier one says (the same positions), or holds nowhere, is left out, so the pla
     some x, no x, all x        among the words up to here
     count x=2                  among the words up to here
     first x, first not x       here and not before; anything else here, but only x before
+    before=x, token=x before=y  the word before this one, alone and with the word here
     token=x@2, count x=1@2     both of token or count, and position
 
 A latent *fires* where its activation is above 0. Against a predicate it has a precision (share of where it fires that
@@ -19,6 +20,9 @@ the predicate holds), a recall (share of where the predicate holds that it fires
 the chance that its activation is larger at a position where the predicate holds than at one where it does not, ties
 counted half. The label is the predicate of the largest F1, then AUROC, then the plainest. `f1_chance` is the same
 largest F1 when the latent's activations are put at other positions at random: what a latent that knows nothing gets.
+
+A latent that fires in two states of the program, such as x@2 and x@4, has no predicate that fits: the one or two states
+that fit best stand beside its label (`two_states`).
 """
 
 import html
@@ -81,6 +85,9 @@ def predicates(case: Case, tokens: np.ndarray) -> Predicates:
             (f"first {word}", here & (count == 1), False),
             (f"first not {word}", ~here & (count == position - 1) & after_bos, False),
         ]
+    before = {word: np.pad(mask[:, :-1], ((0, 0), (1, 0))) for word, mask in is_word.items()}
+    found += [(f"before={word}", mask, False) for word, mask in before.items()]
+    found += [(f"token={w} before={b}", is_word[w] & before[b], False) for w in is_word for b in before]
     most = min(MOST_COUNT, tokens.shape[1] - 1)
     found += [(f"count {w}={c}", (n == c) & after_bos, False) for w, n in counts.items() for c in range(1, most + 1)]
     places = range(1, tokens.shape[1])
@@ -170,6 +177,35 @@ def label(activations: np.ndarray, against: Predicates, seed: int = 0) -> pd.Dat
     for name, value in against.numbers.items():
         table[f"r2_{name}"] = correlation(activations[:, found.live], value) ** 2
     return pd.DataFrame(table)
+
+
+def two_states(activations: np.ndarray, states: np.ndarray, names: list[str], seed: int = 0) -> pd.DataFrame:
+    """A row for each live latent of `activations` (M, n): the one or two of the `states` (M,) whose union has the
+    largest F1 with where it fires (`states`, by their `names`), that F1 (`f1_states`), and the largest when the
+    activations are put at other positions at random (`f1_states_chance`)."""
+    live = np.flatnonzero((activations > 0).any(0))
+    fires = activations[:, live] > 0
+    (best, f1), (_, chance) = (
+        _best_union(some, states) for some in (fires, fires[np.random.default_rng(seed).permutation(len(fires))])
+    )
+    said = [" or ".join(dict.fromkeys(names[s] for s in pair)) for pair in best]
+    return pd.DataFrame({"latent": live, "states": said, "f1_states": f1, "f1_states_chance": chance})
+
+
+def _best_union(fires: np.ndarray, states: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Of every column of `fires` (M, L) the pair of states of largest F1, one state as a pair with itself, and its F1.
+    States are apart, so that the counts of a union are sums."""
+    sizes = np.bincount(states)
+    same, found, values = np.diag_indices(len(sizes)), [], []
+    for column in fires.T:
+        both = np.bincount(states[column], minlength=len(sizes))
+        f1 = 2 * (both[:, None] + both) / (column.sum() + sizes[:, None] + sizes)
+        f1[same] = 2 * both / (column.sum() + sizes)
+        place = int((f1 - TIE * (1 - np.eye(len(sizes)))).argmax())  # of equal ones a state alone
+        pair = divmod(place, len(sizes))
+        found.append((min(pair), max(pair)))
+        values.append(f1[pair])
+    return found, np.array(values)
 
 
 def correlation(activations: np.ndarray, number: np.ndarray) -> np.ndarray:

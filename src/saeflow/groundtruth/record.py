@@ -1,11 +1,15 @@
 """What notebook 002 prints of a dictionary, and what its hand-made lists are made from: losses, latents by state."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from saeflow.groundtruth.cases import Case
 from saeflow.groundtruth.labels import TIE
+from saeflow.groundtruth.network import Node
 from saeflow.groundtruth.program import BOS, PAD
+from saeflow.groundtruth.training import align
 
 
 def losses(y: np.ndarray, reconstruction: np.ndarray, activations: np.ndarray) -> dict[str, float]:
@@ -47,6 +51,45 @@ def state_names(case: Case, tokens: np.ndarray, hook_name: str, states: np.ndarr
                     said.append(f"{name}={of[int(value)]}")
         names.append(", ".join(said) or "none")
     return names
+
+
+def truth_table(case: Case, tokens: np.ndarray) -> pd.DataFrame:
+    """A row for every position of rows `tokens` (N, P): `row`, `position`, `token`, every variable of the program, and
+    `label`, what the program says there; None where it says nothing. Numbers are float64, categories their words."""
+    values, program = case.program.run(tokens), case.program
+    row, position = np.divmod(np.arange(tokens.size), tokens.shape[1])
+    table = {"row": row, "position": position, "token": [str(program.vocabulary[t]) for t in tokens.ravel()]}
+    for name, variable in program.variables.items():
+        table[f"variable_{name}"] = _said(values[name].ravel(), variable.values)
+    table["label"] = _said(values[program.output].ravel(), program.output_variable.values)
+    return pd.DataFrame(table)
+
+
+def _said(values: np.ndarray, of: tuple[Any, ...] | None) -> Any:
+    if of is None:
+        return values.astype(np.float64)
+    return [str(of[int(v)]) if 0 <= v < len(of) else None for v in values]
+
+
+def node_table(case: Case, config: dict[str, Any]) -> pd.DataFrame:
+    """The notebook's table of operations and hooks: a row for each variable of the program, with the `node` of a model
+    of that config which stands for it (None: its embedding), the node's `hook`, and the `directions` of the residual
+    stream in which the compiled model writes it. Last come the nodes off the circuit, without a variable."""
+    found = align(case, config)
+    stands = {name: node for node, variables in found.on_circuit.items() for name in variables}
+    rows: list[dict[str, Any]] = []
+    for name in case.program.variables:
+        written = [d for d in case.compiled.directions if d.partition(":")[0] == name]
+        rows.append({"variable": name, **_place(stands.get(name)), "directions": written})
+    rows += [{"variable": None, **_place(node), "directions": []} for node in found.off_circuit]
+    return pd.DataFrame(rows)
+
+
+def _place(node: Node | None) -> dict[str, Any]:
+    if node is None:
+        return {"node": None, "hook": "hook_embed"}
+    hook = "mlp.hook_post" if node.head is None else "attn.hook_z"
+    return {"node": node.name, "hook": f"blocks.{node.layer}.{hook}"}
 
 
 def by_state(names: list[str], states: np.ndarray, activations: np.ndarray) -> pd.DataFrame:

@@ -16,7 +16,7 @@ def expand_recover(expansion: Expansion) -> None:
         if planned.point.model.tracr is None:
             continue
         for found in planned.dictionaries:
-            needs = {"train": [found.key], "tokens": [planned.keys["tokens"]["held_out"]]} | planned.needed(
+            needs = {found.stage: [found.key], "tokens": [planned.keys["tokens"]["held_out"]]} | planned.needed(
                 "groundtruth"
             )
             part = {"part": found.part} if found.part else {}
@@ -67,8 +67,8 @@ STAGES = (
         work_recover,
         expand_recover,
         reads=("model",),
-        version=3,
-        needs=("train", "tokens", "groundtruth"),
+        version=4,
+        needs=("train", "foreign", "tokens", "groundtruth"),
         after=("blind",),
         resources=resources_recover,
         together=together,

@@ -19,6 +19,7 @@ With a node off the circuit it should say what it says without (*strict* accurac
 Position 0, BOS, is left out, as in InterpBench's code.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,13 +31,31 @@ from torch.nn import functional as F
 from saeflow.config import TracrConfig
 from saeflow.groundtruth.cases import Case, small_config
 from saeflow.groundtruth.network import Network, Node, initial_weights
-from saeflow.groundtruth.program import SelectorWidth
+from saeflow.groundtruth.program import PAD, SelectorWidth
 from saeflow.jobs.progress import progress
 
 ALL_PAIRS_UP_TO = 1 << 17
 PAIRS_AT_ONCE = 1024
 CHECK_PAIRS, CHECK_EVERY = 2048, 50
-BETAS, CLIP_GRAD_NORM = (0.9, 0.9), 1.0
+BETAS = (0.9, 0.9)
+
+
+class Recipe(NamedTuple):
+    """What `model.tracr.recipe` decides."""
+
+    clip_grad_norm: float
+    strict_weight: float
+    """Of the strict loss."""
+    decays: bool
+    """Whether the learning rate falls to 0, and the best checkpoint is kept; else it stays, and the last is."""
+    drawn: bool
+    """Whether pairs are drawn anew at each step, of all rows; else each row without PAD has one source for good, and
+    every epoch goes through them once."""
+    enough: float
+    """Mean accuracies at which training ends."""
+
+
+RECIPES = {"saeflow": Recipe(1.0, 1.0, True, True, math.inf), "interpbench": Recipe(0.1, 100.0, False, False, 0.995)}
 
 
 # -------------------------------------------------------------------- alignment
@@ -62,6 +81,12 @@ class Quality(NamedTuple):
     def row(self) -> dict[str, float]:
         worst_strict = min(self.strict.values(), default=1.0)
         return {"accuracy": self.accuracy, "worst_iia": min(self.iia.values()), "worst_strict": worst_strict}
+
+    @property
+    def means(self) -> tuple[float, float, float]:
+        """Of outputs, nodes on the circuit, and nodes off it."""
+        iia, strict = (float(np.mean([*of.values()] or [1.0])) for of in (self.iia, self.strict))
+        return self.accuracy, iia, strict
 
     @property
     def worst(self) -> float:
@@ -145,8 +170,9 @@ class Trained:
 def train_small(case: Case, rows: np.ndarray, recipe: TracrConfig, n_pairs: int = ALL_PAIRS_UP_TO) -> Trained:
     """Trains a model of `small_config(case)` on `rows` (N, P) of token ids; on the CPU, in float32, from a seed.
 
-    Rows of a batch are drawn from all of `rows`; `recipe.lr` falls linearly to 0.
-    In the end it is judged on all pairs of rows, or on `n_pairs` of them where there are more.
+    By saeflow's own recipe rows of a batch are drawn from all of `rows`, and `recipe.lr` falls linearly to 0; by
+    InterpBench's as `RECIPES` says. In the end it is judged on all pairs of rows, or on `n_pairs` of them where there
+    are more.
     """
     config = small_config(case)
     alignment, truth = align(case, config), Truth(case, rows)
@@ -162,8 +188,10 @@ def train_small(case: Case, rows: np.ndarray, recipe: TracrConfig, n_pairs: int 
             curve.append({"step": step + 1} | losses | current.row)
             worst = current.accuracy if recipe.method == "supervised" else current.worst
             score = (worst, -losses["behaviour"])
-            if best is None or score >= best[0]:
+            if best is None or score >= best[0] or not steps.how.decays:
                 best = score, {name: p.detach().clone() for name, p in network.parameters.items()}
+            if min(current.means) >= steps.how.enough:
+                break
     assert best is not None
     network.parameters = best[1]
     return Trained(network, alignment, quality(network, truth, alignment, *pairs(len(rows), n_pairs)), curve)
@@ -172,9 +200,12 @@ def train_small(case: Case, rows: np.ndarray, recipe: TracrConfig, n_pairs: int 
 class _Steps:
     def __init__(self, network: Network, truth: Truth, alignment: Alignment, recipe: TracrConfig) -> None:
         self.network, self.truth, self.alignment, self.recipe = network, truth, alignment, recipe
+        self.how = RECIPES[recipe.recipe]
         self.tokens = torch.from_numpy(truth.rows)
         self.labels = truth.values[truth.case.program.output]
         self.rng = np.random.default_rng(recipe.seed)
+        whole = np.flatnonzero((truth.rows != truth.case.program.token_id(PAD)).all(1))
+        self.epoch = whole, np.random.default_rng([recipe.seed, 1]).permutation(whole)
         self.parameters = [p.requires_grad_() for p in network.parameters.values()]
         self.optimiser = torch.optim.Adam(self.parameters, recipe.lr, BETAS, foreach=True)
 
@@ -182,30 +213,40 @@ class _Steps:
         """One batch; returns its losses."""
         r, n = self.recipe, len(self.tokens)
         for group in self.optimiser.param_groups:
-            group["lr"] = r.lr * (1 - step / r.n_steps)
+            group["lr"] = r.lr * (1 - step / r.n_steps if self.how.decays else 1)
         losses = {}
         if r.method == "supervised":
             base = self.rng.permutation(n)[: r.batch_rows]
         else:
-            base, source = self.rng.integers(0, n, (2, r.batch_rows))
+            base, source = self.rng.integers(0, n, (2, r.batch_rows)) if self.how.drawn else self._next(step)
             node, variables = self._one_of(list(self.alignment.on_circuit.items()))
             wanted = self.truth.output(base, source, variables)
             rows = self.tokens[base], self.tokens[source]
             losses["iit"] = self._descend(self.network.interchanged(*rows, node), wanted)
             if r.method == "siit" and self.alignment.off_circuit:
                 node = self._one_of(self.alignment.off_circuit)
-                losses["strict"] = self._descend(self.network.interchanged(*rows, node), self.labels[base])
+                output = self.network.interchanged(*rows, node)
+                losses["strict"] = self._descend(output, self.labels[base], self.how.strict_weight)
         losses["behaviour"] = self._descend(self.network(self.tokens[base]).output, self.labels[base])
         return losses
 
     def _one_of(self, some: Any) -> Any:
         return some[int(self.rng.integers(len(some)))]
 
-    def _descend(self, output: Tensor, labels: np.ndarray) -> float:
+    def _next(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Base rows of a batch, the next of those of an epoch, and the source of each."""
+        base, source = self.epoch
+        batches = -(-len(base) // self.recipe.batch_rows)
+        if step % batches == 0:
+            self.order = self.rng.permutation(len(base))
+        some = self.order[step % batches :: batches]
+        return base[some], source[some]
+
+    def _descend(self, output: Tensor, labels: np.ndarray, weight: float = 1.0) -> float:
         loss = loss_of(output, labels, self.truth.case.program.output_variable.numerical)
         self.optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_GRAD_NORM)
+        (weight * loss).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.how.clip_grad_norm)
         self.optimiser.step()
         return loss.item()
 

@@ -93,14 +93,16 @@ def dashboards(
     chosen: np.ndarray, shares: xr.Dataset, head_dictionary: HeadDictionary | None, config: HeadsConfig,
     text: Callable[[int], str],
 ) -> tuple[str, pd.DataFrame]:  # fmt: skip
-    """The page of the first `config.dashboards` of the `chosen` latents, and their attributions by source.
+    """The page of the first `config.dashboards` of the `chosen` latents, or of all where they are named, and their
+    attributions by source.
 
     `key` of the dictionary in the study, `shares` what the stage made of it; `text` of a token id. The table has a row
     for every head and source token of each text shown.
     """
     n_heads = len(attention.W_O)
     encoder, decoder = encoder_by_head(concat, n_heads), decoder_by_head(concat, n_heads)
-    latents = chosen[: config.dashboards].tolist()
+    named = not isinstance(config.latents, str) and len(config.latents)
+    latents = chosen[: max(config.dashboards, named)].tolist()
     w = encoder[:, :, latents].to(model.cfg.device)
     read = de_embedding(model, attention.to(model.cfg.device), w).cpu()  # (H, m, V)
     directions = torch.einsum("mhd,hde->me", decoder[latents], attention.W_O).to(model.cfg.device)

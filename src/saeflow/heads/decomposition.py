@@ -19,9 +19,10 @@ Coefficients >= 0 because latents never fire below 0: only these could be activa
 `decompose_latents` asks of latents of a dictionary on all heads: which atoms of the dictionaries of single heads, how
 well, do they fire alike?
 
-Chosen are random latents that are active on enough tokens. Each is decomposed head by head, and in all heads' atoms at
-once, in the heads' `own` dictionaries and in two nulls of the same shape: `random` unit atoms, and `other_head`: each
-head's part in the dictionary of the next head, which is a dictionary just as structured, but of another space.
+Each is decomposed head by head, and in all heads' atoms at once, in the heads' `own` dictionaries and in two nulls of
+the same shape: `random` atoms of the same norms, and `other_head`: each head's part in the dictionary of the next head,
+which is a dictionary just as structured, but of another space. The pseudo-inverse is of decoder rows as they are, as in
+notebook 001, whose norms decide which of the many exact solutions is the shortest; sparse methods take atoms of norm 1.
 """
 
 import warnings
@@ -31,12 +32,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import xarray as xr
 from scipy.linalg import block_diag
 from threadpoolctl import threadpool_limits
 
 from saeflow.config import HeadsConfig
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
+from saeflow.heads.samples import mean_interval, median_interval
 from saeflow.heads.weights import decoder_by_head
 from saeflow.jobs.progress import progress
 
@@ -51,7 +54,7 @@ class SparseCode(NamedTuple):
     atoms: np.ndarray
     """Their numbers."""
     coefficients: np.ndarray
-    """Of unit atoms."""
+    """Of the atoms that were given."""
     residual: float
     """Relative to the direction's norm."""
 
@@ -70,7 +73,7 @@ def unit(D: np.ndarray) -> np.ndarray:
 
 
 def decompose(v: np.ndarray, D: np.ndarray, method: str, max_atoms: int) -> SparseCodes:
-    """Approximations of v (d,) by up to `max_atoms` of the unit atoms D (n, d).
+    """Approximations of v (d,) by up to `max_atoms` of the atoms D (n, d), of norm 1 but for `pseudo_inverse`.
 
     Raises `ValueError` for an unknown method and for v = 0, which has no direction.
     """
@@ -83,7 +86,8 @@ def decompose(v: np.ndarray, D: np.ndarray, method: str, max_atoms: int) -> Spar
 
 
 def pseudo_inverse(v: np.ndarray, D: np.ndarray) -> np.ndarray:
-    """The shortest c (n,) with c D nearest to v, as in notebook 001: v pinv(D), by the smaller D^T D."""
+    """The shortest c (n,) with c D nearest to v (d,): v pinv(D), by the smaller D^T D; of several v (m, d) as many c.
+    Source: notebook 001, cell 213, where D are decoder rows as they were trained."""
     return v @ np.linalg.pinv(D.T @ D, hermitian=True) @ D.T
 
 
@@ -176,15 +180,17 @@ def decomposition_table(
 ) -> pd.DataFrame:
     """Every direction by every method in every dictionary: one row for each number of atoms.
 
-    `directions` are by (latent, head); of each of `dictionaries` (`own`, `random`, ...) the unit atoms by head. All
-    heads together may stand as head `ALL`. Columns: latent, head, dictionary, method, n_atoms, residual, `atoms`,
-    `coefficients`.
+    `directions` are by (latent, head); of each of `dictionaries` (`own`, `random`, ...) the atoms by head. All heads
+    together may stand as head `ALL`. Columns: latent, head, dictionary, method, n_atoms, residual, `atoms`,
+    `coefficients` (of atoms of norm 1, but with the pseudo-inverse of those that are given).
     """
     rows = []
+    units = {name: {h: unit(D) for h, D in by_head.items()} for name, by_head in dictionaries.items()}
     for (latent, head), v in progress(directions.items(), "decomposing", unit="latents"):
         for name, by_head in dictionaries.items():
             for method in METHODS:
-                for m, one in sorted(decompose(v, by_head[head], method, max_atoms).items()):
+                atoms = (by_head if method == "pseudo_inverse" else units[name])[head]
+                for m, one in sorted(decompose(v, atoms, method, max_atoms).items()):
                     row = {"latent": latent, "head": head, "dictionary": name, "method": method, "n_atoms": m}
                     chosen = {"atoms": one.atoms.tolist(), "coefficients": one.coefficients.tolist()}
                     rows.append(row | {"residual": one.residual} | chosen)
@@ -192,7 +198,8 @@ def decomposition_table(
 
 
 def curves(table: pd.DataFrame, max_atoms: int) -> pd.DataFrame:
-    """Quantiles over directions of the residual by method, dictionary and number of atoms.
+    """Quartiles over directions of the residual (`low`, `median`, `high`) by method, dictionary and number of atoms,
+    and the ends of the interval of the median (`median_low`, `median_high`).
 
     A number that a method does not have for a direction counts with the residual of the next smaller that it has: it
     needs no more atoms.
@@ -202,8 +209,35 @@ def curves(table: pd.DataFrame, max_atoms: int) -> pd.DataFrame:
     rows = []
     for (name, method), one in wide.ffill(axis=1).groupby(["dictionary", "method"], sort=True):
         for m in one.columns:
-            rows.append((name, method, m, *np.nanquantile(one[m], [0.25, 0.5, 0.75])))
-    return pd.DataFrame(rows, columns=["dictionary", "method", "n_atoms", "low", "median", "high"])
+            quartiles = np.nanquantile(one[m], [0.25, 0.5, 0.75])
+            rows.append((name, method, m, *quartiles, *median_interval(one[m].to_numpy())))
+    names = ["low", "median", "high", "median_low", "median_high"]
+    return pd.DataFrame(rows, columns=["dictionary", "method", "n_atoms", *names])
+
+
+def coefficients(concat: Dictionary, head_dictionary: BlockDiagonal, chosen: np.ndarray) -> xr.Dataset:
+    """All coefficients of the `chosen` latents by the pseudo-inverse, head by head: c = v pinv(D) of the part v of a
+    latent's decoder row on a head and D (n, d) that head's decoder rows, both as trained. Those in all heads' atoms at
+    once are the same, as the dictionary of all heads is block-diagonal."""
+    n_heads = len(head_dictionary.heads)
+    parts = decoder_by_head(concat, n_heads).double().numpy()[chosen]
+    matrices = [one.W_dec.double().numpy() for one in head_dictionary.heads]
+    found = np.stack([pseudo_inverse(parts[:, h], D) for h, D in enumerate(matrices)], axis=1)
+    left = np.stack([parts[:, h] - found[:, h] @ D for h, D in enumerate(matrices)], axis=1)
+    size = np.linalg.norm(parts, axis=2)
+    residual = np.divide(np.linalg.norm(left, axis=2), size, out=np.zeros_like(size), where=size > 0)
+    return xr.Dataset(
+        {
+            "coefficient": (
+                ("latent", "head", "atom"),
+                found.astype(np.float32),
+                {"units": "1", "description": "c of c D nearest to the latent's part v on the head: v pinv(D)"},
+            ),
+            "residual": (("latent", "head"), residual, {"units": "1", "description": "|v - c D| / |v|"}),
+            "size": (("latent", "head"), size, {"units": "1", "description": "|v|"}),
+        },
+        {"latent": chosen, "head": np.arange(n_heads), "atom": np.arange(found.shape[2])},
+    )
 
 
 # -------------------------------------------------------------------- latents in the atoms of heads
@@ -233,22 +267,17 @@ class Agreement(NamedTuple):
     """Tokens on which both are active."""
 
 
-def choose_latents(active: np.ndarray, config: HeadsConfig) -> np.ndarray:
-    """Random latents of those active on enough tokens, in order; all where there are few. `active` (n,): tokens."""
-    live = np.flatnonzero(active >= config.min_active)
-    return np.sort(np.random.default_rng(config.seed).permutation(live)[: config.n_latents])
-
-
 def decompose_latents(
     concat: Dictionary, head_dictionary: BlockDiagonal, chosen: np.ndarray, firing: Agreement, config: HeadsConfig
 ) -> Decomposed:
     """The `chosen` latents of `concat` in the atoms of `head_dictionary`, whose activations agree as `firing` says."""
     n_heads, d_head = len(head_dictionary.heads), head_dictionary.heads[0].d_in
     decoder = decoder_by_head(concat, n_heads).double().numpy()
-    own = {h: unit(one.W_dec.double().numpy()) for h, one in enumerate(head_dictionary.heads)}
+    own = {h: one.W_dec.double().numpy() for h, one in enumerate(head_dictionary.heads)}
+    norms = {h: np.linalg.norm(D, axis=1, keepdims=True) for h, D in own.items()}
     dictionaries = {
         "own": own,
-        "random": {h: random_atoms(D.shape, config.seed + h) for h, D in own.items()},
+        "random": {h: norms[h] * random_atoms(D.shape, config.seed + h) for h, D in own.items()},
         "other_head": {h: own[(h + 1) % n_heads] for h in own},
     }
     for atoms in dictionaries.values():
@@ -264,11 +293,12 @@ def decompose_latents(
     of = {"top_head": table["top_head"], "all_heads": table["head"] == ALL}
     lines = pd.concat([curves(table[rows], config.max_atoms).assign(of=name) for name, rows in of.items()])
     rows: list[dict[str, Any]] = []
+    unit_atoms = unit(own[ALL])
     for m, i in enumerate(chosen.tolist()):
-        codes = decompose(decoder[i].ravel(), own[ALL], FOR_ATOMS, config.max_atoms)
+        codes = decompose(decoder[i].ravel(), unit_atoms, FOR_ATOMS, config.max_atoms)
         if codes:
             of_latent = Agreement(*(values[m] for values in firing))
-            rows += _atoms(i, decoder[i].ravel(), codes[max(codes)], own[ALL], head_dictionary, of_latent)
+            rows += _atoms(i, decoder[i].ravel(), codes[max(codes)], unit_atoms, head_dictionary, of_latent)
     agreed = pd.DataFrame(rows)
     return Decomposed(table, lines.reset_index(drop=True), agreed, _summary(table, agreed, len(own[0]), d_head))
 
@@ -312,16 +342,24 @@ def _atoms(
 
 
 def _summary(table: pd.DataFrame, agreed: pd.DataFrame, n: int, d_head: int) -> dict[str, Any]:
-    """`best_cosine`: mean over latents of that of their top head's part with the best atom."""
+    """`best_cosine`: mean over latents of that of their top head's part with the best atom, and the interval of it."""
     one = table[table["top_head"] & (table["n_atoms"] == 1) & (table["method"] == FOR_ATOMS)]
     cosine = (1 - one["residual"] ** 2) ** 0.5
     summary: dict[str, Any] = {
         "decomposed_latents": int(table["latent"].nunique()),
         "best_cosine": {str(name): float(value) for name, value in cosine.groupby(one["dictionary"]).mean().items()},
+        "best_cosine_interval": {
+            str(name): [none_if_nan(end) for end in mean_interval(values.to_numpy())]
+            for name, values in cosine.groupby(one["dictionary"])
+        },
         "best_cosine_expected_of_random": expected_best_cosine(n, d_head),
     }
     first = agreed[agreed["rank"] == 1] if len(agreed) else agreed
     for name in ("correlation", "correlation_mean_of_head", "correlation_best", "jaccard"):
-        mean = first[name].mean() if len(first) else np.nan
-        summary[f"first_atom_{name}"] = float(mean) if np.isfinite(mean) else None
+        summary[f"first_atom_{name}"] = none_if_nan(first[name].mean() if len(first) else np.nan)
     return summary
+
+
+def none_if_nan(value: Any) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if np.isfinite(value) else None

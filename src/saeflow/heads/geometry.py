@@ -5,7 +5,8 @@ Every answer is a dataset whose attributes say units and definitions. What is co
 Do heads write in the same directions? `HeadCosines` are cosines of the outputs of every two heads, token by token:
 notebook 001 looks at heads 0 and 1 on one row, here it is all pairs on many documents. The null rotates each head's
 output by a random rotation of its own in d_model: everything that a head does by itself stays (norms, how its outputs
-resemble each other), and only how two heads lie to one another is lost.
+resemble each other), and only how two heads lie to one another is lost. There are several draws of them, as one is no
+null: what matters is how far an average strays from draw to draw. Their quantiles are from counts in bins of `BIN`.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,15 @@ import xarray as xr
 from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
-from saeflow.heads.weights import head_outputs, random_rotations
+from saeflow.heads.weights import head_outputs
 
 MATRICES = ("D", "W_O", "D_W_O")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+BIN = 0.001
 LINES = 4  # rows whose cosines are kept whole, for the notebook's line plot
+
+
+_PARTICIPATION = "(sum s^2)^2 / sum s^4"
 
 
 def pairs_of(n_heads: int) -> list[tuple[int, int]]:
@@ -66,10 +71,26 @@ def spectra(heads: Sequence[Dictionary], W_O: Tensor) -> xr.Dataset:
         {
             "singular_value": (("head", "matrix", "index"), padded, {"units": "1"}),
             "rank": (("head", "matrix"), np.array(ranks), {"description": "singular values above the tolerance"}),
-            "participation": (("head", "matrix"), np.array(shares), {"description": "(sum s^2)^2 / sum s^4"}),
+            "participation": (("head", "matrix"), np.array(shares), {"description": _PARTICIPATION}),
         },
         coordinates,
         {"d_head": int(W_O.shape[1]), "d_model": int(W_O.shape[2]), "description": "D: decoder rows of a head"},
+    )
+
+
+def ov_spectra(W_V: Tensor, W_O: Tensor) -> xr.Dataset:
+    """Singular values of what each head moves from source to destination, W_V[h] W_O[h] (D, D), of which d at most are
+    not 0: these are given. `W_V` (H, D, d), `W_O` (H, d, D). Source: notebook 001, its text after cell 131."""
+    values = torch.linalg.svdvals(W_V.double() @ W_O.double())[:, : W_O.shape[1]].cpu().numpy()
+    shape = (int(W_O.shape[2]), int(W_O.shape[2]))
+    return xr.Dataset(
+        {
+            "singular_value": (("head", "index"), values, {"units": "1"}),
+            "rank": ("head", np.array([rank(s, shape) for s in values]), {"description": "above the tolerance"}),
+            "participation": ("head", np.array([participation(s) for s in values]), {"description": _PARTICIPATION}),
+        },
+        {"head": np.arange(len(values)), "index": np.arange(values.shape[1])},
+        {"d_head": int(W_O.shape[1]), "d_model": int(W_O.shape[2]), "description": "W_V[h] W_O[h], the norm folded in"},
     )
 
 
@@ -126,44 +147,55 @@ def pair_cosines(outputs: Tensor) -> Tensor:
 class HeadCosines:
     """Cosines of the rows that are added, their own and of randomly rotated heads."""
 
-    def __init__(self, W_O: Tensor, seed: int) -> None:
-        self.W_O = W_O
-        rotations = random_rotations(W_O.shape[0], W_O.shape[2], seed).to(W_O)
-        self.rotated = W_O @ rotations  # z (W_O R) is the rotated output
+    def __init__(self, W_O: Tensor, rotations: Tensor, first: int) -> None:
+        """`W_O` (H, d, D), `rotations` (R, H, D, D); quantiles by pair leave out the positions before `first`."""
+        self.W_O, self.first = W_O, first
+        self.rotated = W_O @ rotations.to(W_O)  # (R, H, d, D): z (W_O R) is the rotated output
+        n_pairs, bins = len(pairs_of(len(W_O))), round(2 / BIN)
         self._found: list[np.ndarray] = []
-        self._null: list[np.ndarray] = []
+        self._counts = np.zeros((len(rotations), n_pairs, bins), dtype=np.int64)
+        self._sums = np.zeros((len(rotations), n_pairs))
 
     def add(self, z: Tensor) -> None:
         """`z` (B, P, H, d) of whole rows."""
         B, P = z.shape[:2]
-        for W_O, chunks in ((self.W_O, self._found), (self.rotated, self._null)):
-            chunks.append(pair_cosines(head_outputs(z.flatten(0, 1), W_O)).view(B, P, -1).float().cpu().numpy())
+        self._found.append(pair_cosines(head_outputs(z.flatten(0, 1), self.W_O)).view(B, P, -1).float().cpu().numpy())
+        kept, (_, n_pairs, bins) = z[:, self.first :].flatten(0, 1), self._counts.shape
+        for r, W_O in enumerate(self.rotated):
+            cosines = pair_cosines(head_outputs(kept, W_O))
+            self._sums[r] += cosines.double().sum(0).cpu().numpy()
+            places = ((cosines + 1) / BIN).long().clamp(0, bins - 1)
+            places += bins * torch.arange(n_pairs, device=places.device)
+            self._counts[r] += (
+                torch.bincount(places.flatten(), minlength=n_pairs * bins).view(n_pairs, bins).cpu().numpy()
+            )
 
-    def dataset(self, first: int) -> xr.Dataset:
+    def dataset(self) -> xr.Dataset:
         """Quantiles by pair, over all positions from `first` on, and by pair and position over rows; and first rows."""
-        H = self.W_O.shape[0]
-        cosines, null = np.concatenate(self._found), np.concatenate(self._null)  # (rows, P, pairs)
+        H, first = self.W_O.shape[0], self.first
+        cosines = np.concatenate(self._found)  # (rows, P, pairs)
         units = {"units": "1", "description": "cosine of the two heads' outputs z_h W_O[h]"}
-        rotated = {"units": "1", "description": "the same, each head rotated by a random rotation of its own"}
+        about = f"the same, each head rotated by a random rotation of its own; quantiles to {BIN}"
+        rotated = {"units": "1", "description": about}
         quantiles = list(QUANTILES)
-        by_pair, by_pair_null = (
-            np.quantile(values[:, first:].reshape(-1, values.shape[2]), quantiles, axis=0).T
-            for values in (cosines, null)
-        )
+        kept = cosines[:, first:].reshape(-1, cosines.shape[2])
+        by_pair = np.quantile(kept, quantiles, axis=0).T
+        by_pair_null = np.stack([[_quantiles(of_pair) for of_pair in counts] for counts in self._counts])
         by_position = np.quantile(cosines, quantiles, axis=0).transpose(2, 1, 0)
-        mean, mean_null = (values[:, first:].mean((0, 1), dtype=np.float64) for values in (cosines, null))
+        mean, mean_null = kept.mean(0, dtype=np.float64), self._sums / max(1, len(kept))
         lines = cosines[:LINES].transpose(2, 0, 1)
         return xr.Dataset(
             {
                 "cosine": (("pair", "quantile"), by_pair.astype(np.float32), units),
-                "cosine_rotated": (("pair", "quantile"), by_pair_null.astype(np.float32), rotated),
+                "cosine_rotated": (("rotation", "pair", "quantile"), by_pair_null.astype(np.float32), rotated),
                 "cosine_by_position": (("pair", "position", "quantile"), by_position.astype(np.float32), units),
                 "mean_cosine": ("pair", mean, units),
-                "mean_cosine_rotated": ("pair", mean_null, rotated),
+                "mean_cosine_rotated": (("rotation", "pair"), mean_null, rotated),
                 "cosine_in_row": (("pair", "row", "position"), lines, units | {"rows": "the first ones"}),
             },
             {
                 "quantile": quantiles,
+                "rotation": np.arange(len(self._counts)),
                 "position": np.arange(cosines.shape[1]),
                 "row": np.arange(len(cosines[:LINES])),
                 **pair_coordinates(H),
@@ -174,3 +206,10 @@ class HeadCosines:
                 "positions": "quantiles by pair leave out those before it",
             },
         )
+
+
+def _quantiles(counts: np.ndarray) -> np.ndarray:
+    """`QUANTILES` of values in [-1, 1] from their counts in equal bins, as if those of a bin were spread over it."""
+    edges, reached = np.linspace(-1, 1, len(counts) + 1), np.append(0, counts.cumsum())
+    below, at = (np.stack([of[:-1], of[1:]], axis=1)[counts > 0].ravel() for of in (reached, edges))
+    return np.interp(np.array(QUANTILES) * reached[-1], below, at)

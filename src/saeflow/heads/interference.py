@@ -7,6 +7,10 @@ Atom i of head g is a_i = d_i W_O[g] in R^D, d_i a decoder row. For two heads g 
   f_i a_i is what the dictionary reconstructs of head g's output (but for b_dec). It has two parts: `from_means`,
   <E o_g, E o_h>, which latents would have that fire independently of each other, and the rest, from their covariance.
 
+The null rotates each head by a random rotation of its own, R_g and R_h, many times. With Q = R_g R_h^T the rotated
+<a_i, b_j> is a_i Q b_j^T, so that what is summed over pairs follows from D x D matrices: `total` is <M, Q> with
+M = sum_ij E[f_i f_j] a_i^T b_j, of mean 0 and standard deviation |M| / sqrt(D) over uniform Q.
+
 Latents that never fired are left out of both. No n x n matrix is held but for `CHUNK` rows at a time.
 
 Latents of one head in the atoms of another are the notebook's "how hard is it to write it as a combination?" After W_O
@@ -18,6 +22,7 @@ their row space.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +31,7 @@ import xarray as xr
 
 from saeflow.heads.decomposition import decompose, unit
 from saeflow.heads.geometry import pair_coordinates, pairs_of
+from saeflow.heads.samples import median_interval
 from saeflow.jobs.progress import progress
 
 CHUNK = 256
@@ -47,8 +53,11 @@ ABOUT = {
 class PairInterference:
     """What `ABOUT` says, of the atoms of two heads; added up some atoms of the first at a time."""
 
-    def __init__(self, from_means: float) -> None:
-        self.from_means = from_means
+    def __init__(self, means: tuple[np.ndarray, np.ndarray]) -> None:
+        """`means` (D,) of both heads' outputs, E o."""
+        self.means = means
+        D = len(means[0])
+        self.products, self.moments = np.zeros((D, D)), (np.zeros((D, D)), np.zeros((D, D)))
         self.plain, self.weighted = np.zeros(len(EDGES) - 1, dtype=np.int64), np.zeros(len(EDGES) - 1)
         self.n_pairs, self.squares = 0, 0.0
         self.total = self.absolute = self.weight = 0.0
@@ -56,8 +65,21 @@ class PairInterference:
         """The pairs of latents of largest |w_ij|."""
 
     @property
+    def from_means(self) -> float:
+        return float(self.means[0] @ self.means[1])
+
+    @property
     def mean_square(self) -> float:
         return self.squares / max(1, self.n_pairs)
+
+    def rotated(self, Q: np.ndarray) -> dict[str, float]:
+        """What of `ABOUT` is summed over pairs, with <a_i, b_j> replaced by a_i Q b_j^T."""
+        of_first, of_other = self.moments
+        return {
+            "total": float((self.products * Q).sum()),
+            "from_means": float(self.means[0] @ Q @ self.means[1]),
+            "mean_square": float(((Q.T @ of_first @ Q) * of_other).sum() / max(1, self.n_pairs)),
+        }
 
     def add(self, a: np.ndarray, b: np.ndarray, together: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Atoms a (some, D) and b (m, D), `together` (some, m): E[f_i f_j]. Returns w_ij and the cosines."""
@@ -72,6 +94,9 @@ class PairInterference:
         self.total += w.sum()
         self.absolute += np.abs(w).sum()
         self.weight += most.sum()
+        self.products += a.T @ (together @ b)
+        self.moments[0][:] += unit(a).T @ unit(a)
+        self.moments[1][:] = unit(b).T @ unit(b)
         return w, cosines
 
 
@@ -87,7 +112,7 @@ def interference(
     f, f_other = f[:, live], f_other[:, live_other].tocsr()
     versions = [(a[live], b[live_other]) for a, b in versions]
     means, means_other = (np.asarray(one.mean(axis=0)).ravel() for one in (f, f_other))
-    found = [PairInterference(float((means @ a) @ (means_other @ b))) for a, b in versions]
+    found = [PairInterference((means @ a, means_other @ b)) for a, b in versions]
     tops: list[pd.DataFrame] = []
     for start in range(0, len(live), CHUNK):
         some = slice(start, start + CHUNK)
@@ -117,11 +142,12 @@ def _largest(
 def interference_dataset(
     latents: list[sp.csc_array], atoms: list[np.ndarray], rotations: np.ndarray, top: int
 ) -> tuple[xr.Dataset, pd.DataFrame]:
-    """All pairs of heads, each beside its null: both heads' atoms rotated by `rotations` (H, D, D) of their own.
+    """All pairs of heads, each beside its null: both heads' atoms rotated by `rotations` (R, H, D, D) of their own.
 
-    `latents` (N, n) and `atoms` (n, D) by head. Also the `top` pairs of latents of every pair of heads.
+    `latents` (N, n) and `atoms` (n, D) by head. Sums are of every rotation, what is by bin of the first alone. Also the
+    `top` pairs of latents of every pair of heads.
     """
-    rotated = [one @ R for one, R in zip(atoms, rotations, strict=True)]
+    rotated = [one @ R for one, R in zip(atoms, rotations[0], strict=True)]
     found, null = zip(
         *(
             interference(latents[g], latents[h], [(atoms[g], atoms[h]), (rotated[g], rotated[h])], top)
@@ -129,16 +155,24 @@ def interference_dataset(
         ),
         strict=True,
     )
+    both = list(zip(found, pairs_of(len(atoms)), strict=True))
+    turned = [[one.rotated(R[g] @ R[h].T) for one, (g, h) in both] for R in rotations]
     data: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     for name, description in ABOUT.items():
         dims = ("pair", "bin") if name in ("plain", "weighted") else ("pair",)
         units = "pairs" if name == "plain" else "1" if name == "mean_square" else "squared norm in the residual stream"
-        for suffix, of, more in (("", found, ""), ("_rotated", null, ", each head rotated by a random rotation")):
-            values = np.array([getattr(one, name) for one in of])
-            data[name + suffix] = (dims, values, {"units": units, "description": description + more})
-    coordinates = {"bin": (EDGES[:-1] + EDGES[1:]) / 2, **pair_coordinates(len(atoms))}
+        about = {"units": units, "description": description}
+        data[name] = (dims, np.array([getattr(one, name) for one in found]), about)
+        more = about | {"description": f"{description}, each head rotated by a random rotation"}
+        if name in ("plain", "weighted", "absolute"):
+            data[f"{name}_rotated"] = (dims, np.array([getattr(one, name) for one in null]), more)
+        elif name != "weight":  # of which norms alone decide
+            values = np.array([[one[name] for one in of_rotation] for of_rotation in turned])
+            data[f"{name}_rotated"] = (("rotation", *dims), values, more)
+    coordinates: dict[str, Any] = {"bin": (EDGES[:-1] + EDGES[1:]) / 2, "rotation": np.arange(len(rotations))}
+    coordinates |= pair_coordinates(len(atoms))
     dataset = xr.Dataset(data, coordinates, {"d_model": atoms[0].shape[1], "n_tokens": latents[0].shape[0]})
-    tables = [one.top.assign(head=g, other_head=h) for one, (g, h) in zip(found, pairs_of(len(atoms)), strict=True)]
+    tables = [one.top.assign(head=g, other_head=h) for one, (g, h) in both]
     return dataset, pd.concat(tables, ignore_index=True)
 
 
@@ -178,3 +212,17 @@ def lifted_table(
                     rows.append((g, i, h, rotated, inside, m, residual))
     names = ["head", "latent", "other_head", "rotated", "in_row_space", "n_atoms", "residual"]
     return pd.DataFrame(rows, columns=names)
+
+
+def lifted_medians(lifted: pd.DataFrame) -> pd.DataFrame:
+    """Of a `lifted_table`, medians over latents of each latent's mean over the other heads, and the ends of their
+    intervals: of `in_row_space` (n_atoms 0) and of the residual by number of atoms. Columns: rotated, n_atoms, median,
+    low, high."""
+    latent = ["head", "latent", "rotated"]
+    inside = lifted.groupby(latent)["in_row_space"].mean().reset_index(name="value").assign(n_atoms=0)
+    left = lifted.groupby([*latent, "n_atoms"])["residual"].mean().reset_index(name="value")
+    rows = [
+        (rotated, m, values.median(), *median_interval(values.to_numpy()))
+        for (rotated, m), values in pd.concat([inside, left]).groupby(["rotated", "n_atoms"])["value"]
+    ]
+    return pd.DataFrame(rows, columns=["rotated", "n_atoms", "median", "low", "high"])

@@ -4,7 +4,6 @@ Dictionaries come in two kinds: `heads`, one for each head (`BlockDiagonal`), an
 Each `concat` is decomposed in the `heads` whose L0, summed over heads, is nearest to its own (in log).
 """
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -21,14 +20,15 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import HeadDictionary, dashboards
-from saeflow.heads.decomposition import agreement, choose_latents, decompose_latents
+from saeflow.heads.decomposition import agreement, coefficients, decompose_latents, none_if_nan
 from saeflow.heads.folder import HeadStudy
-from saeflow.heads.geometry import MATRICES, decoder_norms, principal_angles, rank, spectra
+from saeflow.heads.geometry import MATRICES, decoder_norms, ov_spectra, principal_angles, rank, spectra
 from saeflow.heads.interference import interference_dataset, lifted_table
 from saeflow.heads.report import report
+from saeflow.heads.samples import choose_latents
 from saeflow.heads.shares import compare_measures
-from saeflow.heads.study import by_head, measure
-from saeflow.heads.weights import Attention, decoder_by_head, lifted, random_rotations, read_attention
+from saeflow.heads.study import by_head, measure, rotations_of
+from saeflow.heads.weights import Attention, decoder_by_head, lifted, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
 from saeflow.models.source import reading_model
@@ -65,6 +65,7 @@ def heads_job(job: Job) -> dict[str, Any]:
         "loss_documents": int(measurements.cross_terms["n_documents"].iloc[0]),
         "median_cosine": float(cosines["cosine"].median()),
         "median_cosine_rotated": float(cosines["cosine_rotated"].median()),
+        "median_cosine_rotated_range": _range(cosines["cosine_rotated"]),
         "left_out": left_out,
         "dictionaries": {},
     }
@@ -79,6 +80,7 @@ def heads_job(job: Job) -> dict[str, Any]:
     with job.writing() as out:
         write_dataset(out / "cosines.zarr", measurements.cosines)
         write_dataset(out / "angles.zarr", principal_angles(attention.W_O))
+        write_dataset(out / "ov.zarr", ov_spectra(attention.W_V, attention.W_O))
         measurements.cross_terms.to_parquet(out / "cross_terms.parquet")
         for key, one in dictionaries.items():
             of_one = out / "dictionaries" / key
@@ -99,6 +101,7 @@ def heads_job(job: Job) -> dict[str, Any]:
                 continue
             head_dictionary = None
             if (matched := _nearest({name: l0[name] for name in heads}, l0[key])) is not None:
+                write_dataset(of_one / "coefficients.zarr", coefficients(one, heads[matched], chosen))
                 firing = agreement(measurements.latents[key][:, chosen], measurements.latents[matched])
                 decomposed = decompose_latents(one, heads[matched], chosen, firing, config)
                 entry |= {"decomposed_in": matched} | decomposed.summary
@@ -127,6 +130,8 @@ def _open(job: Job) -> tuple[dict[str, Dictionary], list[str]]:
             found[path.name] = one
     if not found:
         raise ConfigError(f"none of the dictionaries can be studied here: {', '.join(left_out)}")
+    for key, one in found.items():
+        HeadsConfig(**job.config["heads"]).check_latents(one.d_sae, key)
     return found, left_out
 
 
@@ -144,23 +149,24 @@ def _write_heads(
     values = spectra(one.heads, attention.W_O)
     write_dataset(out / "norms.zarr", norms)
     write_dataset(out / "spectra.zarr", values)
-    n_heads, _, D = attention.W_O.shape
-    rotations = random_rotations(n_heads, D, config.seed).numpy()
+    n_heads = len(attention.W_O)
+    rotations = rotations_of(attention, config).numpy()
     atoms = [a.numpy() for a in lifted(one.heads, attention.W_O)]
     each = by_head(latents, n_heads)
     dataset, pairs = interference_dataset(each, atoms, rotations, config.top_pairs)
     write_dataset(out / "interference.zarr", dataset)
     pairs.to_parquet(out / "interference.parquet")
-    per_head = dataclasses.replace(config, n_latents=max(1, config.n_latents // n_heads))
-    chosen = [choose_latents(np.diff(f.indptr), per_head) for f in each]
+    size, most = one.heads[0].d_sae, max(1, config.n_latents // n_heads)
+    chosen = [choose_latents(np.diff(f.indptr), config, h * size, most) for h, f in enumerate(each)]
     with threadpool_limits(1):  # on matrices this small a second thread costs more than it brings
-        others = lifted_table(chosen, atoms, attention.W_O.double().numpy(), rotations, (1, 4, config.max_atoms))
+        others = lifted_table(chosen, atoms, attention.W_O.double().numpy(), rotations[0], (1, 4, config.max_atoms))
     others.to_parquet(out / "lifted.parquet")
     return {
         "mean_decoder_norm": float(norms["decoder_norm"].mean()),
         **{f"rank_{matrix}": values["rank"].sel(matrix=matrix).values.tolist() for matrix in MATRICES},
-        "interference_over_weight": _number(dataset["total"].sum() / dataset["weight"].sum()),
-        "interference_over_weight_rotated": _number(dataset["total_rotated"].sum() / dataset["weight_rotated"].sum()),
+        "rank_of_all": int(values["rank"].sel(matrix="D").sum()),
+        "interference_over_weight": none_if_nan(dataset["total"].sum() / dataset["weight"].sum()),
+        "interference_over_weight_rotated": _range(dataset["total_rotated"].sum("pair") / dataset["weight"].sum()),
     }
 
 
@@ -174,10 +180,11 @@ def _write_concat(out: Path, one: Dictionary, shares: xr.Dataset, config: HeadsC
     return {
         "rank_W_dec": rank(singular_values, tuple(one.W_dec.shape)),
         "ranked_latents": compared.attrs["n_latents"],
-        "decoder_dfa_rank_correlation": _number(compared["rank_correlation"].sel(between)),
-        "decoder_dfa_top_agreement": _number(compared["top_agreement"].sel(between)),
+        "decoder_dfa_rank_correlation": none_if_nan(compared["rank_correlation"].sel(between)),
+        "decoder_dfa_top_agreement": none_if_nan(compared["top_agreement"].sel(between)),
     }
 
 
-def _number(value: xr.DataArray) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _range(values: xr.DataArray) -> list[float | None]:
+    """The lowest and the highest."""
+    return [none_if_nan(values.min()), none_if_nan(values.max())]

@@ -7,6 +7,8 @@ import pandas as pd
 from saeflow.evaluation.intervals import no_interval
 from saeflow.heads.cross_terms import MODEL, NO_HEADS, WAYS
 from saeflow.heads.folder import HeadStudy
+from saeflow.heads.interference import lifted_medians
+from saeflow.heads.samples import mean_interval
 from saeflow.heads.shares import AGREEING
 
 ATOMS = (1, 2, 4, 8, 16)
@@ -20,6 +22,7 @@ def report(study: HeadStudy) -> str:
         f"{s['n_tokens']:,} held-out tokens of {s['n_documents']} documents",
         _cosines(study),
         _angles(study),
+        _ov(study),
         _cross_terms(study),
         *(_of_heads(study, key) for key in study.of_kind("heads")),
         *(_of_concat(study, key) for key in study.of_kind("concat")),
@@ -31,14 +34,35 @@ def _text(table: pd.DataFrame, digits: int = 3) -> str:
     return table.to_string(index=False, float_format=lambda value: f"{value:.{digits}f}")
 
 
+def _said(value: float, low: float | None, high: float | None) -> str:
+    ends = "none" if low is None or high is None or pd.isna(low) else f"{low:.2f}, {high:.2f}"
+    return f"{value:.2f} [{ends}]"
+
+
+def _with_interval(values: pd.Series, low: pd.Series, high: pd.Series) -> list[str]:
+    return [_said(*one) for one in zip(values, low, high, strict=True)]
+
+
 def _cosines(study: HeadStudy) -> str:
     dataset = study.dataset("cosines")
     table = pd.DataFrame({"head": dataset["head"], "other": dataset["other_head"]})
-    for name, label in (("cosine", ""), ("cosine_rotated", " rotated")):
+    null = dataset["cosine_rotated"]
+    for name, values in (("", dataset["cosine"]), (" rotated", null.mean("rotation"))):
         for quantile in (0.05, 0.5, 0.95):
-            table[f"{100 * quantile:.0f} %{label}"] = dataset[name].sel(quantile=quantile).values
-    about = "cosine of two heads' outputs, quantiles over tokens; rotated: each head by a random rotation\n"
-    return about + _text(table)
+            table[f"{100 * quantile:.0f} %{name}"] = values.sel(quantile=quantile).values
+    medians = null.sel(quantile=0.5)
+    table["50 % lowest"], table["highest"] = medians.min("rotation").values, medians.max("rotation").values
+    return (
+        "cosine of two heads' outputs, quantiles over tokens; rotated: each head by a random rotation, mean of "
+        f"{null.sizes['rotation']}, and of these the lowest and the highest median\n{_text(table)}"
+    )
+
+
+def _ov(study: HeadStudy) -> str:
+    dataset = study.dataset("ov")
+    table = pd.DataFrame({"head": dataset["head"], "rank": dataset["rank"], "participation": dataset["participation"]})
+    table["largest"] = dataset["singular_value"].max("index").values
+    return "singular values of W_V W_O by head\n" + _text(table, 2)
 
 
 def _angles(study: HeadStudy) -> str:
@@ -81,29 +105,30 @@ def _of_heads(study: HeadStudy, key: str) -> str:
         table[f"participation {matrix}"] = spectra["participation"].sel(matrix=matrix).values
     dataset = study.dataset("interference", key)
     pairs = pd.DataFrame({"head": dataset["head"], "other": dataset["other_head"]})
-    for suffix, label in (("", ""), ("_rotated", " rotated")):
-        pairs["rms cosine" + label] = dataset["mean_square" + suffix].values ** 0.5
-        pairs["weighted" + label] = (dataset["total" + suffix] / dataset["weight" + suffix]).values
+    pairs["rms cosine"] = dataset["mean_square"].values ** 0.5
+    pairs["rotated"] = dataset["mean_square_rotated"].mean("rotation").values ** 0.5
+    pairs["weighted"] = (dataset["total"] / dataset["weight"]).values
+    null = dataset["total_rotated"] / dataset["weight"]
+    pairs["rotated lowest"], pairs["highest"] = null.min("rotation").values, null.max("rotation").values
     pairs["if independent"] = (dataset["from_means"] / dataset["weight"]).values
     top = study.table("interference", key).sort_values("interference", key=abs, ascending=False, kind="stable").head(5)
-    lifted = study.table("lifted", key)
-    pair = ["head", "other_head", "rotated"]
-    by_pair = lifted.pivot_table(index=pair, columns="n_atoms", values="residual", aggfunc="median")
-    by_pair["in_row_space"] = lifted.groupby(pair)["in_row_space"].median()
-    by_pair = by_pair.groupby("rotated").median().reset_index()
+    medians = lifted_medians(study.table("lifted", key))
+    medians = medians.assign(said=_with_interval(medians["median"], medians["low"], medians["high"]))
+    by_atoms = medians.pivot(index="rotated", columns="n_atoms", values="said").rename(columns={0: "in_row_space"})
     names = ["head", "latent", "other_head", "other_latent", "interference", "cosine", "tokens_together"]
     return "\n".join(
         [
-            f"{study.label(key)} ({key})",
+            f"{study.label(key)} ({key}), rank {study.summary['dictionaries'][key]['rank_of_all']} of all heads as one",
             _text(table, 2),
             "cosines of lifted atoms between heads, root mean square and weighted by co-activation "
-            f"(random directions: rms {dataset.attrs['d_model'] ** -0.5:.3f})",
+            f"(random directions: rms {dataset.attrs['d_model'] ** -0.5:.3f}; rotated: over {null.sizes['rotation']} "
+            "random rotations of the heads)",
             _text(pairs, 4),
             "pairs of latents that interfere most",
             _text(top[names], 4),
-            "latents of a head in another's lifted atoms: median residual by number of atoms, and part of the norm "
-            "that lies in its row space (medians over pairs of heads)",
-            _text(by_pair.rename_axis(columns=None), 3),
+            "latents of a head in another's lifted atoms: part of the norm that lies in its row space, and residual by "
+            "number of atoms; medians over latents [95 % over draws of latents] of means over the other heads",
+            _text(by_atoms.reset_index().rename_axis(columns=None), 3),
         ]
     )
 
@@ -130,18 +155,38 @@ def _of_concat(study: HeadStudy, key: str) -> str:
     if "best_cosine" in summary:
         curves = study.table("curves", key)
         curves = curves[curves["n_atoms"].isin(ATOMS)]
-        wide = curves.pivot(index=["of", "method", "dictionary"], columns="n_atoms", values="median").reset_index()
+        curves = curves.assign(said=_with_interval(curves["median"], curves["median_low"], curves["median_high"]))
+        wide = curves.pivot(index=["of", "method", "dictionary"], columns="n_atoms", values="said").reset_index()
         agreed = study.table("agreement", key)
         of = ("jaccard", "correlation")
-        names = ["cosine", *(f"{name}{more}" for name in of for more in ("", "_mean_of_head", "_best"))]
-        first = agreed.groupby("rank")[names].mean().head(4).reset_index()
-        cosines = ", ".join(f"{name} {value:.2f}" for name, value in summary["best_cosine"].items())
+        names = ["cosine", *(f"{name}{more}" for name in of for more in ("_mean_of_head", "_best"))]
+        first = agreed.groupby("rank")[names].mean()
+        for name in of:
+            by_rank = agreed.groupby("rank")[name]
+            first[name] = [_said(values.mean(), *mean_interval(values.to_numpy())) for _, values in by_rank]
+        first = first[["cosine", *sorted(first.columns.drop("cosine"))]].head(4).reset_index()
+        cosines = ", ".join(
+            f"{name} {_said(value, *summary['best_cosine_interval'][name])}"
+            for name, value in summary["best_cosine"].items()
+        )
         parts += [
             f"{summary['decomposed_latents']} latents decomposed in {study.label(summary['decomposed_in'])}; best "
             f"cosine of an atom with the top head's part: {cosines}",
-            "median relative residual by number of atoms",
+            "relative residual by number of atoms: median over latents [95 % over draws of latents]",
             _text(wide.rename_axis(columns=None), 3),
-            "agreement with the atoms by their order (means)",
+            _coefficients(study, key),
+            "agreement with the atoms by their order: means over latents [95 % over draws of latents]",
             _text(first.rename_axis(columns=None), 3),
         ]
     return "\n".join(parts)
+
+
+def _coefficients(study: HeadStudy, key: str) -> str:
+    """What notebook 001 prints of them: the largest, and that they give the latent back."""
+    dataset = study.dataset("coefficients", key)
+    largest = abs(dataset["coefficient"]).max("atom").where(dataset["size"] > 0) / dataset["size"]
+    return (
+        f"pseudo-inverse, all {dataset.sizes['atom']} coefficients of a head: the largest is "
+        f"{float(largest.median()):.4f} of the norm of the latent's part (median over latents and heads), and they "
+        f"leave {float(dataset['residual'].max()):.1e} of it at most"
+    )

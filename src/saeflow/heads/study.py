@@ -20,7 +20,7 @@ from saeflow.evaluation.sums import token_batches
 from saeflow.heads.cross_terms import MODEL, CrossTerms
 from saeflow.heads.geometry import HeadCosines
 from saeflow.heads.shares import ActiveSums
-from saeflow.heads.weights import Attention, encoder_by_head
+from saeflow.heads.weights import Attention, encoder_by_head, random_rotations
 from saeflow.models.attention import fused_attention
 from saeflow.models.splicing import CleanPass, flattened, run_clean
 from saeflow.text.tokens import spread
@@ -60,7 +60,7 @@ def measure(
         document = np.concatenate([document[:, 1:2], document[:, 1:]], axis=1)
     hook, first = f"blocks.{attention.layer}.attn.hook_z", int(prepend_bos)
     n_heads, d_head, _ = attention.W_O.shape
-    cosines = HeadCosines(attention.W_O, config.seed)
+    cosines = HeadCosines(attention.W_O, rotations_of(attention, config), first)
     cross_terms = CrossTerms(attention, prepend_bos, config.seed)
     latents: dict[str, list[sp.csr_array]] = {key: [] for key in dictionaries}
     active: dict[str, ActiveSums] = {}
@@ -98,7 +98,13 @@ def measure(
                 cross_terms.add(model, clean_rows, document[here], sources)
         start += len(tokens)
     joined = {key: sp.vstack(parts, format="csc").astype(np.float64) for key, parts in latents.items()}
-    return HeadMeasurements(rows, first, cosines.dataset(first), joined, active, cross_terms.table(config.resamples))
+    return HeadMeasurements(rows, first, cosines.dataset(), joined, active, cross_terms.table(config.resamples))
+
+
+def rotations_of(attention: Attention, config: HeadsConfig) -> Tensor:
+    """(R, H, D, D), float64: of the nulls, a rotation of each head for each draw."""
+    n_heads, _, D = attention.W_O.shape
+    return random_rotations(config.rotations * n_heads, D, config.seed).view(-1, n_heads, D, D)
 
 
 @torch.no_grad()

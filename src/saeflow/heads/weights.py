@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saeflow.dictionaries import Dictionary, DictionaryError
+from saeflow.models.attention import read_values
 from saeflow.models.protocol import LanguageModel, full
 
 
@@ -38,16 +39,10 @@ class Attention(NamedTuple):
 
 def read_attention(model: LanguageModel, layer: int) -> Attention:
     """The weights of a layer, the norm's folded in whether or not the model was loaded with `fold_ln`."""
-    block: Any = model.blocks[layer]
-    attention, norm = block.attn, getattr(block, "ln1", None)
-    gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
-    W_V, b_V = full(attention.W_V.detach()), full(attention.b_V.detach())
-    if bias is not None:
-        b_V = b_V + torch.einsum("e,hed->hd", full(bias), W_V)
-    if gain is not None:
-        W_V = full(gain)[:, None] * W_V
+    attention: Any = model.blocks[layer].attn
     centred = str(model.cfg.normalization_type).startswith("LN")
-    return Attention(layer, W_V, b_V, full(attention.W_O.detach()), full(attention.b_O.detach()), centred)
+    W_O, b_O = full(attention.W_O.detach()), full(attention.b_O.detach())
+    return Attention(layer, *read_values(model, layer), W_O, b_O, centred)
 
 
 def head_outputs(z: Tensor, W_O: Tensor) -> Tensor:

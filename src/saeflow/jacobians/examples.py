@@ -20,7 +20,7 @@ from saeflow.features.examples import top
 from saeflow.features.firings import Firings
 from saeflow.features.text import Grid, Seen
 from saeflow.jacobians.maps import JacobianBlocks
-from saeflow.jacobians.sums import Pairs
+from saeflow.jacobians.sums import BLOCK, Pairs
 
 STATISTICS = ("mean", "mean_absolute", "count")
 
@@ -31,7 +31,7 @@ def top_pairs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
     more. Means and standard deviations are over these tokens."""
     tables = []
     for statistic in STATISTICS:
-        places = _ranked(pairs, statistic, np.arange(len(pairs.count)), config)[: config.top_pairs]
+        places = _ranked(pairs, statistic, config.top_pairs, config)
         columns = {"statistic": [statistic] * len(places), "rank": np.arange(1, len(places) + 1)}
         tables.append(pa.table(columns | _describe(pairs, places)))
     return pa.concat_tables(tables)
@@ -40,19 +40,31 @@ def top_pairs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
 def top_inputs_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
     """Of the outputs that `top_pairs_table` names by mean J, each once: the `config.top_inputs` inputs of highest mean
     J. `output_rank` is the order of the outputs."""
-    ranked = _ranked(pairs, "mean", np.arange(len(pairs.count)), config)[: config.top_pairs]
+    ranked = _ranked(pairs, "mean", config.top_pairs, config)
     tables = []
     for order, output in enumerate(dict.fromkeys(pairs.output[ranked].tolist()), start=1):
         start, end = np.searchsorted(pairs.output, [output, output + 1])
-        places = _ranked(pairs, "mean", np.arange(start, end), config)[: config.top_inputs]
+        places = _ranked(pairs, "mean", config.top_inputs, config, start, end)
         columns = {"output_rank": [order] * len(places), "rank": np.arange(1, len(places) + 1)}
         tables.append(pa.table(columns | _describe(pairs, places)))
     empty = np.zeros(0, np.int64)
     return pa.concat_tables(tables or [pa.table({"output_rank": empty, "rank": empty} | _describe(pairs, empty))])
 
 
-def _ranked(pairs: Pairs, statistic: str, places: np.ndarray, config: JacobianConfig) -> np.ndarray:
-    """`places` of pairs that are frequent enough, best first; ties by output, then input latent."""
+def _ranked(
+    pairs: Pairs, statistic: str, most: int, config: JacobianConfig, start: int = 0, end: int | None = None
+) -> np.ndarray:
+    """Places of the first `most` of the pairs from `start` to `end` that are frequent enough, best first; ties by
+    output, then input latent."""
+    end = len(pairs.count) if end is None else end
+    best = np.zeros(0, np.int64)
+    for first in range(start, end, BLOCK):
+        best = _first(pairs, statistic, np.append(best, np.arange(first, min(first + BLOCK, end))), config)[:most]
+    return best
+
+
+def _first(pairs: Pairs, statistic: str, places: np.ndarray, config: JacobianConfig) -> np.ndarray:
+    """`places` of pairs that are frequent enough, best first; of equal ones the earlier of `places`."""
     places = places[pairs.count[places] >= config.min_count]
     count = pairs.count[places]
     value = {"count": pairs.count, "mean": pairs.sum, "mean_absolute": pairs.sum_absolute}[statistic][places]
@@ -203,7 +215,7 @@ def pair_contexts_table(activity: Activity, grid: Grid, keep: int, read: Read) -
 def _numbers(grid: Grid, window: int) -> list[int]:
     """Token numbers of a window; -1 at position 0."""
     row, start, end = grid.span(window)
-    return [row * (grid.context_size - 1) + p - 1 if p else -1 for p in range(start, end)]
+    return [int(grid.number(np.array(row), np.array(p))) if p >= grid.first else -1 for p in range(start, end)]
 
 
 def _schema(first: dict[str, pa.DataType], values: list[str]) -> pa.Schema:

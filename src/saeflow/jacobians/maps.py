@@ -19,7 +19,7 @@ TopK let through at x. All d_out x d_in entries count, on every token; of the ML
 Shapes: N tokens, d and p the widths at the two hooks, n latents, k active ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
 from saeflow.kernels.jacobian import jacobian_by_jvp, jacobian_chunks, make_products, mask_inactive
-from saeflow.models.blocks import Block, ModuleBlock
+from saeflow.models.blocks import Block
 
 LATENT_ELEMENTS = 1 << 24  # of one (tokens, n) tensor of pre-activations: 64 MiB in float32
 GATHERED_ELEMENTS = 1 << 22  # of one (tokens, k, d) or (tokens, p, d) tensor: 16 MiB in float32
@@ -77,15 +77,18 @@ class Pair:
 
     def __init__(
         self,
-        block: Block | ModuleBlock,
+        block: Callable[[Tensor], Tensor],
         input: Dictionary,
         output: Dictionary,
         at_reconstruction: bool = False,
         own_output: bool = False,
         gain: Tensor | None = None,
     ) -> None:
-        """`gain` (d,): what the values at the input SAE's hook are multiplied by before the MLP reads them, where it is
-        the same for all tokens (`models.blocks.input_gain`)."""
+        """`block`: f, (N, d) to (N, p), in closed form, or any function, which is differentiated forward.
+
+        `gain` (d,): what the values at the input SAE's hook are multiplied by before the MLP reads them, where it is
+        the same for all tokens (`models.blocks.input_gain`).
+        """
         self.f, self.input, self.output = block, input, output
         self.at_reconstruction, self.own_output = at_reconstruction, own_output or at_reconstruction
         self.n_in, self.n_out = input.d_sae, output.d_sae

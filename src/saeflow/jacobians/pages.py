@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from saeflow.dictionaries.series import CONTROLS, control
 from saeflow.features.show import visible
 
 SHOWN = 3  # windows of a latent or pair on the page; the Parquet tables hold all
@@ -35,7 +36,7 @@ def page(
     summary: dict[str, Any], pairs: pd.DataFrame, top_inputs: pd.DataFrame, contexts: pd.DataFrame,
     pair_contexts: pd.DataFrame,
 ) -> str:  # fmt: skip
-    title = f"Top pairs of latents around the MLP of layer {summary['layer']}"
+    title = f"Top pairs of latents around the MLP of layer {summary['layer']}: {_arm(summary)}"
     parts = [
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>',
         f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(describe(summary))}</p>",
@@ -70,13 +71,26 @@ _NUMBERS = {"count": "tokens", "mean": "mean J", "std": "std J", "mean_absolute"
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """What the pairs are of: one sentence for a caption."""
+    """What the pairs are of, for a caption: the dictionaries, the language model, the tokens, and how J is taken."""
     pair = f"{summary['hook_name']} (k = {summary['k']}) and {summary['hook_name_out']} (k = {summary['k_out']})"
+    of = "tokens of a text" if "text" in summary else f"held-out tokens of {summary['n_documents']} documents"
     return (
         f"Dictionaries of {summary['d_sae']} latents at {pair}, Jacobian coefficient "
-        f"{summary['jacobian_coefficient']:g}; {summary['n_tokens']} held-out tokens of {summary['n_documents']} "
-        "documents. Means and standard deviations are over the tokens on which both latents are active."
+        f"{summary['jacobian_coefficient']:g}, of the {_model(summary)}; {summary['n_tokens']} {of}. J is taken "
+        f"{summary['convention']}. Means and standard deviations are over the tokens on which both latents are active."
     )
+
+
+def _model(summary: dict[str, Any]) -> str:
+    """The language model: trained, or which control of which seed."""
+    seed = summary.get("randomise_seed")
+    return control(summary) + ("" if control(summary) == CONTROLS["none"] else f" (seed {seed})")
+
+
+def _arm(summary: dict[str, Any]) -> str:
+    """What tells one page from the next: the language model, the coefficient, whether the norm is left out."""
+    ignored = ["norm ignored"] if summary["norm"] == "ignored" else []
+    return ", ".join([_model(summary), f"λ = {summary['jacobian_coefficient']:g}", *ignored])
 
 
 def _numbers(row: pd.Series) -> str:
@@ -133,7 +147,7 @@ def escape_latex(text: str) -> str:
 
 def latex(summary: dict[str, Any], pairs: pd.DataFrame, pair_contexts: pd.DataFrame) -> str:
     """A longtable of the pairs by mean J, each with the window of its largest |J|, tokens shaded by |J|."""
-    caption = f"Pairs of latents by mean Jacobian entry, layer {summary['layer']}. {describe(summary)}"
+    caption = f"Pairs of latents by mean Jacobian entry, layer {summary['layer']}, {_arm(summary)}. {describe(summary)}"
     lines = [
         "% needs \\usepackage{booktabs,longtable,xcolor}",
         r"\definecolor{jacobianpositive}{RGB}{86,180,233}",

@@ -281,7 +281,12 @@ def summarise(tally: Tally) -> dict[str, Any]:
 
 
 def notebook_lines(tally: Tally) -> list[str]:
-    """The table of notebook 000, at its 19 bin edges, in its words; what exceeds the last edge counts too."""
+    """The table of notebook 000, at its 19 bin edges, in its words; and, as what exceeds the last edge counts here and
+    not in its `torch.histc`, where its histogram ends and how much that is."""
     edges = torch.linspace(0, tally.config.max_value, tally.config.bins + 1).numpy()[1:20]  # it rounds as the notebook
     above = tally.above("linear", linear_edges(tally.config)[1:20]).sum(0) / tally.n_tokens
-    return [f"There are {n:.1f} values above {edge:.3f}." for n, edge in zip(above, edges, strict=True)]
+    lines = [f"There are {n:.1f} values and above {edge:.3f}." for n, edge in zip(above, edges, strict=True)]
+    end = tally.config.max_value
+    beyond = tally.above("linear", np.array([end]))[:, 0].sum() / tally.n_tokens
+    counted = f"{beyond:.1f} values above {end:g}, which are counted here and not by the notebook's torch.histc"
+    return [*lines, f"The histogram is of {tally.config.bins} bins from 0 to {end:g}; there are {counted}."]

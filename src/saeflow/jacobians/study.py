@@ -20,6 +20,7 @@ from torch import Tensor
 from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.series import control
 from saeflow.evaluation.sums import write_tables
 from saeflow.features.text import Grid
 from saeflow.jacobians import examples, statistics
@@ -31,7 +32,7 @@ from saeflow.jacobians.pages import latex, page
 from saeflow.jacobians.statistics import Tally
 from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_table, outputs_table, write_pairs
 from saeflow.jobs.job import Job
-from saeflow.models.blocks import Block, input_gain, read_block, read_span
+from saeflow.models.blocks import input_gain, read_block, read_span, without_norm
 from saeflow.models.folder import Geometry, Span, block_of_hooks, read_geometry
 from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
@@ -55,11 +56,11 @@ def jacobian_job(job: Job) -> dict[str, Any]:
     with reading_model(job) as folder:
         geometry, tokenizer = read_geometry(folder), open_tokenizer(folder)
     span = _check_around_mlp(dictionaries, folders, geometry)
-    tokens = _open_tokens(job.input("tokens"), config)
+    tokens = _row_of_text(job.config["row"], config) if config.of_text else _open_tokens(job.input("tokens"), config)
 
     model = open_model(job)
     jacobian_map = open_map(model, dictionaries, config)
-    grid = Grid(tokens.context_size, config.window)
+    grid = tokens.grid(config.window)
     with job.writing() as out:
         tally, pairs, tops, samples = _run_pass(out, model, jacobian_map, tokens, grid, config)
         summary = _identity(job, dictionaries, span, config) | _write_statistics(out, tally, pairs, config)
@@ -90,7 +91,7 @@ def jacobian_job(job: Job) -> dict[str, Any]:
 def _title(summary: dict[str, Any]) -> str:
     of = "transcoder"
     if summary["kind"] == "pair":  # a transcoder has no coefficient
-        of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}"
+        of = f"k = {summary['k']}, Jacobian coefficient {summary['jacobian_coefficient']:g}, {control(summary)}"
     where = f"{summary['hook_name']} to {summary['hook_name_out']}"
     return f"{where}, {of}, {summary['n_tokens']} tokens: {summary['convention']}"
 
@@ -103,7 +104,7 @@ def _run_pass(
     Gives what was counted and summed, the windows of outputs and of inputs, and the tokens to look at functions of.
     """
     tally = Tally(config, tokens.n_documents)
-    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, jacobian_map.shared)
+    sums = PairSums(jacobian_map.n_out, jacobian_map.n_in, out, jacobian_map.shared)
     sizes = {"outputs": jacobian_map.n_out, "inputs": jacobian_map.n_in}
     tops = [TopWindows(n, grid, config.contexts, out / f"{side}.firings") for side, n in sizes.items()]
     row, position = grid.row_and_position(np.arange(min(config.stored_tokens, tokens.n_tokens)))
@@ -170,7 +171,7 @@ def _check_around_mlp(dictionaries: list[Dictionary], folders: list[Path], geome
             for d, path in zip(dictionaries, folders, strict=True)
         )
         raise FitError(
-            f"a Jacobian needs two TopK or ReLU SAEs around one MLP, or one transcoder, but {described}; use "
+            f"a Jacobian needs two TopK, ReLU or JumpReLU SAEs around one MLP, or one transcoder, but {described}; use "
             "dictionary=pair or dictionary=transcoder with site=mlp"
         )
     try:
@@ -189,16 +190,18 @@ def open_map(model: "HookedTransformer", dictionaries: list[Dictionary], config:
     block = read_block(model, *hooks)
     gain = input_gain(model, read_span(model, *hooks))
     if config.norm == "ignored":
-        if not isinstance(block, Block):
-            raise ConfigError("jacobian.norm=ignored needs an MLP with a closed form; set jacobian.norm=inside")
-        block = Block(block.mlp, skip=block.skip)
+        block = without_norm(block, "jacobian.norm")
     return Pair(block, input, output, config.at == "reconstruction", own_output=config.norm == "ignored", gain=gain)
 
 
 def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: JacobianConfig) -> dict[str, Any]:
     """What the study is of, and its convention."""
     first, last = dictionaries[0].spec, dictionaries[-1].spec
+    made = job.inputs("train") + job.inputs("foreign")
     where = "its reconstruction by the input dictionary" if config.at == "reconstruction" else "the true input"
+    which = (
+        f"tokens {' to '.join(map(str, config.text_tokens))} of a text" if config.text_tokens else "without position 0"
+    )
     if len(dictionaries) == 2:
         entries = "k x k entries of a token's active latents, latents at 0 included"
         if first.activation != "topk" or last.activation != "topk":
@@ -210,12 +213,12 @@ def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: Jaco
         }[span.begins]
         if config.norm == "ignored":
             begins = "before the norm, which is left out of f but for its gain and bias"
-        convention = f"at {where}, without position 0; {entries}; f begins {begins}"
+        convention = f"at {where}, {which}; {entries}; f begins {begins}"
     else:
-        convention = "of the transcoder's output by its input, without position 0; all d_out x d_in entries"
+        convention = f"of the transcoder's output by its input, {which}; all d_out x d_in entries"
     return {
-        "train_key_in": job.inputs("train")[0].name,
-        "train_key_out": job.inputs("train")[-1].name,
+        "train_key_in": made[0].name,
+        "train_key_out": made[-1].name,
         "kind": "pair" if len(dictionaries) == 2 else "transcoder",
         "activation": first.activation,
         "hook_name": first.hook_name,
@@ -232,7 +235,14 @@ def _identity(job: Job, dictionaries: list[Dictionary], span: Span, config: Jaco
         "at": config.at,
         "norm": config.norm if span.norm else "outside",
         "convention": convention,
+        **({"text": config.text} if config.of_text else {}),
     }
+
+
+def _row_of_text(row: list[int], config: JacobianConfig) -> Tokens:
+    """One document, so that nothing has an interval."""
+    first = config.text_tokens[0] if config.text_tokens else 1
+    return Tokens(np.array([row], np.int32), np.zeros(1, np.int64), np.zeros(len(row) - first, np.int64), first)
 
 
 def _open_tokens(folder: Path, config: JacobianConfig) -> Tokens:

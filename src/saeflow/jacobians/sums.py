@@ -6,11 +6,15 @@ the number of tokens on which output latent i is active, whether or not j is; an
 by the number of all tokens. Both are entries of an n x n matrix that is 0 wherever the two never met.
 
 Entries are gathered for a while, sorted by (i, j) and summed; sorted runs are merged so that each is at least twice as
-long as the next. The order of every sum depends on the tokens alone. Memory grows with the pairs that ever met, some 50
-bytes each.
+long as the next. The order of every sum depends on the tokens alone. Runs of more than `IN_MEMORY` pairs lie in files,
+40 bytes a pair, that are merged and read a block at a time: memory of the process stays below `stage.SUMS_MB`, and the
+disk holds at most three times the pairs that ever met.
 """
 
+import contextlib
+import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,8 @@ from saeflow.jacobians.maps import JacobianBlocks
 GATHERED = 1 << 21  # entries that are gathered before they are sorted: some 100 MB with what sorting takes
 CHUNK = 1 << 18  # of a Zarr array
 SHARE = 0.9
+IN_MEMORY = 1 << 22  # pairs of a run that is kept in memory
+BLOCK = 1 << 20  # pairs that are merged, ranked or written at once
 
 
 @dataclass(frozen=True)
@@ -49,22 +55,28 @@ class Pairs:
     """(n_in,)"""
     n_tokens: int
 
-    def mean_absolute(self, convention: str) -> np.ndarray:
-        """(P,): mean |J| over the tokens where the output latent is active (`active`), or over all (`all`)."""
+    def mean_absolute(self, convention: str, part: slice = slice(None)) -> np.ndarray:
+        """(P,), or of a part of the pairs: mean |J| over the tokens where the output latent is active (`active`), or
+        over all (`all`)."""
         if convention == "active":
-            return self.sum_absolute / self.active_output[self.output]
-        return self.sum_absolute / self.n_tokens
+            return np.asarray(self.sum_absolute[part] / self.active_output[self.output[part]])
+        return np.asarray(self.sum_absolute[part] / self.n_tokens)
+
+    def slices(self) -> Iterator[slice]:
+        """All pairs, a block at a time: there may be more of them than fit into memory."""
+        return (slice(start, start + BLOCK) for start in range(0, len(self.count), BLOCK))
 
 
 _Run = list[np.ndarray]
-"""Keys, ascending, and of each how many there are and the sums of J, |J| and J^2."""
+"""Keys, ascending, and of each how many there are and the sums of J, |J| and J^2: in memory, or maps of files."""
 
 
 class PairSums:
     """Takes the blocks of all tokens one after another, gives their `Pairs`."""
 
-    def __init__(self, n_out: int, n_in: int, shared: bool = False) -> None:
-        self.n_out, self.n_in, self.shared = n_out, n_in, shared
+    def __init__(self, n_out: int, n_in: int, scratch: Path, shared: bool = False) -> None:
+        """`scratch`: a folder on a disk that has room for the pairs; nothing is left in it."""
+        self.n_out, self.n_in, self.shared, self.scratch = n_out, n_in, shared, scratch
         self.n_tokens = 0
         self.active_output, self.active_input = np.zeros(n_out, np.int64), np.zeros(n_in, np.int64)
         self._gathered: list[tuple[np.ndarray, np.ndarray]] = []
@@ -97,13 +109,16 @@ class PairSums:
         self.active_input += len(J)
 
     def pairs(self) -> Pairs:
+        """May be called once, at the end."""
         self._sort()
         while len(self._runs) > 1:
-            self._runs[-2:] = [_merged(*self._runs[-2:])]
+            self._merge_last()
         keys, count, total, absolute, squares = (
             self._runs[0] if self._runs else [np.zeros(0, np.int64)] * 2 + [np.zeros(0)] * 3
         )
-        output, input = (part.astype(np.int32) for part in divmod(keys, self.n_in))
+        blocks = (divmod(keys[start : start + BLOCK], self.n_in) for start in range(0, max(1, len(keys)), BLOCK))
+        halves = ([part.astype(np.int32) for part in block] for block in blocks)
+        output, input = self._kept(halves, len(keys) > IN_MEMORY)
         active = (self.active_output, self.active_input)
         return Pairs(output, input, count, total, absolute, squares, *active, self.n_tokens)
 
@@ -113,7 +128,26 @@ class PairSums:
             self._gathered, self._waiting = [], 0
             self._runs.append(_merged([keys, np.ones(len(keys), np.int64), J, np.abs(J), J * J]))
             while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
-                self._runs[-2:] = [_merged(*self._runs[-2:])]
+                self._merge_last()
+
+    def _merge_last(self) -> None:
+        one, other = self._runs[-2:]
+        is_large = len(one[0]) + len(other[0]) > IN_MEMORY
+        self._runs[-2:] = [self._kept(_merged_in_blocks(one, other), True) if is_large else _merged(one, other)]
+
+    def _kept(self, blocks: Iterable[list[np.ndarray]], on_disk: bool) -> list[np.ndarray]:
+        """Columns that come in blocks, in memory or as maps of files."""
+        if not on_disk:
+            return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
+        files, dtypes = list[Any](), list[np.dtype]()
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                if not files:  # they have no names, and are gone with the maps
+                    files = [stack.enter_context(tempfile.TemporaryFile(dir=self.scratch)) for _ in block]
+                    dtypes = [column.dtype for column in block]
+                for column, file in zip(block, files, strict=True):
+                    column.tofile(file)
+            return [np.memmap(file, dtype, "r") for file, dtype in zip(files, dtypes, strict=True)]
 
 
 def _merged(*runs: _Run) -> _Run:
@@ -127,6 +161,18 @@ def _merged(*runs: _Run) -> _Run:
     return [keys[starts], *(np.add.reduceat(values[order], starts) for values in sums)]
 
 
+def _merged_in_blocks(one: _Run, other: _Run) -> Iterator[_Run]:
+    """The same of two runs, a block of rising keys after another."""
+    at = [0, 0]
+    while at[0] < len(one[0]) or at[1] < len(other[0]):
+        parts = [[column[i : i + BLOCK] for column in run] for run, i in zip((one, other), at, strict=True)]
+        # what is beyond the last key of a part that has more behind it may have its equal there
+        ends = [p[0][-1] for p, run, i in zip(parts, (one, other), at, strict=True) if i + BLOCK < len(run[0])]
+        until = [np.searchsorted(p[0], min(ends), side="right") if ends else len(p[0]) for p in parts]
+        yield _merged(*([column[:n] for column in p] for p, n in zip(parts, until, strict=True)))
+        at = [i + int(n) for i, n in zip(at, until, strict=True)]
+
+
 # -------------------------------------------------------------------- tables
 def exceedance_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
     """By `convention` of the mean: `count` of the n_out x n_in entries above each `threshold`, and their `fraction`."""
@@ -134,8 +180,10 @@ def exceedance_table(pairs: Pairs, config: JacobianConfig) -> pa.Table:
     size = len(pairs.active_output) * len(pairs.active_input)
     tables = []
     for convention in ("active", "all"):
-        ordered = np.sort(pairs.mean_absolute(convention))
-        count = len(ordered) - np.searchsorted(ordered, thresholds, side="right")
+        count = np.zeros(len(thresholds), np.int64)
+        for part in pairs.slices():
+            ordered = np.sort(pairs.mean_absolute(convention, part))
+            count += len(ordered) - np.searchsorted(ordered, thresholds, side="right")
         columns = {"convention": [convention] * len(count), "threshold": thresholds, "count": count}
         tables.append(pa.table(columns | {"fraction": count / size}))
     return pa.concat_tables(tables)
@@ -177,11 +225,18 @@ def write_pairs(path: Path, pairs: Pairs) -> None:
     shape = [len(pairs.active_output), len(pairs.active_input)]
     attributes: dict[str, Any] = {"n_tokens": pairs.n_tokens, "shape": shape}
     group = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
-    means = {f"mean_absolute_{c}": pairs.mean_absolute(c).astype(np.float32) for c in ("active", "all")}
+    n = len(pairs.count)
     for name, about in _ABOUT.items():
-        values: np.ndarray = means[name] if name in means else getattr(pairs, name)
+        if convention := name.removeprefix("mean_absolute_") if name.startswith("mean_") else "":
+            array = _create(group, name, np.dtype(np.float32), "pair", n, about)
+            for part in pairs.slices():
+                array[part] = pairs.mean_absolute(convention, part).astype(np.float32)
+            continue
+        values: np.ndarray = getattr(pairs, name)
         dimension = name.replace("active_", "") + "_latent" if name.startswith("active_") else "pair"
-        _create(group, name, values.dtype, dimension, len(values), about)[:] = values
+        array = _create(group, name, values.dtype, dimension, len(values), about)
+        for start in range(0, len(values), BLOCK):
+            array[start : start + BLOCK] = np.asarray(values[start : start + BLOCK])
     _consolidate(path)
 
 

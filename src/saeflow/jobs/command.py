@@ -14,7 +14,7 @@ from saeflow.config.device import missing
 from saeflow.jobs.claims import claimed, claimed_part, wait_for
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
-from saeflow.jobs.progress import cpu_seconds, first_line
+from saeflow.jobs.progress import cpu_seconds, first_line, peak_memory
 from saeflow.jobs.signals import end, raise_again
 from saeflow.planning.frozen import touch
 from saeflow.planning.graph import Plan
@@ -94,7 +94,8 @@ def main() -> None:
             else:
                 last_line = stage.parts.work(left, part) if part and stage.parts else stage.work(left)
                 seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
-                record(stage, plan, [job.instance for job in left], args.device, seconds, cpu, args.part or "")
+                made = [job.instance for job in left]
+                record(stage, plan, made, args.device, seconds, cpu, peak_memory(), args.part or "")
             if part is not None:
                 publish_text(Path(mark(args.stage, args.job, args.part)), f"{last_line}\n")
         bring_to_now([*plan.inputs(args.stage, wanted[0], again=True), *needed, *plan.marks(args.stage, wanted[0])])

@@ -10,10 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeflow.models.protocol import LanguageModel
+from saeflow.models.protocol import LanguageModel, full
+
+
+def read_values(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
+    """W_V (H, D, d) and b_V (H, d) of a layer by query head, the gain and bias of the norm before it folded in, whether
+    or not the model was loaded with `fold_ln`."""
+    block: Any = model.blocks[layer]
+    norm = getattr(block, "ln1", None)
+    gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+    W_V, b_V = full(block.attn.W_V.detach()), full(block.attn.b_V.detach())
+    if bias is not None:
+        b_V = b_V + torch.einsum("e,hed->hd", full(bias), W_V)
+    return W_V if gain is None else full(gain)[:, None] * W_V, b_V
 
 
 @contextmanager

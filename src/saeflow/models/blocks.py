@@ -204,6 +204,14 @@ def read_block(model: LanguageModel, hook_name: str, hook_name_out: str) -> Bloc
     return Block(mlp, float(model.cfg.eps), kind.startswith("LN"), span.skip) if span.norm else Block(mlp)
 
 
+def without_norm(block: Block | ModuleBlock, setting: str) -> Block:
+    """The block with its norm left out, but for the gain and the bias. Raises `ConfigError`, which names the setting
+    that asks for it, for a block without a closed form."""
+    if not isinstance(block, Block):
+        raise ConfigError(f"{setting}=ignored needs an MLP with a closed form; set {setting}=inside")
+    return Block(block.mlp, skip=block.skip)
+
+
 def input_gain(model: LanguageModel, span: Span) -> Tensor | None:
     """(d,): by what the values where f begins are multiplied before the MLP reads them, but for the norm's division,
     which depends on the token; None where that is part of f."""

@@ -23,7 +23,7 @@ def running(
     that of the operations, but an hour at least.
     """
     first = instances[0]
-    context = int(_tokens(plan, first)["tokens"]["context_size"])
+    context = int(rows_of(plan, first)["tokens"]["context_size"])
     weights, d_vocab = sizes(Path(first.sources["model"]))
     logits = LOGITS * 4 * batch_rows * context * d_vocab
     minutes = 2 * n_operations / float(plan.device["flops"]) / 60
@@ -43,7 +43,7 @@ def operations(
     geometry = _geometry(Path(instance.sources["model"]))
     if geometry is None:
         return 0.0
-    tokens = _tokens(plan, instance)
+    tokens = rows_of(plan, instance)
     context = tokens["tokens"]["context_size"]
     g, n_blocks = geometry, (geometry.n_layers - 1 if last is None else last) - first + 1
     heads = 2 * g.d_model * g.d_head * (g.n_heads + g.n_key_value_heads) + 2 * context * g.n_heads * g.d_head
@@ -58,7 +58,10 @@ def block_of(hook_name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _tokens(plan: Plan, instance: Instance) -> dict[str, Any]:
+def rows_of(plan: Plan, instance: Instance) -> dict[str, Any]:
+    """`n_rows` and `tokens.context_size` of what a model is run on: a token store, or the one `row` of a text."""
+    if "row" in instance.config:
+        return {"n_rows": 1, "tokens": {"context_size": len(instance.config["row"])}}
     return plan.instance("tokens", instance.needs["tokens"][-1]).config
 
 

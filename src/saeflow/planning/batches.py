@@ -7,6 +7,7 @@ from typing import Any
 
 from saeflow.planning.digests import canonical
 from saeflow.planning.graph import Plan
+from saeflow.planning.history import measured_seconds
 from saeflow.planning.parts import Part
 from saeflow.planning.stages import Stage, stages
 from saeflow.storage.receipts import is_damaged, problem, read_receipt, set_aside
@@ -122,13 +123,16 @@ def _even_parts(keys: list[str], costs: list[float], most: int) -> list[list[str
 
 def resources(plan: Plan, name: str, keys: Sequence[str], attempt: int = 1, parts: int = 1) -> dict[str, Any]:
     """Stage, device, GPUs, `mem_mb` and `runtime` of the job that makes `keys`, or of one of so many parts of it, which
-    takes its share of the time, an hour at least: never a reason to rerun.
+    takes its share of the time, an hour at least: never a reason to rerun. The time is that of the sizes of what it
+    makes, or twice that of earlier jobs on such devices where these were slower.
 
     What ended for want of memory or time, or was preempted, is tried again with `attempt` times as much of both, but
     not with more than `device.most` once that is enough for the first try.
     """
     device, instances = plan.device_of(name), [plan.stages[name][key] for key in keys]
     found: dict[str, Any] = dict(stages()[name].resources(plan, instances)) if instances else {}
+    if "runtime" in found:
+        found["runtime"] = max(found["runtime"], round(2 * measured_seconds(stages()[name], plan, instances) / 60))
     if parts > 1 and "runtime" in found:
         found["runtime"] = min(found["runtime"], max(60, -(-found["runtime"] // parts)))
     configured = {unit: plan.device.get(unit, {}).get(name) for unit in ("mem_mb", "runtime")}

@@ -56,7 +56,8 @@ class PlannedPoint:
     geometry: Any = None
     """`saeflow.models.folder.Geometry` of its model."""
     labels: dict[str, str] = field(default_factory=dict)
-    """What stands for its model and its corpus in names of folders: made of content, never what the user calls them."""
+    """What stands for its model and its corpora in names of folders: made of content, never what the user calls
+    them."""
     keys: dict[str, dict[str, str]] = field(default_factory=dict)
     """Of each stage, the keys of this point's artifacts by what tells them apart: a split, a hook, ..."""
     dictionaries: list[PlannedDictionary] = field(default_factory=list)
@@ -80,6 +81,8 @@ class PlannedPoint:
         config = project(self.tree, stages()[stage].reads) | dict(extra or {})
         needed = [self.tells.get(key, {}) for keys in needs.values() for key in keys]
         parts = merged([*needed, unusual(config, self.labels)])
+        if parts.get("corpus") == "":  # what it is made from is of both corpora of the point
+            parts |= {path: token for path, token in self.labels.items() if path == "evaluation.corpus"}
         full = joined(label, parts) if tells else label
         settings = {name: [path, self.setting(path)] for name, path in (says or {}).items()}
         key = add_instance(self.plan, stage, full, config, needs, self.sources | (sources or {}), settings)

@@ -1,6 +1,7 @@
 """What a plan would run, and why, in the words of the research."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,8 +106,7 @@ def _in_parts(n: int) -> str:
 
 
 def _time(time: Prediction) -> str:
-    unit, size = ("h", 3600) if time.seconds >= 3600 else ("min", 60) if time.seconds >= 60 else ("s", 1)
-    text = f"about {time.seconds / size:.2g} {unit} of jobs, one after another, "
+    text = f"about {_span(time.seconds)} of jobs, one after another, "
     by = [f"by {time.measured} earlier ones on this machine"] if time.measured else []
     if time.guessed:
         by.append(
@@ -115,7 +115,27 @@ def _time(time: Prediction) -> str:
     return text + " and ".join(by)
 
 
-def readable(n_bytes: int) -> str:
+def costs(explanation: Explanation, jobs: Mapping[str, int]) -> str:
+    """A table for people of what each stage is predicted to take; "" where nothing is to be made. `jobs`: how many
+    there are of each."""
+    time = explanation.time
+    if not time.by_stage:
+        return ""
+    rows = [("stage", "jobs", "time of all", "memory of the largest", "by")]
+    for stage, seconds in time.by_stage.items():
+        memory = readable(1e6 * time.memory_mb[stage]) if stage in time.memory_mb else "-"
+        by = "device.flops, what is asked for" if stage in time.guessed else "earlier jobs here"
+        rows.append((stage, str(jobs[stage]), _span(seconds), memory, by))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _span(seconds: float) -> str:
+    unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
+    return f"{seconds / size:.2g} {unit}"
+
+
+def readable(n_bytes: float) -> str:
     size = float(n_bytes)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:

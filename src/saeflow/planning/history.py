@@ -7,6 +7,7 @@ result depends on it, and it may be deleted too.
 import json
 import platform
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ class Prediction(NamedTuple):
     """Earlier artifacts made on this machine that it is from."""
     guessed: list[str]
     """Stages of which nothing was ever made here: by `device.flops` where their operations are known."""
+    memory_mb: dict[str, float]
+    """Of the largest job of each stage: by what earlier ones here had at most, else what it asks for; stages that
+    neither is known of are left out."""
 
     @property
     def seconds(self) -> float:
@@ -40,17 +44,19 @@ def record(
     device: str,
     seconds: float,
     cpu_seconds: float,
+    peak_bytes: int,
     part: str = "",
 ) -> None:
-    """Adds a line for each artifact of a job that took `seconds`, and `cpu_seconds` of all cores, on a device: its
-    share of them and of the work, and, of the job that ends what several have shared, what each `part` took. In one
-    write, so that several jobs may do so at once."""
+    """Adds a line for each artifact of a job that took `seconds`, and `cpu_seconds` of all cores, on a device, and had
+    `peak_bytes` of memory: its share of the times and of the work, and, of the job that ends what several have shared,
+    what each `part` took. In one write, so that several jobs may do so at once."""
+    memory = {"peak_mb": round(1e-6 * peak_bytes), "asked_mb": asked_mb(stage, plan, instances)}
     n, work = len(instances), work_of(stage, plan, instances)
     parts = _parts(plan.results, stage.name) if stage.parts is not None and not part else {}
     text = ""
     for instance in instances:
         took, cpu = parts.get(instance.key, (0.0, 0.0))
-        line = _line(plan, instance, device, seconds / n + took, cpu_seconds / n + cpu, work / n, n)
+        line = _line(plan, instance, device, seconds / n + took, cpu_seconds / n + cpu, work / n, n) | memory
         text += json.dumps(line | ({"part": part} if part else {})) + "\n"
     with open(Path(plan.results) / FILE, "a") as file:
         file.write(text)
@@ -110,30 +116,69 @@ def _all_lines(results: str | Path) -> list[dict[str, Any]]:
 
 def predict(plan: Plan, made: list[dict[str, Any]]) -> Prediction:
     """How long the run takes that the plan is for, from earlier jobs on this machine and these devices."""
-    by_stage, measured, guessed = dict[str, float](), 0, list[str]()
-    for stage, keys in plan.to_make.items():
+    by_stage, measured, guessed, memory = dict[str, float](), 0, list[str](), dict[str, float]()
+    for name, keys in plan.to_make.items():
         if not keys:
             continue
-        here = (platform.node(), plan.device_of(stage))
-        alike = [m for m in made if (m.get("host"), m.get("device")) == here and m["stage"] == stage and "sharing" in m]
-        jobs = [[plan.stages[stage][key] for key in keys] for keys in plan.jobs(stage)]
+        stage, here = stages()[name], (platform.node(), plan.device_of(name))
+        of_stage = [m for m in made if m["stage"] == name and "sharing" in m]
+        alike = [m for m in of_stage if (m.get("host"), m.get("device")) == here][-RECENT:]
+        jobs = [[plan.stages[name][key] for key in keys] for keys in plan.jobs(name)]
         if alike:
-            start, rate = _fit(alike[-RECENT:])
-            by_stage[stage] = sum(start + rate * work_of(stages()[stage], plan, job) for job in jobs)
-            measured += len(alike[-RECENT:])
+            by_stage[name] = sum(_seconds(alike, work_of(stage, plan, job)) for job in jobs)
+            measured += len(alike)
         else:
-            operations = sum(stages()[stage].operations(plan, job) for job in jobs)
-            by_stage[stage] = len(jobs) * START_SECONDS + operations / float(plan.device["flops"])
-            guessed.append(stage)
-    return Prediction(by_stage, measured, guessed)
+            operations = sum(stage.operations(plan, job) for job in jobs)
+            by_stage[name] = len(jobs) * START_SECONDS + operations / float(plan.device["flops"])
+            guessed.append(name)
+        held = [(m["peak_mb"], m["asked_mb"]) for m in alike if "peak_mb" in m]
+        start, rate = _fit(held) if held else (0.0, 1.0)
+        if most := max(start + rate * asked_mb(stage, plan, job) for job in jobs):
+            memory[name] = most
+    return Prediction(by_stage, measured, guessed, memory)
 
 
-def _fit(made: list[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds that a job takes to start, and for each unit of its work: those that leave the least squares of relative
-    errors, none of them negative. Jobs of one size do not tell the two apart: all is then work."""
-    job_seconds = [max(m["seconds"], 1e-3) * m["sharing"] for m in made]
-    starts = [1 / s for s in job_seconds]
-    rates = [m["work"] * m["sharing"] / s for m, s in zip(made, job_seconds, strict=True)]
+def measured_seconds(stage: Stage, plan: Plan, instances: Sequence[Instance]) -> float:
+    """What a job may take by earlier ones on devices of the same kind, wherever they ran; 0 where there are none. Looks
+    at the disk once a minute at most."""
+    file = Path(plan.results) / FILE
+    if not file.is_file():
+        return 0.0
+    kind = _kind(plan.device_of(stage.name))
+    known = _by_stage_and_kind(plan.results, file.stat().st_mtime // 60).get((stage.name, kind))
+    return _seconds(known, work_of(stage, plan, instances)) if known else 0.0
+
+
+@lru_cache(1)
+def _by_stage_and_kind(results: str, minute: float) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines(results):
+        if "sharing" in line and "device" in line:
+            found.setdefault((line["stage"], _kind(line["device"])), []).append(line)
+    return {name: alike[-RECENT:] for name, alike in found.items()}
+
+
+def _kind(device: str) -> str:
+    return device.split(":")[0]
+
+
+def asked_mb(stage: Stage, plan: Plan, instances: Sequence[Instance]) -> int:
+    """Memory that a job asks for by its sizes; 0 where the stage does not say."""
+    return int(stage.resources(plan, instances).get("mem_mb", 0))
+
+
+def _seconds(alike: list[dict[str, Any]], work: float) -> float:
+    """What a job takes by others of its stage."""
+    start, rate = _fit([(m["seconds"] * m["sharing"], m["work"] * m["sharing"]) for m in alike])
+    return start + rate * work
+
+
+def _fit(jobs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of what jobs took (seconds, say) and their work: what each takes to start, and for each unit of its work: those
+    that leave the least squares of relative errors, none of them negative. Jobs of one size do not tell the two apart:
+    all is then work."""
+    starts = [1 / max(took, 1e-3) for took, _ in jobs]
+    rates = [work / max(took, 1e-3) for took, work in jobs]
     ss, rr = (sum(v * v for v in values) for values in (starts, rates))
     sr = sum(a * b for a, b in zip(starts, rates, strict=True))
     determinant = ss * rr - sr * sr
@@ -144,7 +189,7 @@ def _fit(made: list[dict[str, Any]]) -> tuple[float, float]:
             return start, rate
         if rate < 0:
             return sum(starts) / ss, 0.0
-    return 0.0, sum(rates) / rr
+    return (0.0, sum(rates) / rr) if rr else (sum(starts) / ss, 0.0)
 
 
 def work_of(stage: Stage, plan: Plan, instances: Sequence[Instance]) -> float:

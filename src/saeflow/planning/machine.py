@@ -59,7 +59,8 @@ def check_machine(plan: Plan) -> None:
 def notes(plan: Plan) -> list[str]:
     """What to say of a plan that nothing runs yet, and that another machine may run."""
     said = "on this machine a run is refused, on others (--executor) it is not"
-    return [f"{said}: {problem}" for problem in unfit(plan)]
+    of_jobs = (stages()[stage].note(plan, _of(plan, stage, keys)) for stage, keys in jobs(plan))
+    return [*(f"{said}: {problem}" for problem in unfit(plan)), *dict.fromkeys(filter(None, of_jobs))]
 
 
 def unfit(plan: Plan) -> Iterator[str]:

@@ -62,6 +62,8 @@ class Stage:
     """What a job takes on disk beside that until it is done."""
     holds: Callable[[Plan, Sequence[Instance]], int] = lambda plan, instances: 0
     """Bytes of memory that a job cannot do without, where they may be more than a machine has."""
+    note: Callable[[Plan, Sequence[Instance]], str] = lambda plan, instances: ""
+    """What the plan is to say of a job on this machine, a sentence without its full stop; "": nothing."""
     cached: bool = False
     """Whether these bytes are said apart: what is cached can be deleted once all is made from it."""
     operations: Callable[[Plan, Sequence[Instance]], float] = lambda plan, instances: 0.0

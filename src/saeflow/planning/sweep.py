@@ -175,9 +175,17 @@ class Sweep:
                 for path in values:
                     if not _holds(tree, path):
                         raise ConfigError(f"sweep of {path}: no such key{_near(path, _leaves(tree, self.fields))}")
-                yield from _product(tree, axes_here, self.fields)
+                for point in _product(tree, axes_here, self.fields):
+                    if isinstance(name := point["evaluation"].get("corpus"), str):
+                        point["evaluation"]["corpus"] = self._corpus(name)
+                    yield point
         for path in sorted(self.values.keys() - used):
             raise self._unknown(path)
+
+    def _corpus(self, name: str) -> dict[str, Any]:
+        """The settings of a file in `conf/corpus/`."""
+        (point,) = _product(self._compose([f"corpus={name}"]), {}, ["corpus"])
+        return dict(point["corpus"])
 
     def _unknown(self, path: str) -> ConfigError:
         """What to say of a value that no point takes: a misspelt key, or one that other choices of its group have."""

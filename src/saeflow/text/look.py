@@ -46,12 +46,14 @@ def look_at(corpus: CorpusConfig) -> Look:
     return Look(texts, True)
 
 
-def check_length(look: Look, corpus: CorpusConfig, tokens: TokensConfig, model_folder: Path) -> None:
-    """Raises `CorpusError` where a corpus that was seen whole has fewer rows than are wanted, in either split."""
+def check_length(
+    look: Look, corpus: CorpusConfig, tokens: TokensConfig, model_folder: Path, splits: tuple[str, ...] = SPLITS
+) -> None:
+    """Raises `CorpusError` where a corpus that was seen whole has fewer rows than are wanted, in any of `splits`."""
     if not look.whole:
         return
     body = tokens.context_size - tokens.prepend_bos
-    for split in SPLITS:
+    for split in splits:
         texts = [t for t in look.texts if is_held_out(t, tokens.held_out_fraction) == (split == "held_out")]
         wanted: int = getattr(tokens, f"{split}_tokens") // tokens.context_size
         if not texts:

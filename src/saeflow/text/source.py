@@ -25,6 +25,24 @@ def identify(planned: PlannedPoint) -> None:
     planned.sources |= {"corpus": corpus.path or "", "corpus_name": corpus.name}
 
 
+def of_held_out(planned: PlannedPoint) -> PlannedPoint:
+    """The point as its held-out tokens are made: of `evaluation.corpus`, where there is one."""
+    planned.tree["evaluation"].pop("corpus", None)  # in keys it is by what the tokens are
+    corpus = planned.point.evaluation.corpus
+    if corpus is None:
+        return planned
+    seen = dataclasses.replace(
+        planned,
+        point=dataclasses.replace(planned.point, corpus=corpus),
+        tree=dict(planned.tree),
+        labels=dict(planned.labels),
+        sources=dict(planned.sources),
+    )
+    identify(seen)
+    planned.labels["evaluation.corpus"] = f"on_{seen.labels['corpus']}"
+    return seen
+
+
 def _content(corpus: CorpusConfig, digests: DigestCache) -> dict[str, object]:
     tree = dataclasses.asdict(corpus)
     del tree["name"], tree["path"]

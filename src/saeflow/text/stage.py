@@ -9,6 +9,7 @@ from saeflow.planning.expansion import Expansion, PlannedPoint
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.parts import Part, Parts
 from saeflow.planning.stages import Stage
+from saeflow.text.source import of_held_out
 
 PART_TOKENS = 1 << 16  # fewer are not worth a job of their own
 
@@ -20,22 +21,24 @@ def expand(expansion: Expansion) -> None:
             raise ConfigError(
                 f"tokens.context_size={size} is longer than the model's context, {planned.geometry.n_ctx}"
             )
-        if point.corpus.path is not None:
-            _look(planned)
-        for split, n_tokens in (("train", point.tokens.train_tokens), ("held_out", point.tokens.held_out_tokens)):
-            n_rows, says = n_tokens // size, {"n_rows": f"tokens.{split}_tokens"}
-            extra = {"split": split, "n_rows": n_rows}
-            planned.add("tokens", f"{split}-{n_rows}rows", {}, extra, name=split, says=says)
+        seen = of_held_out(planned)
+        for split, of in (("train", planned), ("held_out", seen)):
+            if of.point.corpus.path is not None:
+                _look(of, (split,) if seen is not planned else ("train", "held_out"))
+            n_rows = getattr(point.tokens, f"{split}_tokens") // size
+            extra, says = {"split": split, "n_rows": n_rows}, {"n_rows": f"tokens.{split}_tokens"}
+            of.add("tokens", f"{split}-{n_rows}rows", {}, extra, name=split, says=says)
 
 
-def _look(planned: PlannedPoint) -> None:
+def _look(planned: PlannedPoint, splits: tuple[str, ...]) -> None:
     """Raises `CorpusError` for text that would fail in the job, as far as its first records say."""
     from saeflow.text.look import check_length, look_at
 
     corpus, tokens, digests = planned.point.corpus, planned.point.tokens, planned.digests
     look = digests.once(("look", corpus), lambda: look_at(corpus))
     folder = planned.sources["model"]
-    digests.once(("length", corpus, tokens, folder), lambda: check_length(look, corpus, tokens, Path(folder)))
+    about = ("length", corpus, tokens, folder, splits)
+    digests.once(about, lambda: check_length(look, corpus, tokens, Path(folder), splits))
 
 
 def n_bytes(plan: Plan, instance: Instance) -> int:

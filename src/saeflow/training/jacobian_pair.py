@@ -10,6 +10,8 @@ TopK kept at 0. Taken at the input x (the paper) it depends on the input SAE's d
 alone: which latents are active, and f' at x, are given. Taken at the input SAE's reconstruction of x it depends on all
 weights of the input SAE, through f', and the output SAE's active latents are those of f at the reconstruction.
 
+f is the model's own; with `jacobian_norm=ignored` the norm that it begins with is left out, as in notebook 000.
+
 What differs from the paper's code on purpose: the target is the stored f(x); gradients are clipped for each SAE by
 itself and lose their part along decoder rows before the optimiser's step; latents that TopK kept at 0 have no Jacobian.
 With coefficient 0 both SAEs are, bit for bit, what they would be alone.
@@ -41,7 +43,7 @@ from saeflow.kernels.penalties import PENALTIES
 from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
-from saeflow.models.blocks import Block, ModuleBlock
+from saeflow.models.blocks import Block, ModuleBlock, without_norm
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import Batches, HookStatistics, Inputs, PartOfBatches, SeveralTrainers, Tables
 from saeflow.training.trainer import Trainer
@@ -58,8 +60,10 @@ class JacobianTrainer(SeveralTrainers):
     @classmethod
     def of_job(cls, inputs: Inputs) -> "JacobianTrainer":
         assert isinstance(inputs.config, JacobianPairConfig)
-        given = inputs.specs, inputs.config, inputs.training, inputs.statistics
-        return cls(*given, inputs.block(), inputs.device, inputs.on_row)
+        given, block = (inputs.specs, inputs.config, inputs.training, inputs.statistics), inputs.block()
+        if inputs.config.jacobian_norm == "ignored":
+            block = without_norm(block, "dictionary.jacobian_norm")
+        return cls(*given, block, inputs.device, inputs.on_row)
 
     def __init__(
         self,

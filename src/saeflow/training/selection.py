@@ -37,8 +37,11 @@ class Selection:
 
         Raises `ConfigError` for dictionaries that cannot share batches, `StoreError` where no token is left.
         """
-        if len({(o.batch_size, o.shuffle_seed) for o in options}) > 1:
-            raise ConfigError("dictionaries that train in one job must have one training.batch_size and shuffle_seed")
+        if len({(o.batch_size, o.shuffle_seed, o.buffered) for o in options}) > 1:
+            raise ConfigError(
+                "dictionaries that train in one job must have one training.batch_size, shuffle_seed, order and "
+                "buffer_tokens"
+            )
         exclude = options[0].exclude
         by_norm = exclude.norm_above is not None
         if any(o.exclude != exclude for o in options) or (by_norm and len({frozenset(r) for r in reads}) > 1):
@@ -54,7 +57,8 @@ class Selection:
             left_out = self.left_out.tokens
             said = ", ".join(f"{n:,} by {reason}" for reason, n in self.left_out.by_reason.items())
             log.info("training.exclude leaves out %s, of %s tokens", said, f"{self.left_out.n_stored:,}")
-        self.batches = BatchReader(opened, options[0].batch_size, options[0].shuffle_seed, left_out, read_ahead)
+        of = (options[0].batch_size, options[0].shuffle_seed, left_out, read_ahead, options[0].buffered)
+        self.batches = BatchReader(opened, *of)
         self.statistics = {folder: hook_statistics(column, self.left_out) for folder, column in columns.items()}
         self.is_first: Callable[[int], Tensor] = lru_cache(REMEMBERED)(self._is_first)
         """Of a step's batch, which tokens are the first of their row: (N,) bool."""

@@ -1,4 +1,5 @@
-"""A dictionary that another library made, read instead of trained: `dictionary=foreign`."""
+"""A dictionary that another library made, read instead of trained: `dictionary=foreign`; and two of them around an MLP,
+`dictionary=foreign_pair`."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from saeflow.config.point import PointConfig
 
 
+PAIR = "foreign_pair"
+
+
 @dataclass(frozen=True)
 class ForeignConfig(DictionaryConfig, kind="foreign"):
     """A dictionary of another library; the site says whether it is an SAE or a transcoder."""
@@ -18,8 +22,13 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
     activation: str = "foreign"
     """Always `foreign`: its files say which it has."""
     path: str | None = None
-    """Its folder or file (docs/evaluation.md); this or `release`."""
-    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify"] | None = None
+    """Its folder or file (docs/evaluation.md); this, `heads` or `release`. A folder with `head_0`, `head_1`, ... is of
+    all heads of the hook."""
+    heads: tuple[str, ...] = ()
+    """Folders or files of the SAEs of all heads of the hook, that of head 0 first, which are read as one dictionary."""
+    format: Literal["saelens", "transcoder_circuits", "dictionary_learning", "sparsify", "kissane", "jsae"] | None = (
+        None
+    )
     """Which library's files they are; null: known by them."""
     release: str | None = None
     """A release that SAELens knows, fetched when the job runs."""
@@ -34,14 +43,16 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
 
     @classmethod
     def claims(cls, tree: dict[str, Any]) -> bool:
-        named = tree.get("path") is not None or tree.get("release") is not None
-        return named or "foreign" in (tree.get("kind"), tree.get("activation"))
+        named = any(tree.get(name) is not None for name in ("path", "release")) or bool(tree.get("heads"))
+        return (named or "foreign" in (tree.get("kind"), tree.get("activation"))) and tree.get("kind") != PAIR
 
     def __post_init__(self) -> None:
-        legal = (self.kind, self.activation) == ("foreign", "foreign")
+        legal = self.kind in ("foreign", PAIR) and self.activation == "foreign"
         require(legal, "dictionary.kind", self.kind, "foreign, with activation=foreign: use dictionary=foreign")
-        if (self.path is None) == (self.release is None):
-            raise ConfigError("dictionary=foreign: set exactly one of dictionary.path and dictionary.release")
+        if sum((self.path is not None, bool(self.heads), self.release is not None)) != 1:
+            raise ConfigError(
+                f"dictionary={self.kind}: set exactly one of dictionary.path, dictionary.heads and dictionary.release"
+            )
         legal = (self.release is None) == (self.sae_id is None)
         require(legal, "dictionary.sae_id", self.sae_id, "given with dictionary.release, and only then")
 
@@ -60,8 +71,35 @@ class ForeignConfig(DictionaryConfig, kind="foreign"):
         return []
 
     def check(self, point: "PointConfig") -> None:
-        if point.model.tracr:
-            raise ConfigError(
-                "dictionary=foreign is evaluated on text, and model=tracr has none; open it with "
-                "saeflow.dictionaries.load_dictionary and ask saeflow.groundtruth"
-            )
+        """Whatever does not fit is known when its files are read."""
+
+
+@dataclass(frozen=True)
+class ForeignPairConfig(ForeignConfig, kind=PAIR):
+    """Two SAEs of other libraries around an MLP, whose Jacobian is studied; `path` or `sae_id` is the input SAE's."""
+
+    path_out: str | None = None
+    """The output SAE's folder or file; null: that of `path`, which holds both (JSAE's checkpoints do)."""
+    sae_id_out: str | None = None
+    """The output SAE of the release."""
+
+    two_hooks: ClassVar[bool] = True
+    single_head: ClassVar[bool] = False
+    studies: ClassVar[frozenset[str]] = frozenset({"jacobian"})
+
+    @classmethod
+    def claims(cls, tree: dict[str, Any]) -> bool:
+        return tree.get("kind") == PAIR
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not self.heads, "dictionary.heads", self.heads, "left out: a pair is two SAEs")
+        given, wanted = self.sae_id_out, "given with dictionary.release, and only then"
+        require((self.release is None) == (given is None), "dictionary.sae_id_out", given, wanted)
+
+    def hooks(self, site: SiteConfig) -> list[str]:
+        return [site.hook_name, str(site.hook_name_out)]
+
+    def check(self, point: "PointConfig") -> None:
+        super().check(point)
+        DictionaryConfig.check(self, point)

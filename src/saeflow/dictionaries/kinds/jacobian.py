@@ -26,6 +26,9 @@ class JacobianPairConfig(TrainedConfig, kind="jacobian"):
     """What a Jacobian costs (`saeflow.kernels.penalties`). Source: JSAE paper (L1), and its code."""
     jacobian_at: Literal["input", "reconstruction"] = "input"
     """Where it is taken: at the input (as the paper), or at the input SAE's reconstruction of it."""
+    jacobian_norm: Literal["inside", "ignored"] = "inside"
+    """Where the input SAE is before the norm: `ignored` leaves it out of f, but for its gain and bias. Source: notebook
+    000, whose pairs were trained so."""
     apply_b_dec_to_input: bool = True
     """Whether its SAEs subtract their `b_dec` from their input; those of the paper do not."""
 
@@ -60,7 +63,10 @@ class JacobianPairConfig(TrainedConfig, kind="jacobian"):
     @property
     def options(self) -> dict[str, Any]:
         """What of its training is stored with each of its SAEs."""
-        return {name: getattr(self, name) for name in ("jacobian_coefficient", "jacobian_penalty", "jacobian_at")}
+        names = ["jacobian_coefficient", "jacobian_penalty", "jacobian_at"]
+        if self.jacobian_norm != "inside":
+            names.append("jacobian_norm")
+        return {name: getattr(self, name) for name in names}
 
     def specs(self, columns: Columns, seed: int, origin: Origin) -> list[Spec]:
         sae = alone(self)

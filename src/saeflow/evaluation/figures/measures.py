@@ -7,45 +7,52 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from saeflow.dictionaries.naming import series_name
 from saeflow.dictionaries.series import IDENTITY
 from saeflow.evaluation import comparisons
-from saeflow.evaluation.figures.data import INCREASE, LEVELS, Evaluations, Stacks, read_evaluations, read_stacks
-from saeflow.figures.axes import plain_table, subplots, wrapped_panels
+from saeflow.evaluation.figures.data import LEVELS, Evaluations, Stacks, read_evaluations, read_stacks
+from saeflow.figures.axes import log_axis, plain_table, subplots, wrapped_panels
 from saeflow.figures.registry import figure
 from saeflow.figures.style import look, sequence
 
 TAIL = 0.999  # of the tokens: histograms end there
+_OF_STACKS = (
+    ("loss_recovered_zero", 100, "loss recovered of zero ablation (%)"),
+    ("kl", 1, "KL from the clean model (nats per token)"),
+)
+"""What is drawn of sets of layers: metric, factor, name of the axis."""
+_FRONT_LINES = 12  # of a table, that the panels above the tables take
+_PRINTED_PLACE = "as printed: layer 15, Pythia-410M"
 
 
 @figure("stacks", stage="stack", reads=read_stacks)
 def stacks(data: Stacks) -> tuple[Figure, pd.DataFrame]:
-    """CE loss with the dictionaries of several layers in place at once, beside the clean model and the same ablated.
+    """The dictionaries of several layers in place at once: the share of the CE loss that they recover of what zero
+    ablation of the same hooks costs, and the KL divergence from the clean model.
 
     A line is the sets of one series and amount over the same layers: the mean of its seeds, thin bars the interval over
-    documents where there is one seed, thick bars the range of the seeds where there are several.
+    documents where there is one seed, thick bars the range of the seeds where there are several. CE losses, with those
+    of the clean and the ablated model, are in the table.
     """
     groups = [group for _, group in data.table.groupby(["place", "series", "point"], sort=False)]
-    figure, axis = subplots(figsize=(4.6, 0.9 + 0.3 * len(groups)))
+    figure, axes = subplots(1, 2, figsize=(6.4, 0.9 + 0.3 * len(groups)), sharey=True)
     lines = np.arange(len(groups))[::-1]
-    names = []
-    for line, group in zip(lines, groups, strict=True):
-        first, ce = group.iloc[0], group["ce_replaced"]
-        dot = look(0).line | {"linestyle": ""}
-        axis.plot(ce.mean(), line, label="dictionaries" if line == lines[0] else None, **dot)
-        if len(group) > 1:
-            axis.plot([ce.min(), ce.max()], [line, line], color=look(0).color, linewidth=3.5, alpha=0.35)
-        elif pd.notna(first["ce_increase_low"]):
-            ends = [first["ce_clean"] + first[f"ce_increase_{end}"] for end in ("low", "high")]
-            axis.plot(ends, [line, line], color=look(0).color, linewidth=0.8)
-        for (column, label), marker in zip(LEVELS.items(), "|sx", strict=True):
-            style = {"color": "0.35", "marker": marker, "markerfacecolor": "none", "linestyle": ""}
-            axis.plot(first[column], line, label=label if line == lines[0] else None, **style)
-        names.append(_line_name(data.table, first, len(group)))
-    axis.set_yticks(lines, names)
-    axis.set(xlabel="CE loss (nats per token)", ylim=(-0.6, len(groups) - 0.4))
-    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    for axis, (metric, factor, label) in zip(axes, _OF_STACKS, strict=True):
+        for line, group in zip(lines, groups, strict=True):
+            first, values = group.iloc[0], factor * group[metric].astype(float)
+            axis.plot(values.mean(), line, **look(0).line | {"linestyle": ""})
+            if len(group) > 1:
+                axis.plot([values.min(), values.max()], [line, line], color=look(0).color, linewidth=3.5, alpha=0.35)
+            elif pd.notna(first[f"{metric}_low"]):
+                ends = [factor * first[f"{metric}_{end}"] for end in ("low", "high")]
+                axis.plot(ends, [line, line], color=look(0).color, linewidth=0.8)
+        axis.set(xlabel=label, ylim=(-0.6, len(groups) - 0.4))
+        axis.grid(axis="y", color="0.9", linewidth=0.6)
+    axes[0].set_yticks(lines, [_line_name(data.table, group.iloc[0], len(group)) for group in groups])
+    figure.tight_layout()
     identity = ["place", "series", "amount_name", "amount", "seed", "group", "stack", "layers", "hooks"]
-    return figure, data.table[[*identity, "ce_replaced", *INCREASE, *LEVELS]]
+    shown = [f"{metric}{end}" for metric, _, _ in _OF_STACKS for end in ("", "_low", "_high")]
+    return figure, data.table[[*identity, "ce_replaced", *LEVELS, *shown]]
 
 
 def _line_name(table: pd.DataFrame, row: pd.Series, n: int) -> str:
@@ -97,22 +104,25 @@ def l0_histograms(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
 
 @figure("notebook_004", stage="evaluate", reads=read_evaluations)
 def notebook_004(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
-    """The transcoder paper's two tables, `l0` and `ce_loss` as its notebook takes them (means over all positions,
-    BOS too), beside ours without BOS and with intervals over documents."""
+    """The transcoder paper's sweep as its notebook takes it (`l0` and `ce_loss`: means over all positions, BOS too):
+    ours beside the nine points that it printed for layer 15 of Pythia-410M, and as tables, with ours without BOS and
+    with intervals over documents."""
     table = comparisons.notebook_004(data.table)
     printed, seeds = bool(table["printed_l0"].notna().any()), table["seed"].nunique() > 1
     names = ["l1", *(["seed"] if seeds else []), "l0", "ce_loss"]
     names += [*(["printed\nl0", "printed\nce_loss"] if printed else []), "L0\nwithout BOS", "CE\nwithout BOS"]
     names += ["CE over clean", "recovered\nof zero ablation", "dead"]
     groups = list(table.groupby(["place", "series"], sort=False))
-    lines = len(table) + 3 * max(1, len(groups))
-    size, heights = (7.6 if printed else 6.6, 0.22 * lines), [len(rows) + 3 for _, rows in groups] or None
-    figure, axes = subplots(max(1, len(groups)), 1, figsize=size, squeeze=False, height_ratios=heights)
-    for axis in axes[:, 0]:
+    heights = [_FRONT_LINES, *([len(rows) + 3 for _, rows in groups] or [3])]
+    figure = Figure(figsize=(7.6 if printed else 6.6, 0.22 * sum(heights)))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    _draw_sweeps(figure, grid[0, 0], grid[0, 1], groups)
+    axes = [figure.add_subplot(grid[line, :]) for line in range(1, len(heights))]
+    for axis in axes:
         axis.set_axis_off()
     if not groups:
-        axes[0][0].text(0.5, 0.5, "no dictionary with an L1 coefficient at an MLP's output", ha="center")
-    for axis, ((place, series), rows) in zip(axes[:, 0], groups, strict=False):
+        axes[0].text(0.5, 0.5, "no dictionary with an L1 coefficient at an MLP's output", ha="center")
+    for axis, ((place, series), rows) in zip(axes, groups, strict=False):
         cells = []
         for row in rows.to_dict("records"):
             cell = [_number(row["l1_coefficient"], "g"), *([_number(row["seed"], "g")] if seeds else [])]
@@ -126,7 +136,38 @@ def notebook_004(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
         plain_table(axis, cells, names, [*widths, 0.11, 0.11, 0.23, 0.23, 0.07], 7, head=1.7, loc="upper center")
         axis.set_title(f"{series}: {place}", loc="left")
     figure.tight_layout()
-    return figure, table
+    return figure, pd.concat([table, _printed()], ignore_index=True)
+
+
+def _printed() -> pd.DataFrame:
+    """What the notebook printed, as rows of a place of its own."""
+    rows = [
+        {"place": _PRINTED_PLACE, "series": series_name(kind, "relu", False, None), "kind": kind, "l1_coefficient": l1,
+         "printed_l0": l0, "printed_ce_loss": ce}
+        for (kind, l1), (l0, ce) in comparisons.NOTEBOOK_004.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _draw_sweeps(figure: Figure, left: Any, right: Any, groups: list[Any]) -> None:
+    """L0 against CE loss: ours, a line a series, and the notebook's points."""
+    ours, theirs = figure.add_subplot(left), figure.add_subplot(right)
+    series = list(dict.fromkeys(name for (_, name), _ in groups))
+    several = len({place for (place, _), _ in groups}) > 1
+    for n, ((place, name), rows) in enumerate(groups):
+        alive = rows[rows["l0"] > 0].sort_values("l0")
+        style = look(n).line | ({"linestyle": ""} if rows["seed"].nunique() > 1 else {})
+        ours.plot(alive["l0"], alive["ce_loss"], label=f"{name}: {place}" if several else name, **style)
+    for name, rows in _printed().groupby("series", sort=False):
+        mine = look(series.index(name) if name in series and not several else len(groups) + len(theirs.lines))
+        rows = rows.sort_values("printed_l0")
+        theirs.plot(rows["printed_l0"], rows["printed_ce_loss"], label=str(name), **mine.line)
+    for axis, title in ((ours, "here"), (theirs, _PRINTED_PLACE)):
+        log_axis(axis, "x")
+        axis.set(xlabel="l0, with BOS", title=title)
+        if axis.lines:
+            axis.legend()
+    ours.set_ylabel("ce_loss (nats per token), with BOS")
 
 
 def _number(value: Any, form: str) -> str:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from saeflow.figures.axes import empty_panel, labelled, legend_below, matrix_axis, panels
+from saeflow.figures.axes import empty_panel, labelled, legend_below, log_axis, matrix_axis, panels
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, MARKERS, colours
 from saeflow.heads.decomposition import METHODS
@@ -117,6 +117,35 @@ def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     ]
     legend_below(figure, handles)
     return figure, of_dictionaries(studies, "concat", lambda study, key: study.table("curves", key), file)
+
+
+@figure("heads_coefficients", stage="heads", reads=read_heads)
+def coefficients(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """All coefficients of the pseudo-inverse, as notebook 001 wants them drawn: of one latent on its top head, and
+    of all, each over the norm of the latent's part there, the largest first (median over latents, quartiles)."""
+    figure, grid = panels(len(studies), 2, width=3.4)
+    tables, file = [], "coefficients.zarr"
+    rows = shown_rows(studies, grid, "concat", without="nothing decomposed", file=file, once=True)
+    for (left, right), study, key in rows:
+        dataset = study.dataset("coefficients", key)
+        top = dataset["size"].argmax("head")
+        shares = (dataset["coefficient"] / dataset["size"]).isel(head=top)
+        first = shares.isel(latent=0)
+        latent, head = int(first["latent"]), int(first["head"])
+        atoms = dataset["atom"].values
+        left.vlines(atoms, 0, first, color=COLOURS[0], linewidth=0.6)
+        left.axhline(0, color="0.35", linewidth=0.6)
+        left.set(xlabel=f"atom of head {head}", ylabel=f"{study.name}\ncoefficient / norm", title=f"latent {latent}")
+        low, median, high = np.quantile(-np.sort(-np.abs(shares.values), axis=1), [0.25, 0.5, 0.75], axis=0)
+        right.fill_between(atoms + 1, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+        right.plot(atoms + 1, median, color=COLOURS[0])
+        right.set(xlabel="rank of the atom", ylabel="|coefficient| / norm", title=study.label(key), ylim=(0, None))
+        log_axis(right, "x")
+        right.set_xticks([10**power for power in range(len(str(len(atoms))))])
+        columns = {"rank": atoms + 1, "low": low, "median": median, "high": high, "latent": latent, "head": head}
+        tables.append(identified(pd.DataFrame(columns | {"atom": atoms, "coefficient": first}), study, key))
+    figure.tight_layout()
+    return figure, concat(tables)
 
 
 @figure("heads_agreement", stage="heads", reads=read_heads)

@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from saeflow.figures.axes import empty_panel, labelled, legend_below, panels, subplots
+from saeflow.figures.axes import empty_panel, labelled, legend_below, log_axis, panels, subplots
 from saeflow.figures.registry import figure
-from saeflow.figures.style import COLOURS, colours
+from saeflow.figures.style import COLOURS, colours, track
 from saeflow.heads.cross_terms import MODEL, NO_HEADS
 from saeflow.heads.figures.shared import (
     NULL,
@@ -22,12 +23,14 @@ from saeflow.heads.figures.shared import (
     shown_rows,
 )
 from saeflow.heads.folder import HeadStudy
+from saeflow.heads.interference import lifted_medians
 
 WAYS = {
     "orthogonal": "heads made orthogonal",
     "others": "projection on the\nother heads' sum removed",
     "row_spaces": "projection on the other\nheads' row spaces removed",
 }
+TOP_PAIRS = 12
 BOX = {0.05: "whislo", 0.25: "q1", 0.5: "med", 0.75: "q3", 0.95: "whishi"}
 
 
@@ -48,7 +51,9 @@ def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 values = one["decoder_norm"].sel(head=head).values
                 axis.stairs(np.histogram(np.minimum(values, edges[-1]), edges)[0], edges, color=colour)
             axis.axvline(1, color="0.35", linestyle="--", linewidth=1)
-            axis.set(xlabel="norm of a decoder row", title=f"{study.name}: {study.label(key)}")
+            mean = float(one["decoder_norm"].mean())
+            axis.set(xlabel="norm of a decoder row (last bin: and above)")
+            axis.set_title(f"{study.name}: {study.label(key)}\nmean norm {mean:.2f}")
         line[0].set_ylabel("latents of a head")
     figure.tight_layout()
     head_legend(figure, studies, Line2D([], [], color="0.35", linestyle="--", label="all, once folded"))
@@ -116,8 +121,12 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.set(xlabel="position", ylabel=f"{study.name}\ncosine of two heads' outputs")
         left.set_title(f"heads {pair_names(dataset)[0]}")
         left.legend(loc="lower right")
-        for offset, name, colour in ((-0.17, "cosine", COLOURS[0]), (0.17, "cosine_rotated", NULL)):
-            quantiles = dataset[name].sel(quantile=list(BOX)).transpose("pair", "quantile").values
+        null = dataset["cosine_rotated"]
+        for offset, name, values, colour in (
+            (-0.17, "heads", dataset["cosine"], COLOURS[0]),
+            (0.17, f"randomly rotated heads, mean of {null.sizes['rotation']} draws", null.mean("rotation"), NULL),
+        ):
+            quantiles = values.sel(quantile=list(BOX)).transpose("pair", "quantile").values
             boxes = [dict(zip(BOX.values(), values, strict=True)) for values in quantiles]
             drawn = right.bxp(
                 [box | {"fliers": []} for box in boxes],
@@ -131,7 +140,10 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
                 capprops={"linewidth": 0.8},
                 manage_ticks=False,
             )
-            drawn["boxes"][0].set_label({"cosine": "heads", "cosine_rotated": "randomly rotated heads"}[name])
+            drawn["boxes"][0].set_label(name)
+        medians = null.sel(quantile=0.5)
+        at, ends = np.arange(medians.sizes["pair"]) + 0.4, (medians.min("rotation"), medians.max("rotation"))
+        right.vlines(at, *ends, color="0.35", linewidth=2, label="their medians, lowest to highest")
         small = 5 if dataset.sizes["pair"] > 15 else None
         right.set_xticks(range(dataset.sizes["pair"]), pair_names(dataset), fontsize=small, rotation=90 if small else 0)
         for axis in (left, right):
@@ -139,10 +151,17 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         right.set(xlabel="pair of heads", title="all texts: median, quartiles, 5 to 95 %")
         right.legend(loc="lower right")
         low, high = left.get_ylim()
-        left.set_ylim(low - 0.22 * (high - low), high)  # room for the legends
+        left.set_ylim(low - 0.35 * (high - low), high)  # room for the legends
     figure.tight_layout()
-    columns = ["cosine", "cosine_rotated", "mean_cosine", "mean_cosine_rotated"]
-    return figure, of_studies(studies, lambda study: study.dataset("cosines")[columns])
+
+    def shown(study: HeadStudy) -> xr.Dataset:
+        dataset = study.dataset("cosines")
+        null = dataset["cosine_rotated"]
+        lowest, highest = null.min("rotation"), null.max("rotation")
+        means = {"cosine_rotated": null.mean("rotation"), "rotated_lowest": lowest, "rotated_highest": highest}
+        return dataset[["cosine", "mean_cosine"]].assign(means)
+
+    return figure, of_studies(studies, shown)
 
 
 def _beside_pairs(studies: list[HeadStudy], **more: Any) -> tuple[Figure, np.ndarray]:
@@ -212,18 +231,105 @@ def interference(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.set(ylim=(1e-4, 300), xlim=(-1, 1), title=study.label(key))
         left.legend(loc="upper left")
         at = np.arange(dataset.sizes["pair"])
-        for place, suffix, colour, label in ((-0.2, "", COLOURS[1], "heads"), (0.2, "_rotated", NULL, "rotated heads")):
-            weight = dataset["weight" + suffix].where(lambda w: w > 0).values  # 0: of a head that never fires
-            right.bar(at + place, dataset["total" + suffix] / weight, 0.36, color=colour, label=label)
-            means = dataset["from_means" + suffix].values / weight
-            right.plot(at + place, means, "_", color="black", markersize=8, label=None if suffix else "if independent")
+        weight = dataset["weight"].where(lambda w: w > 0).values  # 0: of a head that never fires
+        right.bar(at - 0.2, dataset["total"] / weight, 0.36, color=COLOURS[1])
+        right.plot(at - 0.2, dataset["from_means"].values / weight, "_", color="black", markersize=8)
+        null = dataset["total_rotated"] / weight
+        lowest, highest = null.min("rotation"), null.max("rotation")
+        right.bar(at + 0.2, highest - lowest, 0.36, bottom=lowest, color=NULL)
+        right.use_sticky_edges = False  # the ends of ranges are not those of the axis
+        right.plot(at + 0.2, null.mean("rotation"), "_", color="white", markersize=8)
         small = 5 if len(at) > 15 else None
         right.set_xticks(at, pair_names(dataset), fontsize=small, rotation=90 if small else 0)
         right.axhline(0, color="0.35", linewidth=0.8)
         right.set(xlabel="pair of heads", ylabel="mean cosine,\nweighted by co-activation")
     figure.tight_layout()
-    handles: list[Any] = [Patch(color=c, label=label) for c, label in ((COLOURS[1], "heads"), (NULL, "rotated heads"))]
+    named = ((COLOURS[1], "heads"), (NULL, "randomly rotated heads, lowest to highest draw, mean in white"))
+    handles: list[Any] = [Patch(color=c, label=label) for c, label in named]
     legend_below(figure, [*handles, Line2D([], [], color="black", label="if latents fired independently")])
-    return figure, of_dictionaries(
-        studies, "heads", lambda study, key: study.dataset("interference", key).drop_dims("bin")
-    )
+
+    def shown(study: HeadStudy, key: str) -> xr.Dataset:
+        dataset = study.dataset("interference", key)
+        null = dataset["total_rotated"]
+        ends = {"total_rotated_lowest": null.min("rotation"), "total_rotated_highest": null.max("rotation")}
+        kept = ["total", "absolute", "from_means", "weight", "mean_square"]
+        return dataset[kept].assign(ends | {"total_rotated": null.mean("rotation")})
+
+    return figure, of_dictionaries(studies, "heads", shown)
+
+
+@figure("heads_top_pairs", stage="heads", reads=read_heads)
+def top_pairs(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Which latents of different heads interfere: the pairs of largest |E[f_i f_j] ⟨a_i, a_j⟩|, the cosines of their
+    lifted atoms, with the tokens on which both fire."""
+    figure, grid = panels(len(studies), 2, width=3.4, height=3.2, sharey="row")
+    for (left, right), study, key in shown_rows(studies, grid, "heads", without="no dictionaries of heads", once=True):
+        rows = _largest(study.table("interference", key)).head(TOP_PAIRS)[::-1]
+        at = np.arange(len(rows))
+        names = [f"{g}:{i}, {h}:{j}" for g, i, h, j in rows[["head", "latent", "other_head", "other_latent"]].values]
+        for axis, column, label in (
+            (left, "interference", "E[f_i f_j] ⟨a_i, a_j⟩ (squared norm in the stream)"),
+            (right, "cosine", "cosine of the lifted atoms"),
+        ):
+            hatches = ["" if value > 0 else "////" for value in rows[column]]
+            axis.barh(at, rows[column], 0.7, color=COLOURS[0], hatch=hatches, edgecolor="white", linewidth=0)
+            axis.axvline(0, color="0.35", linewidth=0.8)
+            axis.set(xlabel=label)
+        left.set_yticks(at, names)
+        left.set(ylabel=f"{study.name}\nhead:latent, head:latent", title=study.label(key))
+        for y, (cosine, n) in enumerate(zip(rows["cosine"], rows["tokens_together"], strict=True)):
+            right.text(cosine, y, f" {n:,} ", va="center", ha="left" if cosine > 0 else "right", fontsize=6)
+        right.set_title("beside the bars: tokens on which both fire")
+        right.margins(x=0.25)
+    figure.tight_layout()
+    return figure, of_dictionaries(studies, "heads", lambda study, key: _largest(study.table("interference", key)))
+
+
+def _largest(pairs: pd.DataFrame) -> pd.DataFrame:
+    return pairs.sort_values("interference", key=abs, ascending=False, kind="stable")
+
+
+@figure("heads_lifted", stage="heads", reads=read_heads)
+def lifted(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Is a latent of one head a sum of another's? The part of lifted latents that lies in other heads' row spaces, and
+    what sums of other heads' lifted atoms (coefficients ≥ 0) leave, beside heads that are rotated at random."""
+    figure, grid = panels(len(studies), 2, width=3.4)
+    for (left, right), study, key in shown_rows(studies, grid, "heads", without="no dictionaries of heads", once=True):
+        held, medians = study.table("lifted", key), lifted_medians(study.table("lifted", key))
+        for rotated, colour, dashes, label in (
+            (False, COLOURS[0], "-", "other heads"),
+            (True, "0.35", "--", "rotated"),
+        ):
+            inside = held[held["rotated"] == rotated].drop_duplicates(["head", "latent", "other_head"])["in_row_space"]
+            left.stairs(np.histogram(inside, 30, (0, 1))[0], np.linspace(0, 1, 31), color=colour, linestyle=dashes)
+            of_atoms = medians[(medians["rotated"] == rotated) & (medians["n_atoms"] > 0)]
+            ends = np.nan_to_num(np.abs(of_atoms[["low", "high"]].to_numpy().T - of_atoms["median"].to_numpy()))
+            offset = of_atoms["n_atoms"] * (1.03 if rotated else 0.97)
+            style = {"color": colour, "linestyle": dashes, "marker": "s" if rotated else "o", "capsize": 2}
+            right.errorbar(offset, of_atoms["median"], yerr=ends, label=label, **style)
+        left.set(xlabel="part of a lifted latent's norm in another head's row space", ylabel=f"{study.name}\npairs")
+        left.set_title(study.label(key))
+        log_axis(right, "x")
+        right.set_xticks(sorted(held["n_atoms"].unique()))
+        right.set(xlabel="atoms of the other head", ylabel="relative residual", ylim=(0, 1.02))
+    figure.tight_layout()
+    legend_below(figure, labelled(figure.axes), note="bars: 95 % intervals of medians, over draws of latents")
+    return figure, of_dictionaries(studies, "heads", lambda study, key: lifted_medians(study.table("lifted", key)))
+
+
+@figure("heads_ov", stage="heads", reads=read_heads)
+def ov(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
+    """Singular values of W_V W_O by head, over the largest of each: how many directions a head moves, how evenly."""
+    figure, grid = panels(1, max(1, len(studies)), width=4.8)
+    for axis, study in zip(grid[0], studies, strict=True):
+        dataset = study.dataset("ov")
+        for head, colour in enumerate(colours(dataset.sizes["head"])):
+            values = dataset["singular_value"].sel(head=head).values[: int(dataset["rank"].sel(head=head))]
+            shared = float(dataset["participation"].sel(head=head))
+            dashes, at = track(head)["linestyle"], np.arange(1, len(values) + 1)
+            label = f"head {head}: {shared:.1f} of {len(values)} share"
+            axis.plot(at, values / values[0], color=colour, linestyle=dashes, label=label)
+        axis.set(xlabel="index", ylabel="singular value of W_V W_O / largest", ylim=(0, None), title=study.name)
+        axis.legend(title="directions that share the energy", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    return figure, of_studies(studies, lambda study: study.dataset("ov"))

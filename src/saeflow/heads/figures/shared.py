@@ -63,7 +63,7 @@ def of_dictionaries(
 ) -> pd.DataFrame:
     """The rows of all dictionaries of a kind (that have a `file`), those that are not drawn too."""
     keys = [(study, key) for study in studies for key in study.of_kind(kind)]
-    shown = [(study, key) for study, key in keys if file is None or study.file(file, key).is_file()]
+    shown = [(study, key) for study, key in keys if file is None or study.file(file, key).exists()]
     return concat([identified(rows(study, key), study, key) for study, key in shown])
 
 
@@ -80,7 +80,7 @@ def shown_rows(
     """
     for line, study in zip(grid, studies, strict=True):
         key = study.shown_dictionary(kind)
-        if key is not None and (file is None or study.file(file, key).is_file()):
+        if key is not None and (file is None or study.file(file, key).exists()):
             yield line, study, key
             continue
         for axis in line[1:] if once else ():

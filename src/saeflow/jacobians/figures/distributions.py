@@ -144,6 +144,35 @@ def jacobian_distribution(data: Studies) -> tuple[Figure, pd.DataFrame]:
     return figure, table
 
 
+@figure("jacobian_signed", stage="jacobian", reads=read_pairs)
+def jacobian_signed(data: Studies) -> tuple[Figure, pd.DataFrame]:
+    """J with its sign, over the entries of the stored tokens that are not 0, on a linear and a logarithmic axis.
+
+    Drawn is the panel with the most coefficients, of several seeds the mean; the table has all.
+    """
+    table = data.of("signed")
+    shown = table[table["panel"] == studies.shown_panel(table)]
+    colours = studies.coefficient_colours(shown)
+    figure, (left, right) = subplots(1, 2, figsize=(6.2, 2.6))
+    for n, (coefficient, rows) in enumerate(studies.by_coefficient(shown)):
+        counts = rows.groupby(["bin_left", "bin_right"])["count_per_token"].mean().reset_index()
+        edges = np.append(counts["bin_left"], counts["bin_right"].iloc[-1])
+        style = {"color": colours[coefficient], "linestyle": look(6 * n).linestyle}
+        for axis in (left, right):
+            axis.stairs(counts["count_per_token"], edges, label=studies.label_of(coefficient), **style)
+    largest = shown.loc[shown["count_per_token"] > 0, "bin_right"].abs().max()
+    width = shown["bin_right"].iloc[0] - shown["bin_left"].iloc[0]
+    for axis in (left, right):
+        axis.set(xlabel="J", xlim=(-largest, largest))
+    left.set_ylabel(f"entries per token and {width:.2g} of J")
+    right.set_yscale("log")
+    figure.suptitle(shown["panel"].iloc[0])
+    figure.tight_layout()
+    note = f"of {shown['stored_tokens'].iloc[0]:,} stored tokens, without intervals"
+    studies.legend(figure, [left], note=note)
+    return figure, table
+
+
 @figure("jacobian_global", stage="jacobian", reads=read_pairs)
 def jacobian_global(data: Studies) -> tuple[Figure, pd.DataFrame]:
     """The n x n mean |J|: how many entries exceed a threshold, and how many inputs an output latent needs for 90 %;

@@ -7,11 +7,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.figures.axes import plain_table, subplots
+from saeflow.figures.axes import legend_below, plain_table, subplots
 from saeflow.figures.registry import figure
 from saeflow.figures.style import Look, look, track
 from saeflow.jacobians.figures import studies
-from saeflow.jacobians.figures.studies import FAITHFULNESS, IDENTITY, Studies, read_pairs
+from saeflow.jacobians.figures.studies import COSTS, FAITHFULNESS, IDENTITY, Studies, read_pairs
 
 
 @figure("jacobian_sweep", stage="jacobian", reads=read_pairs)
@@ -115,6 +115,44 @@ def jacobian_pareto(data: Studies) -> tuple[Figure, pd.DataFrame]:
     studies.legend_of_lines(figure, colours, [name for name, _ in studies.by_panel(table)], sides)
     scores = [f"{score}_{side}" for score in FAITHFULNESS for side in ("input", "output")]
     return figure, table[[*IDENTITY, *measures, *scores]]
+
+
+@figure("jacobian_price", stage="jacobian", reads=read_pairs)
+def jacobian_price(data: Studies) -> tuple[Figure, pd.DataFrame]:
+    """What a Jacobian coefficient costs: explained variance, cosine, CE and dead latents of both SAEs of a pair by the
+    coefficient, with intervals over documents."""
+    table = pd.concat(
+        data.summaries[IDENTITY].assign(
+            side=side, measure=name, value=data.summaries[f"{name}_{side}"],
+            value_low=data.summaries[f"{name}_low_{side}"], value_high=data.summaries[f"{name}_high_{side}"],
+        )
+        for name in COSTS for side in ("input", "output")
+    )  # fmt: skip
+    of_one_pair = ["train_key_in", "train_key_out", "jacobian_coefficient"]  # studied in several ways, evaluated once
+    shown = table[table["jacobian_key"].isin(data.summaries.drop_duplicates(of_one_pair)["jacobian_key"])]
+    panels = [name for name, _ in studies.by_panel(shown)]
+    values = sorted(table["jacobian_coefficient"].unique())
+    figure, axes = subplots(1, len(COSTS), figsize=(2.1 * len(COSTS), 2.4))
+    for axis, (name, text) in zip(axes, COSTS.items(), strict=True):
+        for n, panel in enumerate(panels):
+            for side, face in (("input", look(n).color), ("output", "white")):
+                mine = shown[(shown["panel"] == panel) & (shown["measure"] == name) & (shown["side"] == side)]
+                curve = studies.over_seeds(mine, "jacobian_coefficient", "value")
+                errors = np.nan_to_num(np.maximum([curve["value"] - curve["low"], curve["high"] - curve["value"]], 0))
+                at = [values.index(v) for v in curve["jacobian_coefficient"]]
+                style = look(n).line | {"markerfacecolor": face, "linestyle": "-" if side == "input" else "--"}
+                axis.errorbar(at, curve["value"], errors, capsize=2, **style)
+        axis.set(ylabel=text, xlabel="Jacobian coefficient λ")
+        axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
+    figure.tight_layout()
+    handles = [
+        Line2D([], [], color="0.3", marker="o", markerfacecolor=face, linestyle=line, label=f"{side} SAE")
+        for side, face, line in (("input", "0.3", "-"), ("output", "white", "--"))
+    ]
+    if len(panels) > 1:
+        handles += [Line2D([], [], label=panel, **look(n).line) for n, panel in enumerate(panels)]
+    legend_below(figure, handles, columns=3, note=studies.covers(data.summaries))
+    return figure, table
 
 
 _COMPARED = {

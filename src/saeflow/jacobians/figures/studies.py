@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.dictionaries.series import CONTROLS, NAMES, SEEDS, about_place, natural
+from saeflow.dictionaries.series import CONTROLS, NAMES, SEEDS, about_place, control, natural
 from saeflow.dictionaries.settings import Settings, by_one_width, read_summaries, settings, tell_apart
 from saeflow.figures.axes import PANELS_BESIDE, labelled, legend_below, subplots
 from saeflow.figures.style import sequence, track
@@ -21,6 +21,13 @@ from saeflow.jobs.job import Job
 EXAMPLE_TOKENS = 3
 IDENTITY = ["panel", "jacobian_coefficient", "seed", "jacobian_key"]
 FAITHFULNESS = {"explained_variance": "explained variance", "loss_recovered_zero": "CE loss recovered (zero ablation)"}
+COSTS = {
+    "explained_variance": "explained variance",
+    "cosine": "cosine with the activation",
+    "ce_increase": "CE over clean (nats)",
+    "dead_fraction": "share of dead latents",
+}
+"""What a Jacobian coefficient may cost, of each SAE of a pair."""
 NORMS = {"none": "|J|", "l1": "|J| / L1 norm", "l2": "|J| / L2 norm", "rms": "|J| / RMS of its token"}
 
 
@@ -31,7 +38,8 @@ class Studies(NamedTuple):
     """One row a study, with its `panel`: what distinguishes it besides coefficient and seeds; `beside_layer` is that
     without the layer. What evaluations of its dictionaries say has `_input` or `_output` added to its name."""
     tables: dict[str, pd.DataFrame]
-    """By name: the stage's tables, and `examples`, the Jacobians of a few tokens, one row an entry."""
+    """By name: the stage's tables, of `contexts` the first window of each latent; `examples`, the Jacobians of a few
+    tokens, one row an entry; and `signed`, how many entries of the stored tokens lie in bins of J."""
 
     def of(self, name: str) -> pd.DataFrame:
         """A table that begins with what identifies each row's study."""
@@ -71,9 +79,12 @@ def read_studies(
         named = (table.assign(jacobian_key=f.name) for f, table in zip(pairs, tables, strict=True))
         return pd.concat(named, ignore_index=True)
 
-    names = ("histogram", "log_histogram", "thresholds", "global_exceedance", "outputs", "linearity")
+    names = ("histogram", "log_histogram", "thresholds", "global_exceedance", "outputs", "linearity", "top_inputs")
     tables = {name: joined(pd.read_parquet(f / f"{name}.parquet") for f in pairs) for name in names}
+    first = [("rank", "=", 1)]
+    tables["contexts"] = joined(pd.read_parquet(f / "contexts.parquet", filters=first) for f in pairs)
     tables["examples"] = joined(map(_read_examples, pairs))
+    tables["signed"] = joined(map(_read_signed, pairs))
     named = _with_panels(summaries, [(held or {}).get(f, {}) for f in pairs], evaluations)
     return Studies(_with_evaluations(named, evaluations), tables)
 
@@ -91,7 +102,7 @@ def read_histograms(folders: Iterable[Path], held: Mapping[Path, Settings] | Non
             of = f"k = {summary['k']}, λ = {summary['jacobian_coefficient']:g}, {control(summary)}"
         sites = " → ".join(summary[c].split(".", 2)[-1].replace("hook_", "") for c in ("hook_name", "hook_name_out"))
         labels.append(f"layer {summary['layer']}, {sites}, {of}")
-        about.append(_about(summary, (held or {}).get(folder, {}), ""))
+        about.append(about_study(summary, (held or {}).get(folder, {}), ""))
         tables.append(pd.read_parquet(folder / "histogram.parquet").assign(jacobian_key=folder.name))
     for label in dict.fromkeys(labels):
         mine = [n for n, one in enumerate(labels) if one == label]
@@ -102,19 +113,14 @@ def read_histograms(folders: Iterable[Path], held: Mapping[Path, Settings] | Non
 
 
 def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Adds `FAITHFULNESS` of both dictionaries of each study; NaN where one was not evaluated."""
-    wanted = ["train_key", "part", *FAITHFULNESS]
-    held = evaluations.reindex(columns=wanted)
+    """Adds `FAITHFULNESS` and `COSTS` of both dictionaries of each study; NaN where one was not evaluated."""
+    names = [f"{name}{end}" for name in dict.fromkeys((*FAITHFULNESS, *COSTS)) for end in ("", "_low", "_high")]
+    held = evaluations.reindex(columns=["train_key", "part", *names])
     for side, key in (("input", "train_key_in"), ("output", "train_key_out")):
         mine = held[held["part"].fillna("").isin(["", side])].drop(columns="part").drop_duplicates("train_key")
-        named = mine.rename(columns={name: f"{name}_{side}" for name in FAITHFULNESS} | {"train_key": key})
+        named = mine.rename(columns={name: f"{name}_{side}" for name in names} | {"train_key": key})
         summaries = summaries.merge(named, on=key, how="left")
     return summaries
-
-
-def control(summary: Mapping[Any, Any]) -> str:
-    """Name of the language model: trained, or which control."""
-    return CONTROLS[summary.get("randomise") or "none"]
 
 
 def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.DataFrame) -> pd.DataFrame:
@@ -122,7 +128,7 @@ def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.
     order of the layers, trained models before their controls."""
     models = dict(evaluations[["train_key", "model_name"]].to_numpy()) if "model_name" in evaluations else {}
     rows = summaries.to_dict("records")
-    about = [_about(row, s, models.get(row["train_key_in"]) or "") for row, s in zip(rows, held, strict=True)]
+    about = [about_study(row, s, models.get(row["train_key_in"]) or "") for row, s in zip(rows, held, strict=True)]
     panels = tell_apart(by_one_width(about))
     beside = tell_apart(by_one_width([{p: v for p, v in one.items() if p != "layer"} for one in about]))
     named = summaries.assign(panel=[", ".join(said) for said in panels], beside_layer=[", ".join(b) for b in beside])
@@ -135,7 +141,7 @@ def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.
     return named.iloc[sorted(range(len(rows)), key=place)].reset_index(drop=True)
 
 
-def _about(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[str, Any]:
+def about_study(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[str, Any]:
     """What tells a study from others, but for its coefficient and its seeds, those of a control among them."""
     prefix = f"blocks.{summary['layer']}."
     own: dict[str, Any] = {"layer": summary["layer"]} | about_place(held, str(held.get("model.name") or model))
@@ -147,9 +153,27 @@ def _about(summary: Mapping[Hashable, Any], held: Settings, model: str) -> dict[
     seeds = (*SEEDS, "model.randomise", "model.randomise_seed", "tracr.seed", "dictionary.jacobian_coefficient")
     own |= {path: value for path, value in held.items() if path not in (*hashed, *seeds, *NAMES, *own)}
     own.pop("control_seed", None)
+    if of_tokens := _tokens_of(held):
+        own = {path: value for path, value in own.items() if path not in _OF_TOKENS} | of_tokens
     if control(summary) == CONTROLS["none"] and "model.weights" in held:
         own["model.weights"] = held["model.weights"]
     return own
+
+
+_OF_TOKENS = (
+    "tokens.held_out_tokens",
+    *(f"jacobian.{name}" for name in ("n_tokens", "text", "text_path", "text_tokens")),
+)
+
+
+def _tokens_of(held: Settings) -> dict[str, str]:
+    """Which tokens a study is of, in words, as `tokens`; nothing where its settings are not known."""
+    if text := held.get("jacobian.text"):
+        ends = held["jacobian.text_tokens"]
+        return {"tokens": (f"tokens {ends[0]} to {ends[1]} of " if ends else "") + f"“{text:.18}…”"}
+    if "jacobian.n_tokens" in held:
+        return {"tokens": f"{held['jacobian.n_tokens']:,} of {held['tokens.held_out_tokens']:,} held-out tokens"}
+    return {}
 
 
 def _read_examples(folder: Path) -> pd.DataFrame:
@@ -159,6 +183,19 @@ def _read_examples(folder: Path) -> pd.DataFrame:
     group = zarr.open_group(folder / "tokens.zarr", mode="r")
     n = int(np.searchsorted(group["token"][:], EXAMPLE_TOKENS))  # type: ignore[index,arg-type]
     return pd.DataFrame({name: group[name][:n] for name in ("token", "output", "input", "jacobian")})  # type: ignore[index]
+
+
+def _read_signed(folder: Path) -> pd.DataFrame:
+    """`count_per_token` of the stored tokens' entries in the bins of the histogram and their mirror images, and
+    `stored_tokens`; entries of 0 are not stored."""
+    import zarr
+
+    group = zarr.open_group(folder / "tokens.zarr", mode="r")
+    edges = pd.read_parquet(folder / "histogram.parquet")["bin_right"].to_numpy()
+    edges = np.concatenate([-edges[::-1], [0], edges])
+    n = int(group.attrs["n_tokens"])  # type: ignore[arg-type]
+    counts = np.histogram(group["jacobian"][:], edges)[0] / n  # type: ignore[index,arg-type]
+    return pd.DataFrame({"bin_left": edges[:-1], "bin_right": edges[1:], "count_per_token": counts, "stored_tokens": n})
 
 
 # -------------------------------------------------------------------- series

@@ -1,0 +1,108 @@
+"""The stage `circuits`: what makes latents of a transcoder active, by way of those of the layers below."""
+
+from collections.abc import Sequence
+
+from saeflow.config import ConfigError
+from saeflow.config.dictionary import DictionaryConfig
+from saeflow.evaluation.stage import by_layer, named
+from saeflow.figures.registry import declared
+from saeflow.jobs.job import Job
+from saeflow.models.resources import operations as running_operations
+from saeflow.models.resources import running
+from saeflow.planning.expansion import Expansion, PlannedPoint
+from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.stages import Stage
+from saeflow.training.stage import dictionaries_mb, dictionaries_operations
+
+
+def expand(expansion: Expansion) -> None:
+    """Of transcoders that differ in the layer alone, where a figure of circuits is asked for."""
+    figures = declared()
+    if not any(name in figures and figures[name].stage == "circuits" for name in expansion.figures):
+        return
+    for group in by_layer(filter(_is_transcoder, expansion.points), ("jacobian",)):
+        layers = sorted(group.points)
+        points = group.of(layers)
+        if len(points) < len(layers):
+            raise ConfigError("circuits: a layer has several transcoders that differ in nothing else; keep one of each")
+        _add(points, layers)
+
+
+def _is_transcoder(planned: PlannedPoint) -> bool:
+    """Whether a point's dictionary predicts what an MLP writes, on text, from what the norm before it gives."""
+    site = planned.point.site
+    hooks = (f"blocks.{site.layer}.ln2.hook_normalized", f"blocks.{site.layer}.hook_mlp_out")
+    alone = len(planned.dictionaries) == 1 and planned.point.model.tracr is None
+    return alone and (site.hook_name, site.hook_name_out) == hooks
+
+
+def _add(points: list[PlannedPoint], layers: list[int]) -> None:
+    first, config = points[0], points[0].point.circuits
+    if first.geometry.bridged:
+        raise ConfigError(
+            "circuits follow weights with the norms' gain and bias folded into them, and those of "
+            f"{first.geometry.architecture} are left as they are, as transformers' own modules run it; use a model "
+            "that TransformerLens converts (docs/models.md)"
+        )
+    if not first.point.model.fold_ln:
+        raise ConfigError(
+            "circuits need the norms' gain and bias folded into the weights, so that latents read the residual stream: "
+            "set model.fold_ln=true, with which transcoders are trained anew"
+        )
+    layer = layers[-1] if config.layer is None else config.layer
+    if layer not in layers:
+        raise ConfigError(f"circuits.layer={layer} has no transcoder here; layers {', '.join(map(str, layers))} have")
+    width = _width(points[layers.index(layer)])
+    if width and (beyond := [latent for latent in config.latents if latent >= width]):
+        raise ConfigError(f"circuits.latents={beyond}: the transcoder of layer {layer} has {width} latents, from 0 on")
+    dictionaries = [point.dictionaries[0] for point in points]
+    needs = {dictionaries[0].stage: [found.key for found in dictionaries], "tokens": [first.keys["tokens"]["held_out"]]}
+    group = named(dictionaries[0].key)
+    extra = {"group": group, "layers": layers, "layer": layer}
+    first.add("circuits", f"L{layer}-{group}", needs, extra, name=group, tells=False)
+
+
+def _width(planned: PlannedPoint) -> int | None:
+    """Latents of a dictionary that is trained here; None where only its files say."""
+    config: DictionaryConfig = planned.point.dictionary
+    d_sae, expansion = getattr(config, "d_sae", None), getattr(config, "expansion", None)
+    return d_sae or (expansion and expansion * planned.geometry.hook_size(planned.point.site.hook_name)[-1])
+
+
+def operations(plan: Plan, instances: Sequence[Instance]) -> float:
+    """The model over all held-out tokens at most, and the dictionaries."""
+    return running_operations(plan, instances[0], logits=False) + dictionaries_operations(plan, instances)
+
+
+def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    held, batch_rows = dictionaries_mb(plan, instances), instances[0].config["circuits"]["batch_rows"]
+    return running(plan, instances, operations(plan, instances), batch_rows, held)
+
+
+def work(jobs: list[Job]) -> str:
+    from saeflow.circuits.study import circuits_job
+
+    lines = []
+    for job in jobs:
+        s = circuits_job(job)
+        lines.append(
+            f"{job.path}/: circuits.html of {s['n_latents']} latents of layer {s['layer']}; errors of the transcoders "
+            f"are {100 * s['error_share']:.0f} % of what makes them active"
+        )
+    return "\n".join(lines)
+
+
+STAGES = (
+    Stage(
+        "circuits",
+        ("study of circuits", "studies of circuits"),
+        work,
+        expand,
+        reads=("circuits", "model"),
+        needs=("train", "foreign", "tokens"),
+        after=("recover",),
+        operations=operations,
+        resources=resources,
+        drawn="where_asked",
+    ),
+)

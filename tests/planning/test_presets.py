@@ -1,0 +1,38 @@
+"""Every preset that needs the hub is a plan, over stand-ins in the layout that models and data sets have there."""
+
+from pathlib import Path
+
+import pytest
+from tests.presets.stand_ins import EXPERIMENTS, Preset, overrides, presets
+
+from saeflow.planning.expansion import compose
+from saeflow.text.corpus import stream_dataset
+
+CONF = EXPERIMENTS.parent
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+def test_presets_that_need_the_hub_are_found() -> None:
+    found = {preset.experiment for preset in presets()}
+    assert {"jsae_paper", "notebook_001", "notebook_004"} <= found and not found & {"demo", "jsae", "tracr_case3"}
+
+
+@pytest.mark.parametrize("preset", presets(), ids=lambda preset: preset.name)
+def test_a_preset_is_a_plan(hub: Path, preset: Preset) -> None:
+    plan = compose(CONF, overrides(preset, hub), results=str(hub / "results"))
+    made = {stage: len(keys) for stage, keys in plan.to_make.items() if keys}
+    assert made["tokens"] == 2 and made["train"] >= 2 and made["evaluate"] >= made["train"] and made["figures"] == 1
+
+
+@pytest.mark.parametrize("preset", {p.corpus: p for p in presets()}.values(), ids=lambda preset: preset.corpus)
+def test_a_data_set_streams_from_its_layout(hub: Path, preset: Preset) -> None:
+    """By the names and the fields that `conf/corpus/` has."""
+    plan = compose(CONF, overrides(preset, hub), results=str(hub / "results"))
+    corpus = next(iter(plan.stages["tokens"].values())).config["corpus"]
+    names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
+    documents = [document.text for document in stream_dataset(*(corpus[name] for name in names))]
+    assert len(documents) == 400 and len(set(documents)) > 390 and all(documents)
