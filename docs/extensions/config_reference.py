@@ -46,7 +46,7 @@ EXPERIMENTS = (
     ["experiment=circuits"],
     ["experiment=blind"],
     ["experiment=tracr_case3"],
-    ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'"],
+    ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'", "model.dtype=bfloat16"],
 )
 """Which together have every stage; their plans say what each reads."""
 
