@@ -46,7 +46,7 @@ EXPERIMENTS = (
     ["experiment=circuits"],
     ["experiment=blind"],
     ["experiment=tracr_case3"],
-    ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'"],
+    ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'", "model.dtype=bfloat16"],
 )
 """Which together have every stage; their plans say what each reads."""
 
@@ -79,7 +79,7 @@ BESIDE_KEYS |= {
 }
 BESIDE_KEYS |= {
     f"dictionary.{name}": "`foreign`; in keys are the contents of its files"
-    for name in ("path", "format", "release", "sae_id", "path_out", "sae_id_out")
+    for name in ("path", "heads", "format", "release", "sae_id", "path_out", "sae_id_out")
 }
 BESIDE_KEYS |= {
     f"evaluation.corpus.{field.name}": BESIDE_KEYS.get(f"corpus.{field.name}", "`tokens`")

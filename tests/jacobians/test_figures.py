@@ -175,6 +175,18 @@ def test_price_is_that_of_each_sides_evaluation(folders: list[Path]) -> None:
     assert lines == [[0.5, 0.5], [0.3, 0.3]]
 
 
+def test_evaluations_are_those_on_the_tokens_of_the_study(folders: list[Path]) -> None:
+    """Of a pair that is evaluated on two corpora, each study has its own."""
+    rows = [{"train_key": key, "part": None, "tokens_key": tokens, "ce_increase": value}
+            for tokens, value in (("pile", 0.1), ("c4", 0.7)) for key in ("in", "out")]  # fmt: skip
+    tokens = dict(zip(folders, ("c4", "pile"), strict=True))
+    summaries = read_studies(folders, pd.DataFrame(rows), tokens=tokens).summaries.set_index("tokens_key")
+    for side in ("input", "output"):
+        assert summaries[f"ce_increase_{side}"].to_dict() == {"c4": 0.7, "pile": 0.1}
+    other = read_studies(folders, pd.DataFrame(rows), tokens=dict.fromkeys(folders, "owt")).summaries
+    assert other["ce_increase_input"].isna().all()
+
+
 def test_signed_entries_are_the_stored_ones(studies: Studies, folders: list[Path]) -> None:
     import zarr
 

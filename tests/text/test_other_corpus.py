@@ -1,6 +1,5 @@
 """`evaluation.corpus`: held-out tokens of another corpus than the one that is trained on."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +61,3 @@ def test_what_is_no_other_corpus_is_refused(home: Path) -> None:  # noqa: F811
         plan_of(home, "evaluation.corpus=local")
     with pytest.raises(ConfigError, match=r"a case has no text: set evaluation\.corpus=null"):
         compose(home / "conf", ["model=tracr", "corpus=tracr", "evaluation.corpus=embedded"], str(home / "results"))
-    c4 = plan_of(home, "evaluation.corpus=c4")
-    (held,) = (t for t in c4.stages["tokens"].values() if t.config["split"] == "held_out")
-    assert held.config["corpus"]["dataset"] == "allenai/c4" and json.dumps(held.config["corpus"]).count("null") <= 1

@@ -52,6 +52,12 @@ def _is_transcoder(planned: PlannedPoint) -> bool:
 
 def _add(points: list[PlannedPoint], layers: list[int]) -> None:
     first, config = points[0], points[0].point.circuits
+    if first.geometry.bridged:
+        raise ConfigError(
+            "circuits follow weights with the norms' gain and bias folded into them, and those of "
+            f"{first.geometry.architecture} are left as they are, as transformers' own modules run it; use a model "
+            "that TransformerLens converts (docs/models.md)"
+        )
     if not first.point.model.fold_ln:
         raise ConfigError(
             "circuits need the norms' gain and bias folded into the weights, so that latents read the residual stream: "

@@ -340,6 +340,16 @@ def _must_be_bridged(folder: Path, architecture: str, config: dict[str, Any]) ->
 def check_processing(folder: Path, geometry: Geometry, model: ModelConfig) -> None:
     """Raises `ModelError` for processing of the weights that would change what the model computes, or that there is no
     way to do."""
+    if geometry.architecture == HOOKED and model.dtype != "float32":
+        raise ModelError(
+            f"model.dtype={model.dtype} does not apply to {folder}: models of TransformerLens's own format are opened "
+            "as float32; set model.dtype=float32"
+        )
+    if geometry.norms == "after" and model.dtype != "float32":
+        raise ModelError(
+            f"model.dtype={model.dtype} does not apply to {folder}: TransformerLens's bridge rotates the queries of "
+            f"{geometry.architecture} into float32, which its attention does not take; set model.dtype=float32"
+        )
     asked = [name for name in ("fold_ln", "center_writing_weights", "center_unembed") if getattr(model, name)]
     if geometry.bridged and (asked or model.randomise != "none"):
         setting, off = (asked[0], "false") if asked else ("randomise", "none")

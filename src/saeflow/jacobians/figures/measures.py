@@ -128,7 +128,7 @@ def jacobian_price(data: Studies) -> tuple[Figure, pd.DataFrame]:
         )
         for name in COSTS for side in ("input", "output")
     )  # fmt: skip
-    of_one_pair = ["train_key_in", "train_key_out", "jacobian_coefficient"]  # studied in several ways, evaluated once
+    of_one_pair = ["train_key_in", "train_key_out", "tokens_key", "jacobian_coefficient"]  # studied in several ways
     shown = table[table["jacobian_key"].isin(data.summaries.drop_duplicates(of_one_pair)["jacobian_key"])]
     panels = [name for name, _ in studies.by_panel(shown)]
     values = sorted(table["jacobian_coefficient"].unique())

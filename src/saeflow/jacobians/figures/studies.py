@@ -51,7 +51,8 @@ def read_pairs(job: Job) -> Studies:
     """Raises `ValueError` where no study is of a pair."""
     evaluations, folders = read_summaries(job, "evaluate"), job.inputs("jacobian")
     held = {folder: settings(job.plan, "jacobian", folder.name) for folder in folders}
-    studies = read_studies(folders, evaluations, held)
+    needs = {folder: job.plan.instance("jacobian", folder.name).needs.get("tokens", [""]) for folder in folders}
+    studies = read_studies(folders, evaluations, held, {folder: keys[0] for folder, keys in needs.items()})
     if studies.summaries.empty:
         raise ValueError("figures of Jacobians but jacobian_histogram need pairs: use dictionary=pair or jacobian")
     return studies
@@ -63,17 +64,22 @@ def read_labelled_histograms(job: Job) -> pd.DataFrame:
 
 
 def read_studies(
-    folders: Iterable[Path], evaluations: pd.DataFrame, held: Mapping[Path, Settings] | None = None
+    folders: Iterable[Path],
+    evaluations: pd.DataFrame,
+    held: Mapping[Path, Settings] | None = None,
+    tokens: Mapping[Path, str] | None = None,
 ) -> Studies:
     """Reads the artifacts of the Jacobian stage; those of transcoders, which have no coefficient, are left out.
 
-    `evaluations`: one row a dictionary, those of the pairs among them; `held`: settings of each study, by its folder.
+    `evaluations`: one row a dictionary, those of the pairs among them; by each study's folder `held`: its settings, and
+    `tokens`: the key of its held-out tokens, '' of a text.
     """
     found = {folder: json.loads((folder / "summary.json").read_text()) for folder in folders}
     pairs = {f: summary for f, summary in found.items() if summary["kind"] == "pair"}  # others have no coefficient
     if not pairs:
         return Studies(pd.DataFrame(), {})
-    summaries = pd.DataFrame([s | {"jacobian_key": f.name, "control": control(s)} for f, s in pairs.items()])
+    more = {f: {"jacobian_key": f.name, "tokens_key": (tokens or {}).get(f, "")} for f in pairs}
+    summaries = pd.DataFrame([s | {"control": control(s)} | more[f] for f, s in pairs.items()])
 
     def joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
         named = (table.assign(jacobian_key=f.name) for f, table in zip(pairs, tables, strict=True))
@@ -113,14 +119,20 @@ def read_histograms(folders: Iterable[Path], held: Mapping[Path, Settings] | Non
 
 
 def _with_evaluations(summaries: pd.DataFrame, evaluations: pd.DataFrame) -> pd.DataFrame:
-    """Adds `FAITHFULNESS` and `COSTS` of both dictionaries of each study; NaN where one was not evaluated."""
+    """Adds `FAITHFULNESS` and `COSTS` of both dictionaries of each study, on its own held-out tokens where these are
+    known, and of a text's study on any; NaN where one was not evaluated."""
     names = [f"{name}{end}" for name in dict.fromkeys((*FAITHFULNESS, *COSTS)) for end in ("", "_low", "_high")]
-    held = evaluations.reindex(columns=["train_key", "part", *names])
-    for side, key in (("input", "train_key_in"), ("output", "train_key_out")):
-        mine = held[held["part"].fillna("").isin(["", side])].drop(columns="part").drop_duplicates("train_key")
-        named = mine.rename(columns={name: f"{name}_{side}" for name in names} | {"train_key": key})
-        summaries = summaries.merge(named, on=key, how="left")
-    return summaries
+    held = evaluations.reindex(columns=["train_key", "part", "tokens_key", *names])
+    found: list[dict[str, Any]] = []
+    for study in summaries.to_dict("records"):
+        found.append({})
+        for side, key in (("input", "train_key_in"), ("output", "train_key_out")):
+            mine = held[(held["train_key"] == study[key]) & held["part"].fillna("").isin(["", side])]
+            if study.get("tokens_key"):
+                mine = mine[mine["tokens_key"].isin([study["tokens_key"], np.nan])]
+            values = mine.iloc[0][names] if len(mine) else dict.fromkeys(names, np.nan)
+            found[-1] |= {f"{name}_{side}": values[name] for name in names}
+    return summaries.join(pd.DataFrame(found, index=summaries.index).astype(float))
 
 
 def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.DataFrame) -> pd.DataFrame:
