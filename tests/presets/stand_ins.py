@@ -46,6 +46,7 @@ REDUCED = (
 """What makes a run of minutes of one of days; sizes follow from the model's."""
 ALSO = {
     "jsae_paper": ("jacobian.n_tokens=512", "jacobian.linearity_samples=64", "jacobian.resamples=100"),
+    "notebook_000_pythia": ("jacobian.n_tokens=512", "jacobian.linearity_samples=64", "jacobian.resamples=100"),
     "notebook_001": ("heads.n_tokens=1024", "heads.loss_tokens=512", "heads.resamples=50", "heads.dashboards=2"),
     "notebook_004": ("dictionary.d_sae=512",),
 }
