@@ -39,7 +39,7 @@ else
 BENCHMARKS := $(patsubst benchmarks/%.py,%,$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))
 endif
 
-# Neither demo nor tests touch the network; of the benchmarks train_step and features do, through pip, the first time.
+# Neither demo nor tests touch the network; of the benchmarks train_step, features and real_model do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real presets test-slurm lint docs notebooks bench chaos pretrain clean distclean

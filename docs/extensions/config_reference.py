@@ -46,7 +46,7 @@ EXPERIMENTS = (
     ["experiment=circuits"],
     ["experiment=blind"],
     ["experiment=tracr_case3"],
-    ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'"],
+    ["experiment=demo", "evaluation.replace_first=false", "tokens.eos_token='Ġthe'", "model.dtype=bfloat16"],
 )
 """Which together have every stage; their plans say what each reads."""
 
@@ -64,6 +64,7 @@ BESIDE_KEYS = {
     "model.name": "nobody: people see it",
     "corpus.name": "nobody: people see it",
     "dictionary.label": "`figures`, and no key",
+    "model.tracr.path": "`groundtruth`; in keys are the contents of its files",
     "features.make": "the plan: whether the stage `features` is there",
     "dashboards.make": "the plan: whether the stages `dashboards`, `comparisons` and `features` are there",
     "jacobian.transcoders": "the plan: whether transcoders have a stage `jacobian`",
@@ -78,7 +79,7 @@ BESIDE_KEYS |= {
 }
 BESIDE_KEYS |= {
     f"dictionary.{name}": "`foreign`; in keys are the contents of its files"
-    for name in ("path", "format", "release", "sae_id", "path_out", "sae_id_out")
+    for name in ("path", "heads", "format", "release", "sae_id", "path_out", "sae_id_out")
 }
 BESIDE_KEYS |= {
     f"evaluation.corpus.{field.name}": BESIDE_KEYS.get(f"corpus.{field.name}", "`tokens`")

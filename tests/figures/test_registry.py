@@ -24,7 +24,7 @@ from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {"evaluate", "stack", "train", "jacobian", "heads", "recover", "circuits"}
+STAGES = {"evaluate", "stack", "train", "jacobian", "heads", "recover", "circuits", "greater_than"}
 SUMMARY = {
     "train_key": "one",
     "part": None,
@@ -99,7 +99,7 @@ def test_all_figures_are_listed_without_drawing_libraries() -> None:
     listed, heavy = done.stdout.splitlines()
     assert not heavy
     found = {name: registry.Declared(*fields) for name, fields in json.loads(listed).items()}
-    assert found == declared() and len(found) == 36 and {one.stage for one in found.values()} == STAGES
+    assert found == declared() and len(found) == 46 and {one.stage for one in found.values()} == STAGES
     for name, one in found.items():
         known = find(name)
         assert known.declared == one and known.draw.__module__ == one.module and one.sentence.endswith(".")
@@ -137,9 +137,13 @@ def test_make_figures_lists_them() -> None:
 
 
 def test_unknown_figure_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no figure 'paretto'; there are: circuits, sparsity_faithfulness"):
+    with pytest.raises(
+        ValueError, match="no figure 'paretto'; there are: circuits, greater_than, sparsity_faithfulness"
+    ):
         find("paretto")
-    with pytest.raises(ValueError, match="no figure 'paretto'; there are: circuits, sparsity_faithfulness"):
+    with pytest.raises(
+        ValueError, match="no figure 'paretto'; there are: circuits, greater_than, sparsity_faithfulness"
+    ):
         draw([figures_job(tmp_path, ["paretto"])])
     assert not (tmp_path / "figures").exists()
 

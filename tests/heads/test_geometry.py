@@ -142,6 +142,7 @@ def test_spectra_are_those_of_the_products() -> None:
             np.testing.assert_allclose(found["singular_value"].sel(head=h, matrix=name), wanted, atol=1e-12)
             assert rank(wanted, matrix.shape) == np.linalg.matrix_rank(matrix.float().numpy())
     assert participation(np.ones(7)) == pytest.approx(7) and participation(np.array([5.0, 0, 0])) == 1
+    assert participation(np.zeros(3)) == 0  # of a pruned head
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])

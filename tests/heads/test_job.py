@@ -52,6 +52,7 @@ SIZES = [
 DRAWN = ("norms", "spectra", "cosines", "cross_terms", "angles", "interference", "shares", "measures", "decomposition")
 DRAWN += ("agreement", "attribution", "ov", "top_pairs", "lifted", "coefficients")
 FIGURES = f"figures=[l0_histograms,{','.join(f'heads_{name}' for name in DRAWN)}]"
+PER_HEAD = "dictionary.normalize_activations=per_head"
 H, HEAD = 4, 8
 
 

@@ -102,10 +102,10 @@ def test_what_is_written_to_another_place_is_seen_though_logits_agree(
     convert = loading._convert
 
     def moved(*args: Any) -> Any:
-        model = convert(*args)
+        model, expected = convert(*args)
         model.blocks[1].attn.b_O += 1.0
         model.blocks[1].mlp.b_out -= 1.0
-        return model
+        return model, expected
 
     monkeypatch.setattr(loading, "_convert", moved)
     with pytest.raises(ModelError, match=r"from token 0 on, in blocks\.1\.hook_attn_out by"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -21,13 +21,19 @@ from torch import Tensor
 from saeflow.config import ConfigError, ModelConfig
 from saeflow.evaluation.baseline import drop_last_position, model_losses
 from saeflow.kernels.jacobian import jacobian_by_jvp, jacobian_chunks, make_products
+from saeflow.models import loading
 from saeflow.models.blocks import Block, ModuleBlock, read_block
 from saeflow.models.bridge import BridgedModel
 from saeflow.models.folder import Geometry, ModelError, block_of_hooks, check_processing, read_geometry
 from saeflow.models.loading import load_model
 from saeflow.models.protocol import LanguageModel
+from saeflow.models.source import settings_of
 from saeflow.models.splicing import read_hooks, run_clean, run_spliced
+from saeflow.models.weights import open_weights
+from saeflow.planning.expansion import compose
+from saeflow.planning.graph import Plan
 
+ROOT = Path(__file__).resolve().parents[2]
 ROPE = {"rope_theta": 10_000.0, "original_max_position_embeddings": 32}
 LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES: dict[str, Any] = {
@@ -84,18 +90,19 @@ class Opened(NamedTuple):
         return ["hook_embed", *blocks, "ln_final.hook_normalized"]
 
 
-def make(folder: Path, name: str) -> Path:
+def make(folder: Path, name: str, tokenizer_folder: Path | None = None, **more: Any) -> Path:
     family, settings = MODELS[name]
+    settings = settings | more
     if name == "gpt2":
         config: Any = transformers.GPT2Config(vocab_size=100, n_embd=16, n_layer=3, n_head=4, n_positions=128)
     elif name == "gpt_neox":
         sizes = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
-        config = transformers.GPTNeoXConfig(**sizes | {"rotary_pct": 0.5})
+        config = transformers.GPTNeoXConfig(**sizes | {"rotary_pct": 0.5} | more)
     else:
         sizes = SIZES | ({"head_dim": 4} if name in CONVERTED else {})
         config = getattr(transformers, f"{family}{'Text' if name == 'gemma3' else ''}Config")(**sizes | settings)
     suffix = "Model" if name == "gpt2" else "ForCausalLM"
-    return save_model(getattr(transformers, family + suffix)(config), folder)
+    return save_model(getattr(transformers, family + suffix)(config), folder, tokenizer_folder)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -420,3 +427,131 @@ def test_processing_of_a_bridged_model_is_refused(setting: str) -> None:
     model = dataclasses.replace(ModelConfig("tiny", path="m"), **{setting: value})
     with pytest.raises(ModelError, match=rf"model.{setting} does not apply to m: .*transformers' own modules run it"):
         check_processing(Path("m"), bridged, model)
+
+
+# -------------------------------------------------------------------- the plan
+def plan_of(model: Path, corpus: Path, *overrides: str) -> Plan:
+    chosen = ["model=local", f"model.path={model}", "corpus=local", f"corpus.path={corpus}", "site.layer=1"]
+    small = ["tokens.context_size=32", "tokens.train_tokens=4096", "tokens.held_out_tokens=512"]
+    return compose(ROOT / "conf", [*chosen, *small, *overrides], results="results")
+
+
+def test_what_runs_a_model_and_its_precision_are_in_its_identity_and_refused_where_they_cannot_be(
+    tmp_path: Path, tokenizer_folder: Path, corpus_file: Path
+) -> None:
+    gemma, neox = (make(tmp_path / name, name, tokenizer_folder, vocab_size=300) for name in ("gemma2", "gpt_neox"))
+    plans = [plan_of(gemma, corpus_file), plan_of(gemma, corpus_file, "model.dtype=bfloat16")]
+    bridged, half = (next(iter(plan.stages["train"].values())) for plan in plans)
+    (key,) = bridged.needs["activations"]
+    assert plans[0].instance("activations", key).config["model"]["bridge"] is True
+    assert "dtype" not in plans[0].instance("activations", key).config["model"]
+    assert {*plans[0].stages["activations"]}.isdisjoint(plans[1].stages["activations"])
+    model = plans[1].instance("activations", half.needs["activations"][0]).config["model"]
+    assert model["dtype"] == "bfloat16" and settings_of(model)["dtype"] == "bfloat16"
+    (plain,) = plan_of(neox, corpus_file).stages["activations"].values()
+    assert set(plain.config["model"]) == {"weights", "fold_ln", "center_writing_weights", "center_unembed"}
+
+    with pytest.raises(ConfigError, match=r"study of the heads .* Gemma2ForCausalLM normalises that sum"):
+        plan_of(gemma, corpus_file, "dictionary=heads", "site=attn_z")
+    with pytest.raises(
+        ConfigError, match=r"circuits follow weights .* those of Gemma2ForCausalLM are left as they are"
+    ):
+        plan_of(gemma, corpus_file, "dictionary=transcoder", "site=mlp", "figures=[circuits]")
+    with pytest.raises(ConfigError, match=r"model.dtype=bfloat16: Jacobians of Gemma2ForCausalLM are derivatives of"):
+        plan_of(gemma, corpus_file, "dictionary=pair", "site=mlp", "model.dtype=bfloat16")
+    olmo = make(tmp_path / "olmo2", "olmo2", tokenizer_folder, vocab_size=300)
+    with pytest.raises(ConfigError, match=r"the model has no hook 'blocks.1.ln2.hook_normalized'"):
+        plan_of(olmo, corpus_file, "dictionary=pair", "site=mlp")
+    with pytest.raises(ConfigError, match=r"model.dtype=bfloat16 does not apply to .*Olmo2ForCausalLM"):
+        plan_of(olmo, corpus_file, "model.dtype=bfloat16")
+
+
+@pytest.mark.parametrize("processing", [{"fold_ln": True}, {"randomise": "reinit"}])
+def test_a_precision_with_processed_weights_is_refused(processing: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model.dtype=float16 rounds the weights as they are stored"):
+        ModelConfig("m", path="m", dtype="float16", **processing)
+
+
+# -------------------------------------------------------------------- precision and loading
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "bfloat16") for name in ("gpt_neox", "llama", "gemma2", "phi3", "qwen3_moe")] + [("gemma2", "float16")],
+)
+def test_a_model_in_fewer_bits_computes_what_transformers_does_in_them(
+    tmp_path: Path, name: str, dtype: Literal["bfloat16", "float16"]
+) -> None:
+    folder = make(tmp_path / "m", name)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    model = load_model(folder, ModelConfig("tiny", path=str(folder), dtype=dtype), "cpu", IDS.shape[1])
+    opened = Opened(name, folder, plain, model)
+    near = {"bfloat16": 0.06, "float16": 0.01}[dtype]
+    hooks = ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
+    wanted = plain_values(opened, hooks)
+    clean = run_clean(model, IDS, hooks, hooks)
+    for hook in hooks:
+        assert wanted[hook].dtype is getattr(torch, dtype)
+        assert clean.values[hook].dtype is torch.float32
+        assert close(clean.values[hook], wanted[hook].float(), near), hook
+        assert torch.equal(run_spliced(model, clean, hook, clean.values[hook]), clean.final), hook
+    value = torch.zeros_like(clean.values[hooks[2]])
+    final = run_spliced(model, clean, hooks[2], value)
+    ce, (loss,) = model_losses(model, IDS, drop_last_position(clean.final), [drop_last_position(final)])
+    targets = IDS[:, 1:].flatten()[:, None]
+    for found, logits in ((ce, plain_logits(opened)), (loss.ce, plain_logits(opened, hooks[2], value.to(plain.dtype)))):
+        log_p = logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+        assert found.dtype is torch.float32 and close(found, -log_p.gather(1, targets)[:, 0], near)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "qwen2", "gemma3"])
+def test_layers_above_the_last_are_not_read_and_those_below_compute_the_same(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "m", name)
+    model = ModelConfig("tiny", path=str(folder))
+    hooks = ["hook_embed", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
+    whole = read_hooks(load_model(folder, model, "cpu"), IDS, hooks)
+    read: list[str] = []
+
+    class Recording:
+        def __init__(self, name: str, of: Any) -> None:
+            self.name, self.of = name, of
+
+        def __getitem__(self, some: Any) -> Tensor:
+            read.append(self.name)
+            return self.of[some]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.of, name)
+
+    tensors = {name: Recording(name, of) for name, of in open_weights(folder).items()}
+    monkeypatch.setattr(loading, "open_weights", lambda _: tensors)
+    lower = load_model(folder, model, "cpu", n_layers=2)
+    assert lower.cfg.n_layers == len(lower.blocks) == 2
+    assert all(torch.equal(*both) for both in zip(read_hooks(lower, IDS, hooks), whole, strict=True))
+    assert any(".1." in name for name in read) and not any(".2." in name for name in read)
+    assert len(read) == len(set(read)), "once each"
+
+
+def test_shards_are_read_and_a_file_that_changes_later_changes_nothing(tmp_path: Path) -> None:
+    one, many = make(tmp_path / "one", "qwen3"), tmp_path / "many"
+    transformers.AutoModelForCausalLM.from_pretrained(one).save_pretrained(many, max_shard_size="20KB")
+    assert len(list(many.glob("*.safetensors"))) > 1
+    hooks = ["blocks.2.hook_resid_post"]
+    models = [load_model(folder, ModelConfig("tiny", path=str(folder)), "cpu") for folder in (one, many)]
+    for file in (*one.glob("*.safetensors"), *many.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("r+b") as opened:
+            opened.write(bytes(size))
+    assert torch.equal(*(read_hooks(model, IDS, hooks)[0] for model in models))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_tied_unembedding_is_the_embedding_s_memory(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "m", name, **({} if name == "gpt2" else {"tie_word_embeddings": True}))
+    model = load_model(folder, ModelConfig("tiny", path=str(folder)), "cpu")
+    assert model.unembed.W_U.untyped_storage().data_ptr() == model.embed.W_E.untyped_storage().data_ptr()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(model(IDS), plain(IDS).logits)

@@ -403,5 +403,5 @@ def test_code_of_a_model_folder_is_refused_by_name_and_never_run(tmp_path, neox_
     with pytest.raises(ModelError, match="auto_map"):
         read_geometry(folder)
     with pytest.raises(ValueError, match="trust_remote_code"):  # nor where transformers alone is asked
-        loading._load_original(folder)
+        loading._load_original(folder, loading.dtype_of(PLAIN))
     assert not (tmp_path / "ran").exists()

@@ -72,6 +72,7 @@ def test_stages_of_a_sweep(home: Path) -> None:
         "blind": 0,
         "recover": 0,
         "circuits": 0,
+        "greater_than": 0,
         "figures": 1,
     }
 

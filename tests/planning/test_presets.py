@@ -18,7 +18,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_presets_that_need_the_hub_are_found() -> None:
     found = {preset.experiment for preset in presets()}
-    assert {"jsae_paper", "notebook_001", "notebook_004"} <= found and not found & {"demo", "jsae", "tracr_case3"}
+    assert {"jsae_paper", "notebook_001", "notebook_004", "blind_pythia-410m"} <= found and not found & {
+        "demo",
+        "jsae",
+        "tracr_case3",
+    }
 
 
 @pytest.mark.parametrize("preset", presets(), ids=lambda preset: preset.name)

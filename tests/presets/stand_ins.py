@@ -37,18 +37,21 @@ OTHERS = (
     Preset("jsae_paper", "pythia-70m", "pile", ("site.layer=3", "dictionary.jacobian_coefficient=[0,1]")),
 )
 """Of the models that presets name in their comments."""
-LAYERS = {"pythia-70m": 6, "pythia-160m-deduped": 12, "pythia-410m": 24, "pythia-410m-deduped": 24}
-REDUCED = (
-    *("tokens.context_size=64", "tokens.train_tokens=8192", "tokens.held_out_tokens=4096"),
-    *("tokens.held_out_fraction=0.2", "training.n_tokens=4096", "training.batch_size=512"),
-    *("activations.chunk_tokens=1024", "activations.shard_tokens=4096", "evaluation.resamples=100"),
-)
+TRANSCODERS = ("notebook_004", "blind_pythia-410m", "transcoders_gpt2-small", "transcoders_pythia-1.4b")
+LAYERS = {"pythia-70m": 6, "pythia-160m-deduped": 12, "gpt2-small": 12, "gelu-2l": 2}
+"""Of others 24."""
+REDUCED = {
+    **{"tokens.context_size": 64, "tokens.train_tokens": 8192, "tokens.held_out_tokens": 16_384},
+    **{"tokens.held_out_fraction": 0.3, "training.n_tokens": 4096, "training.batch_size": 512},
+    **{"activations.chunk_tokens": 1024, "activations.shard_tokens": 4096, "evaluation.resamples": 100},
+    **{"jacobian.linearity_samples": 64, "jacobian.resamples": 100},
+    **{"heads.n_tokens": 1024, "heads.loss_tokens": 512, "heads.resamples": 50, "heads.dashboards": 2},
+}
 """What makes a run of minutes of one of days; sizes follow from the model's."""
 ALSO = {
-    "jsae_paper": ("jacobian.n_tokens=512", "jacobian.linearity_samples=64", "jacobian.resamples=100"),
-    "notebook_000_pythia": ("jacobian.n_tokens=512", "jacobian.linearity_samples=64", "jacobian.resamples=100"),
-    "notebook_001": ("heads.n_tokens=1024", "heads.loss_tokens=512", "heads.resamples=50", "heads.dashboards=2"),
-    "notebook_004": ("dictionary.d_sae=512",),
+    "jsae_paper": {"jacobian.n_tokens": 512},
+    "notebook_000_pythia": {"jacobian.n_tokens": 512},
+    **{experiment: {"dictionary.d_sae": 512} for experiment in TRANSCODERS},
 }
 
 
@@ -56,17 +59,22 @@ def presets() -> list[Preset]:
     """Of every file of `conf/experiment/` whose model or corpus is on the hub."""
     found = []
     for file in sorted(EXPERIMENTS.glob("*.yaml")):
-        chosen = _chosen(yaml.safe_load(file.read_text()))
+        chosen = _chosen(file)
         model, corpus = chosen.get("model", "embedded"), chosen.get("corpus", "embedded")
         if "dataset" in _group("corpus", corpus) or "fetch.py" in (ROOT / f"conf/model/{model}.yaml").read_text():
             found.append(Preset(file.stem, model, corpus))
     return [*found, *OTHERS]
 
 
-def _chosen(experiment: dict[str, Any]) -> dict[str, str]:
-    """The groups that an experiment's file overrides."""
-    items = [item for item in experiment.get("defaults", ()) if isinstance(item, dict)]
-    return {name.removeprefix("override /"): value for item in items for name, value in item.items()}
+def _chosen(file: Path) -> dict[str, str]:
+    """The groups that an experiment's file, and those that it begins from, override."""
+    found: dict[str, str] = {}
+    for item in yaml.safe_load(file.read_text()).get("defaults", ()):
+        if isinstance(item, dict):
+            found |= {name.removeprefix("override /"): value for name, value in item.items()}
+        elif item != "_self_":
+            found |= _chosen(file.with_stem(item))
+    return found
 
 
 def _group(name: str, choice: str) -> dict[str, Any]:
@@ -82,7 +90,8 @@ def overrides(preset: Preset, folder: Path) -> list[str]:
     )
     return [
         *(f"experiment={preset.experiment}", f"model={preset.model}", f"model.path={model}", *preset.overrides),
-        *(f"corpus.dataset={corpus}", *REDUCED, *ALSO[preset.experiment]),
+        f"corpus.dataset={corpus}",
+        *(f"{path}={value}" for path, value in (REDUCED | ALSO.get(preset.experiment, {})).items()),
     ]
 
 
@@ -92,34 +101,44 @@ def write_model(folder: Path, name: str) -> Path:
     if folder.is_dir():
         return folder
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.manual_seed(0)
     n_vocab = len(json.loads((EMBEDDED / "model/tokenizer.json").read_text())["model"]["vocab"]) + 8
-    if name == "gelu-2l":
-        _write_gelu_2l(folder, n_vocab)
-    else:
-        config = GPTNeoXConfig(
-            vocab_size=n_vocab, hidden_size=WIDTH, num_hidden_layers=LAYERS[name], num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH, max_position_embeddings=2048, hidden_act="gelu", use_parallel_residual=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-        GPTNeoXForCausalLM(config).save_pretrained(folder)
+    write = {"gelu-2l": _write_gelu_2l, "gpt2-small": _write_gpt2}.get(name, _write_pythia)
+    write(folder, n_vocab, LAYERS.get(name, 24))
     for file in (EMBEDDED / "model").glob("token*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
 
 
-def _write_gelu_2l(folder: Path, n_vocab: int) -> None:
+def _write_pythia(folder: Path, n_vocab: int, n_layers: int) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=n_vocab, hidden_size=WIDTH, num_hidden_layers=n_layers, num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH, max_position_embeddings=2048, hidden_act="gelu", use_parallel_residual=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+
+
+def _write_gpt2(folder: Path, n_vocab: int, n_layers: int) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": WIDTH, "n_layer": n_layers, "n_head": HEADS, "n_positions": 1024, "vocab_size": n_vocab}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+
+
+def _write_gelu_2l(folder: Path, n_vocab: int, n_layers: int) -> None:
     """As `scripts/fetch.py` leaves it: TransformerLens's keys and names of weights."""
     import torch
     from safetensors.torch import save_file
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    sizes = {"n_layers": 2, "d_model": WIDTH, "n_ctx": 1024, "d_head": WIDTH // HEADS, "n_heads": HEADS}
+    sizes = {"n_layers": n_layers, "d_model": WIDTH, "n_ctx": 1024, "d_head": WIDTH // HEADS, "n_heads": HEADS}
     sizes |= {"d_mlp": 4 * WIDTH, "d_vocab": n_vocab}
     model = HookedTransformer(HookedTransformerConfig(**sizes, act_fn="gelu", normalization_type="LN", device="cpu"))
     state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith(("attn.mask", "attn.IGNORE"))}

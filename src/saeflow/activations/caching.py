@@ -15,6 +15,7 @@ were complete before stay valid.
 import errno
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,9 @@ from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
 from saeflow.models.attention import fused_attention
+from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
-from saeflow.models.protocol import LanguageModel
+from saeflow.models.protocol import LanguageModel, hooked
 from saeflow.models.source import reading_model, settings_of
 from saeflow.models.splicing import run_until
 from saeflow.storage.receipts import RECEIPT
@@ -77,9 +79,11 @@ def opened(jobs: list[Job]) -> tuple[ActivationStore, list[ColumnRequest], Calla
     asked = (job.config for job in jobs)
     columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
 
+    n_layers = max(1, *(hook_layer(column.hook_name, sys.maxsize) for column in columns))
+
     def load() -> LanguageModel:
         with reading_model(jobs[0]) as source:
-            return load_model(source, model, jobs[0].device, context_size)
+            return load_model(source, model, jobs[0].device, context_size, n_layers)
 
     return ActivationStore(folders[0], ActivationsConfig(**config["activations"])), columns, load
 
@@ -194,7 +198,7 @@ def forward(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> dict[str,
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value.flatten(0, 1)
 
-    with model.hooks(fwd_hooks=[(hook, keep) for hook in hooks]):
+    with hooked(model, [(hook, keep) for hook in hooks]):
         run_until(model, tokens, hooks)
     for hook in hooks:
         if hook not in values:

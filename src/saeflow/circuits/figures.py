@@ -1,4 +1,4 @@
-"""The figure of the stage `circuits`: the largest paths down from each latent, as a graph."""
+"""The figures of the stages `circuits`, the largest paths down from each latent as a graph, and `greater_than`."""
 
 from typing import Any, NamedTuple
 
@@ -9,10 +9,12 @@ from matplotlib.figure import Figure
 
 from saeflow.circuits.attribution import Node
 from saeflow.circuits.paths import Path, edges_of
+from saeflow.dictionaries.series import with_names
+from saeflow.dictionaries.settings import read_summaries
 from saeflow.features.show import visible
-from saeflow.figures.axes import subplots
+from saeflow.figures.axes import labelled, legend_beside, subplots, wrapped_panels
 from saeflow.figures.registry import figure
-from saeflow.figures.style import COLOURS
+from saeflow.figures.style import COLOURS, look
 from saeflow.jobs.job import Job
 
 SHOWN = 12  # paths of a latent, of those that end there or go on the largest, with all that they pass
@@ -174,3 +176,49 @@ def title(one: Any) -> str:
     return f"latent {one.latent} of layer {one.layer}, activation {one.activation:.3g}: {', '.join(told)}".replace(
         "-", "−"
     )
+
+
+# -------------------------------------------------------------------- greater-than
+class GreaterThan(NamedTuple):
+    """Of all studies of an experiment: a row a study, and a row a study, kind of unit and number of units."""
+
+    studies: pd.DataFrame
+    curves: pd.DataFrame
+
+
+def read_greater_than(job: Job) -> GreaterThan:
+    named = with_names(read_summaries(job, "greater_than"))
+    curves = [pd.read_parquet(f"{folder}/curve.parquet").assign(dictionary_key=key)
+              for folder, key in zip(named["folder"], named["dictionary_key"], strict=True)]  # fmt: skip
+    return GreaterThan(named, pd.concat(curves, ignore_index=True))
+
+
+@figure("greater_than", stage="greater_than", reads=read_greater_than)
+def greater_than(data: GreaterThan) -> tuple[Figure, pd.DataFrame]:
+    """How well the model tells later years from earlier ones with only the k units of an MLP in it whose activations
+    vary most over the years: latents of a transcoder, and the MLP's own neurons.
+
+    A panel a place, a line a series and amount; of several seeds the mean, within their range. All hundred prompts are
+    used, so that there is no interval over prompts.
+    """
+    names = ["place", "series", "amount_name", "amount", "point", "dictionary_key", "score_model", "score_transcoder"]
+    table = data.studies[names].merge(data.curves, on="dictionary_key", sort=False)
+    places = list(dict.fromkeys(table["place"]))
+    drawn, grid = wrapped_panels(len(places), 3.2, 2.9, least_width=4.2)
+    for axis, place in zip(grid.flat, places, strict=False):
+        mine = table[table["place"] == place]
+        neurons = mine[mine["units"] == "neurons"].drop_duplicates("k")  # of the MLP, whatever the transcoder
+        axis.plot(neurons["k"], neurons["score"], color="0.35", linestyle="--", label="neurons")
+        for n, (_, rows) in enumerate(mine[mine["units"] == "latents"].groupby("point", sort=False)):
+            first, of_k = rows.iloc[0], rows.groupby("k")["score"]
+            label = f"{first['series']}, {first['amount_name']} = {first['amount']:g}"
+            label += f" ({rows['dictionary_key'].nunique()} seeds)" if rows["dictionary_key"].nunique() > 1 else ""
+            style = look(n)
+            axis.plot(of_k.mean(), markevery=(2 + 4 * n, 10), label=label, **style.line)
+            axis.fill_between(of_k.min().index, of_k.min(), of_k.max(), color=style.color, alpha=0.2, linewidth=0)
+        axis.axhline(mine["score_model"].iloc[0], color="0.35", linewidth=1, label="the model")
+        axis.set(xlabel="units kept", title=place)
+    grid[0][0].set_ylabel("p(later years) − p(others)")
+    drawn.tight_layout()
+    legend_beside(grid, labelled(grid.flat))
+    return drawn, table.drop(columns="point")

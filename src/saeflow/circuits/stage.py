@@ -1,4 +1,5 @@
-"""The stage `circuits`: what makes latents of a transcoder active, by way of those of the layers below."""
+"""The stages `circuits`, what makes latents of a transcoder active, by way of those of the layers below, and
+`greater_than`, how few of its latents, or of its MLP's neurons, do a task."""
 
 from collections.abc import Sequence
 
@@ -17,8 +18,7 @@ from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 def expand(expansion: Expansion) -> None:
     """Of transcoders that differ in the layer alone, where a figure of circuits is asked for."""
-    figures = declared()
-    if not any(name in figures and figures[name].stage == "circuits" for name in expansion.figures):
+    if not _asked(expansion, "circuits"):
         return
     for group in by_layer(filter(_is_transcoder, expansion.points), ("jacobian",)):
         layers = sorted(group.points)
@@ -26,6 +26,20 @@ def expand(expansion: Expansion) -> None:
         if len(points) < len(layers):
             raise ConfigError("circuits: a layer has several transcoders that differ in nothing else; keep one of each")
         _add(points, layers)
+
+
+def _asked(expansion: Expansion, stage: str) -> bool:
+    """Whether a figure of the stage is."""
+    figures = declared()
+    return any(name in figures and figures[name].stage == stage for name in expansion.figures)
+
+
+def expand_greater_than(expansion: Expansion) -> None:
+    """Of every transcoder of an MLP, where its figure is asked for."""
+    for planned in filter(_is_transcoder, expansion.points if _asked(expansion, "greater_than") else ()):
+        (found,) = planned.dictionaries
+        needs = {found.stage: [found.key], "tokens": [planned.keys["tokens"]["held_out"]]}
+        planned.add("greater_than", found.label, needs, name=found.key)
 
 
 def _is_transcoder(planned: PlannedPoint) -> bool:
@@ -38,6 +52,12 @@ def _is_transcoder(planned: PlannedPoint) -> bool:
 
 def _add(points: list[PlannedPoint], layers: list[int]) -> None:
     first, config = points[0], points[0].point.circuits
+    if first.geometry.bridged:
+        raise ConfigError(
+            "circuits follow weights with the norms' gain and bias folded into them, and those of "
+            f"{first.geometry.architecture} are left as they are, as transformers' own modules run it; use a model "
+            "that TransformerLens converts (docs/models.md)"
+        )
     if not first.point.model.fold_ln:
         raise ConfigError(
             "circuits need the norms' gain and bias folded into the weights, so that latents read the residual stream: "
@@ -61,6 +81,21 @@ def _width(planned: PlannedPoint) -> int | None:
     config: DictionaryConfig = planned.point.dictionary
     d_sae, expansion = getattr(config, "d_sae", None), getattr(config, "expansion", None)
     return d_sae or (expansion and expansion * planned.geometry.hook_size(planned.point.site.hook_name)[-1])
+
+
+def resources_greater_than(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
+    """A hundred prompts, some two hundred times: less than an hour."""
+    return running(plan, instances, 0.0, 8, dictionaries_mb(plan, instances))
+
+
+def work_greater_than(jobs: list[Job]) -> str:
+    from saeflow.circuits.greater_than import greater_than_job
+
+    lines = []
+    for job in jobs:
+        s = greater_than_job(job)
+        lines.append(f"{job.path}/: score {s['score_model']:.3f}, with the transcoder {s['score_transcoder']:.3f}")
+    return "\n".join(lines)
 
 
 def operations(plan: Plan, instances: Sequence[Instance]) -> float:
@@ -97,6 +132,18 @@ STAGES = (
         after=("recover",),
         operations=operations,
         resources=resources,
+        drawn="where_asked",
+    ),
+    Stage(
+        "greater_than",
+        ("greater-than study", "greater-than studies"),
+        work_greater_than,
+        expand_greater_than,
+        reads=("model",),
+        needs=("train", "foreign", "tokens"),
+        after=("circuits",),
+        together=lambda plan, instance: [instance.config["model"], instance.needs["tokens"]],
+        resources=resources_greater_than,
         drawn="where_asked",
     ),
 )

@@ -73,7 +73,8 @@ SHORT: dict[str, str] = {
 """How settings are called in names; others by their own names."""
 
 NAMED_ALREADY = (
-    *("model.weights", "model.randomise", "model.randomise_seed", "dictionary.kind", "dictionary.saelens"),
+    *("model.weights", "model.randomise", "model.randomise_seed", "model.dtype", "model.bridge"),
+    *("dictionary.kind", "dictionary.saelens"),
     *("dictionary.k", "dictionary.l1_coefficient", "dictionary.jacobian_coefficient"),
 )
 """What the first part of a dictionary's name says, or what stands for a model."""

@@ -67,6 +67,9 @@ class ModelConfig:
     columns shuffled (`saeflow.models.controls`). Source: JSAE paper (arXiv 2502.18147)."""
     randomise_seed: int = 0
     """[seed] Of these weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights and of what the model computes with them; values at hooks are float32 from there, and logits.
+    Source: transformers."""
     tracr: TracrConfig | None = None
     """A model of a case, in place of `path` and `hub`."""
 
@@ -78,6 +81,13 @@ class ModelConfig:
                 "says of what that folder is a copy) and tracr"
             )
         processed = self.fold_ln or self.center_writing_weights or self.center_unembed or self.randomise != "none"
+        if self.dtype != "float32" and processed:
+            raise ConfigError(
+                f"model.dtype={self.dtype} rounds the weights as they are stored; leave fold_ln, center_* and "
+                "randomise as they are, or set model.dtype=float32"
+            )
+        if self.tracr and self.dtype != "float32":
+            raise ConfigError("model.tracr: its models are float32; leave model.dtype as it is")
         if self.tracr and processed:
             raise ConfigError(
                 "model.tracr: its models have no norms; leave fold_ln, center_* and randomise as they are"

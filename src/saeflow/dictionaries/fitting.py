@@ -26,8 +26,8 @@ def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
 def open_model(job: Job, context_size: int = SHORT) -> LanguageModel:
     """The model of a job, on its device.
 
-    Its conversion was checked on whole rows when the activations were cached that the job, or one before it, needs; a
-    job without any says how long rows are.
+    The layers whose activations were cached were checked on whole rows then, and all others by the baselines. A job
+    that needs neither says how long rows are.
     """
     with reading_model(job) as folder:
         return load_model(folder, model_config(folder, job.config["model"]), job.device, context_size)

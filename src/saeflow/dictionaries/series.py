@@ -174,7 +174,7 @@ def about_place(held: Settings, model: str) -> dict[str, Any]:
     if control != "none":
         own["control_seed"] = held["model.randomise_seed"]
     own |= {"corpus": f"on {held['corpus.name']}"} if held.get("corpus.name") else {}
-    content = re.compile(r"model\.(weights|randomise.*)|corpus\..*|tokenizer")  # of these, hashes
+    content = re.compile(r"model\.(weights|bridge|randomise.*)|corpus\..*|tokenizer")  # of these, hashes
     return own | {path: value for path, value in s_of_place(held).items() if not content.fullmatch(path)}
 
 

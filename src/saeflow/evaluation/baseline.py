@@ -140,7 +140,7 @@ def baseline_jobs(jobs: list[Job]) -> list[Baseline]:
         mean, head = column.statistics.mean.to(first.device, torch.float32), job.config["head"]
         sites.append(AblationSite(column.hook_name, mean if head is None else mean.view(*column.size)[head], head))
     rows = open_tokens(first.input("tokens"))
-    model = open_model(first)
+    model = open_model(first, rows.context_size)  # the first of the whole model: caching ends at the last hook's layer
     log.info("%d hooks, %d tokens", len(sites), rows.n_rows * rows.context_size)
     batch_rows = first.config["evaluation"]["batch_rows"]
     replace_first = first.config.get("replace_first", True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
 from saeflow.features.order import largest
-from saeflow.models.protocol import LanguageModel, norms_of
+from saeflow.models.protocol import LanguageModel, full, norms_of, unembedding
 
 
 class LogitWeights(NamedTuple):
@@ -37,11 +37,10 @@ def direct_path(model: LanguageModel, hook_name: str, head: int | None = None) -
     if found and norms_of(model) != "before" and re.match(r"(attn|mlp)\.", found[2]):
         return None  # a norm is in between, whose scale depends on all that is written
     if block is not None and found is not None and found[2] == "attn.hook_z":
-        W_O: Tensor = block.attn.W_O
+        W_O = full(block.attn.W_O)
         return W_O.flatten(0, 1) if head is None else W_O[head]
     if block is not None and found is not None and found[2] == "mlp.hook_post":
-        W_out: Tensor = block.mlp.W_out
-        return W_out
+        return full(block.mlp.W_out)
     inside = found is not None and re.match(r"(attn|mlp)\.", found[2])
     return None if inside else torch.eye(model.cfg.d_model, device=model.cfg.device)
 
@@ -53,8 +52,8 @@ def logit_effects(model: LanguageModel, directions: Tensor) -> Tensor:
     if str(model.cfg.normalization_type).startswith("LN"):
         directions = directions - directions.mean(dim=1, keepdim=True)
     if gain is not None:
-        directions = directions * gain
-    return directions @ model.unembed.W_U
+        directions = directions * full(gain)
+    return directions @ unembedding(model).W_U
 
 
 @torch.no_grad()

@@ -11,16 +11,12 @@ al. 2406.17759, DFA). Further back, `de_embedding` asks which tokens' embeddings
 text (as `saeflow.circuits` does), but have its gain and centring.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from saeflow.dictionaries import Dictionary
 from saeflow.heads.weights import Attention
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel, full
 
 
 def by_head(z: Tensor, w: Tensor) -> Tensor:
@@ -41,12 +37,12 @@ def bias(dictionary: Dictionary) -> Tensor:
     return dictionary.b_enc
 
 
-def de_embedding(model: "HookedTransformer", attention: Attention, w: Tensor) -> Tensor:
+def de_embedding(model: LanguageModel, attention: Attention, w: Tensor) -> Tensor:
     """How strongly each token's embedding, at the source, makes latents active: w (H, d, m) -> (H, m, V).
 
     But for the scale of the norm before the layer, and for what later positions and layers add.
     """
-    embedding = model.embed.W_E
+    embedding = full(model.embed.W_E)
     if attention.centred:
         embedding = embedding - embedding.mean(dim=1, keepdim=True)
     return torch.einsum("ve,hed,hdm->hmv", embedding, attention.W_V, w)

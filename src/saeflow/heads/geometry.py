@@ -46,9 +46,9 @@ def rank(singular_values: np.ndarray, shape: tuple[int, int]) -> int:
 
 
 def participation(singular_values: np.ndarray) -> float:
-    """(sum of s^2)^2 / sum of s^4: how many directions share the energy; from 1 to the rank."""
+    """(sum of s^2)^2 / sum of s^4: how many directions share the energy; from 1 to the rank, 0 where there is none."""
     squares = np.square(singular_values)
-    return float(squares.sum() ** 2 / np.square(squares).sum())
+    return float(squares.sum() ** 2 / np.square(squares).sum()) if squares.any() else 0.0
 
 
 def spectra(heads: Sequence[Dictionary], W_O: Tensor) -> xr.Dataset:

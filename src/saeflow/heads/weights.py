@@ -8,16 +8,14 @@ d = `d_head`, n = `d_sae` (of a per-head dictionary: of one head), V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeflow.dictionaries import Dictionary, DictionaryError
 from saeflow.models.attention import read_values
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from saeflow.models.protocol import LanguageModel, full
 
 
 class Attention(NamedTuple):
@@ -39,11 +37,11 @@ class Attention(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(device) for name in ("W_V", "b_V", "W_O", "b_O")})
 
 
-def read_attention(model: "HookedTransformer", layer: int) -> Attention:
+def read_attention(model: LanguageModel, layer: int) -> Attention:
     """The weights of a layer, the norm's folded in whether or not the model was loaded with `fold_ln`."""
     attention: Any = model.blocks[layer].attn
     centred = str(model.cfg.normalization_type).startswith("LN")
-    W_O, b_O = attention.W_O.detach(), attention.b_O.detach()
+    W_O, b_O = full(attention.W_O.detach()), full(attention.b_O.detach())
     return Attention(layer, *read_values(model, layer), W_O, b_O, centred)
 
 

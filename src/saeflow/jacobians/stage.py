@@ -46,6 +46,11 @@ def _check(planned: PlannedPoint, pair: bool) -> None:
     assert point.site.hook_name_out is not None
     geometry = planned.geometry
     norm = block_of_hooks(point.site.hook_name, point.site.hook_name_out, geometry.parallel, geometry.norms).norm
+    if point.model.dtype != "float32" and (geometry.norms != "before" or geometry.experts):
+        raise ConfigError(
+            f"model.dtype={point.model.dtype}: Jacobians of {geometry.architecture} are derivatives of the model's own "
+            "modules, which have too few bits for them there; set model.dtype=float32"
+        )
     trained = getattr(point.dictionary, "jacobian_norm", "inside")
     for name, value in (("jacobian.norm", point.jacobian.norm), ("dictionary.jacobian_norm", trained)):
         if value == "ignored" and not (norm and pair):

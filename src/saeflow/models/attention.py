@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeflow.models.protocol import LanguageModel
+from saeflow.models.protocol import LanguageModel, full
 
 
 def read_values(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
@@ -23,10 +23,10 @@ def read_values(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
     block: Any = model.blocks[layer]
     norm = getattr(block, "ln1", None)
     gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
-    W_V, b_V = block.attn.W_V.detach(), block.attn.b_V.detach()
+    W_V, b_V = full(block.attn.W_V.detach()), full(block.attn.b_V.detach())
     if bias is not None:
-        b_V = b_V + torch.einsum("e,hed->hd", bias, W_V)
-    return W_V if gain is None else gain[:, None] * W_V, b_V
+        b_V = b_V + torch.einsum("e,hed->hd", full(bias), W_V)
+    return W_V if gain is None else full(gain)[:, None] * W_V, b_V
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from saeflow.kernels import loops
 from saeflow.kernels.jacobian import BlockWeights, Linearisation
 from saeflow.kernels.memory import empty
 from saeflow.models.folder import Span, block_of_hooks
-from saeflow.models.protocol import LanguageModel, norms_of
+from saeflow.models.protocol import LanguageModel, full, hooked, norms_of, rounded
 
 CHUNK_TOKENS = 512  # that are linearised at a time
 
@@ -176,16 +176,16 @@ class ModuleBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         """f(x): (N, d) to (N, d)."""
-        block, x = self.model.blocks[self.layer], x[None]
+        block, x = self.model.blocks[self.layer], rounded(self.model, x[None])
         if self.norm:
             y = block.apply_mlp(block.ln2(x))
         elif not self.gain:
             y = block.apply_mlp(x)
         else:  # the hook is between the norm's division and its gain
             name = f"blocks.{self.layer}.ln2.hook_normalized"
-            with self.model.hooks(fwd_hooks=[(name, lambda _, hook: x)]):
+            with hooked(self.model, [(name, lambda _, hook: x)]):
                 y = block.apply_mlp(block.ln2(torch.zeros_like(x)))
-        return (x + y if self.skip else y)[0]
+        return full(x + y if self.skip else y)[0]
 
 
 def read_span(model: LanguageModel, hook_name: str, hook_name_out: str) -> Span:
@@ -220,24 +220,27 @@ def input_gain(model: LanguageModel, span: Span) -> Tensor | None:
     gain = getattr(model.blocks[span.layer].ln2, "w", None)  # none where it was folded into the weights
     if gain is None or span.begins == "mlp":
         return torch.ones(model.cfg.d_model, device=model.cfg.device)
-    return torch.as_tensor(gain)
+    return full(torch.as_tensor(gain))
 
 
 def read_mlp(model: LanguageModel, layer: int, with_gain: bool = True) -> MLP:
     """The MLP of block `layer`, with the gain and bias of its norm folded in, or without them."""
     block = model.blocks[layer]
     mlp, norm = block.mlp, block.ln2 if with_gain else None
-    gain, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+    gain, bias = (None if (t := getattr(norm, name, None)) is None else full(t) for name in ("w", "b"))
 
     def folded(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-        zero = W.new_zeros(W.shape[1]) if b is None else b
+        W = full(W)
+        zero = W.new_zeros(W.shape[1]) if b is None else full(b)
         return W if gain is None else gain[:, None] * W, zero if bias is None else zero + bias @ W
 
+    activation, W_out, b_out = str(model.cfg.act_fn), full(mlp.W_out), full(mlp.b_out)
+
     if not hasattr(mlp, "W_gate"):
-        return MLP(str(model.cfg.act_fn), *folded(mlp.W_in, mlp.b_in), mlp.W_out, mlp.b_out)
+        return MLP(activation, *folded(mlp.W_in, mlp.b_in), W_out, b_out)
     # HookedTransformer adds a gated MLP's b_in after the product, and has none for the gate
     b_in, b_gate, b_mid = (
         (mlp.b_in, mlp.b_gate, torch.zeros_like(mlp.b_in)) if hasattr(mlp, "b_gate") else (None, None, mlp.b_in)
     )
     (W_in, b_in), (W_gate, b_gate) = folded(mlp.W_in, b_in), folded(mlp.W_gate, b_gate)
-    return MLP(str(model.cfg.act_fn), W_in, b_in, mlp.W_out, mlp.b_out, W_gate, b_gate, b_mid)
+    return MLP(activation, W_in, b_in, W_out, b_out, W_gate, b_gate, full(b_mid))

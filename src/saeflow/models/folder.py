@@ -26,8 +26,10 @@ MODEL_FILES = (
 HOOKED = "HookedTransformer"  # TransformerLens's own format, which names no architecture
 # How the folders of presets come to be, by their names below models/.
 MADE_BY = {
-    "smollm2": "make model NAME=smollm2",
-    "gelu-2l": "python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l",
+    "smollm2": "fetch it once, with the network: make model NAME=smollm2",
+    "gelu-2l": "fetch it once, with the network: "
+    "python scripts/fetch.py NeelNanda/GELU_2L512W_C4_Code --to models/gelu-2l",
+    "greater_than": "train it once: python scripts/train_greater_than.py",
 }
 GROUND_TRUTH = "SaeflowGroundTruth"  # a model of a case, in a folder of our own
 Norms = Literal["before", "both", "after"]
@@ -225,7 +227,7 @@ def resolve_folder(model: ModelConfig) -> Path:
         folder = Path(model.path)
         if not folder.is_dir():
             made_by = MADE_BY.get(folder.name) if folder.parent.name == "models" else None
-            how = f"; fetch it once, with the network: {made_by}" if made_by else ""
+            how = f"; {made_by}" if made_by else ""
             raise ModelError(f"model.path={folder}: no such folder{where(folder)}{how}")
         return folder
     from huggingface_hub import snapshot_download
@@ -338,6 +340,16 @@ def _must_be_bridged(folder: Path, architecture: str, config: dict[str, Any]) ->
 def check_processing(folder: Path, geometry: Geometry, model: ModelConfig) -> None:
     """Raises `ModelError` for processing of the weights that would change what the model computes, or that there is no
     way to do."""
+    if geometry.architecture == HOOKED and model.dtype != "float32":
+        raise ModelError(
+            f"model.dtype={model.dtype} does not apply to {folder}: models of TransformerLens's own format are opened "
+            "as float32; set model.dtype=float32"
+        )
+    if geometry.norms == "after" and model.dtype != "float32":
+        raise ModelError(
+            f"model.dtype={model.dtype} does not apply to {folder}: TransformerLens's bridge rotates the queries of "
+            f"{geometry.architecture} into float32, which its attention does not take; set model.dtype=float32"
+        )
     asked = [name for name in ("fold_ln", "center_writing_weights", "center_unembed") if getattr(model, name)]
     if geometry.bridged and (asked or model.randomise != "none"):
         setting, off = (asked[0], "false") if asked else ("randomise", "none")

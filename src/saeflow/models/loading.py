@@ -1,6 +1,7 @@
 """Opens a Hugging Face folder in TransformerLens, offline, and makes sure that it computes what transformers does."""
 
 import dataclasses
+import gc
 import json
 import pkgutil
 import tempfile
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saeflow.config import ModelConfig
+from saeflow.kernels.memory import give_back_freed_memory
 from saeflow.models.bridge import BridgedModel
-from saeflow.models.conversion import SHORT, check_conversion, expect
+from saeflow.models.conversion import SHORT, Expected, check_conversion, expect
 from saeflow.models.folder import (
     GROUND_TRUTH,
     HOOKED,
@@ -25,6 +27,7 @@ from saeflow.models.folder import (
     weight_files,
 )
 from saeflow.models.protocol import LanguageModel
+from saeflow.models.weights import open_weights
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -33,12 +36,17 @@ if TYPE_CHECKING:
 # imported only when such a folder is opened, so that models know none of those packages.
 LOADERS = {GROUND_TRUTH: "saeflow.groundtruth.folder:load_hooked"}
 
+LARGE = 1 << 20  # bytes of a tensor whose memory is given back as soon as it is free
 
-def load_model(folder: Path, model: ModelConfig, device: str, context_size: int = SHORT) -> LanguageModel:
-    """Opens a local Hugging Face folder in float32, without touching the network: as a `HookedTransformer`, or as a
-    `BridgedModel` where TransformerLens does not convert it rightly (`Geometry.bridged`).
 
-    With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are. The
+def load_model(
+    folder: Path, model: ModelConfig, device: str, context_size: int = SHORT, n_layers: int | None = None
+) -> LanguageModel:
+    """Opens a local Hugging Face folder without touching the network: as a `HookedTransformer`, or as a `BridgedModel`
+    where TransformerLens does not convert it rightly (`Geometry.bridged`).
+
+    With `n_layers` it ends after so many layers, and the weights of others are not read: what hooks below see is the
+    same. With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are. The
     conversion is checked on a row of `context_size` tokens: who is the first to run rows of some length says so, and
     the others need not pay for it again.
     Raises `ModelError` where the folder's weights are not whole or not finite, or where TransformerLens's conversion of
@@ -55,22 +63,24 @@ def load_model(folder: Path, model: ModelConfig, device: str, context_size: int 
         check_finite(folder, state)
         return processed(config, state, model).to(device, print_details=False)
     check_processing(folder, geometry, model)
-    original = _load_original(folder, **(_PLAIN if geometry.bridged else {}))
+    if n_layers is not None:
+        geometry = dataclasses.replace(geometry, n_layers=min(n_layers, geometry.n_layers))
     if geometry.bridged:
-        return _bridge(folder, geometry, original.to(device), context_size)
-    expected = expect(original, geometry, context_size)
+        return _bridge(folder, geometry, model, device, context_size)
     try:
-        hooked = _convert(folder, geometry, original, dataclasses.replace(model, randomise="none"))
+        hooked, expected = _convert(folder, geometry, dataclasses.replace(model, randomise="none"), context_size)
         check_conversion(folder, expected, hooked, model.center_writing_weights)
         if model.randomise != "none":
-            hooked = _convert(folder, geometry, original, model)
+            del hooked
+            hooked, _ = _convert(folder, geometry, model, 1)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
     return hooked.to(device, print_details=False)
 
 
-def _bridge(folder: Path, geometry: Geometry, original: Any, context_size: int) -> BridgedModel:
-    """Transformers' model on its device, with hooks between its modules, and compared with itself without them."""
+def _bridge(folder: Path, geometry: Geometry, model: ModelConfig, device: str, context_size: int) -> BridgedModel:
+    """Transformers' model, with hooks between its modules, and compared with itself without them."""
+    original = _load_original(folder, dtype_of(model), geometry.n_layers, **_PLAIN).to(device)
     expected = expect(original, geometry, context_size)  # before there are hooks
     bridged = BridgedModel(original, geometry)
     check_conversion(folder, expected, bridged, False)
@@ -91,13 +101,23 @@ def check_finite(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _convert(folder: Path, geometry: Geometry, original: Any, model: ModelConfig) -> "HookedTransformer":
-    """TransformerLens's model of the weights, randomised and processed."""
+def _convert(
+    folder: Path, geometry: Geometry, model: ModelConfig, n_tokens: int
+) -> "tuple[HookedTransformer, Expected]":
+    """TransformerLens's model of the weights, randomised and processed, and what transformers computes on a row.
+
+    There is one copy of the weights: a tensor of transformers is let go when TransformerLens's is made of it.
+    """
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
-    config = _hooked_config(folder, geometry, model.fold_ln, original.config)
-    state = get_pretrained_state_dict(str(folder), config, hf_model=original, dtype=torch.float32)
-    return processed(config, state, model)
+    original = _load_original(folder, dtype_of(model), geometry.n_layers)
+    expected = expect(original, geometry, n_tokens)
+    config = _hooked_config(folder, geometry, model, original.config)
+    state = get_pretrained_state_dict(str(folder), config, hf_model=original, dtype=dtype_of(model))
+    del original  # `state` alone has its tensors, and loses one after the other
+    gc.collect()
+    give_back_freed_memory()
+    return processed(config, state, model), expected
 
 
 def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "HookedTransformer":
@@ -109,15 +129,33 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
     if model.randomise != "none":
         state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)
     hooked = HookedTransformer(config, move_to_device=False)
-    hooked.load_and_process_state_dict(
-        state,
-        fold_ln=model.fold_ln,
-        center_writing_weights=model.center_writing_weights,
-        center_unembed=model.center_unembed,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
+    processing = {name: getattr(model, name) for name in ("fold_ln", "center_writing_weights", "center_unembed")}
+    if any(processing.values()):
+        hooked.load_and_process_state_dict(
+            state, **processing, fold_value_biases=False, refactor_factored_attn_matrices=False
+        )
+    else:
+        _move(hooked, state)
     return with_mlp_inputs(hooked.eval().requires_grad_(False))
+
+
+def _move(hooked: "HookedTransformer", state: dict[str, torch.Tensor]) -> None:
+    """Moves all of `state` into a model, tensor by tensor, so that memory holds them once.
+
+    The embedding's matrix is taken as it is, and an unembedding that is tied to it stays the same memory: a copy of
+    each would be a large part of a small model.
+    """
+    W_E, W_U = state["embed.W_E"], state["unembed.W_U"]
+    tied = W_U.untyped_storage().data_ptr() == W_E.untyped_storage().data_ptr()
+    hooked.load_state_dict({"embed.W_E": W_E} | ({"unembed.W_U": W_U} if tied else {}), strict=False, assign=True)
+    hooked.fill_missing_keys(state)
+    for name in list(state):
+        is_large = state[name].nbytes > LARGE
+        if name != "embed.W_E" and not (tied and name == "unembed.W_U"):
+            hooked.load_state_dict({name: state[name]}, strict=False)
+        del state[name]
+        if is_large:
+            give_back_freed_memory()
 
 
 def with_mlp_inputs(hooked: "HookedTransformer") -> "HookedTransformer":
@@ -143,21 +181,33 @@ _PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 by operations that have derivatives."""
 
 
-def _load_original(folder: Path, **how: Any) -> Any:
-    """The transformers model of a folder, in float32 on the CPU. `how` it computes, by transformers' own names."""
+def dtype_of(model: ModelConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    return dtype
+
+
+def _load_original(folder: Path, dtype: torch.dtype, n_layers: int | None = None, **how: Any) -> Any:
+    """The transformers model of a folder on the CPU, or of its first layers. `how` it computes, by transformers' names.
+
+    Every tensor is read once, when its place in the model is filled; those of other layers are not read.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     weight_files(folder)
     disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if n_layers is not None:
+        config.num_hidden_layers = n_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:n_layers]
     try:
-        original, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
+        original, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=open_weights(folder),
+            dtype=dtype,
             output_loading_info=True,
             **how,
         )
@@ -169,10 +219,11 @@ def _load_original(folder: Path, **how: Any) -> Any:
             "first; copy the model folder again"
         )
     check_finite(folder, original.state_dict())
+    give_back_freed_memory()  # what reading took
     return original.eval()
 
 
-def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool, theirs: Any) -> Any:
+def _hooked_config(folder: Path, geometry: Geometry, model: ModelConfig, theirs: Any) -> Any:
     """TransformerLens's config of a folder, of which `theirs` is transformers' config.
 
     TransformerLens guesses the architecture from the *path* (any with "llama" in it), and wants an `n_ctx` that
@@ -186,10 +237,10 @@ def _hooked_config(folder: Path, geometry: Geometry, fold_ln: bool, theirs: Any)
         (Path(neutral) / "config.json").write_text(
             json.dumps({"n_ctx": n_ctx} | plain | {"architectures": [geometry.architecture]})
         )
-        given = {"fold_ln": fold_ln, "device": "cpu", "dtype": torch.float32, "n_ctx": n_ctx}
+        given = {"fold_ln": model.fold_ln, "device": "cpu", "dtype": dtype_of(model), "n_ctx": n_ctx}
         config = get_pretrained_model_config(neutral, **given)
     config.model_name, config.tokenizer_name = folder.name, None
-    config.d_mlp = geometry.d_mlp  # n_inner of GPT-2
+    config.d_mlp, config.n_layers = geometry.d_mlp, geometry.n_layers  # n_inner of GPT-2
     if geometry.architecture == "GPTNeoXForCausalLM":
         rope = plain.get("rope_parameters") or {}
         config.rotary_base = rope.get("rope_theta") or plain.get("rotary_emb_base") or 10000

@@ -8,6 +8,7 @@ TransformerLens's shapes. Shapes: B rows, P positions, D model width, V vocabula
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from saeflow.models.folder import Norms
 
+HALF = (torch.bfloat16, torch.float16)
 HookFunction = Callable[..., Tensor | None]
 """Of a value and `hook`, whose `name` is the hook's; what it returns, if anything, replaces the value."""
 
@@ -55,10 +57,31 @@ class LanguageModel(Protocol):
         before block `stop_at_layer`, or to logits (B, P, V)."""
 
 
+def hooked(model: LanguageModel, hooks: list[tuple[str, HookFunction]]) -> AbstractContextManager[Any]:
+    """`model.hooks`, whose functions see float32 where the model has fewer bits, and what they give is rounded."""
+    return model.hooks(fwd_hooks=[(name, partial(_in_float32, function)) for name, function in hooks])
+
+
+def _in_float32(function: HookFunction, value: Tensor, hook: Any) -> Tensor | None:
+    new = function(full(value), hook=hook)
+    return None if new is None else new.to(value.dtype)
+
+
+def full(value: Tensor) -> Tensor:
+    """A value or weights that a model has in fewer bits, as float32; others as they are."""
+    return value.float() if value.dtype in HALF else value
+
+
+def rounded(model: LanguageModel, value: Tensor) -> Tensor:
+    """A value for a model that computes in fewer bits; for others as it is."""
+    dtype: torch.dtype = model.cfg.dtype
+    return value.to(dtype) if dtype in HALF else value
+
+
 def unembedding(model: LanguageModel) -> Unembedding:
     """What makes logits of a model's final values; its matrix in an order that a product reads without a copy."""
-    W_U, softcap = model.unembed.W_U, float(model.cfg.output_logits_soft_cap or 0.0)
-    return Unembedding(W_U if W_U.T.is_contiguous() else W_U.contiguous(), model.unembed.b_U, softcap)
+    W_U, softcap = full(model.unembed.W_U), float(model.cfg.output_logits_soft_cap or 0.0)
+    return Unembedding(W_U if W_U.T.is_contiguous() else W_U.contiguous(), full(model.unembed.b_U), softcap)
 
 
 def norms_of(model: LanguageModel) -> Norms:

@@ -17,6 +17,7 @@ from saeflow.text.tokenizer import check_tokenizer, tokenizer_digest
 
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed")
 CONTROL = ("randomise", "randomise_seed")
+OTHER = (*CONTROL, "dtype")  # weights, where they are not as usual: what was made for those as stored does not fit
 
 
 def identify(planned: PlannedPoint) -> None:
@@ -40,26 +41,29 @@ def _read(planned: PlannedPoint) -> tuple[Path, Geometry, int | None, str, str]:
 def set_model(
     planned: PlannedPoint, folder: Path, geometry: Geometry, weights: str, tokenizer: str, label: str = ""
 ) -> None:
-    """Puts the model into the point: what identifies it, where it lies and how it is called. A control has weights of
-    its own."""
+    """Puts the model into the point: what identifies it, where it lies and how it is called. A control and
+    a rounded model have weights of their own."""
     model, tree = planned.point.model, planned.tree["model"]
-    of_control = {}
+    other = {}
     name = label or f"{geometry.n_layers}L{geometry.d_model}.{weights[:4]}"
-    if model.randomise != "none":  # other weights: what was made for the trained ones does not fit
-        of_control = {name: tree[name] for name in CONTROL}
-        weights = _identity(weights, of_control)
+    if model.randomise != "none":
+        other = {name: tree[name] for name in CONTROL}
         name += f"-{model.randomise}{model.randomise_seed}"
+    if model.dtype != "float32":
+        other["dtype"] = tree["dtype"]
+        name += f"-{model.dtype}"
+    weights = _identity(weights, other)
     bridged = {"bridge": True} if geometry.bridged else {}  # of the others keys stay as they were
     processing = {name: tree[name] for name in PROCESSING}
-    planned.tree["model"] = {"weights": weights, **processing, **of_control, **bridged}
+    planned.tree["model"] = {"weights": weights, **processing, **other, **bridged}
     planned.tree["tokenizer"] = tokenizer
     planned.geometry, planned.labels["model"] = geometry, name
     planned.sources |= {"model": str(folder), "model_name": model.name}
 
 
-def _identity(weights: str, control: dict[str, Any]) -> str:
-    """Of weights that are replaced at random, as `control` says, from those with the digest `weights`."""
-    return short_hash([weights, control], 32) if control else weights
+def _identity(weights: str, other: dict[str, Any]) -> str:
+    """Of weights that are replaced at random or rounded, as `other` says, from those with the digest `weights`."""
+    return short_hash([weights, other], 32) if other else weights
 
 
 def settings_of(model: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +89,10 @@ def reading_model(job: Job, instance: Instance | None = None) -> Iterator[Path]:
     tokenizer = instance.config.get("tokenizer")
     for key in instance.needs.get("tokens", ()):
         tokenizer = job.plan.instance("tokens", key).config["tokenizer"]
-    control = {name: model[name] for name in CONTROL if name in model}
+    other = {name: model[name] for name in OTHER if name in model}
 
     def digest(path: Path, digests: DigestCache) -> list[str | None]:
-        weights = _identity(model_digest(path, digests), control) if model else None
+        weights = _identity(model_digest(path, digests), other) if model else None
         return [weights, tokenizer_digest(path, digests) if tokenizer else None]
 
     with job.reading("model", digest, [model.get("weights"), tokenizer]):

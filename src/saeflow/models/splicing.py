@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saeflow.models.folder import hook_layer
-from saeflow.models.protocol import LanguageModel
+from saeflow.models.protocol import LanguageModel, full, hooked, rounded
 
 
 class CleanPass(NamedTuple):
@@ -41,7 +41,7 @@ def run_clean(model: LanguageModel, tokens: Tensor, hooks: Iterable[str], splice
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value
 
-    with model.hooks(fwd_hooks=[(name, keep) for name in sorted(kept)]):
+    with hooked(model, [(name, keep) for name in sorted(kept)]):
         final = _final(model, tokens)
     return CleanPass(tokens, final, values)
 
@@ -63,7 +63,7 @@ def run_spliced(
         value = all_heads
     parts = [clean.values[name] for name in base] + ([value] if adds else [])
     hooks: list[tuple[str, Any]] = [] if adds else [(hook_name, lambda _, hook: value)]
-    residual = functools.reduce(operator.add, parts) if parts else None
+    residual = functools.reduce(operator.add, [rounded(model, part) for part in parts]) if parts else None
     return run_hooked(model, clean.tokens, hooks, residual, layer)
 
 
@@ -75,7 +75,7 @@ def run_hooked(
 
     Without a residual the pass starts at `tokens` (B, P). Functions at one hook are called in the order of the list.
     """
-    with model.hooks(fwd_hooks=hooks):
+    with hooked(model, hooks):
         return _final(model, tokens) if residual is None else _final(model, residual, layer)
 
 
@@ -110,8 +110,10 @@ def _resume(model: LanguageModel, hook_name: str) -> tuple[int, tuple[str, ...],
 
 def _final(model: LanguageModel, given: Tensor, layer: int | None = None) -> Tensor:
     """What the unembedding reads after tokens, or after the residual stream before block `layer`."""
-    residual = model(given, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
-    return residual if model.cfg.normalization_type is None else model.ln_final(residual)
+    residual = model(
+        given if layer is None else rounded(model, given), start_at_layer=layer, stop_at_layer=model.cfg.n_layers
+    )
+    return full(residual if model.cfg.normalization_type is None else model.ln_final(residual))
 
 
 def run_until(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> None:
@@ -130,6 +132,6 @@ def read_hooks(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> list[T
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value
 
-    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
+    with hooked(model, [(name, keep) for name in hooks]):
         run_until(model, tokens, hooks)
     return [values[name] for name in hooks]

@@ -5,6 +5,7 @@ A file is 8 bytes of length, a JSON header with the shape and the place of every
 
 import json
 from pathlib import Path
+from typing import Any
 
 from saeflow.models.folder import ModelError, read_keys, weight_files
 
@@ -47,6 +48,19 @@ def read_shapes(folder: Path) -> Shapes:
             )
         shapes |= held
     return shapes
+
+
+def open_weights(folder: Path) -> dict[str, Any]:
+    """Tensors of a folder by name, each read from its file when it is sliced (`[...]`).
+
+    The files are read and not mapped, so that one that is changed later changes no weights, and memory holds them once.
+    """
+    from safetensors import safe_open
+
+    index = folder / INDEX
+    names = {SINGLE} if (folder / SINGLE).is_file() else set(read_keys(index)["weight_map"].values())
+    opened = [safe_open(folder / name, framework="pt", backend="pread") for name in sorted(names)]
+    return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 -- no mapping
 
 
 def n_embeddings(shapes: Shapes) -> int | None:

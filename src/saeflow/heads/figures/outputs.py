@@ -328,7 +328,7 @@ def ov(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             shared = float(dataset["participation"].sel(head=head))
             dashes, at = track(head)["linestyle"], np.arange(1, len(values) + 1)
             label = f"head {head}: {shared:.1f} of {len(values)} share"
-            axis.plot(at, values / values[0], color=colour, linestyle=dashes, label=label)
+            axis.plot(at, values / values[:1], color=colour, linestyle=dashes, label=label)  # of a pruned head nothing
         axis.set(xlabel="index", ylabel="singular value of W_V W_O / largest", ylim=(0, None), title=study.name)
         axis.legend(title="directions that share the energy", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
