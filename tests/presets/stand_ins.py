@@ -50,6 +50,7 @@ REDUCED = {
 """What makes a run of minutes of one of days; sizes follow from the model's."""
 ALSO = {
     "jsae_paper": {"jacobian.n_tokens": 512},
+    "notebook_000_pythia": {"jacobian.n_tokens": 512},
     **{experiment: {"dictionary.d_sae": 512} for experiment in TRANSCODERS},
 }
 
