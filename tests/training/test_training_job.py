@@ -221,7 +221,7 @@ def test_a_training_tells_loggers_what_it_is_and_how_it_ends(results, monkeypatc
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     plan = training_plan(results, [HOOK, HOOK_OUT], {"it-1234": TRANSCODER}, TRAINING, '{"loggers": ["wandb"]}')
-    plan.stages["tokens"]["text-train"].config |= {"split": "train", "n_rows": 20}
+    plan.stages["tokens"]["text-train"].config |= {"split": "train", "n_rows": 20, "corpus": {"content": "0"}}
     plan.stages["tokens"]["text-train"].config["tokens"]["context_size"] = 50
     training.train([job_of(plan)])
     started, *logged, final, end = fake.seen
