@@ -1,7 +1,7 @@
 """Axes, grids of panels and legends that figures of several stages share."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,21 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 PANELS_BESIDE = 4
 
 
+class _FewTicks(LogLocator):
+    """1, 2, 3 and 5 of each decade, 1 and 3 where there are more than two, and 1 alone beyond four: labels of one size
+    that do not touch."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        decades = math.log10(vmax / vmin) if 0 < vmin < vmax else 0.0
+        self.set_params(subs=(1, 2, 3, 5) if decades <= 2 else (1, 3) if decades <= 4 else (1,))
+        return super().tick_values(vmin, vmax)
+
+
 def log_axis(axis: Axes, which: str) -> None:
-    """A log scale that says 0.2 and 50 rather than powers of ten: the ranges are short."""
+    """A log scale that says 0.2 and 50 rather than powers of ten: the ranges are mostly short."""
     axis.set(**{f"{which}scale": "log"})
     ticks = axis.xaxis if which == "x" else axis.yaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ticks.set_major_locator(_FewTicks())
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
 
