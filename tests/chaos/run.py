@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -56,12 +56,10 @@ KINDS = {
 }
 
 
-def inject(
-    bench: Bench, faults: int, seed: int, workers: int = 1, only: Sequence[str] = (), keep: bool = False
-) -> list[Outcome]:
-    """`faults` faults in the shares of `KINDS`, with progress on stderr. Which they are depends on the seed, and the
-    moments at which they hit on the machine, too. What is impossible here leaves its share to the other kinds."""
-    left = shares(faults, [k for k in KINDS if k in only or not only])
+def inject(bench: Bench, faults: dict[str, int], seed: int, workers: int = 1, keep: bool = False) -> list[Outcome]:
+    """So many faults of each kind, with progress on stderr. Which they are depends on the seed, and the moments at
+    which they hit on the machine, too. What is impossible here leaves its share to the other kinds."""
+    left = dict(faults)
     outcomes: list[Outcome] = []
     lock, numbers = threading.Lock(), itertools.count(1)
 
@@ -139,7 +137,8 @@ def main() -> None:
     try:
         bench = Bench.undisturbed(folder, args.experiment)
         print(f"undisturbed: {bench.seconds:.0f} s, {len(bench.expected)} files", file=sys.stderr, flush=True)
-        outcomes = inject(bench, args.faults, args.seed, args.workers, args.only, args.keep)
+        wanted = shares(args.faults, [k for k in KINDS if k in args.only or not args.only])
+        outcomes = inject(bench, wanted, args.seed, args.workers, args.keep)
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
