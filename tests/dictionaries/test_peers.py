@@ -25,6 +25,7 @@ from saeflow.config import ModelConfig
 from saeflow.dictionaries import Dictionary, DictionaryError, load_dictionary, save_dictionary
 from saeflow.dictionaries.foreign import Site, read_foreign
 from saeflow.figures.registry import declared
+from saeflow.heads.stage import SHOWN
 from saeflow.models.loading import load_model
 from saeflow.planning.expansion import compose
 from saeflow.planning.stages import stages
@@ -322,7 +323,7 @@ def test_figures_of_heads_and_stacks_of_foreign_dictionaries(
         f"{{dictionary:foreign,site:attn_z,site.layer:{layer},dictionary.path:{path}}}"
         for layer, path in enumerate(paths)
     )
-    figures = figures_of("heads", "stack", "evaluate")
+    figures = [f for f in figures_of("heads", "stack", "evaluate") if f.removeprefix("heads_") not in SHOWN["heads"]]
     small = ["heads.n_latents=5", "heads.max_atoms=4", "heads.dashboards=2", "heads.min_active=2", "heads.resamples=20"]
     chosen = [
         "model=local",
