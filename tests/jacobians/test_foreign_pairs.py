@@ -19,9 +19,11 @@ from saeflow.jacobians.study import jacobian_job
 from saeflow.jobs.job import Job
 from saeflow.models.loading import load_model
 from saeflow.models.splicing import read_hooks
+from saeflow.planning.batches import resources
 from saeflow.planning.digests import DigestCache
 from saeflow.planning.expansion import compose
 from saeflow.planning.graph import Instance, Plan
+from saeflow.planning.machine import notes
 
 ROOT = Path(__file__).resolve().parents[2]
 D, N, K = 32, 60, 5
@@ -170,6 +172,7 @@ def test_a_pair_is_planned_by_content(tmp_path: Path) -> None:
     ((key, study),) = plan.stages["jacobian"].items()
     assert study.needs["foreign"] == list(plan.stages["foreign"]) and key.startswith("saelens.")
     assert sorted(e.config["part"] for e in plan.stages["evaluate"].values()) == ["input", "output"]
+    assert resources(plan, "jacobian", [key])["mem_mb"] > 0 and not notes(plan)
     (made[1] / "cfg.json").write_text((made[1] / "cfg.json").read_text().replace("6.54.12", "6.54.13"))
     again = compose(ROOT / "conf", [*settings, f"dictionary.path_out={made[1]}"], str(tmp_path / "results"))
     assert again.stages["foreign"].keys() != plan.stages["foreign"].keys()

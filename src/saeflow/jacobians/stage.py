@@ -77,11 +77,13 @@ def operations(plan: Plan, instances: Sequence[Instance]) -> float:
 def most_pairs(plan: Plan, instance: Instance) -> int:
     """Pairs of latents that a study may find active together, at most; 0 for a transcoder, whose entries are of the
     model's dimensions, and where a dictionary was not trained here."""
-    trained = [spec for key in instance.needs["train"] for spec in specs_of(plan, plan.instance("train", key))]
+    trained = [spec for key in instance.needs.get("train", ()) for spec in specs_of(plan, plan.instance("train", key))]
     if len(trained) != 2:
         return 0
     input, output = trained
-    met = instance.config["jacobian"]["n_tokens"] * (input.k or input.d_sae) * (output.k or output.d_sae)
+    config = instance.config
+    n_tokens = len(config["row"]) if "row" in config else config["jacobian"]["n_tokens"]
+    met = n_tokens * (input.k or input.d_sae) * (output.k or output.d_sae)
     return int(min(met, input.d_sae * output.d_sae))
 
 
