@@ -9,7 +9,6 @@ from saeflow.config import CircuitsConfig, ConfigError
 from saeflow.dictionaries import Dictionary
 from saeflow.features.lookup import active, run_activations
 from saeflow.features.text import Text
-from saeflow.text.tokens import TokenStore
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -24,13 +23,6 @@ class Activity(NamedTuple):
     """(n,) its largest activation, 0 for one that never fires."""
     token: np.ndarray
     """(n,) number of the first token with that, -1 for one that never fires."""
-
-
-def spread_text(store: TokenStore, n_tokens: int) -> Text:
-    """Rows spread over all of a store: as many as hold `n_tokens`, or all."""
-    first = int(store.attributes["prepend_bos"])
-    row, rows = store.spread_rows(min(store.n_rows, -(-n_tokens // (store.context_size - first))))
-    return Text(rows.tokens, rows.document, row, first)
 
 
 def activity(model: "HookedTransformer", dictionary: Dictionary, text: Text, batch_rows: int) -> Activity:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from saeflow.circuits.attribution import CircuitRun
-from saeflow.circuits.chosen import Activity, activity, choose, prompt_tokens, spread_text
+from saeflow.circuits.chosen import Activity, activity, choose, prompt_tokens
 from saeflow.circuits.pages import page
 from saeflow.circuits.paths import Path, graph, greedy_paths
 from saeflow.circuits.weights import as_read, connections, de_embedding, logit_weights, ov, ov_norms
 from saeflow.config import CircuitsConfig, build
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.features.lookup import spread_text
 from saeflow.features.text import Text
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress

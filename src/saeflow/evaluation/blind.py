@@ -26,7 +26,7 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.features.examples import values_at
 from saeflow.features.firings import Firings
-from saeflow.features.lookup import active, run_activations
+from saeflow.features.lookup import active, run_activations, spread_text
 from saeflow.features.text import Seen, Text
 from saeflow.jobs.job import Job
 from saeflow.models.source import reading_model
@@ -144,8 +144,7 @@ def blind_job(job: Job) -> int:
     """Makes the set that a job names; returns the number of features in it."""
     settings = BlindConfig(**job.config["blind"])
     store = open_tokens(job.input("tokens"))
-    row, rows = store.spread_rows(store.n_rows)  # all
-    text = Text(rows.tokens, rows.document, row, int(store.attributes["prepend_bos"]))
+    text = spread_text(store, store.n_rows * store.context_size)  # all
     model = open_model(job)
     with reading_model(job) as folder:
         tokenizer = open_tokenizer(folder)
@@ -158,7 +157,7 @@ def blind_job(job: Job) -> int:
         l0s.append(summary["l0"])
         dictionary = open_dictionary(folders[name], job)
         fired = pd.read_parquet(evaluated / "latents.parquet")["fired_without_bos"].to_numpy()
-        features = choose_features(fired, rows.tokens.size, settings, (salt, n))
+        features = choose_features(fired, text.tokens.size, settings, (salt, n))
         with TemporaryDirectory() as scratch:
             seen = find_activations(model, dictionary, features, text, settings.batch_rows, Path(scratch) / "firings")
         for number, feature in enumerate(features):

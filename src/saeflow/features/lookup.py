@@ -37,10 +37,15 @@ class Found(NamedTuple):
 
 def choose_text(store: TokenStore, columns: dict[str, Column], config: FeaturesConfig) -> Text:
     """Rows of the store that are spread over all, or over those of which activations are cached."""
-    first = int(store.attributes["prepend_bos"])
     there = min([store.n_rows, *(column.n_tokens // store.context_size for column in columns.values())])
-    n_rows = min(there, -(-config.n_tokens // (store.context_size - first)))
-    row, rows = store.spread_rows(n_rows, config.seed, there)
+    return spread_text(store, config.n_tokens, config.seed, there)
+
+
+def spread_text(store: TokenStore, n_tokens: int, seed: int = 0, of: int | None = None) -> Text:
+    """Rows that are spread over all of a store, or over its first `of`: as many as hold `n_tokens`, or all."""
+    first, there = int(store.attributes["prepend_bos"]), store.n_rows if of is None else of
+    n_rows = min(there, -(-n_tokens // (store.context_size - first)))
+    row, rows = store.spread_rows(n_rows, seed, there)
     return Text(rows.tokens, rows.document, row, first)
 
 

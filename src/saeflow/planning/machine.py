@@ -10,6 +10,7 @@ from saeflow.config.device import missing
 from saeflow.planning.explain import counted, readable
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import stages
+from saeflow.storage.memory import installed_memory
 
 
 def check_disk(plan: Plan) -> None:
@@ -70,7 +71,7 @@ def unfit(plan: Plan) -> Iterator[str]:
         if reason := missing(device):
             asked = [stage for stage, keys in plan.to_make.items() if keys and plan.device_of(stage) == device]
             yield f"device.{{{','.join(asked)}}}={device}, but {reason}; use device=cpu, or run it where there is one"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = installed_memory()
     for stage, keys in jobs(plan):
         instances = _of(plan, stage, keys)
         held = stages()[stage].holds(plan, instances)

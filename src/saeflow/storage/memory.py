@@ -5,12 +5,16 @@ from functools import cache
 from pathlib import Path
 
 
+def installed_memory() -> int:
+    """Bytes of memory of the machine, whoever may take them."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @cache
 def machine_memory() -> int:
     """Bytes of memory that this process and the pages it reads may take: those of the machine, or what the control
     groups of the process leave of them, as Slurm and containers set them."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([installed, *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([installed_memory(), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
 def _limits(groups: Path, mounted: Path) -> list[int]:
