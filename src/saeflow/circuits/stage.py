@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from saeflow.config import ConfigError
-from saeflow.config.dictionary import DictionaryConfig
+from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.evaluation.stage import by_layer, named
 from saeflow.figures.registry import declared
 from saeflow.jobs.job import Job
@@ -78,9 +78,8 @@ def _add(points: list[PlannedPoint], layers: list[int]) -> None:
 
 def _width(planned: PlannedPoint) -> int | None:
     """Latents of a dictionary that is trained here; None where only its files say."""
-    config: DictionaryConfig = planned.point.dictionary
-    d_sae, expansion = getattr(config, "d_sae", None), getattr(config, "expansion", None)
-    return d_sae or (expansion and expansion * planned.geometry.hook_size(planned.point.site.hook_name)[-1])
+    config, size = planned.point.dictionary, planned.geometry.hook_size(planned.point.site.hook_name)
+    return config.width(size[-1]) if isinstance(config, TrainedConfig) else None
 
 
 def resources_greater_than(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
