@@ -234,6 +234,10 @@ def test_a_dictionary_without_an_encoder_is_refused(model: Any) -> None:
     ("overrides", "message"),
     [
         (["model.fold_ln=false", "model.center_writing_weights=false"], "set model.fold_ln=true"),
+        (
+            [f"circuits.prompt='{'the sea ' * 400}'"],
+            r"circuits.prompt is \d+ tokens long, of which the model takes 1 to",
+        ),
         (["circuits.layer=4"], "circuits.layer=4 has no transcoder here; layers 0, 1, 2, 3 have"),
         (["circuits.latents=[3,1024]"], r"circuits.latents=\[1024\]: the transcoder of layer 3 has 1024 latents"),
         (

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from saeflow.config import CircuitsConfig, ConfigError
+from saeflow.config.circuits import check_prompt
 from saeflow.dictionaries import Dictionary
 from saeflow.features.lookup import active, run_activations
 from saeflow.features.text import Text
@@ -74,10 +75,5 @@ def choose(fired: np.ndarray, config: CircuitsConfig, layer: int) -> np.ndarray:
 def prompt_tokens(ids: list[int], bos: int | None, n_positions: int) -> torch.Tensor:
     """Token ids of a prompt (P,), behind a BOS where rows have one. Raises `ConfigError` for none, and for more than
     the model takes."""
-    tokens = [*([] if bos is None else [bos]), *ids]
-    if not ids or len(tokens) > n_positions:
-        raise ConfigError(
-            f"circuits.prompt is {len(ids)} tokens long, of which the model takes 1 to "
-            f"{n_positions - (bos is not None)}; give a text that is"
-        )
-    return torch.tensor(tokens)
+    check_prompt(len(ids), bos is not None, n_positions)
+    return torch.tensor([*([] if bos is None else [bos]), *ids])

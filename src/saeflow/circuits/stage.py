@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 from saeflow.config import ConfigError
+from saeflow.config.circuits import check_prompt
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.evaluation.stage import by_layer, named
 from saeflow.figures.registry import declared
@@ -13,6 +14,7 @@ from saeflow.models.resources import running
 from saeflow.planning.expansion import Expansion, PlannedPoint
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage
+from saeflow.text.tokenizer import row_of
 from saeflow.training.stage import dictionaries_mb, dictionaries_operations
 
 
@@ -69,6 +71,10 @@ def _add(points: list[PlannedPoint], layers: list[int]) -> None:
     width = _width(points[layers.index(layer)])
     if width and (beyond := [latent for latent in config.latents if latent >= width]):
         raise ConfigError(f"circuits.latents={beyond}: the transcoder of layer {layer} has {width} latents, from 0 on")
+    if config.prompt is not None:
+        tokens = first.point.tokens
+        ids = row_of(config.prompt, first.sources["model"], tokens)
+        check_prompt(len(ids) - tokens.prepend_bos, tokens.prepend_bos, first.geometry.n_ctx)
     dictionaries = [point.dictionaries[0] for point in points]
     needs = {dictionaries[0].stage: [found.key for found in dictionaries], "tokens": [first.keys["tokens"]["held_out"]]}
     group = named(dictionaries[0].key)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saeflow.config.checks import at_least, check_seed, require
+from saeflow.config.checks import ConfigError, at_least, check_seed, require
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,12 @@ class CircuitsConfig:
         require(distinct, "circuits.latents", list(self.latents), "a list of latents, each once, counted from 0")
         layer = self.layer
         require(layer is None or layer >= 0, "circuits.layer", layer, "a layer, counted from 0, or null")
+
+
+def check_prompt(n_tokens: int, bos: bool, n_positions: int) -> None:
+    """Raises `ConfigError` for a prompt of no tokens, or of more than the model takes behind its BOS, if any."""
+    if not 0 < n_tokens <= n_positions - bos:
+        raise ConfigError(
+            f"circuits.prompt is {n_tokens} tokens long, of which the model takes 1 to {n_positions - bos}; give a "
+            "text that is"
+        )

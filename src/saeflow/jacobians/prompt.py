@@ -5,7 +5,7 @@ from pathlib import Path
 from saeflow.config import ConfigError
 from saeflow.config.checks import where
 from saeflow.planning.expansion import PlannedPoint
-from saeflow.text.tokenizer import load_tokenizer, row_bos
+from saeflow.text.tokenizer import row_of
 
 
 def read_prompt(planned: PlannedPoint) -> list[int]:
@@ -19,9 +19,7 @@ def read_prompt(planned: PlannedPoint) -> list[int]:
     assert text is not None
     planned.tree["jacobian"] |= {"text": text, "text_path": None}
     del planned.tree["jacobian"]["n_tokens"]  # those of the text
-    tokenizer = load_tokenizer(planned.sources["model"], tokens.bos_token, tokens.eos_token)
-    bos = row_bos(tokenizer.bos_token_id, tokens.prepend_bos)
-    ids = ([] if bos is None else [bos]) + tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = row_of(text, planned.sources["model"], tokens)
     last = config.text_tokens[1] if config.text_tokens else max(len(ids) - 1, 1)
     if last >= len(ids):
         raise ConfigError(

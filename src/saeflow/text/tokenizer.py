@@ -129,6 +129,13 @@ def row_bos(bos_token_id: int | None, prepend_bos: bool) -> int | None:
     return bos_token_id
 
 
+def row_of(text: str, folder: Path | str, tokens: TokensConfig) -> list[int]:
+    """Token ids of a text, behind what `tokens` puts in front of a row, by the tokenizer of a model's folder."""
+    tokenizer = load_tokenizer(folder, tokens.bos_token, tokens.eos_token)
+    bos = row_bos(tokenizer.bos_token_id, tokens.prepend_bos)
+    return ([] if bos is None else [bos]) + tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def tokenizer_file(folder: Path) -> Path:
     """The `tokenizer.json` of a folder. Raises `TokenizerError` where there is none."""
     file = folder / FILE
