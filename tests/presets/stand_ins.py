@@ -38,7 +38,7 @@ OTHERS = (
 )
 """Of the models that presets name in their comments."""
 TRANSCODERS = ("notebook_004", "blind_pythia-410m", "transcoders_gpt2-small", "transcoders_pythia-1.4b")
-LAYERS = {"pythia-70m": 6, "pythia-160m-deduped": 12, "gpt2-small": 12, "gelu-2l": 2}
+LAYERS = {"pythia-70m": 6, "pythia-160m-deduped": 12, "gpt2-small": 12, "gelu-2l": 2, "smollm2": 30}
 """Of others 24."""
 REDUCED = {
     **{"tokens.context_size": 64, "tokens.train_tokens": 8192, "tokens.held_out_tokens": 16_384},
@@ -56,12 +56,13 @@ ALSO = {
 
 
 def presets() -> list[Preset]:
-    """Of every file of `conf/experiment/` whose model or corpus is on the hub."""
+    """Of every file of `conf/experiment/` whose model or corpus has to be fetched."""
     found = []
     for file in sorted(EXPERIMENTS.glob("*.yaml")):
         chosen = _chosen(file)
         model, corpus = chosen.get("model", "embedded"), chosen.get("corpus", "embedded")
-        if "dataset" in _group("corpus", corpus) or "fetch.py" in (ROOT / f"conf/model/{model}.yaml").read_text():
+        about = (ROOT / f"conf/model/{model}.yaml").read_text()
+        if "dataset" in _group("corpus", corpus) or "fetch.py" in about or "make model" in about:
             found.append(Preset(file.stem, model, corpus))
     return [*found, *OTHERS]
 
@@ -84,13 +85,14 @@ def _group(name: str, choice: str) -> dict[str, Any]:
 
 def overrides(preset: Preset, folder: Path) -> list[str]:
     """Of the plan and the run of a preset, over stand-ins below a folder."""
-    model, corpus = (
-        write_model(folder / preset.model, preset.model),
-        write_corpus(folder / preset.corpus, preset.corpus),
-    )
+    model = write_model(folder / preset.model, preset.model)
     return [
         *(f"experiment={preset.experiment}", f"model={preset.model}", f"model.path={model}", *preset.overrides),
-        f"corpus.dataset={corpus}",
+        *(
+            []
+            if preset.corpus == "embedded"
+            else [f"corpus.dataset={write_corpus(folder / preset.corpus, preset.corpus)}"]
+        ),
         *(f"{path}={value}" for path, value in (REDUCED | ALSO.get(preset.experiment, {})).items()),
     ]
 
@@ -106,7 +108,8 @@ def write_model(folder: Path, name: str) -> Path:
     disable_progress_bar()
     torch.manual_seed(0)
     n_vocab = len(json.loads((EMBEDDED / "model/tokenizer.json").read_text())["model"]["vocab"]) + 8
-    write = {"gelu-2l": _write_gelu_2l, "gpt2-small": _write_gpt2}.get(name, _write_pythia)
+    others = {"gelu-2l": _write_gelu_2l, "gpt2-small": _write_gpt2, "smollm2": _write_llama}
+    write = others.get(name, _write_pythia)
     write(folder, n_vocab, LAYERS.get(name, 24))
     for file in (EMBEDDED / "model").glob("token*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
@@ -130,6 +133,18 @@ def _write_gpt2(folder: Path, n_vocab: int, n_layers: int) -> None:
 
     sizes = {"n_embd": WIDTH, "n_layer": n_layers, "n_head": HEADS, "n_positions": 1024, "vocab_size": n_vocab}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+
+
+def _write_llama(folder: Path, n_vocab: int, n_layers: int) -> None:
+    """With SmolLM2's tied embeddings, and its odd number of heads that share keys and values by three."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=n_vocab, hidden_size=9 * 4, num_hidden_layers=n_layers, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=96, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _write_gelu_2l(folder: Path, n_vocab: int, n_layers: int) -> None:
