@@ -60,3 +60,23 @@ def test_it_is_planned_by_its_content() -> None:
     plan = compose(ROOT / "conf", ["model=smollm2", *rest])
     copy = compose(ROOT / "conf", ["model=local", f"model.path={FOLDER}", "model.name=smollm2", *rest])
     assert plan.stages["train"].keys() == copy.stages["train"].keys()
+
+
+@pytest.mark.parametrize("study", ["sparsity_faithfulness", "jsae", "heads"])
+def test_a_study_of_it_is_planned(study: str) -> None:
+    plan = compose(ROOT / "conf", [f"experiment=smollm2_{study}"])
+    assert len(plan.stages["train"]) >= 4 and len(plan.stages["figures"]) == 1
+    left_out = {"exclude" in instance.config["training"] for instance in plan.stages["train"].values()}
+    assert left_out == ({True, False} if study == "sparsity_faithfulness" else {True})
+
+
+def test_one_mlp_writes_the_massive_activation_and_another_takes_it_away(hooked) -> None:
+    from saeflow.activations.norms import norms_by_layer
+    from saeflow.text.tokenizer import open_tokenizer
+
+    ids = open_tokenizer(FOLDER).encode((ROOT / "docs/training.md").read_text()).ids[: 2 * 63]
+    tokens = torch.cat([torch.ones(2, 1, dtype=torch.int64), torch.tensor(ids).view(2, 63)], 1)  # its BOS has id 1
+    table = norms_by_layer(hooked, tokens, ["hook_mlp_out", "hook_resid_post"]).set_index(["place", "layer"])["first"]
+    written, stream = table["hook_mlp_out"], table["hook_resid_post"]
+    assert written.idxmax() == 11 and written[11] > 300 and written[28] > 30
+    assert (stream[11:28] > 30).all() and (stream[:11] < 15).all() and stream[29] < 15
