@@ -132,7 +132,7 @@ def _by_token(node: Node) -> tuple[int, int]:
 
 def _hidden(place: dict[Node, tuple[float, float]], edges: list[tuple[Node, Node]]) -> int:
     """How often an edge passes behind a node."""
-    ends = np.array([(*place[lower], *place[upper]) for upper, lower in edges])
+    ends = np.array([(*place[lower], *place[upper]) for upper, lower in edges]).reshape(-1, 4)
     x, y = np.array(list(place.values())).T
     share = (y - ends[:, 1, None]) / (ends[:, 3] - ends[:, 1])[:, None]  # of the way up, (edges, nodes)
     at = ends[:, 0, None] + share * (ends[:, 2] - ends[:, 0])[:, None]

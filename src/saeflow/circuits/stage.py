@@ -133,6 +133,7 @@ STAGES = (
         work,
         expand,
         reads=("circuits", "model"),
+        version=2,
         needs=("train", "foreign", "tokens"),
         after=("recover",),
         operations=operations,
