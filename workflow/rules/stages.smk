@@ -60,7 +60,11 @@ for STAGE in stages().values():
             conda:
                 "../../environment.yml"
             params:
-                tables=lambda wildcards, input: [shlex.quote(f"{os.path.dirname(r)}/table.txt") for r in input],
+                tables=[
+                    shlex.quote(f"results/{STAGE.name}/{k}/table.txt")
+                    for k, i in PLAN.stages[STAGE.name].items()
+                    if STAGE.table(i)
+                ],
             shell:
                 "for table in {params.tables}; do"
                 ' if [ -f "$table" ]; then cat "$table";'

@@ -21,6 +21,7 @@ from saeflow.training.jacobian_histogram import PLACES as AT
 PLACES = {"": ("at the input", "-"), "_at_reconstruction": ("at its reconstruction", (0, (3, 1.5)))}
 """Where J is taken: columns of `jacobian.parquet` by their ends, what they are called and how they are drawn."""
 IDENTITY = ["panel", "jacobian_coefficient", "seed", "train_key"]
+JOINED = 4  # bins of the file in one of the figure
 SHOWN = 3  # coefficients of which the histogram is drawn: the least, one between, the largest
 
 
@@ -103,10 +104,13 @@ def jacobian_training_histogram(data: pd.DataFrame) -> tuple[Figure, pd.DataFram
     shown = table[table["panel"] == studies.shown_panel(table)]
     every = studies.coefficient_colours(shown)
     few = [list(every)[n] for n in np.unique(np.linspace(0, len(every) - 1, SHOWN).round().astype(int))]
-    drawn, grid = subplots(2, SHOWN, figsize=(7.6, 4.6))
-    drawn.set_layout_engine("constrained")
-    (linear, logarithmic, exceeding), maps = grid[0], grid[1][: len(few)]
+    drawn = Figure(figsize=(7.6, 4.8), layout="constrained")
+    parts: Any = drawn.subfigures(2, 1)
+    upper, lower = parts
+    linear, logarithmic, exceeding = upper.subplots(1, 3)
+    maps = lower.subplots(1, len(few), squeeze=False)[0]
     edges, zero, most = EDGES[1:-1], BINS, 0.0
+    coarse = edges[::JOINED]
     for coefficient in few:
         rows = shown[shown["jacobian_coefficient"] == coefficient]
         last = rows[rows["step"] == rows["step"].max()]
@@ -115,33 +119,37 @@ def jacobian_training_histogram(data: pd.DataFrame) -> tuple[Figure, pd.DataFram
             above = (counts[zero + 1 :] + counts[zero::-1])[::-1].cumsum()[::-1]  # by the left edge of |J|'s bins
             style = {"color": every[coefficient], "linestyle": dashes}
             for axis in (linear, logarithmic):
-                axis.stairs(counts[1:-1], edges, **style)
+                axis.stairs(_joined(counts), coarse, **style)
             exceeding.plot(edges[zero:], np.where(above > 0, above, np.nan), **style)
             most = max(most, *edges[zero:][above > 1e-3 * above[0]] + edges[1] - edges[0])
-    scale = LogNorm(1 / shown["of_tokens"].max(), shown["count_per_token"].max())
+    scale = LogNorm(1 / shown["of_tokens"].max(), JOINED * shown["count_per_token"].max())
     for axis, coefficient in zip(maps, few, strict=True):
         rows = shown[(shown["jacobian_coefficient"] == coefficient) & (shown["at"] == AT[0])]
-        by_step = {tokens: _by_bin(of_step)[1:-1] for tokens, of_step in rows.groupby("tokens")}
+        by_step = {tokens: _joined(_by_bin(of_step)) for tokens, of_step in rows.groupby("tokens")}
         image = np.ma.masked_equal(np.stack(list(by_step.values()), axis=1), 0)
         ends = np.concatenate([[0], np.array(list(by_step)) / 1e3])
-        mesh = axis.pcolormesh(ends, edges, image, norm=scale, cmap="viridis", rasterized=True)
+        mesh = axis.pcolormesh(ends, coarse, image, norm=scale, cmap="viridis_r", rasterized=True)
         axis.set(title=f"{studies.label_of(coefficient)}, {PLACES[''][0]}", xlabel="tokens (thousands)")
         axis.set_ylim(-most, most)
-    for axis in grid[1][len(few) :]:
-        axis.set_axis_off()
     for axis in (linear, logarithmic):
         axis.set(xlabel="J", xlim=(-most, most))
-    linear.set_ylabel(f"entries per token and {edges[1] - edges[0]:.2g} of J")
+    per = f"entries per token\nand {coarse[1] - coarse[0]:.2g} of J"
+    linear.set_ylabel(per)
     logarithmic.set_yscale("log")
     exceeding.set(xlabel="threshold", xlim=(0, most), ylabel="entries per token\nwith |J| above it")
     log_axis(exceeding, "y")
     maps[0].set_ylabel("J")
-    drawn.colorbar(mesh, ax=list(maps), label="entries per token and bin")
+    lower.colorbar(mesh, ax=list(maps), label=per)
     drawn.suptitle(shown["panel"].iloc[0])
     handles = [Line2D([], [], color=every[c], label=studies.label_of(c)) for c in few]
     handles += [Line2D([], [], color="0.3", linestyle=dashes, label=text) for text, dashes in PLACES.values()]
     legend_below(drawn, handles, columns=5)
     return drawn, table
+
+
+def _joined(counts: np.ndarray) -> np.ndarray:
+    """Of `_by_bin` the bins within the edges, `JOINED` in one: 128 tokens leave single ones ragged."""
+    return counts[1:-1].reshape(-1, JOINED).sum(1)
 
 
 def _by_bin(rows: pd.DataFrame) -> np.ndarray:
