@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saeflow.circuits.attribution import CircuitRun
 from saeflow.circuits.chosen import Activity, activity, choose, prompt_tokens
-from saeflow.circuits.figures import Circuits, as_paths, circuits, largest
+from saeflow.circuits.figures import Circuits, as_paths, circuits, circuits_overlap, largest
 from saeflow.circuits.overlap import mean_contributions, overlap, overlap_table, pullbacks, strong_tokens
 from saeflow.circuits.paths import greedy_paths
 from saeflow.circuits.study import KINDS, Explained, extremes, path_table, tables_of, weight_tables
@@ -240,6 +240,20 @@ def test_means_over_text_are_those_of_the_attributions_of_single_tokens(model: A
     shares = overlap_table(means, weights, latents, np.concatenate([strong[:1], never]))
     assert shares["latent"].tolist() == [7, 7, 7] and shares["k"].tolist() == [5, 10, 20]
     assert shares["by_chance"].tolist() == [0.125, 0.25, 0.5] and (shares["n_tokens"] == strong[0].sum()).all()
+
+
+def test_the_figure_of_overlaps_has_means_and_ranges_over_latents() -> None:
+    rows = [(latent, 0, k, share, k / 40, 9) for k in (5, 10) for latent, share in ((3, 0.2), (7, 0.6))]
+    data = pd.DataFrame(rows, columns=["latent", "layer", "k", "overlap", "by_chance", "n_tokens"])
+    drawn, table = circuits_overlap(data.assign(key="one", of_layer=1))
+    line, chance = drawn.axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[5, 40], [10, 40]])
+    np.testing.assert_allclose(chance.get_ydata(), [12.5, 25])
+    band = drawn.axes[0].collections[0].get_paths()[0].vertices
+    assert {*band[:, 1].round(6)} == {20, 60} and drawn.axes[0].get_title() == "2 latents of layer 1"
+    assert len(table) == 4
+    drawn, _ = circuits_overlap(data[:0].assign(key=[], of_layer=[]))
+    assert "No latent" in drawn.axes[0].texts[0].get_text()
 
 
 def test_overlap_is_the_share_of_the_largest_of_both() -> None:
