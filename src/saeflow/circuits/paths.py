@@ -26,7 +26,7 @@ class Path(NamedTuple):
 
 def matches(nodes: Any, wanted: Iterable[Condition]) -> Any:
     """Whether a node, or each row of a table with the columns of one, meets all conditions."""
-    found: Any = nodes.kind == nodes.kind
+    found: Any = nodes.kind == nodes.kind  # True, or a column of it
     for field, sign, value in wanted:
         if field in _UNITS:
             found = found & (nodes.kind == _UNITS[field]) & _OPERATORS[sign](nodes.unit, value)

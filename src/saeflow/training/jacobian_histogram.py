@@ -70,7 +70,8 @@ class JacobianHistograms:
     def table(self, title: str) -> str:
         """Of the last step, for the terminal: how many |J| of a token exceed the first 19 edges."""
         text = ""
-        for at, counts in zip(PLACES, self.counts[-1].numpy() / self.of_tokens, strict=True):
+        for at, of_place in zip(PLACES, self.counts[-1].numpy(), strict=True):
+            counts = of_place / self.of_tokens
             sizes = counts[BINS + 1 :] + counts[BINS::-1]  # |J| in bins from 0 up, the last of what is beyond
             above = sizes[::-1].cumsum()[::-1]
             lines = words(above[1:20], torch.linspace(0, MOST, BINS + 1).numpy()[1:20])
@@ -80,9 +81,11 @@ class JacobianHistograms:
         return text
 
     def state(self) -> dict[str, Tensor]:
+        if not self.counts:
+            return {}
         return {"histograms": torch.stack(self.counts), "histogram_steps": torch.tensor(self.steps)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """A checkpoint of an earlier release has none: they begin where it goes on."""
+        """A checkpoint of an earlier release has none: they begin where it goes on, if it does."""
         if "histograms" in state:
             self.counts, self.steps = list(state["histograms"]), state["histogram_steps"].tolist()

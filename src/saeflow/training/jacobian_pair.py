@@ -98,9 +98,12 @@ class JacobianTrainer(SeveralTrainers):
         return {"input": self.input, "output": self.output}
 
     def tables(self) -> Tables:
-        return {"jacobian": self.rows, "jacobian_histogram": self.histograms.rows(self.training.batch_size)}
+        found = self.histograms.rows(self.training.batch_size)
+        return {"jacobian": self.rows} | ({"jacobian_histogram": found} if found else {})
 
     def text(self) -> str:
+        if not self.histograms.counts:
+            return ""
         hooks = " to ".join(part.spec.hook_name for part in self.parts.values())
         k = self.input.objective.k
         return self.histograms.table(f"{hooks}, k = {k}, Jacobian coefficient {self.coefficient:g}, while trained")
