@@ -55,7 +55,7 @@ def test_jobs_that_run_a_model_ask_for_its_weights_and_for_time_by_its_operation
     logits, dictionary = 128 * 300, 2 * 128 * 1024 + 128 + 1024
     whole = 4 * block + logits
     each = {
-        "activations": 2 * block,
+        "activations": 2 * block + 128**2,  # and the covariance
         "baseline": whole + 2 * (3 * block + logits),
         "evaluate": whole + 3 * block + logits + dictionary,
     }[stage]
