@@ -188,7 +188,7 @@ def caching(tokens: Path, work: Path) -> dict[str, float]:
 
     torch.set_num_threads(THREADS)
     rows = TokenRows(tokens)
-    few = rows.n_rows if multiplies_bfloat16() else rows.n_rows // 6  # where it takes minutes
+    few = rows.n_rows if multiplies_bfloat16() else -(-rows.n_rows // 6)  # it would take minutes
     sides: dict[str, Callable[[], Any]] = {}
     for dtype, n_rows in (("float32", rows.n_rows), ("bfloat16", few)):
         config = ModelConfig("smollm2", path=str(MODEL), dtype=dtype)  # type: ignore[arg-type]
