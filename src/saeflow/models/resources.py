@@ -32,7 +32,7 @@ def running(
     n_weights, d_model, d_vocab = sizes(Path(first.sources["model"]))
     how = first.config["model"]
     itemsize = ITEMSIZE[how.get("dtype", "float32")]
-    processed = how.get("randomise", "none") != "none" or any(how[name] for name in PROCESSING)
+    processed = how.get("randomise", "none") != "none" or any(how.get(name) for name in PROCESSING)
     weights = (PROCESSED if processed else OPENED) * itemsize * n_weights
     logits = LOGITS * 4 * batch_rows * context * d_vocab
     if batch_rows and itemsize < 4:
