@@ -2,15 +2,17 @@
 
 Last line, for each of `topk`, `l1`, `transcoder` and each size (d_sae 8192 and 32768 at d_in 512 and 4,096 tokens; 1024
 at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk.8192.saelens_over_step", ...,
-"max_relative_loss_difference", ...}.
+"max_relative_loss_difference", "bfloat16_over_float32_product", ...}.
 
 Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
 step: ours is `Trainer.train_step`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in
 every round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps.
-`peak_bytes_over_saelens`: by how much the memory of a process grows from before the weights are made to its peak over
-ten steps, ours over theirs; a step of a tiny problem comes first, which loads code. On a GPU (`--device cuda`) memory
-is that allocated there, and a time is a tenth of that of ten steps one after the other. sparsify trains no L1
-dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
+`bfloat16_over_float32_product`: what the product of the first size takes in bfloat16, over what it takes in float32: a
+fraction where the processor has instructions for it (AVX512-BF16, AMX), of which our step then makes use, and several
+times as much where it has none. `peak_bytes_over_saelens`: by how much the memory of a process grows from before the
+weights are made to its peak over ten steps, ours over theirs; a step of a tiny problem comes first, which loads code.
+On a GPU (`--device cuda`) memory is that allocated there, and a time is a tenth of that of ten steps one after the
+other. sparsify trains no L1 dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
 """
 
 import argparse
@@ -80,6 +82,7 @@ def main() -> None:
                 found[f"{kind}.{size}.peak_bytes_over_saelens"] = peaks["saeflow"] / peaks["saelens"]
             print(f"{kind}, d_sae {size}: {times}, peak {peaks}", file=sys.stderr)
     found["max_relative_loss_difference"] = max(differences)
+    found["bfloat16_over_float32_product"] = bfloat16_product(args.sizes[0])
     print(json.dumps({name: float(f"{value:.3g}") for name, value in found.items()}))
 
 
@@ -110,6 +113,18 @@ def measure(kind: str, size: str) -> tuple[dict[str, float], float]:
     if difference > 1e-4:
         sys.exit(f"{kind}, {size}: our losses and SAELens's differ by {difference:g}")
     return {name: statistics.median(values[2:]) for name, values in times.items()}, difference
+
+
+def bfloat16_product(size: str) -> float:
+    """Time of the encoder's product in bfloat16 over that in float32: of the shortest of three in turn."""
+    N, d, n = SIZES[size]
+    problem = problem_of("topk", d, n, ACTIVE["topk"], args.device)
+    ((x, _),) = batches(N, d, 1, args.device)
+    times: dict[torch.dtype, list[float]] = {torch.bfloat16: [], torch.float32: []}
+    for _ in range(3):
+        for dtype, of in times.items():
+            of.append(timed(partial(torch.addmm, *(t.to(dtype) for t in (problem.b_enc, x, problem.W_enc))))[0])
+    return min(times[torch.bfloat16]) / min(times[torch.float32])
 
 
 def timed(work: Callable) -> tuple[float, Any]:

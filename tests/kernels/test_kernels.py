@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -596,6 +597,34 @@ def test_bounds_from_the_bfloat16_product_hold(seed, d, tail, size, bias, route)
         loops._bounds(part.product[0, t], x_norm, x_rest, *latents, d, lower, upper)
         assert (lower <= wanted[t]).all() and (wanted[t] <= upper).all()
         assert (upper - lower).max() <= 0.05 * (x[t].norm() * encoder.norm(dim=1) + b_enc.abs()).max()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("share", [0.02, 0.6])
+def test_latents_that_a_guessed_bound_leaves_are_those_of_their_own_bounds(spread, share, route):
+    """Or so many that none are listed. `spread`: of the norms, by which all latents are ruled out at once first."""
+    if route != "sieve":
+        pytest.skip("nothing is rounded")
+    draw = drawing(0, dtype=torch.float32)
+    x, encoder, b_enc = draw(6, 100), draw(333, 100) * torch.exp(spread * draw(333, 1)), draw(333)
+    (part,) = select._products(x, encoder, b_enc, None, False)
+    _, norms, rests, _, *latents = (array[0] for array in part.sieve[:-1])
+    most = tuple(np.abs(array).max() for array in latents)
+    lower, upper = torch.empty(2, 333).numpy()
+    listed = 0
+    for t, (x_norm, x_rest) in enumerate(zip(norms, rests, strict=True)):
+        row = part.product[0, t], x_norm, x_rest, *latents, 100
+        loops._bounds(*row, lower, upper)
+        bound = np.quantile(upper, 1 - share).astype(np.float32)
+        mask, columns = np.zeros(384, bool), np.empty(333 + loops.LISTED, np.int64)
+        possible, certain = loops._list_possible(*row, most, bound, mask, columns)
+        if possible:
+            assert columns[:possible].tolist() == mask.nonzero()[0].tolist() == (upper > bound).nonzero()[0].tolist()
+            assert certain == (lower > bound).sum()
+        else:
+            assert certain > 333 // 8
+        listed += possible > 0
+    assert listed == (0 if share > 0.5 else 6)
 
 
 @pytest.mark.parametrize("d", [7, 64, 100])

@@ -555,3 +555,15 @@ def test_a_tied_unembedding_is_the_embedding_s_memory(tmp_path: Path, name: str)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         assert close(model(IDS), plain(IDS).logits)
+
+
+def test_layers_share_the_tables_of_their_rotations(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "llama")
+    model = load_model(folder, ModelConfig("tiny", path=str(folder)), "cpu")
+    assert len(model.blocks) > 1
+    for name in ("rotary_sin", "rotary_cos"):
+        tables = [getattr(block.attn, name) for block in model.blocks]
+        assert len({table.data_ptr() for table in tables}) == 1
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(model(IDS), plain(IDS).logits)

@@ -40,9 +40,7 @@ def asked(plan: Plan, stage: str, attempt: int = 1) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["activations", "baseline", "evaluate"])
-def test_jobs_that_run_a_model_ask_for_its_weights_twice_and_for_time_by_its_operations(
-    model: Path, stage: str
-) -> None:
+def test_jobs_that_run_a_model_ask_for_its_weights_and_for_time_by_its_operations(model: Path, stage: str) -> None:
     tokens = ["tokens.train_tokens=20_000_000", "tokens.held_out_tokens=1_000_000", "device.flops=1e7"]
     plan = plan_of(model, "dictionary.k=8", "dictionary.expansion=8", "site.layer=1", *tokens)
     sizes.cache_clear()
@@ -51,17 +49,36 @@ def test_jobs_that_run_a_model_ask_for_its_weights_twice_and_for_time_by_its_ope
         file.truncate(4_000_000_000)  # takes no disk: 1e9 parameters
     sizes.cache_clear()
     large = asked(plan, stage)
-    assert large["mem_mb"] - small["mem_mb"] == pytest.approx(2 * 4000 - 1000, abs=20)  # 1 GB is asked for at least
+    assert large["mem_mb"] - small["mem_mb"] == pytest.approx(1.2 * 4000 - 1000, abs=20)  # 1 GB is asked for at least
     n_tokens = (20_000_000 if stage == "activations" else 1_000_000) // 256 * 256
     block = 4 * 128**2 + 2 * 256 * 128 + 2 * 128 * 512  # multiplications a token: q k v o, scores and patterns, the MLP
     logits, dictionary = 128 * 300, 2 * 128 * 1024 + 128 + 1024
     whole = 4 * block + logits
     each = {
-        "activations": 2 * block,
+        "activations": 2 * block + 128**2,  # and the covariance
         "baseline": whole + 2 * (3 * block + logits),
         "evaluate": whole + 3 * block + logits + dictionary,
     }[stage]
     assert small["runtime"] == large["runtime"] == pytest.approx(2 * n_tokens * 2 * each / 1e7 / 60, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("model_is", "gigabytes"),
+    [
+        ("dtype=float32", 1.2 * 4),
+        ("dtype=bfloat16", 1.2 * 2),
+        ("fold_ln=true", 2.0 * 4),
+        ("randomise=permuted", 2.0 * 4),
+    ],
+)
+def test_memory_for_weights_goes_by_their_precision_and_whether_they_are_processed(
+    model: Path, model_is: str, gigabytes: float
+) -> None:
+    plan = plan_of(model, "tokens.train_tokens=20_000_000", f"model.{model_is}")
+    with (model / "model.safetensors").open("ab") as file:
+        file.truncate(4_000_000_000)
+    sizes.cache_clear()
+    assert asked(plan, "activations")["mem_mb"] == pytest.approx(3000 + 1000 * gigabytes, abs=20)
 
 
 def test_a_training_asks_for_two_buffers_of_the_buffered_order(model: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from saeflow.storage.publish import beside, make_folder, publish, writing
+from saeflow.storage.publish import begin_flush, beside, make_folder, publish, writing
 from saeflow.storage.receipts import DamagedError
 
 COORDINATES = ("token_id", "document", "position")
@@ -205,6 +205,9 @@ class ShardWriter:
         assert chunk.nbytes == self.layout.chunk_bytes - CRC.size
         self._file.write(chunk.data)
         self._file.write(CRC.pack(google_crc32c.value(chunk)))
+        begin_flush(
+            self._file.fileno()
+        )  # while the model computes: at the end all hooks' shards would wait for the disk
         self._written += 1
         if self._of_rows is not None:
             self._of_rows.append(row_checksums(chunk.reshape(self.layout.chunk_tokens, self.layout.row_bytes)))

@@ -67,10 +67,18 @@ def _check(planned: PlannedPoint) -> None:
 
 
 def operations(plan: Plan, instances: Sequence[Instance]) -> float:
-    """One pass over the rows of the longest column, up to the last block that is asked for, without logits."""
+    """One pass over the rows of the longest column, up to the last block that is asked for, without logits, and each
+    hook's covariance."""
     longest = max(instances, key=lambda instance: int(instance.config["n_rows"]))
     last = max(block_of(instance.config["hook_name"]) for instance in instances)
-    return running_operations(plan, longest, last=last, logits=False)
+    tokens = {i.config["hook_name"]: _n_tokens(i) for i in sorted(instances, key=_n_tokens)}  # of the longest column
+    widths = {i.config["hook_name"]: math.prod(i.config["size"]) for i in instances}
+    covariances = sum(2.0 * n * widths[hook] ** 2 for hook, n in tokens.items())
+    return running_operations(plan, longest, last=last, logits=False) + covariances
+
+
+def _n_tokens(instance: Instance) -> int:
+    return int(instance.config["n_rows"]) * int(instance.config["tokens"]["context_size"])
 
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
@@ -81,9 +89,8 @@ def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
 
 def n_bytes(plan: Plan, instance: Instance) -> int:
     """Exact."""
-    config, store = instance.config, instance.config["activations"]
-    n_tokens = config["n_rows"] * config["tokens"]["context_size"]
-    return predicted_bytes(n_tokens, config["size"], store["dtype"], store["chunk_tokens"], store["shard_tokens"])
+    size, store = instance.config["size"], instance.config["activations"]
+    return predicted_bytes(_n_tokens(instance), size, store["dtype"], store["chunk_tokens"], store["shard_tokens"])
 
 
 def most_parts(plan: Plan, instances: Sequence[Instance]) -> int:
@@ -104,11 +111,11 @@ def parts_missing(plan: Plan, instances: Sequence[Instance], parts: list[Part]) 
 def _longest(instances: Sequence[Instance]) -> list[tuple[str, int, Layout, int]]:
     """Of each hook, the dimensions and layout of its array, and how many tokens its longest column has."""
     found: dict[str, tuple[str, int, Layout, int]] = {}
-    for config in sorted((instance.config for instance in instances), key=lambda config: int(config["n_rows"])):
+    for instance in sorted(instances, key=_n_tokens):
+        config = instance.config
         held, size = config["activations"], config["size"]
         layout = Layout(math.prod(size) * ITEMSIZE[held["dtype"]], held["chunk_tokens"], held["shard_tokens"])
-        n_tokens = config["n_rows"] * config["tokens"]["context_size"]
-        found[config["hook_name"]] = (config["hook_name"], 1 + len(size), layout, n_tokens)
+        found[config["hook_name"]] = (config["hook_name"], 1 + len(size), layout, _n_tokens(instance))
     return list(found.values())
 
 

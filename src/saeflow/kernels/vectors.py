@@ -54,6 +54,16 @@ class Emitter:
         address = self.builder.gep(array.data, [self.plus(place, v * self.lanes)])
         return self.builder.bitcast(address, self.vector.as_pointer())
 
+    def prefetch(self, array: Any, place: Any, count: int) -> None:
+        """Asks for the cache lines of `count` vectors."""
+        byte = ir.IntType(8).as_pointer()
+        declared = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
+        instruction = cgutils.get_or_insert_function(self.builder.module, declared, "llvm.prefetch.p0")
+        to_read, into_all_levels, data = (ir.Constant(INT32, value) for value in (0, 3, 1))
+        for v in range(count):
+            address = self.builder.bitcast(self.builder.gep(array.data, [self.plus(place, v * self.lanes)]), byte)
+            self.builder.call(instruction, [address, to_read, into_all_levels, data])
+
     def spread(self, number: Any) -> Any:
         """A vector of one number."""
         nothing, zeros = ir.Constant(self.vector, ir.Undefined), ir.Constant(ir.VectorType(INT32, self.lanes), None)
@@ -118,6 +128,9 @@ def make_tile(targets: int, vectors: int, wide: bool) -> Any:
     return tile
 
 
+AHEAD = 8  # pairs whose rows are asked for before they are added
+
+
 def make_adder(vectors: int, wide: bool) -> Any:
     """Adds rows up: total[c] += sum_j values[j] rows[indices[j], c] for j from `start` to `end - 1`, and as many c from
     `column` on as `vectors` hold. `width`: of a row."""
@@ -128,7 +141,12 @@ def make_adder(vectors: int, wide: bool) -> Any:
             emit = Emitter(context, builder, signature, arguments, wide)
             total, rows, width, indices, values, start, end, column = emit.arguments
             sums = emit.sums(vectors)
+            last = builder.sub(end, ir.Constant(WORD, 1))
             with cgutils.for_range_slice(builder, start, end, ir.Constant(WORD, 1)) as (j, _):
+                if wide:
+                    later = builder.add(j, ir.Constant(WORD, AHEAD))
+                    later = builder.select(builder.icmp_signed("<", later, last), later, last)
+                    emit.prefetch(rows, emit.plus(emit.times(emit.number(indices, later), width), column), vectors)
                 at = emit.plus(emit.times(emit.number(indices, j), width), column)
                 emit.add(emit.spread(emit.number(values, j)), emit.vectors(rows, at, vectors), sums)
             old = emit.vectors(total, column, vectors)
@@ -152,8 +170,16 @@ def make_dots(count: int) -> Any:
             sums = emit.sums(count)
             begins = [emit.times(emit.number(indices, emit.plus(start, j)), width) for j in range(count)]
             nothing, step = ir.Constant(WORD, 0), ir.Constant(WORD, emit.lanes)
+            last = builder.sub(indices.nitems, ir.Constant(WORD, 1))
+            nexts = []
+            for j in range(count if count > 1 else 0):
+                place = emit.plus(emit.plus(start, count), j)
+                place = builder.select(builder.icmp_signed("<", place, last), place, last)
+                nexts.append(emit.times(emit.number(indices, place), width))
             with cgutils.for_range_slice(builder, nothing, columns, step) as (column, _):
                 (own,) = emit.vectors(x, column, 1)
+                for at in nexts:
+                    emit.prefetch(rows, emit.plus(at, column), 1)
                 emit.add(own, [emit.vectors(rows, emit.plus(at, column), 1)[0] for at in begins], sums)
             found = [builder.load(total) for total in sums]
             share = emit.lanes  # lanes of each row, whose sum is its product

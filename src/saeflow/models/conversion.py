@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saeflow.kernels.memory import give_back_freed_memory
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import Geometry, ModelError, Norms
 from saeflow.models.protocol import LanguageModel, Unembedding, full, rounded
@@ -72,6 +73,7 @@ def check_conversion(folder: Path, expected: Expected, hooked: LanguageModel, ce
     softcap = float(hooked.cfg.output_logits_soft_cap or 0.0)
     unembedding = Unembedding(hooked.unembed.W_U, hooked.unembed.b_U, softcap)  # in the model's own bits, as expected
     last = rounded(hooked, final[0, -SHORT:])
+    give_back_freed_memory()  # of the pass, before there are logits
     pairs = zip(last.split(FEW), logits[0].split(FEW), strict=True)
     nats = torch.cat([_nats(unembedding.logits(found), wanted) for found, wanted in pairs])
     if not bool((nats < of_nats).all()):

@@ -5,14 +5,15 @@ import gc
 import json
 import pkgutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saeflow.config import ModelConfig
-from saeflow.kernels.memory import give_back_freed_memory
+from saeflow.kernels.memory import give_back_freed_memory, uncollected
 from saeflow.models.bridge import BridgedModel
 from saeflow.models.conversion import SHORT, Expected, check_conversion, expect
 from saeflow.models.folder import (
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 # imported only when such a folder is opened, so that models know none of those packages.
 LOADERS = {GROUND_TRUTH: "saeflow.groundtruth.folder:load_hooked"}
 
-LARGE = 1 << 20  # bytes of a tensor whose memory is given back as soon as it is free
+LARGE = 1 << 22  # bytes of tensors that are moved until their memory is given back
 
 
 def load_model(
@@ -53,6 +54,8 @@ def load_model(
     them computes something else than transformers does. Imports both, which takes several seconds.
     """
     geometry = read_geometry(folder)
+    with uncollected():
+        import transformer_lens  # noqa: F401 -- and transformers: what follows imports parts of them
     if geometry.architecture in LOADERS:
         loaded: Any = pkgutil.resolve_name(LOADERS[geometry.architecture])(folder)
         return loaded.to(device, print_details=False)
@@ -75,6 +78,7 @@ def load_model(
             hooked, _ = _convert(folder, geometry, model, 1)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
+    give_back_freed_memory()  # what the check took
     return hooked.to(device, print_details=False)
 
 
@@ -128,7 +132,8 @@ def processed(config: Any, state: dict[str, Any], model: ModelConfig) -> "Hooked
 
     if model.randomise != "none":
         state = randomise(state, model.randomise, model.randomise_seed, config.initializer_range)
-    hooked = HookedTransformer(config, move_to_device=False)
+    with _rotations_once():
+        hooked = HookedTransformer(config, move_to_device=False)
     processing = {name: getattr(model, name) for name in ("fold_ln", "center_writing_weights", "center_unembed")}
     if any(processing.values()):
         hooked.load_and_process_state_dict(
@@ -149,13 +154,40 @@ def _move(hooked: "HookedTransformer", state: dict[str, torch.Tensor]) -> None:
     tied = W_U.untyped_storage().data_ptr() == W_E.untyped_storage().data_ptr()
     hooked.load_state_dict({"embed.W_E": W_E} | ({"unembed.W_U": W_U} if tied else {}), strict=False, assign=True)
     hooked.fill_missing_keys(state)
+    freed = 0
     for name in list(state):
-        is_large = state[name].nbytes > LARGE
+        weights = state.pop(name)
         if name != "embed.W_E" and not (tied and name == "unembed.W_U"):
-            hooked.load_state_dict({name: state[name]}, strict=False)
-        del state[name]
-        if is_large:
+            module, _, its_name = name.rpartition(".")
+            # through its own module: the whole model would be walked through for each tensor
+            hooked.get_submodule(module).load_state_dict({its_name: weights}, strict=False)
+        freed += weights.nbytes
+        del weights
+        if freed > LARGE:
             give_back_freed_memory()
+            freed = 0
+
+
+@contextmanager
+def _rotations_once() -> Iterator[None]:
+    """Within it, layers that rotate alike share the tables for it, of which TransformerLens makes one a layer: they
+    would be a twentieth of SmolLM2's memory."""
+    from transformer_lens.components import AbstractAttention
+
+    made: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+    calculate = AbstractAttention.calculate_sin_cos_rotary
+
+    def shared(attention: Any, *of: Any, **by_name: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (attention.attn_type, of, *sorted(by_name.items()))  # with the config, which layers share, that is all
+        if key not in made:
+            made[key] = calculate(attention, *of, **by_name)
+        return made[key]
+
+    AbstractAttention.calculate_sin_cos_rotary = shared
+    try:
+        yield
+    finally:
+        AbstractAttention.calculate_sin_cos_rotary = calculate
 
 
 def with_mlp_inputs(hooked: "HookedTransformer") -> "HookedTransformer":

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.models.folder import Geometry, ModelError, config_file, read_geometry, read_keys
+from saeflow.models.source import PROCESSING
 from saeflow.planning.graph import Instance, Plan
 
 BASE_MB = 3000  # the interpreter, torch, TransformerLens, and what they take while they start
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPENED, PROCESSED = 1.2, 2.0
+"""Memory of a process while it opens a model, over the bytes of the weights: as they are stored, where
+`benchmarks/real_model.py` measures up to 1.15, and where they are processed or randomised."""
 LOGITS = 4  # copies of a batch's logits that are there at once: of two models, and their logarithms
 
 
@@ -19,16 +24,22 @@ def running(
     """`mem_mb` and `runtime` (minutes) of a job that runs the model of its instances for so many operations,
     `batch_rows` rows at a time, and holds `held_mb` beside it.
 
-    Memory is for the weights in float32 twice, as while a model is opened, and for the logits of a batch; time twice
-    that of the operations, but an hour at least.
+    Memory is for the weights in the model's precision, as while it is opened, and for the logits of a batch, which are
+    float32, as the unembedding is that makes them; time twice that of the operations, but an hour at least.
     """
     first = instances[0]
     context = int(rows_of(plan, first)["tokens"]["context_size"])
-    weights, d_vocab = sizes(Path(first.sources["model"]))
+    n_weights, d_model, d_vocab = sizes(Path(first.sources["model"]))
+    how = first.config["model"]
+    itemsize = ITEMSIZE[how.get("dtype", "float32")]
+    processed = how.get("randomise", "none") != "none" or any(how.get(name) for name in PROCESSING)
+    weights = (PROCESSED if processed else OPENED) * itemsize * n_weights
     logits = LOGITS * 4 * batch_rows * context * d_vocab
+    if batch_rows and itemsize < 4:
+        logits += 4 * d_model * d_vocab
     minutes = 2 * n_operations / float(plan.device["flops"]) / 60
     return {
-        "mem_mb": BASE_MB + max(1000, round(2e-6 * weights + 1e-6 * logits)) + round(held_mb),
+        "mem_mb": BASE_MB + max(1000, round(1e-6 * (weights + logits))) + round(held_mb),
         "runtime": max(60, round(minutes)),
     }
 
@@ -74,13 +85,13 @@ def _geometry(folder: Path) -> Geometry | None:
 
 
 @cache
-def sizes(folder: Path) -> tuple[int, int]:
-    """Bytes of a model's weights as float32 and its vocabulary; both 0 where the workflow has not made it yet."""
+def sizes(folder: Path) -> tuple[int, int, int]:
+    """How many weights a model has, its width and its vocabulary; all 0 where the workflow has not made it yet."""
     geometry = _geometry(folder)
     if geometry is None:
-        return 0, 0
+        return 0, 0, 0
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return stored * (2 if _is_half(folder) else 1), geometry.d_vocab or 0
+    return stored // (2 if _is_half(folder) else 4), geometry.d_model, geometry.d_vocab or 0
 
 
 def _is_half(folder: Path) -> bool:

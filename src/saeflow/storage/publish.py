@@ -6,6 +6,7 @@ bytes: what a power cut then leaves is an empty file that looks finished.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -78,6 +79,14 @@ def flush(path: Path) -> None:
         for entry in path.iterdir():
             flush(entry)
     _flush_one(path)
+
+
+def begin_flush(descriptor: int) -> None:
+    """Lets the disk begin with what was written to an open file, so that `flush` has less to wait for. It is only an
+    early start: on systems other than Linux nothing happens, and what goes wrong `flush` will say."""
+    if write := getattr(ctypes.CDLL(None), "sync_file_range", None):
+        begin, whole_file = 2, ctypes.c_int64(0)  # SYNC_FILE_RANGE_WRITE of fcntl.h
+        write(descriptor, whole_file, whole_file, begin)
 
 
 def _flush_one(path: Path) -> None:
