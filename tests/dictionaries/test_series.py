@@ -233,6 +233,7 @@ def test_differences_are_said_up_to_three_then_the_fewest_that_tell_apart() -> N
 def test_settings_are_said_in_words() -> None:
     assert phrase("dictionary.expansion", 8) == "expansion 8" and phrase("training.lr", 3e-4) == "lr = 0.0003"
     assert phrase("dictionary.jacobian_coefficient", 0.5) == "λ = 0.5"
+    assert phrase("training.exclude.positions", [0]) == "trained without positions [0]"
     assert phrase("training.resample_steps", [0, 200]) == "resample_steps = [0, 200]"
     assert phrase("model.fold_ln", True) == "fold_ln = true" and phrase("training.clip_grad_norm", None).endswith(
         "none"
