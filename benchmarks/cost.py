@@ -1,36 +1,63 @@
-"""Whether the plan's cost model holds: studies of three small models are run, the time of a larger one is predicted.
+"""Whether the plan's cost model holds: what earlier jobs took predicts what later, larger ones take.
 
-GPT-NeoX models of random weights, `SIZES` wide, are cached, and TopK SAEs and transcoders of them are trained and
-evaluated, in one results folder; before the last is run, `saeflow.planning.history.predict` says from the jobs of the
-others what each stage will take. Last line: {"predicted_over_measured", "<stage>.predicted_over_measured"}, of the
-seconds that jobs work, without what Snakemake and Python take to start.
+`widths`: GPT-NeoX models of random weights, `SIZES` wide, are cached, and TopK SAEs and transcoders of them are trained
+and evaluated, in one results folder; before the last is run, `saeflow.planning.history.predict` says from the jobs of
+the others what each stage will take. `experiments`: the demo is run with fewer tokens (`SMALLER`), then as it is, then
+sparsity_faithfulness, and each of these two is predicted from all before it.
+
+Last line: {"predicted_over_measured", "<stage>.predicted_over_measured"}, of the seconds that jobs of the widths work,
+without what Snakemake and Python take to start; and {"<experiment>.<stage>.<of>.predicted_over_measured",
+"<experiment>.within_30_percent"}, of `seconds` (wall), `cpu_s` (of all cores: what to judge by where the machine is
+loaded) and `memory` (of the largest job), and which share of the latter two is within 30 %. `--only` takes one of the
+two, `--fraction` runs the experiments on so much of their tokens.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (192, 256, 320)  # d_model, of the studies that are measured
 PREDICTED = 448
 LAYERS, CONTEXT, TOKENS = 6, 128, 200_000
 STAGES = ("activations", "train", "baseline", "evaluate")
+EXPERIMENTS = ("demo", "sparsity_faithfulness")
+SMALLER = (0.5, 0.75)  # of the demo's tokens
+SIZED = {"tokens.train_tokens": 307_200, "tokens.held_out_tokens": 65_536, "training.n_tokens": 614_400}
+SIZED |= {"features.n_tokens": 16_384, "jacobian.n_tokens": 16_384}
+SCHEDULE = ["training.lr_warm_up_steps=10", "training.lr_decay_steps=10", "training.l1_warm_up_steps=10"]
+TOLERANCE = 0.3
+MEASURES = ("seconds", "cpu_s", "memory")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        for width in (*SIZES, PREDICTED):
-            make_model(folder / f"model-{width}", width)
-        for width in SIZES:
-            run(folder, width)
-        predicted = prediction(folder, PREDICTED)
-        measured = run(folder, PREDICTED)
-    ratios = {f"{stage}.predicted_over_measured": predicted[stage] / measured[stage] for stage in STAGES}
-    whole = sum(predicted.values()) / sum(measured.values())
-    print(json.dumps({"predicted_over_measured": round(whole, 3)} | {k: round(v, 3) for k, v in ratios.items()}))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("widths", "experiments"))
+    parser.add_argument("--fraction", type=float, default=1.0)
+    args = parser.parse_args()
+    found: dict[str, float] = {}
+    for name, measure in (("widths", of_widths), ("experiments", lambda f: of_experiments(f, args.fraction))):
+        if args.only in (None, name):
+            with tempfile.TemporaryDirectory() as work:
+                found |= measure(Path(work))
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
+
+
+# -------------------------------------------------------------------- models of several widths
+def of_widths(folder: Path) -> dict[str, float]:
+    for width in (*SIZES, PREDICTED):
+        make_model(folder / f"model-{width}", width)
+    for width in SIZES:
+        run(folder, f"cost_{width}", overrides(folder, width))
+    predicted = prediction(folder, overrides(folder, PREDICTED))
+    measured = run(folder, f"cost_{PREDICTED}", overrides(folder, PREDICTED))
+    pairs = {stage: (predicted[stage]["seconds"], measured[stage]["seconds"]) for stage in STAGES}
+    whole = sum(p for p, _ in pairs.values()) / sum(m for _, m in pairs.values())
+    return {"predicted_over_measured": whole} | {f"{s}.predicted_over_measured": p / m for s, (p, m) in pairs.items()}
 
 
 def make_model(folder: Path, width: int) -> None:
@@ -63,32 +90,68 @@ def overrides(folder: Path, width: int) -> list[str]:
     ]  # fmt: skip
 
 
-def prediction(folder: Path, width: int) -> dict[str, float]:
-    """Seconds of each stage that the plan of a width has still to do."""
+# -------------------------------------------------------------------- the experiments on the embedded model
+def of_experiments(folder: Path, fraction: float) -> dict[str, float]:
+    for part in SMALLER:
+        name = f"demo_{100 * part:.0f}"
+        run(folder, name, ["experiment=demo", f"experiment_name={name}", *SCHEDULE, *sizes("demo", part * fraction)])
+    found: dict[str, float] = {}
+    for name in EXPERIMENTS:
+        smaller = [] if fraction == 1 else [*SCHEDULE, *sizes(name, fraction)]
+        predicted = prediction(folder, [f"experiment={name}", *smaller])
+        measured = run(folder, name, [f"experiment={name}", *smaller])
+        ratios = {
+            f"{stage}.{of}": predicted[stage][of] / measured[stage][of]
+            for stage in measured
+            for of in MEASURES
+            if of in predicted[stage]
+        }
+        judged = [1 - TOLERANCE <= ratio <= 1 + TOLERANCE for of, ratio in ratios.items() if not of.endswith("seconds")]
+        found |= {f"{name}.{of}.predicted_over_measured": ratio for of, ratio in ratios.items()}
+        found[f"{name}.within_30_percent"] = sum(judged) / len(judged)
+    return found
+
+
+def sizes(experiment: str, fraction: float) -> list[str]:
+    of_it = (path for path in SIZED if experiment == "demo" or path.startswith(("tokens", "training")))
+    return [f"{path}={round(fraction * SIZED[path])}" for path in of_it]
+
+
+# -------------------------------------------------------------------- both
+def prediction(folder: Path, hydra: list[str]) -> dict[str, dict[str, float]]:
+    """Of each stage that a plan has still to do: seconds, by what earlier jobs took of the clock and of all cores, and
+    MB of memory of the largest job."""
     from saeflow.planning.expansion import compose
     from saeflow.planning.history import lines, predict
 
     results = str(folder / "results")
-    found = predict(compose(ROOT / "conf", overrides(folder, width), results=results), lines(results)).by_stage
-    return {stage: found[stage] for stage in STAGES}
+    plan, made = compose(ROOT / "conf", hydra, results=results), lines(results)
+    by_clock, by_cores = predict(plan, made), predict(plan, [line | {"seconds": line["cpu_s"]} for line in made])
+    return {
+        stage: {"seconds": seconds, "cpu_s": by_cores.by_stage[stage]}
+        | ({"memory": by_clock.memory_mb[stage]} if stage in by_clock.memory_mb else {})
+        for stage, seconds in by_clock.by_stage.items()
+    }
 
 
-def run(folder: Path, width: int) -> dict[str, float]:
-    """Seconds that the jobs of each stage worked."""
-    experiment = f"cost_{width}"
+def run(folder: Path, experiment: str, hydra: list[str]) -> dict[str, dict[str, float]]:
+    """The same of each stage, as it was: what its jobs worked, and what the largest of them had."""
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder)]
     done = subprocess.run(
-        [*command, "--cores", "1", "--config", f"hydra={' '.join(overrides(folder, width))}"],
-        capture_output=True,
-        text=True,
+        [*command, "--cores", "1", "--config", f"hydra={' '.join(hydra)}"], capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(f"{experiment} failed:\n{done.stdout}{done.stderr}")
     made = [json.loads(line) for line in (folder / "results/made.jsonl").read_text().splitlines()]
-    own = [line for line in made if line["experiment"] == experiment]
-    seconds = {stage: sum(line["seconds"] for line in own if line["stage"] == stage) for stage in STAGES}
-    print(f"{experiment}: {', '.join(f'{s} {t:.1f} s' for s, t in seconds.items())}", file=sys.stderr)
-    return seconds
+    found: dict[str, dict[str, Any]] = {}
+    for line in (line for line in made if line["experiment"] == experiment):
+        one = found.setdefault(line["stage"], dict.fromkeys(MEASURES, 0.0))
+        one["seconds"] += line["seconds"]
+        one["cpu_s"] += line["cpu_s"]
+        one["memory"] = max(one["memory"], line["peak_mb"])
+    told = (f"{stage} {one['seconds']:.1f} s ({one['cpu_s']:.1f} s of cores)" for stage, one in found.items())
+    print(f"{experiment}: {', '.join(told)}", file=sys.stderr)
+    return found
 
 
 main()

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from saeflow.circuits.attribution import CircuitRun
 from saeflow.circuits.chosen import Activity, activity, choose, prompt_tokens
-from saeflow.circuits.figures import Circuits, as_paths, circuits, largest
+from saeflow.circuits.figures import Circuits, as_paths, circuits, circuits_overlap, largest
+from saeflow.circuits.overlap import mean_contributions, overlap, overlap_table, pullbacks, strong_tokens
 from saeflow.circuits.paths import greedy_paths
 from saeflow.circuits.study import KINDS, Explained, extremes, path_table, tables_of, weight_tables
 from saeflow.config import CircuitsConfig, ConfigError
+from saeflow.config.circuits import conditions
 from saeflow.dictionaries import DictionaryError
 from saeflow.dictionaries.sae import build
 from saeflow.features.text import Text
@@ -161,6 +163,104 @@ def test_paths_are_read_back_and_shown_with_what_they_go_on_from(model: Any) -> 
     assert {path.nodes for path in best} <= {path.nodes for path in shown}
 
 
+# -------------------------------------------------------------------- filters of paths
+WIDE = 10_000  # more than there are of anything: the search leaves nothing out
+
+
+def found_paths(
+    held: CircuitRun, through: Any = (), without: Any = (), branches: int = WIDE, per_node: int = WIDE
+) -> Any:
+    root = held.of_feature(1, LATENT, TOKEN)
+    filters = ([conditions(text) for text in texts] for texts in (through, without))
+    return [path.nodes for path in greedy_paths(held, root, 2, branches, per_node, *filters)]
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("kind=head layer=0", lambda node: node.kind == "head" and node.layer == 0),
+        ("head!=0 token<6", lambda node: node.kind == "head" and node.unit != 0 and node.token < 6),
+        ("latent!=3", lambda node: node.kind == "feature" and node.unit != 3),
+        ("kind!=feature token>4", lambda node: node.kind != "feature" and node.token > 4),
+    ],
+)
+def test_filters_keep_of_all_paths_those_that_go_through_a_node_and_leave_out_those_that_do(
+    model: Any, text: str, meant: Any
+) -> None:
+    held = run(model)
+    every = found_paths(held)
+    there = [nodes for nodes in every if any(map(meant, nodes[1:]))]
+    passing = {nodes[: i + 1] for nodes in there for i in range(len(nodes))}
+    assert 1 < len(passing) < len(every)
+    kept = found_paths(held, through=[text])
+    assert set(kept) == passing and len(kept) == len(passing) and kept[0] == every[0]
+    left = found_paths(held, without=[text])
+    assert set(left) == {nodes for nodes in every if not any(map(meant, nodes[1:]))}
+
+
+def test_a_filtered_search_finds_what_the_greedy_one_passes_by(model: Any) -> None:
+    held = run(model)
+    table = held.attribute(held.of_feature(1, LATENT, TOKEN))
+    ranked = table[(table["kind"] == "feature") & (table["contribution"] > 0)].sort_values("contribution")
+    least = int(ranked["unit"].iloc[0])
+    narrow = {"branches": 3, "per_node": 2}
+
+    def goes(nodes: Any) -> bool:
+        return any((node.kind, node.layer, node.unit) == ("feature", 0, least) for node in nodes)
+
+    assert not any(map(goes, found_paths(held, **narrow)))
+    kept = found_paths(held, through=[f"layer=0 latent={least}"], **narrow)
+    assert len(kept) > 1 and all(any(goes(one) and one[: len(nodes)] == nodes for one in kept) for nodes in kept)
+    assert found_paths(held, through=["latent=39 token=0"], **narrow) == [kept[0]]  # nothing reads there
+
+
+# -------------------------------------------------------------------- means over text
+def test_means_over_text_are_those_of_the_attributions_of_single_tokens(model: Any) -> None:
+    made = {layer: transcoder(layer) for layer in (0, 1)}
+    rows = np.random.default_rng(0).integers(1, 300, (5, 9))
+    text, latents = Text(rows, np.zeros_like(rows), np.arange(5), first=1), np.array([7, LATENT])
+    strong = strong_tokens(model, made[1], latents, text, batch_rows=2)
+    means = mean_contributions(model, made, 1, latents, text, strong, batch_rows=2)
+    runs = [CircuitRun(model, made, torch.from_numpy(row)) for row in rows]
+    for n, latent in enumerate(latents.tolist()):
+        of = np.array([one.features[1][1:, latent].numpy() for one in runs])
+        wanted = of >= np.percentile(of[of > 0], 20)
+        np.testing.assert_array_equal(strong[n].reshape(5, 8), wanted)
+        total = np.zeros(N_LATENTS)
+        for row, position in np.argwhere(wanted):
+            table = runs[row].attribute(runs[row].of_feature(1, latent, position + 1))
+            brought = table[(table["kind"] == "feature") & (table["layer"] == 0)]
+            total[brought["unit"]] += brought["contribution"]
+        np.testing.assert_allclose(means[0][n], total / wanted.sum(), atol=1e-12)
+    weights = {0: pullbacks(model, made, 1, latents, 0)}
+    table = weights_of(runs[0])
+    direct = table[(table["what"] == "latents") & (table["head"] < 0)].set_index("unit")["weight"].sort_index()
+    np.testing.assert_allclose(weights[0][1], direct)
+    never = np.zeros_like(strong[:1])
+    shares = overlap_table(means, weights, latents, np.concatenate([strong[:1], never]))
+    assert shares["latent"].tolist() == [7, 7, 7] and shares["k"].tolist() == [5, 10, 20]
+    assert shares["by_chance"].tolist() == [0.125, 0.25, 0.5] and (shares["n_tokens"] == strong[0].sum()).all()
+
+
+def test_the_figure_of_overlaps_has_means_and_ranges_over_latents() -> None:
+    rows = [(latent, 0, k, share, k / 40, 9) for k in (5, 10) for latent, share in ((3, 0.2), (7, 0.6))]
+    data = pd.DataFrame(rows, columns=["latent", "layer", "k", "overlap", "by_chance", "n_tokens"])
+    drawn, table = circuits_overlap(data.assign(key="one", of_layer=1))
+    line, chance = drawn.axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[5, 40], [10, 40]])
+    np.testing.assert_allclose(chance.get_ydata(), [12.5, 25])
+    band = drawn.axes[0].collections[0].get_paths()[0].vertices
+    assert {*band[:, 1].round(6)} == {20, 60} and drawn.axes[0].get_title() == "2 latents of layer 1"
+    assert len(table) == 4
+    drawn, _ = circuits_overlap(data[:0].assign(key=[], of_layer=[]))
+    assert "No latent" in drawn.axes[0].texts[0].get_text()
+
+
+def test_overlap_is_the_share_of_the_largest_of_both() -> None:
+    means, weights = torch.tensor([3.0, 2.0, 1.0, -5.0, 0.5]), torch.tensor([9.0, -9.0, 8.0, 7.0, 6.0])
+    assert [overlap(means, weights, k) for k in (1, 2, 3, 4)] == [1.0, 0.5, 2 / 3, 0.75]
+
+
 # -------------------------------------------------------------------- what is chosen
 def test_activity_is_that_of_every_token(model: Any) -> None:
     made = transcoder(0, activation="topk")
@@ -214,6 +314,10 @@ def test_a_prompt_stands_behind_a_bos_and_fits_the_model() -> None:
         ({"layer": -1}, "circuits.layer"),
         ({"branches": 0}, "circuits.branches"),
         ({"heads": -1}, "circuits.heads"),
+        ({"through": ("layer",)}, "circuits.through"),
+        ({"through": ("kind<head",)}, "circuits.through"),
+        ({"without": ("layer=1 of=2",)}, "circuits.without"),
+        ({"without": (" ",)}, "circuits.without"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -284,6 +388,8 @@ def test_a_study_holds_its_tables_and_a_page(made: Path) -> None:
     assert latents["latent"].tolist() == [3, 7] and (latents["document"] == -1).all()
     sums = attributions.groupby("latent")["contribution"].sum() + latents.set_index("latent")["b_enc"]
     np.testing.assert_allclose(sums, latents.set_index("latent")["pre_activation"], rtol=1e-4, atol=1e-4)
+    means, shares = (pd.read_parquet(made / f"{name}.parquet") for name in ("means", "overlap"))
+    assert list(means) == ["latent", "layer", "rank", "unit", "contribution", "weight"] and {*shares["layer"]} <= {0}
     text = (made / "circuits.html").read_text()
     assert 'id="latent-3"' in text and 'id="latent-7"' in text and "<script" not in text
     assert not re.search(r'(?:src|href)="(?!#)', text.replace('xlink:href="#', ""))

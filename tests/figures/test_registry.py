@@ -99,7 +99,7 @@ def test_all_figures_are_listed_without_drawing_libraries() -> None:
     listed, heavy = done.stdout.splitlines()
     assert not heavy
     found = {name: registry.Declared(*fields) for name, fields in json.loads(listed).items()}
-    assert found == declared() and len(found) == 46 and {one.stage for one in found.values()} == STAGES
+    assert found == declared() and len(found) == 48 and {one.stage for one in found.values()} == STAGES
     for name, one in found.items():
         known = find(name)
         assert known.declared == one and known.draw.__module__ == one.module and one.sentence.endswith(".")
@@ -138,11 +138,13 @@ def test_make_figures_lists_them() -> None:
 
 def test_unknown_figure_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="no figure 'paretto'; there are: circuits, greater_than, sparsity_faithfulness"
+        ValueError,
+        match="no figure 'paretto'; there are: circuits, circuits_overlap, greater_than, sparsity_faithfulness",
     ):
         find("paretto")
     with pytest.raises(
-        ValueError, match="no figure 'paretto'; there are: circuits, greater_than, sparsity_faithfulness"
+        ValueError,
+        match="no figure 'paretto'; there are: circuits, circuits_overlap, greater_than, sparsity_faithfulness",
     ):
         draw([figures_job(tmp_path, ["paretto"])])
     assert not (tmp_path / "figures").exists()

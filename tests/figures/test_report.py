@@ -3,6 +3,7 @@
 import base64
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import jinja2
 from docutils.core import publish_parts
@@ -11,7 +12,7 @@ from tests.planning.test_plan import home  # noqa: F401 (a fixture)
 
 from saeflow.figures.report import description
 from saeflow.planning.ledger import ledger
-from saeflow.planning.parts import told_together
+from saeflow.planning.parts import told_together, without_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +36,16 @@ def test_it_shows_figure_members_and_costs(here: Path) -> None:  # noqa: F811
     assert html.count("<tr>") == len(ledger(plan)) + 1 and "<td>12.0 s</td>" in html and "GPU</th>" not in html
     members = " ".join(re.sub(r"<[^>]+>", "", html).split())
     assert re.search(r"train: 2 trainings \(sae L2.mlp_out seed0 .*\): l1_0.001, l1_0.003", members)
+    assert "Pages to read" not in html
+    (key,) = [key for key in plan.stages["train"] if "l1_0.001" in key]
+    pages = [plan.folder("train", key) / name for name in ("circuits.html", "of/latents.html")]
+    for page in pages:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text("a page")
+    html_with_pages = rendered(description(plan, ROOT / "workflow/report", here / "captions"))
+    links = re.findall(r'href="(train/[^"]+)">([^<]+)<', html_with_pages)
+    assert [Path("results") / unquote(href) for href, _ in links] == pages
+    assert {name for _, name in links} == {without_hash(key)}
     hashes = [key.rsplit("-", 1)[1] for table in plan.stages.values() for key in table]
     assert not [one for one in hashes if one in html]
 

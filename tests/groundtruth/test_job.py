@@ -480,6 +480,7 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
     assert list(pd.read_csv(folder / "recovery.csv")) == [*identity, *shown]
     assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", "jacobian_cosine"]
     assert len(pd.read_csv(folder / "stability.csv").columns) == 11
+    assert len(pd.read_csv(folder / "recovery_ranges.csv")) == 7
     table = pd.read_csv(folder / "recoveries.csv")
     assert sorted(table["part"].dropna()) == ["input", "input", "output", "output"] and len(table) == 2 + 1 + 4
     assert set(table["train_key"]) == set(plan.stages["train"])
@@ -500,6 +501,27 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
         assert summary["n_live"] - summary["n_distinct"] == sum(len(g) - 1 for g in groups["firing_and_writing"])
         assert summary["n_live"] - summary["n_distinct_firing"] == sum(len(g) - 1 for g in groups["firing"])
         assert summary["mse"] >= 0 and summary["l1"] > 0
+
+
+def test_tables_of_sweeps_have_the_range_over_seeds(finished: tuple[Plan, str]) -> None:
+    from saeflow.groundtruth.figures import RANGED, ranges_table, read_recoveries
+
+    plan, _ = finished
+    (figures,) = plan.stages["figures"].values()
+    table = read_recoveries(Job(figures, plan, "cpu")).table
+    once = ranges_table(table)
+    assert (once["n"] == 1).all() and len(once) == len(table)
+    others = [
+        table.assign(recovery=table["recovery"] + seed, settings=[held | {"seed": seed} for held in table["settings"]])
+        for seed in (0, 1, 5)
+    ]
+    found = ranges_table(pd.concat(others))
+    assert (found["n"] == 3).all() and found["place"].tolist() == once["place"].tolist()
+    for name in RANGED:
+        move = (2, 0, 5) if name == "recovery" else (0, 0, 0)  # of mean, least, largest
+        for end, by in zip(("", "_low", "_high"), move, strict=True):
+            np.testing.assert_allclose(found[name + end], once[name] + by, rtol=1e-12)
+    assert {*found["amount"].dropna()} == {*table["amount"].dropna()}
 
 
 def test_both_splits_hold_all_rows_of_the_case(finished: tuple[Plan, str]) -> None:

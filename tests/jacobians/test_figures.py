@@ -27,10 +27,16 @@ from saeflow.jacobians.figures.measures import (
     jacobian_sweep,
 )
 from saeflow.jacobians.figures.studies import Studies, control, read_histograms, read_studies
-from saeflow.jacobians.figures.training import jacobian_training, read_training
+from saeflow.jacobians.figures.training import (
+    jacobian_training,
+    jacobian_training_histogram,
+    read_training,
+    read_training_histograms,
+)
 from saeflow.jacobians.study import jacobian_job
 from saeflow.jobs.job import Job
 from saeflow.planning.graph import Instance
+from saeflow.training.jacobian_histogram import EDGES
 
 FIGURES = [name for name, one in declared().items() if one.stage == "jacobian" and name != "jacobian_histogram"]
 IDENTITY = ["panel", "jacobian_coefficient", "seed", "jacobian_key"]
@@ -263,6 +269,29 @@ def test_training_curves_of_j_are_the_logged_ones(tmp_path: Path, neox_folder: P
     assert list(table)[:4] == ["panel", "jacobian_coefficient", "seed", "train_key"]
     with pytest.raises(ValueError, match="needs pairs that are trained as one: use dictionary=jacobian"):
         read_training(Job(replace(figures, needs={}), plan, "cpu"))
+    drawn, table = jacobian_training_histogram(read_training_histograms(Job(figures, plan, "cpu")))
+    assert table.empty and "release that logged no histogram" in drawn.axes[0].texts[0].get_text()
+    for key, n in (("pair", 4), ("other", 8)):  # of one of four tokens, and of two
+        rows = [(256, "input", 0.1, n), (256, "input", -0.05, 1), (128, "input", 0.2, n), (256, "reconstruction", 0, 8)]
+        edges = {round(edge, 4): edge for edge in EDGES}
+        logged = [{"step": tokens // 128, "tokens": tokens, "at": at, "bin_left": edges[left],
+                   "bin_right": edges[round(left + 0.0025, 4)], "count": count, "of_tokens": 4}
+                  for tokens, at, left, count in rows]  # fmt: skip
+        pd.DataFrame(logged).to_parquet(tmp_path / "train" / key / "jacobian_histogram.parquet")
+    drawn, table = jacobian_training_histogram(read_training_histograms(Job(figures, plan, "cpu")))
+    assert list(table)[:4] == ["panel", "jacobian_coefficient", "seed", "train_key"] and len(table) == 8
+    (linear, logarithmic, exceeding), maps = drawn.axes[:3], drawn.axes[3:5]
+    signed = {c: linear.patches[2 * n].get_data() for n, c in enumerate((0.5, 1.0))}  # as drawn: input, reconstruction
+    for c, n in ((0.5, 2.0), (1.0, 1.0)):
+        values, edges = signed[c].values, signed[c].edges
+        assert values[np.isclose(edges[:-1], 0.1)] == n and values[np.isclose(edges[:-1], -0.05)] == 0.25
+        assert values.sum() == n + 0.25
+    x, above = exceeding.lines[0].get_data()
+    assert above[0] == 2.25 and above[np.isclose(x, 0.06)] == 2.0 and np.isnan(above[-1])
+    assert logarithmic.get_yscale() == "log" and maps[1].get_title() == "λ = 1, at the input"
+    assert drawn.axes[1].get_xlim() == pytest.approx((-0.1025, 0.1025))
+    (image,) = maps[0].collections
+    assert image.get_array().compressed().tolist() == [0.25, 2.0, 2.0]
 
 
 def test_histograms_are_labelled(folders: list[Path], tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def test_dashboards_and_tables_are_linked_where_they_are(here: Path) -> None:
         ("dashboards", "of-12345678", {"features": ["of-01234567"], "train": [train]}, ["index.html"]),
         ("comparisons", "place-4567890a", {"dashboards": ["of-12345678"], "train": [train, other]}, ["index.html"]),
         ("jacobian", "pair-23456789", {"train": [train, other]}, ["pairs.html"]),
+        ("circuits", "L3-of-56789abc", {"train": [train, other]}, ["circuits.html"]),
         ("jacobian", "elsewhere-3456789a", {"train": [train, "of-another-experiment"]}, ["pairs.html"]),
     ):
         folder = Path("results") / stage / key
@@ -240,6 +241,7 @@ def test_dashboards_and_tables_are_linked_where_they_are(here: Path) -> None:
     assert page.links.count("dashboards/of-12345678/index.html") == 1  # among the pages
     assert page.links.count("comparisons/place-4567890a/index.html") == 1
     assert "jacobian/pair-23456789/pairs.html" in page.links
+    assert "circuits/L3-of-56789abc/circuits.html" in page.links
     assert not [href for href in page.links if "elsewhere" in href]
 
 

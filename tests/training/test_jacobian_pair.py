@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,6 +26,7 @@ from saeflow.models.blocks import MLP, Block, read_block
 from saeflow.models.loading import load_model
 from saeflow.planning.graph import Instance, Plan
 from saeflow.training import loop as jobs
+from saeflow.training.jacobian_histogram import BINS, EDGES, KEPT, MOST, JacobianHistograms, count_entries
 from saeflow.training.jacobian_pair import JacobianTrainer
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import HookStatistics, Inputs
@@ -177,6 +179,71 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
             trainer.train_step(batch_of(step, trainer.block))
 
 
+# -------------------------------------------------------------------- the histogram
+def test_entries_are_counted_with_their_sign_in_bins_without_their_right_ends() -> None:
+    values = torch.tensor([-0.6, -0.5, -0.0001, 0.0, 0.001, 0.25, 0.4999, 0.5, 9.0, 7.0])
+    on = torch.ones(10, dtype=torch.bool)
+    on[-1] = False
+    counts = count_entries(values[:, None, None], on[:, None, None])
+    found = {(EDGES[b].round(6), EDGES[b + 1].round(6)): n for b, n in enumerate(counts.tolist()) if n}
+    assert found == {
+        (-np.inf, -0.5): 1, (-0.5, -0.4975): 1, (-0.0025, 0.0): 1, (0.0, 0.0025): 2, (0.25, 0.2525): 1,
+        (0.4975, 0.5): 1, (0.5, np.inf): 2,
+    }  # fmt: skip
+    endless = torch.tensor([torch.inf, -torch.inf, torch.nan])[:, None, None]
+    assert count_entries(endless, endless != 0)[[0, BINS + 1, -1]].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+def test_the_histogram_is_of_the_jacobian_by_autograd(normalize: str) -> None:
+    """At the input and at its reconstruction, of latents above 0, for raw activations."""
+    trainer = trainer_of(replace(PAIR, normalize_activations=normalize), replace(TRAINING, log_every=1))
+    x, y = batch_of(0, trainer.block)
+    w_in, w_out = (part.weights._replace() for part in trainer.parts.values())
+    scale_in, scale_out = (part.scale_in for part in trainer.parts.values())
+    trainer.input.apply_gradients = trainer.output.apply_gradients = lambda *_: None  # type: ignore[method-assign]
+    trainer.input.metrics.rows.append({})  # that step's, which the SAE would write
+    trainer.train_step((x, y))
+
+    def kept(value: Tensor, weights: Any, scale: float) -> tuple[Tensor, Tensor]:
+        pre = (value * scale - weights.b_dec) @ weights.encoder.T + weights.b_enc
+        return pre.topk(K, dim=1).values.clamp(min=0), pre.topk(K, dim=1).indices
+
+    f, A = kept(x, w_in, scale_in)
+    at = ((f[:, :, None] * w_in.W_dec[A]).sum(1) + w_in.b_dec) / scale_in
+    for place, (point, written) in enumerate(((x, y), (at, trainer.block(at)))):
+        g, B = kept(written, w_out, scale_out)
+        J = torch.func.vmap(torch.func.jacrev(lambda v: trainer.block(v[None])[0]))(point)
+        J = torch.einsum("tbe,ted,tad->tba", w_out.encoder[B] * scale_out, J, w_in.W_dec[A] / scale_in)
+        entries = J[(g[:, :, None] > 0) & (f[:, None] > 0)].numpy()
+        counts = trainer.histograms.counts[0][place].numpy()
+        assert counts.sum() == len(entries) > 0
+        for edge, below in zip(EDGES[1:-1], counts.cumsum(), strict=False):
+            near = (np.abs(entries - edge) < 1e-5).sum()
+            assert abs(below - (entries < edge).sum()) <= near
+
+
+def test_a_long_training_keeps_few_histograms_the_last_among_them() -> None:
+    some = JacobianHistograms(n_steps=10_000, log_every=10, of_tokens=4)
+    kept = [row for row in range(1001) if some.wants(row, last=row == 1000)]
+    assert kept[:3] == [0, 10, 20] and kept[-1] == 1000 and len(kept) == KEPT + 1
+    trainer = trainer_of()
+    for step in range(40):
+        trainer.train_step(batch_of(step, trainer.block))
+    assert trainer.histograms.steps == [row["step"] for row in trainer.rows] == [1, 10, 20, 30, 40]
+    (table,) = {name: pd.DataFrame(rows) for name, rows in trainer.tables().items() if "histogram" in name}.values()
+    assert set(table["tokens"] / table["step"]) == {N} and set(table["at"]) == {"input", "reconstruction"}
+    last = table[(table["step"] == 40) & (table["at"] == "input")]
+    size = last[["bin_left", "bin_right"]].abs().max(axis=1)
+    above = last.loc[size > 0.01 + 1e-9, "count"].sum()
+    assert f"There are {above / N:.1f} values and above 0.010." in trainer.text().split("\n", 20)
+    whole = last["count"].sum() / N
+    assert above / N / K**2 == pytest.approx(trainer.rows[-1]["jacobian_above_0.01"], abs=0.01)
+    assert last["of_tokens"].unique().tolist() == [N] and whole <= K**2
+    beyond = last.loc[size > MOST + 1e-9, "count"].sum() / N
+    assert f"of step 40, with |J| at the input; {beyond:.1f} values above 0.5 are counted" in trainer.text()
+
+
 # -------------------------------------------------------------------- the norm
 def test_the_norm_is_left_out_of_f_where_that_is_asked(neox_folder: Path) -> None:
     """f is then the model's own MLP of the residual stream, times the gain and plus the bias: notebook 000's
@@ -228,7 +295,12 @@ def test_training_goes_on_from_a_state_as_if_it_had_not_stopped(training: dict[s
     for step in range(15, 30):
         resumed.train_step(batch_of(step, resumed.block))
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(straight), tensors_of(resumed), strict=True))
-    assert straight.rows == resumed.rows
+    assert straight.rows == resumed.rows and straight.tables() == resumed.tables()
+    older = trainer_of(training=options)  # of a release that kept no histograms
+    older.restore({name: t for name, t in state.items() if "histogram" not in name})
+    assert older.text() == "" and "jacobian_histogram" not in older.tables() | older.state()
+    older.train_step(batch_of(15, older.block))
+    assert older.rows == straight.rows[: len(older.rows)]
     with pytest.raises(TrainingError, match="another dictionary"):
         resumed.restore(straight.input.state())
 
@@ -279,6 +351,8 @@ def test_a_job_writes_both_saes_and_again_the_same_bytes(
         "config.yaml",
         "provenance.json",
         "jacobian.parquet",
+        "jacobian_histogram.parquet",
+        "table.txt",
         *(f"{s}/{p}" for s in ("input", "output") for p in parts),
     }
     assert set(first) == wanted

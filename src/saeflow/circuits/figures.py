@@ -1,4 +1,5 @@
-"""The figures of the stages `circuits`, the largest paths down from each latent as a graph, and `greater_than`."""
+"""The figures of the stages `circuits`, the largest paths down from each latent as a graph and what weights alone say
+of means over text, and `greater_than`."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from saeflow.circuits.paths import Path, edges_of
 from saeflow.dictionaries.series import with_names
 from saeflow.dictionaries.settings import read_summaries
 from saeflow.features.show import visible
-from saeflow.figures.axes import labelled, legend_beside, subplots, wrapped_panels
+from saeflow.figures.axes import empty_panel, labelled, legend_beside, log_axis, subplots, wrapped_panels
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, look
 from saeflow.jobs.job import Job
@@ -132,7 +133,7 @@ def _by_token(node: Node) -> tuple[int, int]:
 
 def _hidden(place: dict[Node, tuple[float, float]], edges: list[tuple[Node, Node]]) -> int:
     """How often an edge passes behind a node."""
-    ends = np.array([(*place[lower], *place[upper]) for upper, lower in edges])
+    ends = np.array([(*place[lower], *place[upper]) for upper, lower in edges]).reshape(-1, 4)
     x, y = np.array(list(place.values())).T
     share = (y - ends[:, 1, None]) / (ends[:, 3] - ends[:, 1])[:, None]  # of the way up, (edges, nodes)
     at = ends[:, 0, None] + share * (ends[:, 2] - ends[:, 0])[:, None]
@@ -176,6 +177,45 @@ def title(one: Any) -> str:
     return f"latent {one.latent} of layer {one.layer}, activation {one.activation:.3g}: {', '.join(told)}".replace(
         "-", "−"
     )
+
+
+# -------------------------------------------------------------------- means over text
+def read_overlaps(job: Job) -> pd.DataFrame:
+    """`overlap.parquet` of all studies; `key` says of which a row is, `of_layer` whose latents they explain."""
+    folders = job.inputs("circuits")
+    layers = [job.plan.instance("circuits", folder.name).config["layer"] for folder in folders]
+    tables = (pd.read_parquet(folder / "overlap.parquet") for folder in folders)
+    named = zip(folders, layers, tables, strict=True)
+    return pd.concat([table.assign(key=f.name, of_layer=n) for f, n, table in named], ignore_index=True)
+
+
+@figure("circuits_overlap", stage="circuits", reads=read_overlaps)
+def circuits_overlap(data: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """How far the weights alone name the latents that matter on text: of the k latents of an earlier layer that bring a
+    latent most on average, the share that are among the k largest pullbacks.
+
+    A panel a study, a line an earlier layer: the mean over the latents that are explained, from the least to the
+    largest of them. Dashed is a random choice.
+    """
+    studies = list(data.groupby("key", sort=False)) or [("", data)]
+    drawn, grid = wrapped_panels(len(studies), 2.9, 2.6, least_width=4.2)
+    for axis, (_, rows) in zip(grid.flat, studies, strict=False):
+        if rows.empty:
+            empty_panel(axis, "No latent that is explained fires on the text.")
+            continue
+        for n, (layer, of_layer) in enumerate(rows.groupby("layer")):
+            of_k, style = 100 * of_layer.groupby("k")["overlap"].agg(["mean", "min", "max"]), look(n)
+            axis.plot(of_k.index, of_k["mean"], label=f"layer {layer}", **style.line)
+            axis.fill_between(of_k.index, of_k["min"], of_k["max"], color=style.color, alpha=0.15, linewidth=0)
+        chance = 100 * rows.groupby("k")["by_chance"].mean()
+        axis.plot(chance.index, chance, color="0.35", linestyle="--", label="by chance")
+        n_latents = rows["latent"].nunique()
+        axis.set(xlabel="k", ylim=(0, 102), title=f"{n_latents} latents of layer {rows['of_layer'].iloc[0]}")
+        log_axis(axis, "x")
+    grid[0][0].set_ylabel("overlap@k (%)")
+    drawn.tight_layout()
+    legend_beside(grid, labelled(grid.flat))
+    return drawn, data
 
 
 # -------------------------------------------------------------------- greater-than

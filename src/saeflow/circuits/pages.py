@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 from saeflow.circuits.figures import as_paths, draw_graph, largest
@@ -66,6 +67,8 @@ def _section(one: Any, mine: dict[str, pd.DataFrame]) -> str:
             _kinds(one),
             _attributions(mine["attributions"], tokens),
             _paths(mine["paths"], tokens),
+            _overlap(mine["overlap"]),
+            _means(mine["means"]),
             _weights(mine["weights"]),
             _heads(mine["heads"]),
             "</section>",
@@ -130,6 +133,27 @@ def _paths(table: pd.DataFrame, tokens: list[str]) -> str:
         [" ← ".join(_node(*node, tokens) for node in path.nodes[1:]), f"{path.contributions[-1]:.4f}"] for path in ends
     ]
     return _table("The largest paths", ["down from the latent", "contribution"], rows)
+
+
+def _overlap(table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    wide = table.pivot(index="layer", columns="k", values="overlap")
+    rows = [
+        [f"layer {layer}", *("" if np.isnan(v) else f"{100 * v:.0f} %" for v in line)]
+        for layer, line in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    tokens = table["n_tokens"].iloc[0]
+    caption = f"Of the k latents that bring it most on average (of {tokens:,} tokens), among the k largest pullbacks"
+    return _table(caption, ["", *(f"k = {k}" for k in wide)], rows)
+
+
+def _means(table: pd.DataFrame) -> str:
+    parts = []
+    for layer, rows in table[table["rank"] > 0].groupby("layer"):
+        cells = [[f"latent {row.unit}", f"{row.contribution:+.4f}", f"{row.weight:+.3f}"] for row in rows.itertuples()]
+        parts.append(_table(f"Latents of layer {layer} that bring it most on average", ["", "mean", "pullback"], cells))
+    return "\n".join(parts)
 
 
 def _weights(table: pd.DataFrame) -> str:

@@ -4,10 +4,17 @@
 `greedy_get_top_paths`); `graph` merges the paths, with the errors of each node.
 """
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from saeflow.circuits.attribution import CircuitRun, Node, Target
+from saeflow.config.circuits import Condition
+
+_OPERATORS = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
+_UNITS = {"latent": "feature", "head": "head"}
 
 
 class Path(NamedTuple):
@@ -17,14 +24,41 @@ class Path(NamedTuple):
     contributions: tuple[float, ...]
 
 
+def matches(nodes: Any, wanted: Iterable[Condition]) -> Any:
+    """Whether a node, or each row of a table with the columns of one, meets all conditions."""
+    found: Any = nodes.kind == nodes.kind  # True, or a column of it
+    for field, sign, value in wanted:
+        if field in _UNITS:
+            found = found & (nodes.kind == _UNITS[field]) & _OPERATORS[sign](nodes.unit, value)
+        else:
+            found = found & _OPERATORS[sign](getattr(nodes, field), value)
+    return found
+
+
+def passes(path: Path, through: Iterable[Sequence[Condition]]) -> bool:
+    """Whether a path goes, below its root, through a node for each of `through`."""
+    return all(any(matches(node, wanted) for node in path.nodes[1:]) for wanted in through)
+
+
 def greedy_paths(
-    run: CircuitRun, root: Target, n_iterations: int = 4, n_branches: int = 15, top_k: int = 5
+    run: CircuitRun,
+    root: Target,
+    n_iterations: int = 4,
+    n_branches: int = 15,
+    top_k: int = 5,
+    through: Sequence[Sequence[Condition]] = (),
+    without: Sequence[Sequence[Condition]] = (),
 ) -> list[Path]:
     """Paths of the largest positive contributions to `root`, found greedily.
 
     In each of `n_iterations` the last node of every path is replaced by up to `top_k` features, `top_k` (head, source)
     pairs and the embedding; of all the paths so made, the `n_branches` that contribute most are kept. Sources at
     position 0 are skipped: heads rest there. Every path of every iteration is returned, shorter ones first.
+
+    `through`, `without`: conditions (`saeflow.config.circuits.conditions`) of nodes. Nodes of `without` are left out of
+    the search, and make room for others. With `through`, nodes that meet one of them are candidates beside the
+    `top_k`, paths that have passed all are kept beside the `n_branches` that have not, and only paths that pass are
+    returned, with those that they go on from.
     """
     start = Node("target", root.layer, -1, root.token)
     value = float(run.read(root.layer, root.part)[root.token] @ root.direction)
@@ -35,17 +69,26 @@ def greedy_paths(
         for path, target in frontier:
             table = run.attribute(target)
             table = table[(table["contribution"] > 0) & ~((table["kind"] == "head") & (table["token"] == 0))]
+            for unwanted in without:
+                table = table[~matches(table, unwanted)]
             for kind in ("feature", "head", "embedding"):
-                best = table[table["kind"] == kind].nlargest(top_k, "contribution")
-                for row in best.to_dict("records"):
+                of_kind = table[table["kind"] == kind]
+                parts = [of_kind, *(of_kind[matches(of_kind, wanted)] for wanted in through)]
+                best = pd.concat(part.nlargest(top_k, "contribution") for part in parts)
+                for row in best[~best.index.duplicated()].to_dict("records"):
                     node = Node(kind, int(row["layer"]), int(row["unit"]), int(row["token"]))
                     longer = Path((*path.nodes, node), (*path.contributions, float(row["contribution"])))
                     candidates.append((longer, target, node))
         candidates.sort(key=lambda one: (-one[0].contributions[-1], one[0].nodes))
-        kept = candidates[:n_branches]
+        kept = [one for one in candidates if passes(one[0], through)][:n_branches]
+        if through:
+            kept += [one for one in candidates if not passes(one[0], through)][:n_branches]
         found += [path for path, _, _ in kept]
         frontier = [(path, run.step(target, node)) for path, target, node in kept if node.kind != "embedding"]
-    return found
+    if not through:
+        return found
+    shown = {path.nodes[: i + 1] for path in found if passes(path, through) for i in range(len(path.nodes))}
+    return [found[0], *(path for path in found[1:] if path.nodes in shown)]
 
 
 def graph(run: CircuitRun, root: Target, paths: list[Path]) -> dict[str, list[dict[str, Any]]]:

@@ -104,8 +104,9 @@ def work_greater_than(jobs: list[Job]) -> str:
 
 
 def operations(plan: Plan, instances: Sequence[Instance]) -> float:
-    """The model over all held-out tokens at most, and the dictionaries."""
-    return running_operations(plan, instances[0], logits=False) + dictionaries_operations(plan, instances)
+    """Three passes of the model over all held-out tokens at most, and the dictionaries."""
+    passes = 3 * running_operations(plan, instances[0], logits=False)
+    return passes + dictionaries_operations(plan, instances)
 
 
 def resources(plan: Plan, instances: Sequence[Instance]) -> dict[str, int]:
@@ -133,6 +134,7 @@ STAGES = (
         work,
         expand,
         reads=("circuits", "model"),
+        version=2,
         needs=("train", "foreign", "tokens"),
         after=("recover",),
         operations=operations,

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from saeflow.circuits.attribution import CircuitRun
 from saeflow.circuits.chosen import Activity, activity, choose, prompt_tokens
+from saeflow.circuits.overlap import mean_contributions, overlap_table, pullbacks, strong_tokens
 from saeflow.circuits.pages import page
 from saeflow.circuits.paths import Path, graph, greedy_paths
 from saeflow.circuits.weights import as_read, connections, de_embedding, logit_weights, ov, ov_norms
 from saeflow.config import CircuitsConfig, build
+from saeflow.config.circuits import conditions
 from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.fitting import open_dictionary, open_model
 from saeflow.features.lookup import spread_text
@@ -38,6 +40,7 @@ log = logging.getLogger("saeflow")
 KINDS = ("feature", "head", "embedding", "error", "mlp", "skip", "bias")
 """Of what a pre-activation is the sum of."""
 TABLES = ("latents", "attributions", "paths", "nodes", "edges", "weights", "heads", "text")
+"""Of a latent on its text; `means` and `overlap` are of all latents, over the held-out text."""
 
 
 class Explained(NamedTuple):
@@ -73,6 +76,7 @@ def circuits_job(job: Job) -> dict[str, Any]:
         for name, table in tables_of(one, layer, config).items():
             tables[name].append(table.assign(latent=one.latent))
     whole = {name: pd.concat(rows, ignore_index=True) for name, rows in tables.items()}
+    whole |= mean_tables(model, transcoders, layer, latents, text, config)
     whole["latents"] = whole["latents"].assign(
         fired=found.fired[latents], frequency=found.fired[latents] / text.n_tokens
     )
@@ -113,7 +117,8 @@ def tables_of(one: Explained, layer: int, config: CircuitsConfig) -> dict[str, p
     run, latent, token = one.run, one.latent, one.token
     root = run.of_feature(layer, latent, token)
     attributions = run.attribute(root)
-    paths = greedy_paths(run, root, config.iterations, config.branches, config.per_node)
+    through, without = (tuple(map(conditions, filters)) for filters in (config.through, config.without))
+    paths = greedy_paths(run, root, config.iterations, config.branches, config.per_node, through, without)
     merged = graph(run, root, paths)
     heads, weights = weight_tables(run.model, run.transcoders, layer, latent, config)
     by_source = attributions[attributions["kind"].isin(["head", "embedding"])].groupby("token")["contribution"].sum()
@@ -129,6 +134,25 @@ def tables_of(one: Explained, layer: int, config: CircuitsConfig) -> dict[str, p
         "heads": heads,
         "text": text,
     }
+
+
+def mean_tables(
+    model: "HookedTransformer", transcoders: dict[int, Dictionary], layer: int, latents: np.ndarray, text: Text,
+    config: CircuitsConfig,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """`means`: of each latent the earlier latents that bring it most and least on average over the text
+    (`contribution`), each with its pullback (`weight`); `overlap`: how far the two name the same ones."""
+    strong = strong_tokens(model, transcoders[layer], latents, text, config.batch_rows)
+    means = mean_contributions(model, transcoders, layer, latents, text, strong, config.batch_rows)
+    weights = {earlier: pullbacks(model, transcoders, layer, latents, earlier) for earlier in means}
+    columns = ["latent", "layer", "rank", "unit", "contribution", "weight"]
+    found = [pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[:4], int) | dict.fromkeys(columns[4:], float))]
+    for n, latent in enumerate(latents.tolist()):
+        for earlier in means if strong[n].any() else ():
+            table = extremes(means[earlier][n], config.top).rename(columns={"weight": "contribution"})
+            of_unit = weights[earlier][n].cpu().numpy()
+            found.append(table.assign(latent=latent, layer=earlier, weight=of_unit[table["unit"]])[columns])
+    return {"means": pd.concat(found, ignore_index=True), "overlap": overlap_table(means, weights, latents, strong)}
 
 
 def latent_table(run: CircuitRun, layer: int, latent: int, token: int, attributions: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,9 @@
 
 import base64
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from saeflow.figures.captions import about, as_rst, text_of
 from saeflow.figures.registry import declared
@@ -18,6 +20,8 @@ COSTS = (
 )
 NAMES = 12
 """Members of a stage that are named."""
+FIRST = Path("index.html")
+"""Of several pages the one that leads to the others."""
 COLUMNS = ("stage", "artifacts", "wall", "CPU", "GPU", "on disk", "memory")
 """Of the ledger, as many as fit beside Snakemake's graph."""
 
@@ -32,6 +36,8 @@ def description(plan: Plan, written: str | Path, folder: str | Path) -> str:
         parts += [COSTS, as_text(rows, shown)]
     parts.append("What each stage made, by name:")
     parts += [f"* **{stage}**: {as_rst(_members(stage, list(table)))}" for stage, table in plan.stages.items() if table]
+    if pages := list(_pages(plan)):
+        parts += ["Pages to read, as long as this report lies in the folder of results:", *pages]
     path = Path(folder).resolve() / "report.rst"
     publish_text(path, "\n\n".join(part.strip("\n") for part in parts) + "\n")
     return str(path)
@@ -50,6 +56,21 @@ def _main_figure(plan: Plan, key: str, written: str | Path) -> list[str]:
     data = as_rst(about(plan.results, instance.needs, declared()[name].stage))
     alt = as_rst(name.replace("_", " "))
     return [f".. image:: data:image/png;base64,{image}\n   :width: 100%\n   :alt: {alt}", text_of(name, written), data]
+
+
+def _pages(plan: Plan) -> Iterator[str]:
+    """A line a stage that has pages, of studies and of dictionaries, with a link to each, relative to the results."""
+    for stage, table in plan.stages.items():
+        links = []
+        for key in table if stage != "figures" else ():
+            folder = plan.folder(stage, key)
+            pages = sorted(file.relative_to(folder) for file in folder.rglob("*.html"))
+            for page in [FIRST] if FIRST in pages else pages:
+                name = as_rst(without_hash(key.rsplit("/", 1)[-1]))
+                links.append(f"`{name} <{quote(f'{stage}/{key}/{page}')}>`__")
+        if links:
+            more = [f"{len(links) - NAMES} more, which ``index.html`` has"] if len(links) > NAMES else []
+            yield f"* **{stage}**: {', '.join([*links[:NAMES], *more])}"
 
 
 def _members(stage: str, keys: list[str]) -> str:

@@ -22,6 +22,8 @@ from saeflow.jobs.job import Job
 _IDENTITY = ["place", "hook_name_out", "case", "method", "model", "model_seed", "series", "amount_name", "amount"]
 _IDENTITY += ["d_sae", "seed", "train_key", "part"]
 _NOT_OF_MODEL = ("tracr.case", "tracr.method", "tracr.seed")
+RANGED = ("l0", "fvu", "n_live", "n_distinct", "states_identified", "recovery", "mixtures", "accuracy_replaced")
+"""What is told with the range over seeds."""
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
@@ -37,8 +39,11 @@ class Recoveries(NamedTuple):
 
     @property
     def extra_tables(self) -> dict[str, pd.DataFrame]:
-        """All metrics of all dictionaries, and how far those of several seeds agree."""
-        return {"recoveries": self.table.drop(columns="settings"), "stability": self.stability}
+        """All metrics of all dictionaries, ranges over seeds, and how far dictionaries of several seeds agree."""
+        ranges = ranges_table(self.table)
+        return {
+            "recoveries": self.table.drop(columns="settings"), "recovery_ranges": ranges, "stability": self.stability,
+        }  # fmt: skip
 
 
 def read_recoveries(job: Job) -> Recoveries:
@@ -66,6 +71,18 @@ def stability_table(job: Job, table: pd.DataFrame) -> pd.DataFrame:
             names = rows.iloc[0][[*same, "series"]].to_dict() | {"amount_name": rows["given"].iloc[0]}
             found.append(names | {"n": len(rows), "stability": stability(decoders)})
     return pd.DataFrame(found, columns=[*same, "series", "n", "stability"])
+
+
+def ranges_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a place, model, series, amount and width: how many dictionaries, which differ in seeds alone, of their own
+    or of their models, and of each of `RANGED` the mean, the least (`_low`) and the largest (`_high`)."""
+    named = _with_names(table, "amount").astype(dict.fromkeys(RANGED, float))
+    names = ["place", "model", "series", "amount_name", "amount", "d_sae"]
+    groups = named.groupby([*names, "point"], sort=False, dropna=False)
+    found = groups.size().rename("n").to_frame()
+    for name in RANGED:
+        found[[name, f"{name}_low", f"{name}_high"]] = groups[name].agg(["mean", "min", "max"])
+    return found.reset_index().drop(columns="point")
 
 
 @figure("recovery", stage="recover", reads=read_recoveries)

@@ -133,6 +133,6 @@ STAGES = (
         operations=operations,
         resources=resources,
         drawn="where_asked",
-        table=True,
+        table=lambda instance: True,
     ),
 )

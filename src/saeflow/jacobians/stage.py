@@ -131,6 +131,6 @@ STAGES = (
         resources=resources,
         note=note,
         drawn="where_there",
-        table=True,
+        table=lambda instance: True,
     ),
 )

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from saeflow.config import JacobianConfig
 from saeflow.evaluation.intervals import entry, interval, ratio, resampled_sums
+from saeflow.training.jacobian_histogram import words
 
 NORMS = ("none", "l1", "l2", "rms")
 LOG_EDGES = np.logspace(-8, 3, 11 * 32 + 1)
@@ -285,8 +286,8 @@ def notebook_lines(tally: Tally) -> list[str]:
     not in its `torch.histc`, where its histogram ends and how much that is."""
     edges = torch.linspace(0, tally.config.max_value, tally.config.bins + 1).numpy()[1:20]  # it rounds as the notebook
     above = tally.above("linear", linear_edges(tally.config)[1:20]).sum(0) / tally.n_tokens
-    lines = [f"There are {n:.1f} values and above {edge:.3f}." for n, edge in zip(above, edges, strict=True)]
     end = tally.config.max_value
     beyond = tally.above("linear", np.array([end]))[:, 0].sum() / tally.n_tokens
     counted = f"{beyond:.1f} values above {end:g}, which are counted here and not by the notebook's torch.histc"
-    return [*lines, f"The histogram is of {tally.config.bins} bins from 0 to {end:g}; there are {counted}."]
+    said = f"The histogram is of {tally.config.bins} bins from 0 to {end:g}; there are {counted}."
+    return [*words(above, edges), said]

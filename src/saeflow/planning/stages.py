@@ -92,8 +92,8 @@ class Stage:
     listed: str = ""
     """`module:function` that lists its artifacts for people: of the job of figures, a table and an HTML page, which are
     saved beside the figures as `table.csv` and `table.html`."""
-    table: bool = False
-    """Whether each artifact has a `table.txt` for the terminal: `snakemake <stage>_tables`."""
+    table: Callable[[Instance], bool] | None = None
+    """Which artifacts have a `table.txt` for the terminal: `snakemake <stage>_tables`; None: none."""
     says_all: bool = False
     """Whether it is one artifact of all others, so that why it is new follows from them."""
 

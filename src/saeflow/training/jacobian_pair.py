@@ -44,6 +44,7 @@ from saeflow.kernels.select import Active, top_k
 from saeflow.kernels.sparse import decode, encode
 from saeflow.kernels.step import Step, Weights
 from saeflow.models.blocks import Block, ModuleBlock, without_norm
+from saeflow.training.jacobian_histogram import JacobianHistograms, count_entries
 from saeflow.training.metrics import TrainingError
 from saeflow.training.protocol import Batches, HookStatistics, Inputs, PartOfBatches, SeveralTrainers, Tables
 from saeflow.training.trainer import Trainer
@@ -89,13 +90,23 @@ class JacobianTrainer(SeveralTrainers):
         self.workspace = Workspace()
         self.rows: list[dict[str, float]] = []
         """About the Jacobian, one for each row of the SAEs' metrics."""
+        few = min(LOGGED_TOKENS, training.batch_size)
+        self.histograms = JacobianHistograms(self.n_steps, training.log_every, few)
 
     @property
     def parts(self) -> dict[str, Trainer]:
         return {"input": self.input, "output": self.output}
 
     def tables(self) -> Tables:
-        return {"jacobian": self.rows}
+        found = self.histograms.rows(self.training.batch_size)
+        return {"jacobian": self.rows} | ({"jacobian_histogram": found} if found else {})
+
+    def text(self) -> str:
+        if not self.histograms.counts:
+            return ""
+        hooks = " to ".join(part.spec.hook_name for part in self.parts.values())
+        k = self.input.objective.k
+        return self.histograms.table(f"{hooks}, k = {k}, Jacobian coefficient {self.coefficient:g}, while trained")
 
     def summary(self) -> str:
         sides = "; ".join(f"{name}: {side.summary()}" for name, side in self.parts.items())
@@ -205,10 +216,16 @@ class JacobianTrainer(SeveralTrainers):
         kept_in, kept_out = (TopLatents(kept.values[few], kept.latents[few]) for kept in both)
         at = self._reconstruction(self.input.weights, x[few], kept_in)
         points = {"": (raw[few], kept_out), "_at_reconstruction": (at, self._top_latents_of_output(self.block(at)))}
+        drawn, counts = self.histograms.wants(len(self.rows), self.step == self.n_steps - 1), []
         for name, (point, kept) in points.items():
-            size = (self._jacobians(point, kept_in, kept) * self.units).abs()
+            J = self._jacobians(point, kept_in, kept) * self.units
+            if drawn:
+                counts.append(count_entries(J, (kept.values[:, :, None] > 0) & (kept_in.values[:, None] > 0)))
+            size = J.abs()
             row[f"jacobian_l1{name}"] = size.mean().item()
             row[f"jacobian_above_{LARGE}{name}"] = (size > LARGE).float().mean().item()
+        if drawn:
+            self.histograms.add(self.step + 1, counts)
         self.rows.append(row)
 
     def _jacobians(self, x: Tensor, kept_in: TopLatents, kept_out: TopLatents) -> Tensor:
@@ -231,11 +248,12 @@ class JacobianTrainer(SeveralTrainers):
 
     def state(self) -> dict[str, Tensor]:
         text = torch.frombuffer(bytearray(json.dumps(self.rows).encode()), dtype=torch.uint8)
-        return super().state() | {"rows": text}
+        return super().state() | {"rows": text} | self.histograms.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.rows = json.loads(state["rows"].numpy().tobytes())
+        self.histograms.restore(state)
 
 
 def _top_latents(result: Step) -> TopLatents:

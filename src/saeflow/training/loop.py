@@ -208,6 +208,8 @@ def _write(member: Member) -> str:
             write_metrics(part.metrics.rows, folder / name / "metrics.parquet")
         for name, rows in trainer.tables().items():
             write_metrics(rows, folder / f"{name}.parquet")
+        if text := trainer.text():
+            (folder / "table.txt").write_text(text)
         if member.left_out is not None:
             (folder / "left_out.json").write_text(json.dumps(member.left_out.record(), indent=1) + "\n")
     last = {name: part.metrics.rows[-1] for name, part in trainer.parts.items()}

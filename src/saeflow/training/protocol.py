@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
     """Opens the language model's block between its hooks."""
 
 
-Tables = dict[str, list[dict[str, float]]]
+Tables = dict[str, list[dict[str, Any]]]
 
 
 class DictionaryTrainer(Protocol):
@@ -113,6 +113,7 @@ class DictionaryTrainer(Protocol):
     def state(self) -> dict[str, Tensor]: ...
     def restore(self, state: dict[str, Tensor]) -> None: ...
     def tables(self) -> Tables: ...  # what is written beside the parts' metrics: rows, by the name of the file
+    def text(self) -> str: ...  # the `table.txt` of the artifact, '' for none
     def summary(self) -> str: ...  # how training ended, for people
 
 
@@ -145,6 +146,9 @@ class SeveralTrainers:
 
     def tables(self) -> Tables:
         return {}
+
+    def text(self) -> str:
+        return ""
 
     def state(self) -> dict[str, Tensor]:
         """All that the coming steps and the metrics depend on."""

@@ -274,5 +274,6 @@ STAGES = (
         all_outside=all_outside,
         resources=resources,
         drawn="where_there",
+        table=lambda instance: instance.config["dictionary"]["kind"] == "jacobian",
     ),
 )

@@ -168,6 +168,9 @@ class Trainer:
     def tables(self) -> Tables:
         return {}
 
+    def text(self) -> str:
+        return ""
+
     def summary(self) -> str:
         row = self.metrics.rows[-1]
         others = 1 - row.get("fvu_without_first", row["fvu"])
