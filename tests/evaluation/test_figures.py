@@ -316,9 +316,9 @@ def test_dictionaries_that_the_figure_leaves_out_are_counted_there(
     figure, table = find("paired_differences").draw(data)
     (note,) = figure.texts
     assert note.get_text().startswith("shown: 6 of 8 dictionaries; all are in the table")
-    assert [len(axis.get_yticks()) for axis in figure.axes if axis.get_title()] == [4, 2]
+    assert [len(axis.get_yticks()) for axis in figure.axes if axis.get_title()] == [3, 1]
     everything, same = find("paired_differences_all").draw(data)
-    assert [len(axis.get_yticks()) for axis in everything.axes if axis.get_title()] == [4, 4] and not everything.texts
+    assert [len(axis.get_yticks()) for axis in everything.axes if axis.get_title()] == [3, 3] and not everything.texts
     pd.testing.assert_frame_equal(table, same)
     assert len(table) == 2 * 6 * len(PAIRED)
 
