@@ -1,5 +1,7 @@
 """Figures of latents: their heads' shares, their decomposition in single heads' atoms, their attribution."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ NAMES = {
 }
 METHOD_NAMES = {"pseudo_inverse": "pseudo-inverse", "omp": "OMP", "nn_omp": "OMP, ≥ 0", "nn_lasso": "lasso, ≥ 0"}
 DICTIONARIES = {"own": "own head's dictionary", "other_head": "another head's", "random": "random atoms"}
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 DISTANCES = {"the same": (0, 0), "1 back": (1, 1)}
 DISTANCES |= {f"{low} to {2 * low - 1}": (low, 2 * low - 1) for low in (2, 4, 8, 16, 32, 64)}
 DISTANCES |= {"128 and more": (128, 10**9)}
@@ -45,9 +48,9 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             dataset = study.dataset("measures", key)
             n_heads = dataset.sizes["head"]
             width = 0.84 / n_heads
-            for head, colour in enumerate(colours(n_heads)):
+            for head in range(n_heads):
                 at = np.arange(len(MEASURES)) + (head - (n_heads - 1) / 2) * width
-                axis.bar(at, 100 * dataset["mean_share"].sel(head=head), 0.92 * width, color=colour)
+                axis.bar(at, 100 * dataset["mean_share"].sel(head=head), 0.92 * width, **_bar(head, n_heads))
             axis.axhline(0, color="0.35", linewidth=0.8)
             axis.axhline(100 / n_heads, color="0.35", linewidth=0.8, linestyle=":")
             axis.set_xticks(range(len(MEASURES)), [NAMES[m] for m in MEASURES], rotation=40, ha="right")
@@ -55,10 +58,16 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         line[0].set_ylabel("mean share of a head (%)")
     figure.tight_layout()
     n_heads = max((study.summary["n_heads"] for study in studies), default=0)
-    bars = [Patch(color=colour, label=f"head {head}") for head, colour in enumerate(colours(n_heads))]
+    bars = [Patch(label=f"head {head}", **_bar(head, n_heads)) for head in range(n_heads)]
     legend_below(figure, [*bars, Line2D([], [], color="0.35", linestyle=":", label="equal shares")])
     of_head = ["mean_share", "top_share"]
     return figure, of_dictionaries(studies, "concat", lambda study, key: study.dataset("measures", key)[of_head])
+
+
+def _bar(head: int, n_heads: int) -> dict[str, Any]:
+    """The look of a head's bars, which differ in grey too."""
+    hatch = HATCHES[head % len(HATCHES)]
+    return {"facecolor": colours(n_heads)[head], "edgecolor": "white", "linewidth": 0, "hatch": hatch}
 
 
 @figure("heads_measures", stage="heads", reads=read_heads)

@@ -101,8 +101,9 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.plot(index, np.degrees(dataset["angle"][pair]), color=colour, label=label)
         axis.plot([], [], color="black", linestyle=":", label="random subspaces", **thin)
         axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
-        axis.legend(loc="lower left")
+    entries = labelled(grid[0])
     figure.tight_layout()
+    legend_below(figure, entries, columns=4)
     return figure, of_studies(studies, lambda study: study.dataset("angles"))
 
 
