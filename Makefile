@@ -42,7 +42,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step, features and real_model do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real presets test-slurm lint docs notebooks bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real presets test-slurm lint docs docs-figures notebooks bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -138,6 +138,10 @@ lint: $(INSTALLED) ## formatting, lint, types and imports of code and workflow
 docs: $(INSTALLED) ## the documentation, from docs/ and the code, into docs/_build/html
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
+
+docs-figures: $(INSTALLED) ## run what the figures in docs/figures are of, and draw them anew, or those of one: NAME=demo
+	@$(OFFLINE) $(BIN)/python docs/draw_figures.py --cores $(CORES) --directory="$$DIRECTORY" \
+	  $(if $(filter command line,$(origin NAME)),--name=$(NAME))
 
 notebooks: $(INSTALLED) ## execute docs/notebooks/ anew, or one, of results/: make notebooks NAME=004_transcoders_against_saes
 	@$(BIN)/python docs/notebooks/execute.py $(if $(filter command line,$(origin NAME)),$(NAME))

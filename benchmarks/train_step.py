@@ -5,14 +5,15 @@ at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk
 "max_relative_loss_difference", "bfloat16_over_float32_product", ...}.
 
 Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
-step: ours is `Trainer.train_step`, with SAELens's clipping. The product is `torch.addmm(b_enc, x, W_enc)`, measured in
-every round, with TF32 off. `max_relative_loss_difference` compares our losses with SAELens's, over all steps.
-`bfloat16_over_float32_product`: what the product of the first size takes in bfloat16, over what it takes in float32: a
-fraction where the processor has instructions for it (AVX512-BF16, AMX), of which our step then makes use, and several
-times as much where it has none. `peak_bytes_over_saelens`: by how much the memory of a process grows from before the
-weights are made to its peak over ten steps, ours over theirs; a step of a tiny problem comes first, which loads code.
-On a GPU (`--device cuda`) memory is that allocated there, and a time is a tenth of that of ten steps one after the
-other. sparsify trains no L1 dictionary, and its transcoder is a TopK; dictionary_learning has no transcoder.
+step: ours is `Trainer.train_step`, with SAELens's clipping, and all have memory as our jobs do (`keep_freed_memory`).
+The product is `torch.addmm(b_enc, x, W_enc)`, measured in every round, with TF32 off. `max_relative_loss_difference`
+compares our losses with SAELens's, over all steps. `bfloat16_over_float32_product`: what the product of the first size
+takes in bfloat16, over what it takes in float32: a fraction where the processor has instructions for it (AVX512-BF16,
+AMX), of which our step then makes use, and several times as much where it has none. `peak_bytes_over_saelens`: by how
+much the memory of a process grows from before the weights are made to its peak over ten steps, ours over theirs; a step
+of a tiny problem comes first, which loads code. On a GPU (`--device cuda`) memory is that allocated there, and a time
+is a tenth of that of ten steps one after the other. sparsify trains no L1 dictionary, and its transcoder is a TopK;
+dictionary_learning has no transcoder.
 """
 
 import argparse
@@ -58,9 +59,12 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)
 import torch  # noqa: E402 (after the number of threads is set)
 from _steps import Ours, batches, problem_of  # noqa: E402
 
+from saeflow.kernels.memory import keep_freed_memory  # noqa: E402
+
 
 def main() -> None:
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as training jobs do
     if args.peak:
         print(peak_bytes(args.peak, args.kinds[0], args.sizes[0]))
         return

@@ -36,9 +36,14 @@ def rows(results: Path) -> list[dict[str, str]]:
     return found
 
 
-if __name__ == "__main__":
-    table = rows(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))
+def write(results: Path) -> None:
+    """The table, of the demo in `results`."""
+    table = rows(results)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))

@@ -178,6 +178,18 @@ def test_histograms_of_l0_are_shares_of_the_tokens(evaluations: Evaluations) -> 
             assert patch.get_data().values.sum() == pytest.approx(100) and patch.get_data().edges[0] == -0.5
 
 
+def test_tokens_without_an_active_latent_do_not_rule_the_axis(evaluations: Evaluations) -> None:
+    """Where they are most, as of a single head, their share is said instead."""
+    many = {"l0": range(4), "tokens_without_bos": [170, 10, 15, 5]}
+    silent = evaluations.table[["dictionary_key"]].merge(pd.DataFrame(many), how="cross").assign(tokens=1)
+    figure, _ = l0_histograms(evaluations._replace(l0=silent))
+    for axis in (axis for axis in figure.axes if axis.axison):
+        assert axis.get_ylim()[1] == pytest.approx(1.25 * 7.5)
+        assert [text.get_text() for text in axis.texts] == ["↑ none active: 85 %"]
+    figure, _ = l0_histograms(evaluations)
+    assert not any(axis.texts for axis in figure.axes)
+
+
 def test_every_dictionary_is_a_point_and_every_level_a_line(evaluations: Evaluations) -> None:
     figure, _ = sparsity_faithfulness(evaluations)
     axis = figure.axes[0]
@@ -316,9 +328,9 @@ def test_dictionaries_that_the_figure_leaves_out_are_counted_there(
     figure, table = find("paired_differences").draw(data)
     (note,) = figure.texts
     assert note.get_text().startswith("shown: 6 of 8 dictionaries; all are in the table")
-    assert [len(axis.get_yticks()) for axis in figure.axes if axis.get_title()] == [4, 2]
+    assert [len(axis.get_yticks()) for axis in figure.axes if axis.get_title()] == [3, 1]
     everything, same = find("paired_differences_all").draw(data)
-    assert [len(axis.get_yticks()) for axis in everything.axes if axis.get_title()] == [4, 4] and not everything.texts
+    assert [len(axis.get_yticks()) for axis in everything.axes if axis.get_title()] == [3, 3] and not everything.texts
     pd.testing.assert_frame_equal(table, same)
     assert len(table) == 2 * 6 * len(PAIRED)
 

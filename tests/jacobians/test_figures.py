@@ -17,7 +17,12 @@ from saeflow.dictionaries import Dictionary
 from saeflow.dictionaries.sae import build
 from saeflow.figures.job import draw_figure
 from saeflow.figures.registry import declared, find
-from saeflow.jacobians.figures.distributions import jacobian_signed, jacobian_thresholds
+from saeflow.jacobians.figures.distributions import (
+    jacobian_examples,
+    jacobian_linearity,
+    jacobian_signed,
+    jacobian_thresholds,
+)
 from saeflow.jacobians.figures.latents import jacobian_functions, jacobian_graph
 from saeflow.jacobians.figures.measures import (
     jacobian_layers,
@@ -99,6 +104,21 @@ def test_bars_are_the_stages_own_numbers(studies: Studies, folders: list[Path]) 
         table = pq.read_table(folder / "thresholds.parquet").to_pandas()
         np.testing.assert_allclose(drawn, 100 * table[table["normalisation"] == "none"]["fraction"])
     assert legend(figure) == ["λ = 0 (baseline)", "λ = 0.25"]
+
+
+def test_examples_are_of_the_largest_coefficient_and_say_which_token(studies: Studies) -> None:
+    found, _ = jacobian_linearity(studies)
+    drawn = [axis for axis in found.axes if axis.get_title().startswith("examples: ")]
+    table = studies.of("linearity")
+    mine = table[table["jacobian_coefficient"] == 0.25]
+    assert len(drawn) == mine["class_relative"].nunique() and all("λ = 0.25" in axis.get_title() for axis in drawn)
+    for axis in drawn:
+        for line in axis.lines:
+            assert any(np.array_equal(line.get_ydata(), curve) for curve in mine["curve"])
+    found, table = jacobian_examples(studies)
+    said = list(dict.fromkeys(axis.get_title() for axis in found.axes if axis.get_title()))
+    named = table[["sequence", "position"]].drop_duplicates().to_numpy()
+    assert said == [f"row {row},\ntoken {position}" for row, position in named] and len(said) == 3
 
 
 def legend(figure: Figure) -> list[str]:

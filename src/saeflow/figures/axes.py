@@ -7,27 +7,55 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import Formatter, LogLocator, NullFormatter
 
 PANELS_BESIDE = 4
 
 
 class _FewTicks(LogLocator):
-    """1, 2, 3 and 5 of each decade, 1 and 3 where there are more than two, and 1 alone beyond four: labels of one size
-    that do not touch."""
+    """So many of each decade that labels of one size do not touch and a short axis still has some: the fewer, the more
+    decades there are, and the less room."""
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
-        decades = math.log10(vmax / vmin) if 0 < vmin < vmax else 0.0
-        self.set_params(subs=(1, 2, 3, 5) if decades <= 2 else (1, 3) if decades <= 4 else (1,))
+        low, high = (math.log10(vmin), math.log10(vmax)) if 0 < vmin < vmax else (0.0, 0.0)
+        powers = [10.0**n for n in range(math.floor(low), math.ceil(high) + 1)]
+        room = self.axis.get_tick_space() if self.axis else _ROOM
+        for most, subs in _SUBS.items():
+            if high - low <= most and sum(vmin <= sub * power <= vmax for sub in subs for power in powers) <= room:
+                break
+        self.set_params(subs=subs)
         return super().tick_values(vmin, vmax)
+
+    def nonsingular(self, vmin: float, vmax: float) -> tuple[float, float]:
+        """Points that are all but at one place, as several TopK dictionaries of one k, are in the middle of some room."""
+        low, high = super().nonsingular(vmin, vmax)
+        return (low / 2, high * 2) if high < _ONE_PLACE * low else (low, high)
+
+
+_SUBS = {0.4: (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), 0.8: (1, 1.5, 2, 3, 4, 6, 8), 2: (1, 2, 3, 5), 4: (1, 3)}
+_SUBS |= {math.inf: (1,)}
+"""Up to how many decades an axis says which numbers of each, if they have room."""
+_ROOM = 9  # ticks
+_ONE_PLACE = 1.01
+
+
+class _Plain(Formatter):
+    """0.2 and 50 where all labels are short so, else powers of ten."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        low, high = sorted(self.axis.get_view_interval())  # type: ignore[union-attr]
+        if value == 0 or (0 < high <= 1e4 * low and 1e-4 <= abs(value) < 1e6):
+            return f"{value:g}"
+        mantissa, exponent = f"{value:.1e}".replace(".0e", "e").split("e")
+        return f"${'' if mantissa == '1' else mantissa + ' × '}10^{{{int(exponent)}}}$"
 
 
 def log_axis(axis: Axes, which: str) -> None:
-    """A log scale that says 0.2 and 50 rather than powers of ten: the ranges are mostly short."""
+    """A log scale that says 0.2 and 50 rather than powers of ten where it is short."""
     axis.set(**{f"{which}scale": "log"})
     ticks = axis.xaxis if which == "x" else axis.yaxis
     ticks.set_major_locator(_FewTicks())
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_major_formatter(_Plain())
     ticks.set_minor_formatter(NullFormatter())
 
 
@@ -40,9 +68,10 @@ def subplots(
 
 
 def wrapped_panels(n: int, width: float, height: float, least_width: float) -> tuple[Figure, np.ndarray]:
-    """A grid with room for n panels, at most four beside one another; those that are left over are off."""
-    columns = max(1, min(n, PANELS_BESIDE))
-    rows = max(1, math.ceil(n / columns))
+    """A grid with room for n panels, at most four beside one another, in rows as equal as can be; those that are left
+    over are off."""
+    rows = max(1, math.ceil(n / PANELS_BESIDE))
+    columns = max(1, math.ceil(n / rows))
     figure, grid = subplots(rows, columns, figsize=(max(least_width, width * columns), height * rows), squeeze=False)
     for axis in grid.flat[n:]:
         axis.set_axis_off()
@@ -99,7 +128,9 @@ def legend_below(figure: Figure, entries: dict[str, Any] | list[Any], columns: i
 
 
 def legend_beside(grid: np.ndarray, entries: dict[str, Any]) -> None:
-    """One legend for all panels, right of the first row and of what hangs on its last axis."""
-    axis = grid[0][-1]
-    right = 1.02 + (0.2 if axis.child_axes else 0)
+    """One legend for all panels: where a panel is left over, or right of the first row and of what hangs on its last
+    axis."""
+    left_over = [axis for axis in grid.flat if not axis.axison]
+    axis = left_over[0] if left_over else grid[0][-1]
+    right = 0.0 if left_over else 1.02 + (0.2 if axis.child_axes else 0)
     axis.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(right, 0.5))

@@ -59,7 +59,7 @@ STAGES = (
         work,
         expand,
         says_all=True,
-        version=3,
+        version=4,
         target=True,
     ),
 )

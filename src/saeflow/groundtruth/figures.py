@@ -12,7 +12,7 @@ from saeflow.dictionaries import load_dictionary
 from saeflow.dictionaries.naming import hook_title
 from saeflow.dictionaries.series import natural, ordered_series, with_names
 from saeflow.dictionaries.settings import Settings, read_summaries, tell_apart
-from saeflow.figures.axes import subplots
+from saeflow.figures.axes import log_axis, subplots
 from saeflow.figures.registry import figure
 from saeflow.figures.style import colours, track
 from saeflow.groundtruth.network import HOOKS
@@ -24,6 +24,8 @@ _IDENTITY += ["d_sae", "seed", "train_key", "part"]
 _NOT_OF_MODEL = ("tracr.case", "tracr.method", "tracr.seed")
 RANGED = ("l0", "fvu", "n_live", "n_distinct", "states_identified", "recovery", "mixtures", "accuracy_replaced")
 """What is told with the range over seeds."""
+_CEILING, _BEST = "jacobian_cosine_directions", "pair of the program's own directions"
+_DASHES_OF_BEST: Any = (0, (4, 1, 1, 1, 1, 1))
 METHODS = {"compiled": "compiled model", "siit": "SIIT", "iit": "IIT", "supervised": "supervised"}
 
 
@@ -115,18 +117,22 @@ def _recovery(data: Recoveries, by: str, along: str) -> tuple[Figure, pd.DataFra
         for style, rows in _groups(table, table["place"] == place):
             for axis, value in zip(grid[:, column], ("recovery", "mixtures"), strict=True):
                 _draw_curve(axis, rows, by, value, style)
-            grid[1][column].scatter(rows[by], rows["mixtures_random"], color="0.6", marker="x", s=10, linewidth=0.7)
+            null = {"color": style["color"], "marker": "x", "s": 10, "linewidth": 0.7, "alpha": 0.6}
+            grid[1][column].scatter(rows[by], rows["mixtures_random"], **null)
         grid[0][column].axhline(0, color="0.6", linewidth=0.8, zorder=0)
         grid[0][column].set_title(place.replace(", case", "\ncase"))
         grid[1][column].set_xlabel("L0" if by == "l0" else "latents")
-        if by != "l0":
-            for axis in grid[:, column]:
+        for axis in grid[:, column]:
+            if by != "l0":
                 axis.set_xscale("log", base=2)
+            else:
+                _not_too_near(axis)
     lowest = min(0.0, float(table["recovery"].min()))
     grid[0][0].set(ylabel="recovery of true features\n(0: random directions)", ylim=(lowest - 0.03, 1.03))
     grid[1][0].set(ylabel="share of latents\nthat are mixtures", ylim=(-0.03, 1.03))
     figure.tight_layout()
-    _key(figure, table, Line2D([], [], color="0.6", marker="x", linestyle="", label="random directions"))
+    crosses = "as many random directions,\nin the colour of the model"
+    _key(figure, table, Line2D([], [], color="0.6", marker="x", linestyle="", label=crosses))
     shown = [
         "l0",
         "fvu",
@@ -148,6 +154,8 @@ def true_jacobian(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
     if table.empty:
         raise ValueError("figure true_jacobian needs transcoders or Jacobian pairs around an MLP: use tracr_mlp")
     table = _with_names(table, "amount")
+    if _CEILING not in table:  # which only compiled models have
+        table[_CEILING] = float("nan")
     places = list(dict.fromkeys(table["place"]))
     figure, grid = subplots(len(places), 2, figsize=(5.4, 2.3 * len(places) + 0.3), sharey=True, squeeze=False)
     for axes, place in zip(grid, places, strict=True):
@@ -156,12 +164,31 @@ def true_jacobian(data: Recoveries) -> tuple[Figure, pd.DataFrame]:
                 _draw_curve(axis, rows, by, "jacobian_cosine", style)
         axes[0].set(ylabel="cosine of the Jacobian\nwith the true one", ylim=(-0.03, 1.03))
         axes[0].set_title(f"MLP of {place.replace(', mlp_out', '')}")
-        axes[1].set_xscale("log")
+        log_axis(axes[1], "x")
+        _not_too_near(axes[0])
+        _draw_best(axes, table[table["place"] == place])
     grid[-1][0].set_xlabel("L0")
     grid[-1][1].set_xlabel("unexplained variance of the MLP's output")
     figure.tight_layout()
-    _key(figure, table)
-    return figure, table[[*_IDENTITY, "l0", "fvu", "jacobian_cosine"]]
+    best = [Line2D([], [], color="0.2", linestyle=_DASHES_OF_BEST, linewidth=0.8, label=_BEST)]
+    _key(figure, table, *(best if table[_CEILING].notna().any() else []))
+    return figure, table[[*_IDENTITY, "l0", "fvu", "jacobian_cosine", _CEILING]]
+
+
+def _draw_best(axes: Any, table: pd.DataFrame) -> None:
+    """Of each model what the pair of its program's own directions reaches."""
+    models = _models(table)
+    for model, values in table.groupby("model")[_CEILING]:
+        for axis in axes if values.notna().any() else ():
+            colour = colours(len(models))[models.index(str(model))]
+            axis.axhline(values.dropna().iloc[0], color=colour, linestyle=_DASHES_OF_BEST, linewidth=0.8)
+
+
+def _not_too_near(axis: Axes) -> None:
+    """Lets points at nearly one L0 look so."""
+    low, high = axis.get_xlim()
+    if high - low < (spread := 0.4 * (high + low) / 2):
+        axis.set_xlim((low + high - spread) / 2, (low + high + spread) / 2)
 
 
 @figure("latents_by_state", stage="recover", reads=read_recoveries)
@@ -249,9 +276,10 @@ def _draw_curve(axis: Axes, rows: pd.DataFrame, by: str, value: str, style: dict
 def _key(figure: Figure, table: pd.DataFrame, *more: Line2D) -> None:
     models = _models(table)
     handles = [Line2D([], [], color=c, label=m) for m, c in zip(models, colours(len(models)), strict=True)]
+    joined = table.groupby(["place", "model", "series"])["point"].nunique().max() > 1
     for n, name in enumerate(ordered_series(table)):
-        handles.append(Line2D([], [], color="0.2", label=name, **track(n)))
-    note = "marks: every seed; lines: means over seeds"
+        handles.append(Line2D([], [], color="0.2", label=name, **track(n) | ({} if joined else {"linestyle": ""})))
+    note = "marks: every seed" + ("; lines: means over seeds" if joined else "")
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.55)}
     figure.legend(handles=[*handles, *more], title=note, title_fontsize=7, **place)
 

@@ -167,7 +167,7 @@ def matched_l0(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     """Difference in CE loss of two series of dictionaries at equal L0, one panel a place. The dark band is its interval
     over documents, the light one its range over pairs of seeds.
 
-    Drawn from all tokens; the table has it without BOS too.
+    Drawn from all tokens; the table has it without BOS too: of `other` less that of `one`.
     """
     labels = ("L0: active latents per token", "difference in CE loss\n(nats per token)")
     return _matched(data, comparisons.matched_l0, "l0", "difference", "minus", 0, *labels)
@@ -178,7 +178,7 @@ def matched_ce(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     """L0 of one series of dictionaries over that of another at equal CE loss, one panel a place. The dark band is its
     interval over documents, the light one its range over pairs of seeds.
 
-    Drawn from all tokens; the table has it without BOS too.
+    Drawn from all tokens; the table has it without BOS too: of `other` over that of `one`.
     """
     labels = ("increase in CE loss (nats per token)", "ratio of L0\n(active latents per token)")
     return _matched(data, comparisons.matched_ce, "ce_increase", "ratio", "over", 1, *labels)

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 
 from saeflow.dictionaries.naming import series_name
 from saeflow.dictionaries.series import IDENTITY
@@ -93,6 +95,7 @@ def l0_histograms(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
             if len(each) > 1:
                 low, high = (ends[: len(mean)] for ends in (shares.min(0), shares.max(0)))
                 axis.stairs(high, edges, baseline=low, color=colour, fill=True, alpha=0.3, linewidth=0)
+        _leave_zero_out(axis)
         title = "\n".join(textwrap.wrap(str(series), 34) + textwrap.wrap(str(place), 34))
         axis.set(xlabel="active latents of a token", title=title)
         axis.legend(handlelength=1.0, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
@@ -100,6 +103,20 @@ def l0_histograms(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
         line[0].set_ylabel("tokens (%)")
     figure.tight_layout()
     return figure, table[[*identity, "l0", "tokens", "tokens_without_bos"]]
+
+
+def _leave_zero_out(axis: Axes) -> None:
+    """Lets the axis end above the highest share of tokens that have an active latent where the share of those that
+    have none is far above, and says what that is."""
+    drawn = [
+        patch for patch in axis.patches if isinstance(patch, StepPatch) and not patch.get_fill()
+    ]  # not their ranges
+    shares = [np.asarray(patch.get_data()[0]) for patch in drawn]
+    none, rest = max(s[0] for s in shares), max((s[1:].max() for s in shares if len(s) > 1), default=0.0)
+    if 0 < 2 * rest < none:
+        axis.set_ylim(0, 1.25 * rest)
+        values = " to ".join(f"{share:.0f}" for share in sorted({min(s[0] for s in shares), none}))
+        axis.text(0.03, 0.99, f"↑ none active: {values} %", transform=axis.transAxes, va="top", fontsize=6)
 
 
 @figure("notebook_004", stage="evaluate", reads=read_evaluations)
@@ -111,9 +128,9 @@ def notebook_004(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     printed, seeds = bool(table["printed_l0"].notna().any()), table["seed"].nunique() > 1
     names = ["l1", *(["seed"] if seeds else []), "l0", "ce_loss"]
     names += [*(["printed\nl0", "printed\nce_loss"] if printed else []), "L0\nwithout BOS", "CE\nwithout BOS"]
-    names += ["CE over clean", "recovered\nof zero ablation", "dead"]
+    names += ["CE over clean,\nwithout BOS", "recovered of zero\nablation, without BOS", "dead"]
     groups = list(table.groupby(["place", "series"], sort=False))
-    heights = [_FRONT_LINES, *([len(rows) + 3 for _, rows in groups] or [3])]
+    heights = [_FRONT_LINES, *([len(rows) + 2.4 for _, rows in groups] or [3])]
     figure = Figure(figsize=(7.6 if printed else 6.6, 0.22 * sum(heights)))
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     _draw_sweeps(figure, grid[0, 0], grid[0, 1], groups)
@@ -125,7 +142,7 @@ def notebook_004(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     for axis, ((place, series), rows) in zip(axes, groups, strict=False):
         cells = []
         for row in rows.to_dict("records"):
-            cell = [_number(row["l1_coefficient"], "g"), *([_number(row["seed"], "g")] if seeds else [])]
+            cell = [_digits(row["l1_coefficient"]), *([_number(row["seed"], "g")] if seeds else [])]
             cell += [f"{row['l0']:.2f}", f"{row['ce_loss']:.4f}"]
             cell += [_number(row["printed_l0"], ".2f"), _number(row["printed_ce_loss"], ".4f")] if printed else []
             cell += [f"{row['l0_without_bos']:.2f}", f"{row['ce_replaced_without_bos']:.4f}"]
@@ -173,6 +190,11 @@ def _draw_sweeps(figure: Figure, left: Any, right: Any, groups: list[Any]) -> No
 def _number(value: Any, form: str) -> str:
     """What isn't known, of a dictionary that was made elsewhere or of another model than the paper's, is left out."""
     return "" if pd.isna(value) else f"{value:{form}}"
+
+
+def _digits(value: float) -> str:
+    """0.000085 beside 0.0001, not 8.5e-05."""
+    return "" if pd.isna(value) else np.format_float_positional(value, trim="-")
 
 
 def _with_interval(row: dict[Any, Any], name: str, form: str) -> str:

@@ -19,7 +19,7 @@ _CELL, _LARGEST = 0.3, 60.0  # inches: of a cell, of a figure
 
 @figure("paired_differences", stage="evaluate", reads=read_evaluations)
 def paired_differences(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
-    """CE loss of each dictionary (row) minus that of each other at its place (column) on the same documents, in
+    """CE loss of each dictionary (row) minus that of each before it at its place (column) on the same documents, in
     thousandths of a nat.
 
     Cells whose interval over documents holds 0 are white. The first 32 dictionaries are shown, and the figure says how
@@ -51,8 +51,8 @@ def _paired(data: Evaluations, most: int) -> tuple[Figure, pd.DataFrame]:
         drawn, axis = subplots(figsize=(4.2, 2.0))
         empty_panel(axis, "no two dictionaries at one place")
         return drawn, table
-    cell = min(_CELL, _LARGEST / sum(len(rows) for _, rows in shown))
-    sizes = [len(rows) for _, rows in shown]
+    sizes = [len(rows) - 1 for _, rows in shown]  # of rows and columns: none is compared with itself
+    cell = min(_CELL, _LARGEST / sum(sizes))
     longest = max(len(label) for _, rows in shown for label in rows["label"])
     margin = 0.6 + 0.052 * longest  # for the labels
     heights = [cell * n + margin for n in sizes]
@@ -68,10 +68,11 @@ def _paired(data: Evaluations, most: int) -> tuple[Figure, pd.DataFrame]:
         bar.set_label("CE loss of row minus column\n(thousandths of a nat per token)")
     drawn.tight_layout()
     compared = [rows for _, rows in by_place if len(rows) > 1]
-    out = sum(map(len, compared)) - sum(sizes)
+    n_shown = sum(len(rows) for _, rows in shown)
+    out = sum(map(len, compared)) - n_shown
     if out:
         among = f" at {len(shown)} of {len(compared)} places" if len(shown) < len(compared) else ""
-        note = f"shown: {sum(sizes)} of {sum(sizes) + out} dictionaries{among}; all are in the table beside this figure"
+        note = f"shown: {n_shown} of {n_shown + out} dictionaries{among}; all are in the table beside this figure"
         drawn.text(0.01, 0.0, f"{note}, and in figures=[paired_differences_all]", va="top", fontsize=6.5)
     return drawn, table
 
@@ -84,21 +85,23 @@ def _largest(ce: pd.DataFrame, place: str, rows: pd.DataFrame) -> float:
 
 
 def _draw_matrix(axis: Axes, rows: pd.DataFrame, pairs: pd.DataFrame, largest: float, cell: float) -> Any:
-    """Of the dictionaries `rows`; `largest` is the end of the colours, in thousandths of a nat."""
+    """Of the dictionaries `rows`, each pair once; `largest` is the end of the colours, in thousandths of a nat."""
     keys, n = list(rows["dictionary_key"]), len(rows)
     values, clear = np.full((n, n), np.nan), np.zeros((n, n), dtype=bool)
     for pair in pairs[pairs["one"].isin(keys) & pairs["other"].isin(keys)].to_dict("records"):
         i, j = keys.index(pair["one"]), keys.index(pair["other"])
-        values[j, i], values[i, j] = 1000 * pair["difference"], -1000 * pair["difference"]
-        clear[i, j] = clear[j, i] = pair["low"] > 0 or pair["high"] < 0
+        later, earlier, sign = (j, i, 1) if j > i else (i, j, -1)
+        values[later, earlier] = sign * 1000 * pair["difference"]
+        clear[later, earlier] = pair["low"] > 0 or pair["high"] < 0
+    values, clear = values[1:, :-1], clear[1:, :-1]
     image = axis.imshow(np.where(clear, values, np.nan), cmap="RdBu_r", vmin=-largest, vmax=largest)
-    for i, j in itertools.product(range(n), range(n)) if cell == _CELL else ():
+    for i, j in itertools.product(range(n - 1), range(n - 1)) if cell == _CELL else ():
         if np.isfinite(values[i, j]):
             dark = clear[i, j] and abs(values[i, j]) > 0.6 * largest
             text = f"{values[i, j]:.0f}" if abs(values[i, j]) >= 9.5 else f"{values[i, j]:.1f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
+            axis.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
     size = 6 * min(1.0, cell / 0.1)
-    axis.set_yticks(range(n), rows["label"], fontsize=size)
-    axis.set_xticks(range(n), rows["label"], fontsize=size, rotation=90)
+    axis.set_yticks(range(n - 1), rows["label"][1:], fontsize=size)
+    axis.set_xticks(range(n - 1), rows["label"][:-1], fontsize=size, rotation=90)
     matrix_axis(axis)
     return image

@@ -1,16 +1,18 @@
 """Figures of latents: their heads' shares, their decomposition in single heads' atoms, their attribution."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Patch
 
 from saeflow.figures.axes import empty_panel, labelled, legend_below, log_axis, matrix_axis, panels
 from saeflow.figures.registry import figure
 from saeflow.figures.style import COLOURS, MARKERS, colours
 from saeflow.heads.decomposition import METHODS
-from saeflow.heads.figures.shared import NULL, concat, head_legend, identified, of_dictionaries, read_heads, shown_rows
+from saeflow.heads.figures.shared import NULL, concat, identified, of_dictionaries, read_heads, shown_rows
 from saeflow.heads.folder import HeadStudy
 from saeflow.heads.shares import AGREEING, MEASURES
 
@@ -24,6 +26,7 @@ NAMES = {
 }
 METHOD_NAMES = {"pseudo_inverse": "pseudo-inverse", "omp": "OMP", "nn_omp": "OMP, ≥ 0", "nn_lasso": "lasso, ≥ 0"}
 DICTIONARIES = {"own": "own head's dictionary", "other_head": "another head's", "random": "random atoms"}
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 DISTANCES = {"the same": (0, 0), "1 back": (1, 1)}
 DISTANCES |= {f"{low} to {2 * low - 1}": (low, 2 * low - 1) for low in (2, 4, 8, 16, 32, 64)}
 DISTANCES |= {"128 and more": (128, 10**9)}
@@ -45,18 +48,26 @@ def shares(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             dataset = study.dataset("measures", key)
             n_heads = dataset.sizes["head"]
             width = 0.84 / n_heads
-            for head, colour in enumerate(colours(n_heads)):
+            for head in range(n_heads):
                 at = np.arange(len(MEASURES)) + (head - (n_heads - 1) / 2) * width
-                axis.bar(at, 100 * dataset["mean_share"].sel(head=head), 0.92 * width, color=colour)
+                axis.bar(at, 100 * dataset["mean_share"].sel(head=head), 0.92 * width, **_bar(head, n_heads))
             axis.axhline(0, color="0.35", linewidth=0.8)
             axis.axhline(100 / n_heads, color="0.35", linewidth=0.8, linestyle=":")
             axis.set_xticks(range(len(MEASURES)), [NAMES[m] for m in MEASURES], rotation=40, ha="right")
             axis.set_title(f"{study.name}: {study.label(key)}")
         line[0].set_ylabel("mean share of a head (%)")
     figure.tight_layout()
-    head_legend(figure, studies, Line2D([], [], color="0.35", linestyle=":", label="equal shares"))
+    n_heads = max((study.summary["n_heads"] for study in studies), default=0)
+    bars = [Patch(label=f"head {head}", **_bar(head, n_heads)) for head in range(n_heads)]
+    legend_below(figure, [*bars, Line2D([], [], color="0.35", linestyle=":", label="equal shares")])
     of_head = ["mean_share", "top_share"]
     return figure, of_dictionaries(studies, "concat", lambda study, key: study.dataset("measures", key)[of_head])
+
+
+def _bar(head: int, n_heads: int) -> dict[str, Any]:
+    """The look of a head's bars, which differ in grey too."""
+    hatch = HATCHES[head % len(HATCHES)]
+    return {"facecolor": colours(n_heads)[head], "edgecolor": "white", "linewidth": 0, "hatch": hatch}
 
 
 @figure("heads_measures", stage="heads", reads=read_heads)
@@ -115,7 +126,7 @@ def decomposition(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         Line2D([], [], color=NULL if d == "random" else COLOURS[i], marker=MARKERS[i], label=label)
         for i, (d, label) in enumerate(DICTIONARIES.items())
     ]
-    legend_below(figure, handles)
+    legend_below(figure, handles, note="lines: medians over latents; bands: quartiles")
     return figure, of_dictionaries(studies, "concat", lambda study, key: study.table("curves", key), file)
 
 
@@ -164,13 +175,15 @@ def agreement(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.fill_between(by_rank.index, by_rank[0.25], by_rank[0.75], color=COLOURS[0], alpha=0.2, linewidth=0)
             axis.plot(by_rank.index, by_rank[0.5], color=COLOURS[0], marker="o", label="the atom: median, quartiles")
             others = held.groupby("rank")[f"{name}_mean_of_head"].median()
-            axis.plot(others.index, others, color=NULL, marker="s", label="average atom of its head")
+            under = {"color": NULL, "marker": "s", "markersize": 2.5, "zorder": 1.5}
+            axis.plot(others.index, others, label="average atom of its head", **under)
             best = held.drop_duplicates("latent")[f"{name}_best"].median()
             axis.axhline(best, color=COLOURS[1], linestyle="--", label="best of all atoms, median")
             axis.set(xlabel="order of the atom in the decomposition", ylabel=label)
             axis.set_title(f"{study.name}: {study.label(key)}")
             axis.set_ylim(min(0.0, float(by_rank.min().min())), None)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ranks = list(by_rank.index)
+            axis.set_xticks(ranks if len(ranks) <= 8 else [1, *range(4, ranks[-1] + 1, 4)])
     figure.tight_layout()
     legend_below(figure, labelled(figure.axes[:1]), columns=3)
     return figure, of_dictionaries(studies, "concat", lambda study, key: study.table("agreement", key), file)

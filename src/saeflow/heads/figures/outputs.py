@@ -38,7 +38,7 @@ BOX = {0.05: "whislo", 0.25: "q1", 0.5: "med", 0.75: "q3", 0.95: "whishi"}
 def norms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
     """Norms of decoder rows as trained, by head, one panel a dictionary; folded, all of them are 1."""
     most = max((len(study.of_kind("heads")) for study in studies), default=0)
-    figure, grid = panels(len(studies), min(4, max(1, most)), sharex="row")
+    figure, grid = panels(len(studies), min(4, max(1, most)), sharex="row", sharey="row")
     for line, study in zip(grid, studies, strict=True):
         keys = study.of_kind("heads")
         dataset = {key: study.dataset("norms", key) for key in keys}
@@ -93,15 +93,17 @@ def angles(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         dataset = study.dataset("angles")
         index = dataset["index"].values + 1
         n = dataset.sizes["pair"]
+        thin: dict[str, Any] = {"linewidth": 0.8, "zorder": 3}  # above the others, which they are like
         for pair in range(n):
-            axis.plot(index, np.degrees(dataset["angle_random"][pair]), color=NULL, linewidth=0.8)
+            axis.plot(index, np.degrees(dataset["angle_random"][pair]), color="black", linestyle=":", **thin)
         for pair, (name, colour) in enumerate(zip(pair_names(dataset), colours(n), strict=True)):
             label = f"heads {name}" if n <= 6 else None
             axis.plot(index, np.degrees(dataset["angle"][pair]), color=colour, label=label)
-        axis.plot([], [], color=NULL, label="random subspaces")
+        axis.plot([], [], color="black", linestyle=":", label="random subspaces", **thin)
         axis.set(xlabel="index, largest first", ylabel="principal angle (degrees)", ylim=(0, 92), title=study.name)
-        axis.legend(loc="lower left")
+    entries = labelled(grid[0])
     figure.tight_layout()
+    legend_below(figure, entries, columns=4)
     return figure, of_studies(studies, lambda study: study.dataset("angles"))
 
 
@@ -198,7 +200,7 @@ def cross_terms(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
             axis.axvline(zeroed, color="0.35", linestyle=":", linewidth=1)
             axis.set_xticks([-1e-3, 0, 1e-3, 1e-2, 1e-1, 1], ["-0.001", "0", "0.001", "0.01", "0.1", "1"])
             axis.set_xlim(-2e-3, 2 * max(zeroed, 0.1))
-            axis.set(xlabel="increase in CE loss (nats per token)")
+            axis.set(xlabel="increase in CE loss (nats per token;\nlogarithmic but between ±0.001)")
             of = "the model's heads" if source == MODEL else study.label(str(source))
             axis.set_title(f"{study.name}: {of}")
         line[0].set_yticks(range(len(WAYS)), list(WAYS.values())[::-1])

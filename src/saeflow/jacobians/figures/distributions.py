@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saeflow.figures.axes import PANELS_BESIDE, log_axis, subplots
+from saeflow.figures.axes import log_axis, subplots
 from saeflow.figures.registry import figure
-from saeflow.figures.style import look, track
+from saeflow.figures.style import DASHES, look, track
 from saeflow.jacobians.figures import studies
 from saeflow.jacobians.figures.studies import (
     EXAMPLE_TOKENS,
@@ -25,9 +25,11 @@ CLASSES = {"linear": "linear", "jumprelu": "JumpReLU", "other": "other", "flat":
 
 @figure("jacobian_examples", stage="jacobian", reads=read_pairs)
 def jacobian_examples(data: Studies) -> tuple[Figure, pd.DataFrame]:
-    """|J| of a few tokens, raw and divided by its own L1 and L2 norm; rows and columns of a block shuffled (seeded).
+    """|J| of a few held-out tokens, raw and divided by its own L1 and L2 norm; rows and columns of a block shuffled
+    (seeded).
 
-    One panel's studies, at most four coefficients of them, from the baseline up.
+    One panel's studies, at most four coefficients of them, from the baseline up. A token is named by its row of the
+    held-out tokens and its position there, from 0.
     """
     chosen = studies.few_studies(data.summaries)
     table = data.of("examples")
@@ -60,8 +62,10 @@ def jacobian_examples(data: Studies) -> tuple[Figure, pd.DataFrame]:
             side.set(visible=True, linewidth=0.4)
     for line, coefficient in zip(grid, chosen["jacobian_coefficient"], strict=True):
         line[0].set_ylabel(studies.label_of(coefficient).replace(" (", "\n("), fontsize=7)
+    named = table.drop_duplicates("token").set_index("token")
     for axis, (_, token) in zip(grid[0], columns, strict=True):
-        axis.set_title(f"token {token + 1}")
+        if token in named.index:  # else nothing depends on anything there
+            axis.set_title("row {sequence},\ntoken {position}".format(**named.loc[token]), fontsize=7)
     figure.suptitle(chosen["panel"].iloc[0], y=1.0)
     return figure, table
 
@@ -83,13 +87,13 @@ def jacobian_thresholds(data: Studies) -> tuple[Figure, pd.DataFrame]:
     colours = studies.coefficient_colours(table)
     panels = studies.by_panel(table)
     figure, columns = studies.paired_panels(len(panels))
-    for place, ((panel, mine), column) in enumerate(zip(panels, columns, strict=True)):
+    for (panel, mine), column in zip(panels, columns, strict=True):
         for axis, norm in zip(column, ("none", "rms"), strict=True):
             here = mine[mine["normalisation"] == norm]
             series = {c: studies.over_seeds(one, "threshold", "fraction") for c, one in studies.by_coefficient(here)}
             studies.bars(axis, [f"{t:g}" for t in sorted(here["threshold"].unique())], series, colours)
             axis.set_xlabel("threshold of " + NORMS[norm])
-            axis.set(ylim=(0, 105), ylabel="entries above it (%)" if place % PANELS_BESIDE == 0 else "")
+            axis.set(ylim=(0, 105), ylabel=studies.at_the_left(axis, "entries above it (%)"))
         column[0].set_title(panel)
     figure.tight_layout()
     studies.legend(figure, figure.axes, note=studies.covers(data.summaries))
@@ -132,8 +136,10 @@ def jacobian_distribution(data: Studies) -> tuple[Figure, pd.DataFrame]:
     for place, norm in ((1, "none"), (2, "rms")):
         mine_used = used[used["normalisation"] == norm]
         for axis in grid[:, place]:
-            axis.set(xscale="log", xlim=(mine_used["bin_left"].min(), mine_used["bin_right"].max()))
-    grid[0][0].set(yscale="log", ylabel="entries (% per bin)", xlim=(0, linear["bin_right"].max()))
+            log_axis(axis, "x")
+            axis.set_xlim(mine_used["bin_left"].min(), mine_used["bin_right"].max())
+    log_axis(grid[0][0], "y")
+    grid[0][0].set(ylabel=f"entries (% per {_of_bin(linear)})", xlim=(0, linear["bin_right"].max()))
     grid[0][1].set_ylabel("entries (% per 1/32 decade)")
     grid[1][0].set_ylabel("entries at most that large (%)")
     for axis, norm in zip(grid[1], ("none", "none", "rms"), strict=True):
@@ -142,6 +148,12 @@ def jacobian_distribution(data: Studies) -> tuple[Figure, pd.DataFrame]:
     figure.tight_layout(w_pad=1.5)
     studies.legend_of_lines(figure, colours, [panel], note=studies.covers(data.summaries))
     return figure, table
+
+
+def _of_bin(table: pd.DataFrame) -> str:
+    """How wide the bins of histograms are, where they are equal."""
+    widths = (table["bin_right"] - table["bin_left"]).round(9).unique()
+    return f"{widths[0]:g} of |J|" if len(widths) == 1 else "bin"
 
 
 @figure("jacobian_signed", stage="jacobian", reads=read_pairs)
@@ -157,7 +169,7 @@ def jacobian_signed(data: Studies) -> tuple[Figure, pd.DataFrame]:
     for n, (coefficient, rows) in enumerate(studies.by_coefficient(shown)):
         counts = rows.groupby(["bin_left", "bin_right"])["count_per_token"].mean().reset_index()
         edges = np.append(counts["bin_left"], counts["bin_right"].iloc[-1])
-        style = {"color": colours[coefficient], "linestyle": look(6 * n).linestyle}
+        style = {"color": colours[coefficient], "linestyle": DASHES[n % len(DASHES)]}
         for axis in (left, right):
             axis.stairs(counts["count_per_token"], edges, label=studies.label_of(coefficient), **style)
     largest = shown.loc[shown["count_per_token"] > 0, "bin_right"].abs().max()
@@ -194,9 +206,12 @@ def jacobian_global(data: Studies) -> tuple[Figure, pd.DataFrame]:
         needed = np.sort(mine["inputs_for_90_percent"])
         right.plot(needed, 100 * np.arange(1, len(needed) + 1) / len(needed), **style)
     for axis, over in ((left, "tokens with the output active"), (middle, "all tokens")):
-        axis.set(xscale="log", yscale="log", xlabel="threshold of mean |J|", title=f"mean over {over}")
+        for which in ("x", "y"):
+            log_axis(axis, which)
+        axis.set(xlabel="threshold of mean |J|", title=f"mean over {over}")
         axis.set_ylabel("entries of n × n above it (%)" if axis is left else "")
-    right.set(xscale="log", xlabel="inputs for 90 % of Σ|J|", ylabel="output latents (%)", title="per output latent")
+    log_axis(right, "x")
+    right.set(xlabel="inputs for 90 % of Σ|J|", ylabel="output latents (%)", title="per output latent")
     figure.tight_layout()
     studies.legend_of_lines(figure, colours, panels)
     return figure, table
@@ -216,7 +231,7 @@ def jacobian_histogram(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         left.stairs(rows["count_per_token"], edges, **line)
         marks = style.line if table["label"].nunique() > 1 else line
         right.plot(rows.index, rows["above_per_token"], markevery=0.1, label=name, **marks)
-    left.set(xlabel="|J|", ylabel="entries per token and bin")
+    left.set(xlabel="|J|", ylabel=f"entries per token\nand {_of_bin(table)}")
     right.set(xlabel="threshold", ylabel="entries per token\nwith |J| above it")
     for axis in (left, right):
         log_axis(axis, "y")
@@ -229,7 +244,8 @@ def jacobian_histogram(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 # -------------------------------------------------------------------- functions of one input latent
 @figure("jacobian_linearity", stage="jacobian", reads=read_pairs)
 def jacobian_linearity(data: Studies) -> tuple[Figure, pd.DataFrame]:
-    """Classes of the functions of one output latent by one input latent, under both tolerances, and examples."""
+    """Classes of the functions of one output latent by one input latent, under both tolerances, and examples of each
+    class: those of the panel with the most coefficients, at its largest."""
     summaries, table = data.summaries, data.of("linearity")
     colours = studies.coefficient_colours(summaries)
     panels = studies.by_panel(summaries)
@@ -243,7 +259,7 @@ def jacobian_linearity(data: Studies) -> tuple[Figure, pd.DataFrame]:
         for column in columns
     )  # fmt: skip
     says = {"absolute": f"residual < {ABSOLUTE:g} (paper)", "relative": f"residual < {100 * RELATIVE:g} % of the range"}
-    for place, ((panel, _), pair) in enumerate(zip(panels, places, strict=False)):
+    for (panel, _), pair in zip(panels, places, strict=False):
         for axis, kind in zip(pair, ("absolute", "relative"), strict=True):
             here = long[(long["panel"] == panel) & (long["tolerance"] == kind)]
             series: dict[float, pd.DataFrame] = {}
@@ -251,16 +267,20 @@ def jacobian_linearity(data: Studies) -> tuple[Figure, pd.DataFrame]:
                 order = studies.over_seeds(rows, "function", "share").set_index("function").reindex(list(CLASSES))
                 series[coefficient] = order.reset_index()
             studies.bars(axis, list(CLASSES.values()), series, colours)
-            axis.set(ylim=(0, 105), ylabel="functions (%)" if place % PANELS_BESIDE == 0 else "")
+            axis.tick_params(axis="x", labelrotation=25)
+            axis.set(ylim=(0, 105), ylabel=studies.at_the_left(axis, "functions (%)"))
             axis.set_title(studies.title(panel, says[kind]))
-    _draw_curves(np.concatenate(places[len(panels) :]), table)
+    shown = studies.few_studies(summaries).iloc[-1]
+    of_study = studies.title(str(shown["panel"]), studies.label_of(shown["jacobian_coefficient"]))
+    mine = table[table["jacobian_key"] == shown["jacobian_key"]]
+    _draw_curves(np.concatenate(places[len(panels) :]), mine, of_study.replace("\n", ", "))
     figure.tight_layout()
     studies.legend(figure, figure.axes, note=studies.covers(data.summaries))
     return figure, long
 
 
-def _draw_curves(axes: np.ndarray, table: pd.DataFrame) -> None:
-    """Three functions of each class (relative tolerance), one of four axes a class."""
+def _draw_curves(axes: np.ndarray, table: pd.DataFrame, of_study: str) -> None:
+    """Three functions of each class (relative tolerance) of one study, one of four axes a class."""
     found = [name for name in CLASSES if (table["class_relative"] == name).any()]
     for axis in axes:
         axis.set_axis_off()
@@ -269,7 +289,7 @@ def _draw_curves(axes: np.ndarray, table: pd.DataFrame) -> None:
         some = table[table["class_relative"] == name].head(3)
         for n, (end, curve) in enumerate(zip(some["sweep_end"], some["curve"], strict=True)):
             axis.plot(np.linspace(0, end, len(curve)), curve, color=f"{0.15 + 0.25 * n}")
-        axis.set(title=f"examples: {CLASSES[name]}", xlabel="input latent", ylabel="output latent")
+        axis.set(title=f"examples: {CLASSES[name]}\n{of_study}", xlabel="input latent", ylabel="output latent")
 
 
 @figure("jacobian_ablation", stage="jacobian", reads=read_pairs)
@@ -291,7 +311,7 @@ def jacobian_ablation(data: Studies) -> tuple[Figure, pd.DataFrame]:
             axis.scatter(predicted, found, s=3, color=colours[study["jacobian_coefficient"]], alpha=0.5, lw=0)
             ends = [min(predicted.min(), found.min()), max(predicted.max(), found.max())]
             axis.plot(ends, ends, color="0.4", linewidth=0.7)
-        column[0].set_title(studies.title(study["panel"], studies.label_of(study["jacobian_coefficient"])))
+        column[0].set_title(studies.label_of(study["jacobian_coefficient"]))
         on_line = f"{100 * study['on_line']:.1f} % within 0.1"
         fit = f"R² {study['ablation_r2']:.2f}, slope {study['ablation_slope']:.2f}"
         for axis, text in zip(column, (on_line, fit), strict=True):
@@ -300,6 +320,7 @@ def jacobian_ablation(data: Studies) -> tuple[Figure, pd.DataFrame]:
         column[1].set_xlabel("−J × activation")
     grid[0][0].set_ylabel("change of the output latent,\none unit subtracted")
     grid[1][0].set_ylabel("change of the output latent,\ninput latent ablated")
+    figure.suptitle(chosen["panel"].iloc[0])
     figure.tight_layout()
     entry = ["token", "input", "output", "activation", "jacobian", "delta_unit", "delta_ablation"]
     return figure, table[[*IDENTITY, *entry, "class_absolute", "class_relative"]]

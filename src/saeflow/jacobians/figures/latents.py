@@ -16,7 +16,6 @@ from saeflow.jacobians.linearity import ON_LINE
 
 INPUTS_SHOWN = 8
 FUNCTIONS_SHOWN = 5
-SHORT = 300  # times from end to end, on which an axis says 0.2 and 0.5
 GALLERY = {"jumprelu": "JumpReLU-like", "other": "other", "off": f"|J + Δ| ≥ {ON_LINE:g}"}
 """Rows of `jacobian_functions`, and what they are called."""
 
@@ -131,10 +130,7 @@ def _draw_curvatures(axis: Axes, table: pd.DataFrame) -> None:
     for coefficient, rows in studies.by_coefficient(table):
         counts = np.histogram(rows["curvature"].dropna(), edges)[0] / len(rows)
         axis.stairs(100 * counts, edges, color=colours[coefficient], label=studies.label_of(coefficient))
-    if edges[-1] < SHORT * edges[0]:
-        log_axis(axis, "x")
-    else:
-        axis.set_xscale("log")
+    log_axis(axis, "x")
     axis.set(xlabel="largest |second derivative| of a function", ylabel="functions (%)")
     axis.legend()
 

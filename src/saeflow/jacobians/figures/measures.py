@@ -1,5 +1,6 @@
 """Figures of what J comes to over a study: its measures by coefficient and layer, their price, the paper's numbers."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from saeflow.figures.axes import legend_below, plain_table, subplots
+from saeflow.figures.axes import legend_below, log_axis, plain_table, subplots
 from saeflow.figures.registry import figure
 from saeflow.figures.style import Look, look, track
 from saeflow.jacobians.figures import studies
@@ -73,7 +74,7 @@ def _measures(
             axis.errorbar(at, curve["value"], errors, label=title or "pair", capsize=2, **style.line)
         axis.set(ylabel=text)
         if name == "kurtosis":
-            axis.set_yscale("log")
+            log_axis(axis, "y")
         axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
     for axis in grid[1]:
         axis.set_xlabel(label)
@@ -112,7 +113,9 @@ def jacobian_pareto(data: Studies) -> tuple[Figure, pd.DataFrame]:
         Line2D([], [], color="0.3", marker="o", markerfacecolor=face, linestyle="", label=f"{side} SAE")
         for side, face in (("input", "0.3"), ("output", "white"))
     ]
-    studies.legend_of_lines(figure, colours, [name for name, _ in studies.by_panel(table)], sides)
+    note = "recovered: of what ablation costs in the same model, which is little in one that was never trained"
+    note = note if table["control"].nunique() > 1 else ""
+    studies.legend_of_lines(figure, colours, [name for name, _ in studies.by_panel(table)], sides, note)
     scores = [f"{score}_{side}" for score in FAITHFULNESS for side in ("input", "output")]
     return figure, table[[*IDENTITY, *measures, *scores]]
 
@@ -165,6 +168,12 @@ _COMPARED = {
     "absolute_other": "other (%)",
     "on_line": "|J + Δ| < 0.1 (%)",
 }
+_HOW_COMPARED = (
+    "ours: means over seeds, |J| for a unit step of what the MLP reads, flat functions among the linear; "
+    "intervals are in jacobian_thresholds and jacobian_linearity\n"
+    "paper: arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, without position 0, at the true "
+    "input; the weights of its trained models were folded, those of its random ones were not"
+)
 _PAPER = {  # model or control, study: the same measures in percent; of its figures 2, 6 and 7 and its notebooks
     ("trained model", "Pythia-410m layer 15, λ = 0"): (77.1, 58.3, 44.0, 33.4, 74.6, 17.6, 7.7, None),
     ("trained model", "Pythia-410m layer 15, λ = 0.5"): (16.5, 6.2, 3.2, 1.9, 88.3, 9.5, 2.2, 97.7),
@@ -204,12 +213,13 @@ def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
         [row["control"], row["study"], *("" if pd.isna(row.get(name)) else f"{row[name]:.1f}" for name in _COMPARED)]
         for row in table.to_dict("records")
     ]
-    figure, axis = subplots(figsize=(8.4, 0.2 * len(cells) + 0.6))
+    figure, axis = subplots(figsize=(9.0, 0.2 * len(cells) + 0.6))
     axis.set_axis_off()
-    names = [text.replace(" functions", "").replace(" (%)", "\n(%)") for text in _COMPARED.values()]
-    widths = [0.21, 0.27, *[0.075] * len(_COMPARED)]
+    names = [re.sub(r"( functions|-like)? \(%\)", "\n(%)", text) for text in _COMPARED.values()]
+    widths = [0.17, 0.29, *[0.08] * len(_COMPARED)]
     grid = plain_table(axis, cells, ["language model", "study", *names], widths, 6.5, head=1.9, loc="center")
     for (_, column), cell in grid.get_celld().items():
         if column < 2:
             cell.set_text_props(ha="left")
+    figure.text(0.5, 0.02, _HOW_COMPARED, ha="center", va="top", fontsize=6.5)
     return figure, table

@@ -42,9 +42,8 @@ class Studies(NamedTuple):
     tokens, one row an entry; and `signed`, how many entries of the stored tokens lie in bins of J."""
 
     def of(self, name: str) -> pd.DataFrame:
-        """A table that begins with what identifies each row's study."""
-        table = self.tables[name].merge(self.summaries[IDENTITY], on="jacobian_key", sort=False)
-        return table[[*IDENTITY, *(column for column in table if column not in IDENTITY)]]
+        """A table that begins with what identifies each row's study, studies in their order."""
+        return self.summaries[IDENTITY].merge(self.tables[name], on="jacobian_key", sort=False)
 
 
 def read_pairs(job: Job) -> Studies:
@@ -189,12 +188,16 @@ def _tokens_of(held: Settings) -> dict[str, str]:
 
 
 def _read_examples(folder: Path) -> pd.DataFrame:
-    """The entries of the first tokens: `token`, `output`, `input`, `jacobian`."""
+    """The entries of the first tokens: `token`, its `sequence` and `position`, `output`, `input`, `jacobian`."""
     import zarr
 
     group = zarr.open_group(folder / "tokens.zarr", mode="r")
     n = int(np.searchsorted(group["token"][:], EXAMPLE_TOKENS))  # type: ignore[index,arg-type]
-    return pd.DataFrame({name: group[name][:n] for name in ("token", "output", "input", "jacobian")})  # type: ignore[index]
+    table = pd.DataFrame({name: group[name][:n] for name in ("token", "output", "input", "jacobian")})  # type: ignore[index]
+    for place, name in enumerate(("sequence", "position"), start=1):
+        of_token = np.asarray(group[name][:EXAMPLE_TOKENS])  # type: ignore[index]
+        table.insert(place, name, of_token[table["token"].to_numpy()])
+    return table
 
 
 def _read_signed(folder: Path) -> pd.DataFrame:
@@ -287,14 +290,21 @@ def _label_order(label: str) -> float:
 
 
 def paired_panels(places: int) -> tuple[Figure, list[np.ndarray]]:
-    """Columns of two axes each, at most four beside one another."""
-    beside, bands = min(places, PANELS_BESIDE), -(-places // PANELS_BESIDE)
+    """Columns of two axes each, at most four beside one another, in bands as equal as can be."""
+    bands = -(-places // PANELS_BESIDE)
+    beside = -(-places // bands)
     figure, grid = subplots(2 * bands, beside, figsize=(max(4.4, 2.5 * beside), 4.4 * bands), squeeze=False)
     columns = [grid[2 * (n // beside) : 2 * (n // beside) + 2, n % beside] for n in range(bands * beside)]
     for column in columns[places:]:
         for axis in column:
             axis.set_axis_off()
     return figure, columns[:places]
+
+
+def at_the_left(axis: Axes, text: str) -> str:
+    """The text where the axis is the first of its row, which it says for all."""
+    place = axis.get_subplotspec()
+    return text if place is not None and place.is_first_col() else ""
 
 
 def legend_of_lines(
