@@ -42,7 +42,7 @@ endif
 # Neither demo nor tests touch the network; of the benchmarks train_step, features and real_model do, through pip, the first time.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures test test-real presets test-slurm lint docs docs-figures notebooks bench chaos pretrain clean distclean
+.PHONY: help env demo run plan status model open report verify push pull remote-verify export gc ledger figures reproduction test test-real presets test-slurm lint docs docs-figures notebooks bench chaos pretrain clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -82,6 +82,9 @@ report: $(INSTALLED) ## make results/report.html of a finished run, and say wher
 
 figures: $(INSTALLED) ## all figures that an experiment can ask for, with a sentence each
 	@$(BIN)/python -m saeflow.figures
+
+reproduction: $(INSTALLED) ## put what is in results beside what notebooks and papers printed: docs/reproduction.md
+	@$(BIN)/python docs/reproduction.py "$$DIRECTORY/results"
 
 ledger: $(INSTALLED) ## what an experiment has cost, and what was saved: make ledger HYDRA="experiment=demo"
 	@$(BIN)/python scripts/ledger.py --directory="$$DIRECTORY" "$$HYDRA"

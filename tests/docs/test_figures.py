@@ -17,7 +17,9 @@ DEMO = [name for name, one in FIGURES.items() if one["overrides"] == "experiment
 
 def key_of(overrides: str, nothing: Path) -> str:
     """That of the figures of an experiment, as it is planned today."""
-    if overrides == f"experiment={experiment(overrides)}":
+    if overrides.startswith("experiment=smollm2") and not (ROOT / "models/smollm2/config.json").exists():
+        pytest.skip("its key needs the model: make model NAME=smollm2")
+    if experiment(overrides) in KNOWN and overrides == f"experiment={experiment(overrides)}":
         (key,) = [path.split("/")[-1] for path in KNOWN[experiment(overrides)] if path.startswith("results/figures/")]
         return key
     return planned(overrides, nothing)[1]

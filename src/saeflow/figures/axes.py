@@ -27,7 +27,7 @@ class _FewTicks(LogLocator):
         return super().tick_values(vmin, vmax)
 
     def nonsingular(self, vmin: float, vmax: float) -> tuple[float, float]:
-        """Points that are all but at one place, as several TopK dictionaries of one k, are in the middle of some room."""
+        """Points that are all but at one place, as TopK dictionaries of one k are, get room around them."""
         low, high = super().nonsingular(vmin, vmax)
         return (low / 2, high * 2) if high < _ONE_PLACE * low else (low, high)
 

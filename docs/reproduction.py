@@ -1,0 +1,161 @@
+"""Writes docs/reproduction.md: what notebooks and papers printed, and ours beside it.
+
+    make reproduction                              (or .venv/bin/python docs/reproduction.py FOLDER ...)
+
+Of every experiment that docs/published.yaml names and whose figures are in one of the folders of results, as the plan
+has them today, ours are read into docs/figures/reproduction.csv; others stay as they are there. Without a folder the
+page is written from that table alone. A row holds the key of the figures that it is from, which changes with all that
+the number depends on: a test says which experiments to run again.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+
+from saeflow.planning.expansion import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "docs/published.yaml"
+TABLE = ROOT / "docs/figures/reproduction.csv"
+PAGE = ROOT / "docs/reproduction.md"
+MODELS = {"embedded": "embedded model", "smollm2": "SmolLM2-135M"}
+COLUMNS = ["id", "model", "value", "low", "high", "at", "experiment", "key"]
+
+
+class Quantity(NamedTuple):
+    """One row of the page: what was published, and where ours are."""
+
+    id: str
+    what: str
+    paper: str
+    n: str
+    ours: dict[str, dict[str, Any]]
+    unit: str
+    why: str
+
+
+def sources() -> list[dict[str, Any]]:
+    """The sources as the file has them, with `rows` as quantities. Raises `TypeError` where a row lacks a field."""
+    found: list[dict[str, Any]] = yaml.safe_load(PUBLISHED.read_text())["sources"]
+    defaults = {"unit": "", "why": ""}
+    return [source | {"rows": [Quantity(**defaults | row) for row in source["rows"]]} for source in found]
+
+
+def quantities() -> Iterator[tuple[Quantity, str, dict[str, Any]]]:
+    """Every number of ours: the row that it stands in, its model, and where it is found."""
+    for source in sources():
+        for row in source["rows"]:
+            for model, where in row.ours.items():
+                if "experiment" in where:
+                    yield row, model, where
+
+
+def key(experiment: str) -> str:
+    """Of an experiment's figures as the plan has them today. Raises `ConfigError` where its model is not there."""
+    with TemporaryDirectory() as nothing:
+        (found,) = compose(ROOT / "conf", [f"experiment={experiment}"], nothing).stages["figures"]
+    return str(found)
+
+
+def look_up(figures: Path, where: dict[str, Any]) -> dict[str, Any]:
+    """The number that a lookup names in an experiment's figures: `value`, `low`, `high`, and `at`, the number of the
+    column `near`. Raises `LookupError` where no row or several answer."""
+    table = pd.read_csv(figures / f"{where['table']}.csv")
+    rows = table
+    for column, wanted in where.get("where", {}).items():
+        same = rows[column].isna() if wanted is None else rows[column] == wanted
+        rows = rows[same]
+    at = None
+    for column, wanted in where.get("near", {}).items():
+        at = rows[column].iloc[(rows[column] - wanted).abs().argmin()] if len(rows) else None
+        rows = rows[rows[column] == at]
+    name = where["value"]
+    if "over" in where:  # seeds, or layers: the mean, and the range
+        values = rows[name].astype(float)
+        if len(values) < 2:
+            raise LookupError(f"{figures.name}/{where['table']}.csv: {len(values)} rows for {where}, to be averaged")
+        return {"value": values.mean(), "low": values.min(), "high": values.max(), "at": at}
+    if len(rows) != 1:
+        raise LookupError(f"{figures.name}/{where['table']}.csv: {len(rows)} rows for {where}")
+    (row,) = rows.to_dict("records")
+    ends = where.get("interval", [f"{name}_low", f"{name}_high"])
+    low, high = (row.get(end) for end in ends)
+    return {"value": row[name], "low": low, "high": high, "at": at}
+
+
+def collect(results: list[Path]) -> pd.DataFrame:
+    """The table with what is in the folders of results read anew."""
+    table = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
+    found = {(row["id"], row["model"]): row for row in table.to_dict("records")}
+    folders: dict[str, Path | None] = {}
+    for row, model, where in quantities():
+        experiment = where["experiment"]
+        if experiment not in folders:
+            there = [folder / "figures" / key(experiment) for folder in results]
+            folders[experiment] = next((folder for folder in there if folder.is_dir()), None)
+        if figures := folders[experiment]:
+            number = look_up(figures, where)
+            named = {"id": row.id, "model": model, "experiment": experiment, "key": figures.name}
+            found[row.id, model] = {**named, **number}
+    for experiment, folder in folders.items():
+        print(f"{experiment}: {folder or 'is in none of the folders; its rows stay'}")
+    order = [(row.id, model) for row, model, _ in quantities()]
+    return pd.DataFrame([found[at] for at in order if at in found], columns=COLUMNS)
+
+
+def shown(number: dict[str, Any], unit: str) -> str:
+    """As it stands on the page: "16.5 % [15.9, 17.0]"."""
+    scale, digits, after = {"%": (100, ".1f", " %"), "percent": (1, ".1f", " %"), "nats": (1, "+.4f", ""), "ce": (1, ".4f", "")}.get(
+        unit, (1, ".3g", unit and f" {unit}")
+    )
+
+    def text(value: float) -> str:
+        return format(scale * value, digits).replace("-", "−")
+
+    found = text(number["value"]) + after
+    if pd.notna(number["low"]):
+        found += f" [{text(number['low'])}, {text(number['high'])}]"
+    return found + (f" at {number['at']:.3g}" if pd.notna(number["at"]) else "")
+
+
+def page(table: pd.DataFrame) -> str:
+    numbers = {(row["id"], row["model"]): row for row in table.to_dict("records")}
+    about: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text())["about"]
+    lines = ["<!-- Written by docs/reproduction.py from docs/published.yaml: change those. -->", ""]
+    lines += ["# What was published, and ours", "", about["introduction"].strip(), ""]
+    for source in sources():
+        lines += [f"## {source['source']}", "", source["of"].strip(), ""]
+        lines += [f"*Published*: {source['published'].strip()}", "", f"*Here*: {source['here'].strip()}", ""]
+        lines += [f"| quantity | published | its n | {' | '.join(MODELS.values())} | why they differ |"]
+        lines += ["|---|---|---|" + "---|" * len(MODELS) + "---|"]
+        for row in source["rows"]:
+            cells = [row.what, row.paper, row.n]
+            for model in MODELS:
+                where = row.ours.get(model, {"none": "–"})
+                number = numbers.get((row.id, model))
+                cells.append(where["none"] if "none" in where else shown(number, row.unit) if number else "not run yet")
+            lines.append(f"| {' | '.join([*cells, row.why])} |")
+        lines += [""]
+    lines += [
+        "## Where ours are from",
+        "",
+        about["commands"].strip(),
+        "",
+        "| experiment | key of its figures |",
+        "|---|---|",
+    ]
+    keys = table.drop_duplicates("experiment")
+    lines += [f"| `{row['experiment']}` | `{row['key']}` |" for row in keys.to_dict("records")]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    if folders := [Path(name) for name in sys.argv[1:]]:
+        collect(folders).to_csv(TABLE, index=False, float_format="%.6g", lineterminator="\n")
+    PAGE.write_text(page(pd.read_csv(TABLE)))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
