@@ -24,6 +24,8 @@ PUBLISHED = ROOT / "docs/published.yaml"
 TABLE = ROOT / "docs/figures/reproduction.csv"
 PAGE = ROOT / "docs/reproduction.md"
 MODELS = {"embedded": "embedded model", "smollm2": "SmolLM2-135M"}
+UNITS = {"%": (100, ".1f", " %"), "percent": (1, ".1f", " %"), "nats": (1, "+.4f", "")}
+"""By what they are multiplied, how they are written, and what stands behind."""
 COLUMNS = ["id", "model", "value", "low", "high", "at", "experiment", "key"]
 
 
@@ -110,9 +112,7 @@ def collect(results: list[Path]) -> pd.DataFrame:
 
 def shown(number: dict[str, Any], unit: str) -> str:
     """As it stands on the page: "16.5 % [15.9, 17.0]"."""
-    scale, digits, after = {"%": (100, ".1f", " %"), "percent": (1, ".1f", " %"), "nats": (1, "+.4f", ""), "ce": (1, ".4f", "")}.get(
-        unit, (1, ".3g", unit and f" {unit}")
-    )
+    scale, digits, after = UNITS.get(unit, (1, ".3g", unit and f" {unit}"))
 
     def text(value: float) -> str:
         return format(scale * value, digits).replace("-", "−")
