@@ -205,9 +205,7 @@ class ShardWriter:
         assert chunk.nbytes == self.layout.chunk_bytes - CRC.size
         self._file.write(chunk.data)
         self._file.write(CRC.pack(google_crc32c.value(chunk)))
-        begin_flush(
-            self._file.fileno()
-        )  # while the model computes: at the end all hooks' shards would wait for the disk
+        begin_flush(self._file.fileno())  # while the model computes, not all hooks' shards at the end
         self._written += 1
         if self._of_rows is not None:
             self._of_rows.append(row_checksums(chunk.reshape(self.layout.chunk_tokens, self.layout.row_bytes)))
