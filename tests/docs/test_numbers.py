@@ -11,8 +11,8 @@ from demo_numbers import METRICS, TABLE, keys, rows
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(
-    r"make (?:bench|demo|run|plan|chaos|test)|snakemake |experiment=\w|\.venv/bin/|python (?:benchmarks|scripts)/"
-    r"|tests/\w+/\w+\.py|benchmarks/\w+\.py"
+    r"make (?:bench|demo|run|plan|chaos|test|reproduction)|snakemake |experiment=\w|\.venv/bin/"
+    r"|python (?:benchmarks|scripts)/|tests/\w+/\w+\.py|benchmarks/\w+\.py"
 )
 MEASURED = re.compile(r"(?<![\w./=-])\d+\.\d+(?![\w.])|\d+ %|\b\d+ s\b|\d nats|\d [GT]B")
 DEFINITIONS = {
