@@ -1,6 +1,6 @@
 """Norms by layer, against transformers' own hidden states; and the script that prints them."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -55,14 +55,16 @@ def test_all_layers_of_all_places_are_there_and_drawn(table: pd.DataFrame) -> No
     assert right.lines[3].get_ydata() == pytest.approx(100 * table["two_outliers"][12:])
 
 
-def test_the_script_prints_it_and_refuses_in_a_sentence(tmp_path: Path) -> None:
-    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "scripts/norms.py", *overrides]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_script_prints_it_and_refuses_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["norms.py", *arguments])
+        runpy.run_path(str(ROOT / "scripts/norms.py"), run_name="__main__")
 
-    done = run("tokens.context_size=32", "--rows", "3", "--to", str(tmp_path / "to"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hook_mlp_out") == 4 and "two_outliers" in done.stdout
+    run("tokens.context_size=32", "--rows", "3", "--to", str(tmp_path / "to"))
+    said = capsys.readouterr().out
+    assert said.count("hook_mlp_out") == 4 and "two_outliers" in said
     assert len(pd.read_csv(tmp_path / "to/norms.csv")) == 16 and (tmp_path / "to/norms.png").stat().st_size
-    refused = run("model=nothing")
-    assert refused.returncode == 1 and refused.stderr.startswith("norms: ") and "Traceback" not in refused.stderr
+    with pytest.raises(SystemExit, match=r"norms: .*nothing"):
+        run("model=nothing")

@@ -478,7 +478,8 @@ def test_jobs_write_what_they_should(finished: tuple[Plan, str]) -> None:
         "mixtures_random",
     ]
     assert list(pd.read_csv(folder / "recovery.csv")) == [*identity, *shown]
-    assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", "jacobian_cosine"]
+    cosines = ["jacobian_cosine", "jacobian_cosine_directions"]
+    assert list(pd.read_csv(folder / "true_jacobian.csv")) == [*identity, "l0", "fvu", *cosines]
     assert len(pd.read_csv(folder / "stability.csv").columns) == 11
     assert len(pd.read_csv(folder / "recovery_ranges.csv")) == 7
     table = pd.read_csv(folder / "recoveries.csv")

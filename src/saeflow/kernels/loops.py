@@ -28,6 +28,7 @@ FEWEST = 1 << 18  # numbers worth a thread
 LISTED = 8  # columns that are listed at a time: lists need room for so many more
 DOTS = 8  # inner products that are taken at a time
 TRIES = 3  # bounds that are guessed before one is searched for
+TOO_MANY = 1 << 40  # more than any k
 ROUNDED = np.float32(0.00393)  # what rounding to bfloat16 changes of a number, at most: 2^-8, and a little
 _add_wide, _add_narrow, _add_number = make_adder(8, True), make_adder(1, True), make_adder(1, False)
 _eight_dots, _one_dot = make_dots(DOTS), make_dots(1)
@@ -216,7 +217,7 @@ def _bounds(products, x_norm, x_rest, norms, rests, b_enc, d, lower, upper):
 @compiled
 def _list_possible(products, x_norm, x_rest, norms, rests, b_enc, d, most, bound, mask, columns):
     """Lists, and marks, the latents whose upper bound (`_bounds`) exceeds `bound`. Returns how many these are, and of
-    how many of them the lower one does too; 0 and a large number where so many are left that it gives up.
+    how many of them the lower one does too; 0 and `TOO_MANY` where so many are left that it gives up.
 
     `most`: the largest norm, rest and bias, by which nearly all latents are ruled out in few operations.
     """
@@ -227,7 +228,7 @@ def _list_possible(products, x_norm, x_rest, norms, rests, b_enc, d, most, bound
         mask[i] = not product + b_enc[i] + (slack + ROUNDED * abs(product)) <= bound
     total = _list_marked(mask, columns)
     if total > len(products) // 8:
-        return 0, total
+        return 0, TOO_MANY
     possible, certain = 0, 0
     for j in range(total):
         i = columns[j]
