@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
-
-from saeflow.planning.expansion import compose
+from draw_figures import planned
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "docs/published.yaml"
@@ -41,16 +40,18 @@ class Quantity(NamedTuple):
     why: str
 
 
-def sources() -> list[dict[str, Any]]:
-    """The sources as the file has them, with `rows` as quantities. Raises `TypeError` where a row lacks a field."""
-    found: list[dict[str, Any]] = yaml.safe_load(PUBLISHED.read_text())["sources"]
-    defaults = {"unit": "", "why": ""}
-    return [source | {"rows": [Quantity(**defaults | row) for row in source["rows"]]} for source in found]
+def published() -> dict[str, Any]:
+    """What the file holds: `about`, and `sources`, with their `rows` as quantities. Raises `TypeError` where a row
+    lacks a field."""
+    found: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text())
+    for source in found["sources"]:
+        source["rows"] = [Quantity(**{"unit": "", "why": ""} | row) for row in source["rows"]]
+    return found
 
 
 def quantities() -> Iterator[tuple[Quantity, str, dict[str, Any]]]:
     """Every number of ours: the row that it stands in, its model, and where it is found."""
-    for source in sources():
+    for source in published()["sources"]:
         for row in source["rows"]:
             for model, where in row.ours.items():
                 if "experiment" in where:
@@ -60,8 +61,7 @@ def quantities() -> Iterator[tuple[Quantity, str, dict[str, Any]]]:
 def key(experiment: str) -> str:
     """Of an experiment's figures as the plan has them today. Raises `ConfigError` where its model is not there."""
     with TemporaryDirectory() as nothing:
-        (found,) = compose(ROOT / "conf", [f"experiment={experiment}"], nothing).stages["figures"]
-    return str(found)
+        return planned(f"experiment={experiment}", nothing)[1]
 
 
 def look_up(figures: Path, where: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +125,11 @@ def shown(number: dict[str, Any], unit: str) -> str:
 
 def page(table: pd.DataFrame) -> str:
     numbers = {(row["id"], row["model"]): row for row in table.to_dict("records")}
-    about: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text())["about"]
+    held = published()
+    about = held["about"]
     lines = ["<!-- Written by docs/reproduction.py from docs/published.yaml: change those. -->", ""]
     lines += ["# What was published, and ours", "", about["introduction"].strip(), ""]
-    for source in sources():
+    for source in held["sources"]:
         lines += [f"## {source['source']}", "", source["of"].strip(), ""]
         lines += [f"*Published*: {source['published'].strip()}", "", f"*Here*: {source['here'].strip()}", ""]
         lines += [f"| quantity | published | its n | {' | '.join(MODELS.values())} | why they differ |"]

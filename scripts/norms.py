@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from saeflow.config import ConfigError
 from saeflow.planning.command import parser_of, plan_of, refusals
 from saeflow.planning.graph import Instance
 
@@ -23,17 +24,14 @@ def sample_tokens(instance: Instance, n_rows: int, work: Path) -> "Tensor":
     """The first rows (n_rows, P) of the tokens that the plan has, packed in a folder `work`."""
     import torch
 
-    from saeflow.text.corpus import read_documents, stream_dataset
+    from saeflow.text.corpus import open_corpus
     from saeflow.text.tokenizer import load_tokenizer
     from saeflow.text.tokens import open_tokens, write_tokens
 
     corpus, packing, sources = instance.config["corpus"], instance.config["tokens"], instance.sources
-    if sources["corpus"]:
-        fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
-        documents = read_documents(sources["corpus"], **fields)
-    else:
-        names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
-        documents = stream_dataset(*(corpus[name] for name in names))
+    if "case" in corpus:
+        raise ConfigError("a model whose algorithm is known reads rows of a case: there is no text to look at")
+    documents = open_corpus(corpus, sources["corpus"] or None)
     tokenizer = load_tokenizer(sources["model"], packing["bos_token"], packing.get("eos_token"))
     sizes = {name: packing[name] for name in ("context_size", "prepend_bos", "held_out_fraction")}
     write_tokens(work, documents, tokenizer, split="held_out", n_rows=n_rows, tokenizer_digest="", **sizes)
@@ -45,6 +43,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="of held-out tokens")
     parser.add_argument("--to", type=Path, help="folder to write norms.csv, .png and .pdf to")
     args = parser.parse_args()
+    if args.rows < 1:
+        parser.error(f"--rows {args.rows}: it must be at least 1")
     to = args.to and args.to.resolve()
     with refusals("norms"):
         plan, _ = plan_of(args)

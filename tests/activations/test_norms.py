@@ -68,3 +68,8 @@ def test_the_script_prints_it_and_refuses_in_a_sentence(
     assert len(pd.read_csv(tmp_path / "to/norms.csv")) == 16 and (tmp_path / "to/norms.png").stat().st_size
     with pytest.raises(SystemExit, match=r"norms: .*nothing"):
         run("model=nothing")
+    with pytest.raises(SystemExit, match=r"norms: .*there is no text"):
+        run("experiment=tracr_case3")
+    with pytest.raises(SystemExit):
+        run("--rows", "0")
+    assert "--rows 0: it must be at least 1" in capsys.readouterr().err

@@ -106,11 +106,11 @@ def test_losses_leave_out_bos_and_what_is_none() -> None:
 @pytest.mark.parametrize(("seed", "n_pairs"), [(0, 320 * 320), (1, 8192), (2, 8192)])
 def test_siit_reaches_accuracy_iia_and_strict_accuracy(seed: int, n_pairs: int) -> None:
     """Of one model on all pairs of rows, as its folder states it, of the others on some. Other processors round
-    otherwise, and after 300 steps one node may be at 0.983."""
+    otherwise, and after 300 steps one node may still be at 0.983."""
     case = get_case(3)
     rows = case.rows()
-    found = train_small(case, rows, TracrConfig(3, "siit", seed, n_steps=300), n_pairs).quality
-    assert found.accuracy >= 0.99 and min(found.iia.values()) >= 0.99 and found.worst >= 0.95, found
+    found = train_small(case, rows, TracrConfig(3, "siit", seed, n_steps=400), n_pairs).quality
+    assert found.worst >= 0.99, found
 
 
 def test_supervised_model_is_right_for_other_reasons_and_iit_lacks_strictness() -> None:

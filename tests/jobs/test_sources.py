@@ -89,7 +89,7 @@ def test_a_corpus_that_was_replaced_and_put_back_meanwhile_is_refused(
     """Nobody knows which of the two was read. Its content, and even its time, are those of the plan."""
     file, aside = corpus / "a.jsonl", corpus.parent / "aside"
     held, time = file.read_bytes(), file.stat().st_mtime_ns
-    from saeflow.text import job as module
+    from saeflow.text import corpus as module
 
     read = module.read_documents
 

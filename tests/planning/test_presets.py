@@ -6,7 +6,7 @@ import pytest
 from tests.presets.stand_ins import EXPERIMENTS, Preset, overrides, presets
 
 from saeflow.planning.expansion import compose
-from saeflow.text.corpus import stream_dataset
+from saeflow.text.corpus import open_corpus
 
 CONF = EXPERIMENTS.parent
 
@@ -45,6 +45,5 @@ def test_a_data_set_streams_from_its_layout(hub: Path, preset: Preset) -> None:
     """By the names and the fields that `conf/corpus/` has."""
     plan = compose(CONF, overrides(preset, hub), results=str(hub / "results"))
     corpus = next(iter(plan.stages["tokens"].values())).config["corpus"]
-    names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
-    documents = [document.text for document in stream_dataset(*(corpus[name] for name in names))]
+    documents = [document.text for document in open_corpus(corpus)]
     assert len(documents) == 400 and len(set(documents)) > 390 and all(documents)

@@ -48,23 +48,20 @@ for STAGE in stages().values():
 # snakemake jacobian_tables, heads_tables, train_tables: the numbers of every study, or pair, on the terminal.
 for STAGE in stages().values():
     if STAGE.table:
+        WITH_TABLE = [key for key, instance in PLAN.stages[STAGE.name].items() if STAGE.table(instance)]
 
         rule:
             name:
                 f"{STAGE.name}_tables"
             input:
-                PLAN.outputs(STAGE.name, [k for k, i in PLAN.stages[STAGE.name].items() if STAGE.table(i)]),
+                PLAN.outputs(STAGE.name, WITH_TABLE),
             log:
                 f"logs/{STAGE.name}_tables.log",
             localrule: True
             conda:
                 "../../environment.yml"
             params:
-                tables=[
-                    shlex.quote(f"results/{STAGE.name}/{k}/table.txt")
-                    for k, i in PLAN.stages[STAGE.name].items()
-                    if STAGE.table(i)
-                ],
+                tables=[shlex.quote(str(PLAN.folder(STAGE.name, key) / "table.txt")) for key in WITH_TABLE],
             shell:
                 "for table in {params.tables}; do"
                 ' if [ -f "$table" ]; then cat "$table";'

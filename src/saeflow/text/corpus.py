@@ -13,7 +13,7 @@ import json
 import logging
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,14 @@ def document_hash(text: str) -> str:
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out split: its hash, read as a number in [0, 1), is below `fraction`."""
     return int(document_hash(text), 16) / 2**64 < fraction
+
+
+def open_corpus(corpus: Mapping[str, Any], path: str | Path | None = None) -> Iterator[Document]:
+    """The documents that a job's `corpus` group names: of the files at `path`, or without one of a data set."""
+    if path is not None:
+        return read_documents(path, **{name: corpus[name] for name in ("text_field", "source_field", "sample_by")})
+    names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
+    return stream_dataset(*(corpus[name] for name in names))
 
 
 def read_documents(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from saeflow.jobs.job import Job
 from saeflow.planning.parts import Part
 from saeflow.text.ahead import Ahead, tokenise_ahead
-from saeflow.text.corpus import Document, read_documents, stream_dataset
+from saeflow.text.corpus import Document, open_corpus
 from saeflow.text.files import corpus_digest, corpus_parts
 from saeflow.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_digest
 from saeflow.text.tokens import in_order, write_tokens
@@ -61,14 +61,12 @@ def _documents(job: Job) -> Iterator[Iterator[Document]]:
     """The documents of a job's corpus, while they are read."""
     corpus = job.config["corpus"]
     if job.instance.sources["corpus"]:
-        fields = {name: corpus[name] for name in ("text_field", "source_field", "sample_by")}
         with job.reading("corpus", corpus_digest, corpus["content"]) as path:
             if left_out := corpus_parts(path).left_out_in_words():
                 log.warning("not read: %s", left_out)
-            yield read_documents(path, **fields)
+            yield open_corpus(corpus, path)
     else:
-        names = ("dataset", "subset", "split", "revision", "text_field", "source_field")
-        yield stream_dataset(*(corpus[name] for name in names))
+        yield open_corpus(corpus)
 
 
 def _tell(tokenizer: LoadedTokenizer, prepend_bos: bool) -> None:
