@@ -18,6 +18,8 @@ import pandas as pd
 import yaml
 from draw_figures import planned
 
+from saeflow.config import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "docs/published.yaml"
 TABLE = ROOT / "docs/figures/reproduction.csv"
@@ -90,22 +92,28 @@ def look_up(figures: Path, where: dict[str, Any]) -> dict[str, Any]:
     return {"value": row[name], "low": low, "high": high, "at": at}
 
 
+def figures_of(experiment: str, results: list[Path]) -> Path | None:
+    """The folder of an experiment's figures, in the first of the folders of results that has it; says what it found."""
+    try:
+        there = [folder / "figures" / key(experiment) for folder in results]
+    except ConfigError as error:
+        print(f"{experiment}: its rows stay, as it cannot be planned here: {error}")
+        return None
+    found = next((folder for folder in there if folder.is_dir()), None)
+    print(f"{experiment}: {found or 'is in none of the folders; its rows stay'}")
+    return found
+
+
 def collect(results: list[Path]) -> pd.DataFrame:
     """The table with what is in the folders of results read anew."""
     table = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=COLUMNS)
     found = {(row["id"], row["model"]): row for row in table.to_dict("records")}
-    folders: dict[str, Path | None] = {}
+    experiments = dict.fromkeys(where["experiment"] for _, _, where in quantities())
+    folders = {experiment: there for experiment in experiments if (there := figures_of(experiment, results))}
     for row, model, where in quantities():
-        experiment = where["experiment"]
-        if experiment not in folders:
-            there = [folder / "figures" / key(experiment) for folder in results]
-            folders[experiment] = next((folder for folder in there if folder.is_dir()), None)
-        if figures := folders[experiment]:
-            number = look_up(figures, where)
-            named = {"id": row.id, "model": model, "experiment": experiment, "key": figures.name}
-            found[row.id, model] = {**named, **number}
-    for experiment, folder in folders.items():
-        print(f"{experiment}: {folder or 'is in none of the folders; its rows stay'}")
+        if figures := folders.get(where["experiment"]):
+            named = {"id": row.id, "model": model, "experiment": where["experiment"], "key": figures.name}
+            found[row.id, model] = named | look_up(figures, where)
     order = [(row.id, model) for row, model, _ in quantities()]
     return pd.DataFrame([found[at] for at in order if at in found], columns=COLUMNS)
 

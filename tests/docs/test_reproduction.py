@@ -8,6 +8,8 @@ import pytest
 import reproduction
 from reproduction import COLUMNS, PAGE, TABLE, look_up, page, published, quantities, shown
 
+from saeflow.config import ConfigError
+
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
@@ -80,6 +82,21 @@ def test_a_lookup_finds_its_number(figures: Path, where: dict[str, Any], found: 
 def test_a_lookup_that_names_no_row_or_several_is_refused(figures: Path, where: dict[str, Any]) -> None:
     with pytest.raises(LookupError, match=r"t\.csv: \d rows for"):
         look_up(figures, {"table": "t", "value": "ce", **where})
+
+
+def test_what_cannot_be_planned_here_keeps_its_rows(
+    table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def key(experiment: str) -> str:
+        if experiment.startswith("smollm2"):
+            raise ConfigError("no such folder")
+        return "none"
+
+    monkeypatch.setattr(reproduction, "key", key)
+    pd.testing.assert_frame_equal(reproduction.collect([tmp_path]), table, check_dtype=False)
+    said = capsys.readouterr().out
+    assert "smollm2_jsae: its rows stay, as it cannot be planned here: no such folder" in said
+    assert "stack: is in none of the folders; its rows stay" in said
 
 
 def test_a_number_is_shown_with_its_unit_and_interval() -> None:
