@@ -88,6 +88,7 @@ def test_time_of_cores_is_that_of_the_process_and_its_children_shared_by_what_a_
     plan: Plan, tmp_path: Path
 ) -> None:
     job = Job(plan.instance("train", "good"), plan, "cuda:0", sharing=2)
+    assert job.model_device == "cuda:0"
     burn = "import time\nwhile time.process_time() < 0.4: pass"
     before = os.times()[:4]
     subprocess.run([sys.executable, "-c", burn], check=True)
@@ -100,6 +101,12 @@ def test_time_of_cores_is_that_of_the_process_and_its_children_shared_by_what_a_
     used = sum(os.times()[:4]) - sum(before)
     assert used >= 0.8 and held["cpu_s"] == pytest.approx(used / 2, abs=0.1)
     assert held["gpu_s"] == pytest.approx(held["wall_s"] / 2, abs=0.002)
+
+    spread = Job(plan.instance("train", "good"), plan, "cuda:0", model_device="cuda:0-3")
+    with spread.writing() as folder:
+        (folder / "file").write_text("text")
+    held = json.loads((spread.path / "provenance.json").read_text())
+    assert held["device"] == "cuda:0-3" and held["gpu_s"] == pytest.approx(4 * held["wall_s"], abs=0.01)
 
 
 def test_who_makes_the_same_waits(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import save_model
+from pretended import held, pretended
 from torch import Tensor
 
 from saeflow.config import ConfigError, ModelConfig
@@ -567,3 +568,38 @@ def test_layers_share_the_tables_of_their_rotations(tmp_path: Path) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         assert close(model(IDS), plain(IDS).logits)
+
+
+# -------------------------------------------------------------------- several devices
+def test_layers_that_lie_on_two_devices_compute_the_same(opened: Opened) -> None:
+    """Bit for bit, with all that comes in and goes out on the first."""
+    hooks = [hook for hook in opened.hooks if not hook.startswith("blocks.0")]
+    wanted = run_clean(opened.model, IDS, hooks, hooks)
+    spliced = {hook: run_spliced(opened.model, wanted, hook, 0.5 * wanted.values[hook]) for hook in hooks}
+    model: Any = load_model(opened.folder, ModelConfig("tiny", path=str(opened.folder)), "cpu", IDS.shape[1])
+    first = torch.device("meta:0")
+    with pretended():
+        if isinstance(model, BridgedModel):
+            model.spread([first, torch.device("meta:1")])
+        else:
+            model = loading._placed(model, "meta:0-1")
+        layers = [block._block if isinstance(model, BridgedModel) else block for block in model.blocks]
+        lie = [{str(weights.device) for weights in layer.parameters()} for layer in layers]
+        assert lie == [{"meta:0"}, {"meta:0"}, {"meta:1"}]
+        clean = run_clean(model, IDS.to(first), hooks, hooks)
+        assert {value.device for value in (clean.final, *clean.values.values())} == {first}
+        for hook in hooks:
+            assert torch.equal(held(clean.values[hook]), wanted.values[hook]), hook
+            final = run_spliced(model, clean, hook, (0.5 * wanted.values[hook]).to(first))
+            assert final.device == first
+            assert torch.equal(held(final), spliced[hook]), hook
+        ce_clean, _ = model_losses(model, clean.tokens, drop_last_position(clean.final), [])
+    assert torch.equal(held(ce_clean), model_losses(opened.model, IDS, drop_last_position(wanted.final), [])[0])
+
+
+def test_pretended_devices_do_not_mix() -> None:
+    with pretended():
+        one, other = (torch.ones(2).to(f"meta:{n}") for n in range(2))
+        assert torch.equal(held(one + other.to("meta:0")), torch.full((2,), 2.0))
+        with pytest.raises(RuntimeError, match="meta:0 and meta:1"):
+            one + other

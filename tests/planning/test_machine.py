@@ -11,6 +11,7 @@ import torch
 from tests.planning.test_plan import finish, home, plan_of  # noqa: F401
 
 from saeflow.config import ConfigError
+from saeflow.config.device import devices_of, missing, n_gpus
 from saeflow.planning.machine import bytes_on_disk, check_disk, check_folders, check_machine, notes, unfit
 from saeflow.planning.stages import stages
 
@@ -106,6 +107,30 @@ def test_a_device_that_this_machine_has_not_is_said_at_once(home: Path, device: 
 def test_names_of_devices_are_those_that_a_shell_may_see(home: Path, device: str) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match=r"device\.train=.*: use cpu, cuda, cuda:N or mps"):
         plan_of(home, f"device.train='{device}'")
+
+
+def test_only_what_runs_a_model_spreads_it_over_gpus(home: Path) -> None:  # noqa: F811
+    plan = plan_of(home, "device.activations=cuda:0-3", "device.evaluate=cuda:2-3")
+    assert devices_of(plan.device_of("activations")) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert devices_of(plan.device_of("evaluate")) == ["cuda:2", "cuda:3"] and devices_of("cuda:7") == ["cuda:7"]
+    assert [n_gpus(name) for name in ("cpu", "mps", "cuda", "cuda:7", "cuda:2-3")] == [0, 0, 1, 1, 2]
+    assert plan_of(home).stages.keys() == plan.stages.keys()
+    for stage in ("activations", "evaluate"):
+        assert plan_of(home).stages[stage].keys() == plan.stages[stage].keys()  # nothing of it enters a key
+    with pytest.raises(
+        ConfigError, match=r"device\.train=cuda:0-3: .* by these: activations, baseline, evaluate, stack"
+    ):
+        plan_of(home, "device.train=cuda:0-3")
+    for name in ("cuda:3-0", "cuda:1-1"):
+        with pytest.raises(ConfigError, match=rf"device\.evaluate={name}: write the lower number first"):
+            plan_of(home, f"device.evaluate={name}")
+
+
+def test_of_a_range_the_last_gpu_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert missing("cuda:0-2") == missing("cuda:2") == ""
+    assert missing("cuda:1-3") == missing("cuda:3") == "there are 3 GPUs here, from cuda:0"
 
 
 @pytest.mark.skipif(CUDA, reason="this machine has a GPU")

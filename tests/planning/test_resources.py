@@ -179,21 +179,29 @@ def test_each_try_asks_for_more_and_no_more_than_the_site_has(model: Path) -> No
     assert [asked(beyond, "train", attempt)["mem_mb"] for attempt in (1, 2)] == [3000, 3000]
 
 
+SPREAD = ["device=cuda", "device.evaluate=cuda:0-3"]
+
+
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "stage", "expected"),
     [
-        ([], ""),
-        (["device=cuda"], " --gpus=1"),
-        (["device=cuda", "device.gpu_model=a100"], " --gpus=a100:1"),
-        (["device=cuda", "device.gres='gpu:a100:1'"], " --gres=gpu:a100:1"),
-        (["device.gres='gpu:1'"], ""),  # of a stage on the CPU
+        ([], "train", ""),
+        (["device=cuda"], "train", " --gpus=1"),
+        (["device=cuda", "device.gpu_model=a100"], "train", " --gpus=a100:1"),
+        (["device=cuda", "device.gres='gpu:a100:1'"], "train", " --gres=gpu:a100:1"),
+        (["device.gres='gpu:1'"], "train", ""),  # of a stage on the CPU
+        (SPREAD, "train", " --gpus=1"),
+        (SPREAD, "evaluate", " --gpus=4"),
+        ([*SPREAD, "device.gpu_model=a100"], "evaluate", " --gpus=a100:4"),
+        ([*SPREAD, "device.gres='gpu:a100:1'"], "evaluate", " --gres=gpu:a100:4"),
+        ([*SPREAD, "device.gres='gpu'"], "evaluate", " --gres=gpu:4"),
     ],
 )
 def test_gpus_are_asked_for_as_the_executor_of_slurm_takes_them(
-    model: Path, overrides: list[str], expected: str
+    model: Path, overrides: list[str], stage: str, expected: str
 ) -> None:
     utils = pytest.importorskip("snakemake_executor_plugin_slurm.utils")
-    found = asked(plan_of(model, *overrides), "train")
+    found = asked(plan_of(model, *overrides), stage)
     assert utils.set_gres_string(SimpleNamespace(resources=Namedlist(fromdict=found))) == expected
 
 

@@ -83,7 +83,7 @@ def opened(jobs: list[Job]) -> tuple[ActivationStore, list[ColumnRequest], Calla
 
     def load() -> LanguageModel:
         with reading_model(jobs[0]) as source:
-            return load_model(source, model, jobs[0].device, context_size, n_layers)
+            return load_model(source, model, jobs[0].model_device, context_size, n_layers)
 
     return ActivationStore(folders[0], ActivationsConfig(**config["activations"])), columns, load
 

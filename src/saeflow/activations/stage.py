@@ -182,5 +182,6 @@ STAGES = (
         resources=resources,
         parts=Parts(most_parts, parts_missing, part_work),
         cached=True,
+        spreads=True,
     ),
 )

@@ -8,7 +8,7 @@ from saeflow.config.checks import ConfigError, require
 
 SETTINGS: dict[str, str] = {
     "default": "Device of the stages that are not named: `cpu`, `cuda`, `cuda:N` or `mps`. A key of a stage's name "
-    "(`device.train=cuda:1`) is that stage's.",
+    "(`device.train=cuda:1`) is that stage's. Of stages that only run models, `cuda:0-3` spreads layers over four.",
     "threads": "[threads] Of each job, by stage: how many processors it uses and asks Slurm for.",
     "mem_mb": "[MB] Of memory, by stage; null: by sizes, as `resources` of the stage says.",
     "runtime": "[minutes] That a job may take, by stage; null: by sizes.",
@@ -29,13 +29,33 @@ PLACE = r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/(?!\.{1,2}(/|$))[A-Za
 EXAMPLES = {"gpu_model": "a100", "gres": "gpu:a100:1"}
 
 
-def check_device(device: dict[str, Any], stages: Iterable[str], in_parts: Iterable[str] = ()) -> None:
+def devices_of(name: str) -> list[str]:
+    """The devices of a name: several of a range, `cuda:0-3`."""
+    kind, _, numbers = name.partition(":")
+    first, several, last = numbers.partition("-")
+    return [f"{kind}:{n}" for n in range(int(first), int(last) + 1)] if several else [name]
+
+
+def n_gpus(name: str) -> int:
+    return len(devices_of(name)) if name.startswith("cuda") else 0
+
+
+def check_device(
+    device: dict[str, Any], stages: Iterable[str], in_parts: Iterable[str] = (), spread: Iterable[str] = ()
+) -> None:
     """Errors now rather than in the job: a device that is not a device's name, a speed that is no number. `in_parts`:
-    stages of which several jobs can share the work of one."""
+    stages of which several jobs can share the work of one; `spread`: stages whose model may lie on several GPUs."""
     for stage in ("default", *stages):
         name = str(device.get(stage, device.get("default")))
-        if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
+        if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4}(-\d{1,4})?)?", name):
             raise ConfigError(f"device.{stage}={name}: use cpu, cuda, cuda:N or mps")
+        if "-" in name and len(devices_of(name)) < 2:
+            raise ConfigError(f"device.{stage}={name}: write the lower number first, as in cuda:0-1")
+        if "-" in name and stage not in spread:
+            raise ConfigError(
+                f"device.{stage}={name}: its jobs take one GPU, such as cuda:0; a model is spread over several by "
+                f"these: {', '.join(spread)}"
+            )
     for unit in ("threads", "mem_mb", "runtime", "batch", "parts"):
         for stage, value in (device.get(unit) or {}).items():
             legal = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
@@ -75,5 +95,5 @@ def missing(device: str) -> str:
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None or torch.version.hip is not None
         return "torch finds no CUDA GPU here" if built else f"torch {torch.__version__} here is without CUDA"
-    n = torch.cuda.device_count()
-    return f"there are {n} GPUs here, from cuda:0" if int(number or 0) >= n else ""
+    n, last = torch.cuda.device_count(), number.rpartition("-")[2]
+    return f"there are {n} GPUs here, from cuda:0" if int(last or 0) >= n else ""

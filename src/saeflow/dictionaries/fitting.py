@@ -24,13 +24,13 @@ def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
 
 
 def open_model(job: Job, context_size: int = SHORT) -> LanguageModel:
-    """The model of a job, on its device.
+    """The model of a job, on its device or devices.
 
     The layers whose activations were cached were checked on whole rows then, and all others by the baselines. A job
     that needs neither says how long rows are.
     """
     with reading_model(job) as folder:
-        return load_model(folder, model_config(folder, job.config["model"]), job.device, context_size)
+        return load_model(folder, model_config(folder, job.config["model"]), job.model_device, context_size)
 
 
 def open_dictionary(folder: Path, job: Job) -> Dictionary:

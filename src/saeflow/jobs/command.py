@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from saeflow.config.checks import ConfigError, escape_controls, loud
-from saeflow.config.device import missing
+from saeflow.config.device import devices_of, missing
 from saeflow.jobs.claims import claimed, claimed_part, wait_for
 from saeflow.jobs.job import Job
 from saeflow.jobs.log import limit_threads, start_log
@@ -75,7 +75,8 @@ def main() -> None:
         plan, stage = Plan.load(args.plan), stages()[args.stage]
         touch(args.plan)
         wanted = plan.members(args.stage, args.job) if args.job else list(dict.fromkeys(args.key))
-        jobs = [Job(plan.instance(args.stage, key), plan, args.device) for key in wanted]
+        first = devices_of(args.device)[0]
+        jobs = [Job(plan.instance(args.stage, key), plan, first, model_device=args.device) for key in wanted]
         part = part_of(stage, args.part) if args.part else None
         needed = [plan.receipt(s, k) for job in jobs for s, keys in job.instance.needs.items() for k in keys]
         wait_for(needed)

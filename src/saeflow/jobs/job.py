@@ -41,6 +41,9 @@ class Job:
     instance: Instance
     plan: Plan
     device: str
+    """Where it computes: one that torch knows."""
+    model_device: str = ""
+    """Over which GPUs a language model is spread (`cuda:0-3`), or else `device`."""
     started: float = field(default_factory=time.perf_counter)
     cpu_started: float = field(default_factory=cpu_seconds)
     sharing: int = 1
@@ -49,6 +52,9 @@ class Job:
     """Held, by a job of the workflow, until its artifact is there."""
     is_new: bool = False
     """Whether there was nothing in its place when it took the lock."""
+
+    def __post_init__(self) -> None:
+        self.model_device = self.model_device or self.device
 
     @property
     def config(self) -> dict[str, Any]:
@@ -126,7 +132,7 @@ class Job:
             raise
         self.instance.write_config(partial / "config.yaml")
         seconds, cpu = time.perf_counter() - self.started, cpu_seconds() - self.cpu_started
-        about = provenance(self.instance, self.device, seconds, cpu, self.sharing, partial)
+        about = provenance(self.instance, self.model_device, seconds, cpu, self.sharing, partial)
         (partial / RECEIPT).write_text(json.dumps(about, indent=1) + "\n")
         # What another has made meanwhile, which a disk showed too late, is the same, and may be read by now.
         publish(partial, self.path, unless=lambda path: self.is_new and is_whole(path))

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from saeflow.models.folder import Geometry, Norms
 from saeflow.models.protocol import HookFunction
+from saeflow.models.spreading import spread
 
 _MID = re.compile(r"blocks\.(\d+)\.hook_resid_mid")
 
@@ -80,9 +81,22 @@ class BridgedModel:
         self._stations = [*bridge.blocks, bridge.ln_final]
         self.cfg = _sizes(original, geometry, float(bridge.cfg.output_logits_soft_cap or 0.0))
         offset = 1.0 if getattr(bridge.cfg, "rmsnorm_uses_offset", False) else 0.0  # Gemma's gains are 1 + weight
+        self._original, self._bridge, self._offset = original, bridge, offset
+        self._find_roles()
+
+    def _find_roles(self) -> None:
+        """Weights by role, where they lie now."""
+        bridge, offset = self._bridge, self._offset
         self.blocks: Sequence[Any] = [_Block(block, self.cfg, offset) for block in bridge.blocks]
         self.embed = SimpleNamespace(W_E=_embeddings(bridge.embed.original_component))
         self.unembed, self.ln_final = bridge.unembed, _Norm(bridge.ln_final, offset)
+
+    def spread(self, devices: Sequence[torch.device]) -> "BridgedModel":
+        """Moves its layers to several devices (`saeflow.models.spreading`)."""
+        spread(self._original, self._stations[:-1], self._stations[-1], devices)
+        self.cfg = replace(self.cfg, device=devices[0])
+        self._find_roles()
+        return self
 
     @contextmanager
     def hooks(self, fwd_hooks: list[tuple[str, HookFunction]]) -> Iterator["BridgedModel"]:
@@ -152,7 +166,7 @@ def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _read_instead(forward: Any, residual: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return forward(residual, *args, **kwargs)
+    return forward(residual.to(hidden_states.device), *args, **kwargs)
 
 
 def _stop(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

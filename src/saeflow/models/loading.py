@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saeflow.config import ModelConfig
+from saeflow.config.device import devices_of
 from saeflow.kernels.memory import give_back_freed_memory, uncollected
 from saeflow.models.bridge import BridgedModel
 from saeflow.models.conversion import SHORT, Expected, check_conversion, expect
@@ -28,6 +29,7 @@ from saeflow.models.folder import (
     weight_files,
 )
 from saeflow.models.protocol import LanguageModel
+from saeflow.models.spreading import spread
 from saeflow.models.weights import open_weights
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def load_model(
     """Opens a local Hugging Face folder without touching the network: as a `HookedTransformer`, or as a `BridgedModel`
     where TransformerLens does not convert it rightly (`Geometry.bridged`).
 
+    `device` may be a range of GPUs, `cuda:0-3`, over which the layers are spread (`saeflow.models.spreading`).
     With `n_layers` it ends after so many layers, and the weights of others are not read: what hooks below see is the
     same. With `model.randomise` its weights are then replaced (`randomise`), and processed as the trained ones are. The
     conversion is checked on a row of `context_size` tokens: who is the first to run rows of some length says so, and
@@ -58,13 +61,13 @@ def load_model(
         import transformer_lens  # noqa: F401 -- and transformers: what follows imports parts of them
     if geometry.architecture in LOADERS:
         loaded: Any = pkgutil.resolve_name(LOADERS[geometry.architecture])(folder)
-        return loaded.to(device, print_details=False)
+        return _placed(loaded, device)
     if geometry.architecture == HOOKED:
         from saeflow.models.hooked import read_hooked_format
 
         config, state = read_hooked_format(folder, model)
         check_finite(folder, state)
-        return processed(config, state, model).to(device, print_details=False)
+        return _placed(processed(config, state, model), device)
     check_processing(folder, geometry, model)
     if n_layers is not None:
         geometry = dataclasses.replace(geometry, n_layers=min(n_layers, geometry.n_layers))
@@ -79,16 +82,29 @@ def load_model(
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
     give_back_freed_memory()  # what the check took
-    return hooked.to(device, print_details=False)
+    return _placed(hooked, device)
+
+
+def _placed(hooked: "HookedTransformer", device: str) -> "HookedTransformer":
+    """On its device, or spread over those of a range."""
+    first, *others = devices_of(device)
+    if not others:
+        return hooked.to(first, print_details=False)
+    devices = [torch.device(name) for name in (first, *others)]
+    hooked.cfg.device, hooked.cfg.n_devices = first, len(devices)  # by which its passes move the residual stream
+    spread(hooked, hooked.blocks, getattr(hooked, "ln_final", None), devices)
+    return hooked
 
 
 def _bridge(folder: Path, geometry: Geometry, model: ModelConfig, device: str, context_size: int) -> BridgedModel:
     """Transformers' model, with hooks between its modules, and compared with itself without them."""
-    original = _load_original(folder, dtype_of(model), geometry.n_layers, **_PLAIN).to(device)
+    first, *others = devices_of(device)
+    original = _load_original(folder, dtype_of(model), geometry.n_layers, **_PLAIN)
+    original = original if others else original.to(first)  # all of it may be too much for one device
     expected = expect(original, geometry, context_size)  # before there are hooks
     bridged = BridgedModel(original, geometry)
     check_conversion(folder, expected, bridged, False)
-    return bridged
+    return bridged.spread([torch.device(name) for name in (first, *others)]) if others else bridged
 
 
 def check_finite(folder: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -58,13 +58,15 @@ class LanguageModel(Protocol):
 
 
 def hooked(model: LanguageModel, hooks: list[tuple[str, HookFunction]]) -> AbstractContextManager[Any]:
-    """`model.hooks`, whose functions see float32 where the model has fewer bits, and what they give is rounded."""
-    return model.hooks(fwd_hooks=[(name, partial(_in_float32, function)) for name, function in hooks])
+    """`model.hooks`, whose functions see float32 where the model has fewer bits, on the model's first device, and what
+    they give is rounded and brought to where the layer is."""
+    device = torch.device(model.cfg.device)
+    return model.hooks(fwd_hooks=[(name, partial(_outside, function, device)) for name, function in hooks])
 
 
-def _in_float32(function: HookFunction, value: Tensor, hook: Any) -> Tensor | None:
-    new = function(full(value), hook=hook)
-    return None if new is None else new.to(value.dtype)
+def _outside(function: HookFunction, device: torch.device, value: Tensor, hook: Any) -> Tensor | None:
+    new = function(full(value.to(device)), hook=hook)
+    return None if new is None else new.to(value.device, value.dtype)
 
 
 def full(value: Tensor) -> Tensor:

@@ -113,7 +113,9 @@ def _final(model: LanguageModel, given: Tensor, layer: int | None = None) -> Ten
     residual = model(
         given if layer is None else rounded(model, given), start_at_layer=layer, stop_at_layer=model.cfg.n_layers
     )
-    return full(residual if model.cfg.normalization_type is None else model.ln_final(residual))
+    if model.cfg.normalization_type is None:
+        return full(residual.to(model.cfg.device))
+    return full(model.ln_final(residual))
 
 
 def run_until(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> None:

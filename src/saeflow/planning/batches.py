@@ -1,10 +1,12 @@
 """What a run makes, which artifacts share a job, and what a job needs of the machine."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saeflow.config.device import n_gpus
 from saeflow.planning.digests import canonical
 from saeflow.planning.graph import Plan
 from saeflow.planning.history import measured_seconds
@@ -144,10 +146,14 @@ def resources(plan: Plan, name: str, keys: Sequence[str], attempt: int = 1, part
 
 
 def _gpu(plan: Plan, device: str) -> dict[str, Any]:
-    """As the executor of Slurm reads it: `--gpus=1`, `--gpus=<gpu_model>:1`, or else `--gres=<gres>`."""
+    """As the executor of Slurm reads it: `--gpus=1`, `--gpus=<gpu_model>:1`, or else `--gres=<gres>`; where a model is
+    spread over several GPUs, with their number."""
     if not device.startswith("cuda"):
         return {"gpu": 0}
     if gres := plan.device.get("gres"):
-        return {"gpu": 0, "gres": gres}
+        return {
+            "gpu": 0,
+            "gres": gres if n_gpus(device) == 1 else re.sub(r"(:\d+)?$", f":{n_gpus(device)}", gres, count=1),
+        }
     model = plan.device.get("gpu_model")
-    return {"gpu": 1} | ({"gpu_model": model} if model else {})
+    return {"gpu": n_gpus(device)} | ({"gpu_model": model} if model else {})

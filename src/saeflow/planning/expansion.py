@@ -129,7 +129,10 @@ def compose(
     """
     cache = DigestCache(digests)
     sweep = Sweep(Path(conf).resolve(), overrides)
-    check_device(sweep.device, stages(), [name for name, stage in stages().items() if stage.parts])
+    in_parts, spread = (
+        [name for name, s in stages().items() if can(s)] for can in (lambda s: s.parts, lambda s: s.spreads)
+    )
+    check_device(sweep.device, stages(), in_parts, spread)
     table: dict[str, dict[str, Instance]] = {name: {} for name in stages()}
     plan = Plan(sweep.experiment, table, sweep.device, results=results, overrides=list(overrides))
     tells: dict[str, dict[str, str]] = {}

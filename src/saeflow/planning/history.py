@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saeflow.config.device import n_gpus
 from saeflow.planning.graph import Instance, Plan
 from saeflow.planning.stages import Stage, stages
 
@@ -80,8 +81,8 @@ def _line(
 
 
 def gpu_seconds(device: str, seconds: float) -> float:
-    """A job has its GPU as long as it runs."""
-    return seconds if device.startswith("cuda") else 0.0
+    """A job has its GPUs as long as it runs."""
+    return n_gpus(device) * seconds
 
 
 def lines(results: str | Path) -> list[dict[str, Any]]:

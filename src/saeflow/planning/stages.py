@@ -54,6 +54,8 @@ class Stage:
     """Time that an instance takes beside others of the stage; jobs are cut so that their costs are even."""
     parts: Parts | None = None
     """How several jobs share the work of one, where `device.parts` asks for it; None: they cannot."""
+    spreads: bool = False
+    """Whether the layers of the model that its jobs run may lie on several GPUs, as `device.<stage>=cuda:0-3` asks."""
     n_bytes: Callable[[Plan, Instance], int] = lambda plan, instance: 0
     """What it will take on disk, where that is of a size to matter."""
     sized_by: Callable[[Instance], str] = lambda instance: ""
