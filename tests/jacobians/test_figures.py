@@ -89,7 +89,12 @@ def test_figure_has_its_table_and_is_deterministic(name: str, studies: Studies, 
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
     if name == "jacobian_reproduction":
         assert {"ours, layer 1, λ = 0", "ours, layer 1, λ = 0.25"} < set(table["study"])
-        assert list(table)[:3] == ["source", "control", "study"] and len(table.columns) == 11
+        assert list(table)[:3] == ["source", "control", "study"]
+        ours = table[table["source"] == "ours"]
+        held = [name for name in table if f"{name}_low" in table]
+        assert len(held) == 6 and len(table.columns) == 3 + 4 + 8 + 2 * 6  # of the paper's thresholds it has two
+        for name in held:
+            assert (ours[f"{name}_low"] <= ours[name]).all() and (ours[name] <= ours[f"{name}_high"]).all()
         return
     assert set(table["jacobian_coefficient"]) == {0.0, 0.25}
     first = ["layer", *IDENTITY] if name in ("jacobian_sweep", "jacobian_layers") else IDENTITY
@@ -147,6 +152,12 @@ def test_layers_are_compared_in_units_that_do_not_move_with_the_gain(studies: St
     _, table = jacobian_reproduction(studies._replace(summaries=studies.summaries.assign(**shares)))
     ours = table[table["source"] == "ours"]
     assert ours["fraction_above_0.01"].tolist() == [30, 40] and set(ours["absolute_linear_or_flat"]) == {75}
+
+    draws = studies.summaries.assign(**shares, jacobian_coefficient=0.25, seed=[0, 1])  # of several: mean and range
+    _, table = jacobian_reproduction(studies._replace(summaries=draws))
+    (ours,) = table[table["source"] == "ours"].to_dict("records")
+    told = [ours[f"fraction_above_0.01{end}"] for end in ("", "_low", "_high")]
+    assert told == pytest.approx([35, 30, 40])
 
 
 def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], tmp_path: Path) -> None:

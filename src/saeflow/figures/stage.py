@@ -46,6 +46,11 @@ def check_names(figures: list[Any], known: Collection[str]) -> None:
             raise ConfigError(f"figures: {figure} is given twice; name it once")
 
 
+def version_of(config: dict[str, Any]) -> int | None:
+    """Intervals came to `jacobian_reproduction` alone."""
+    return 5 if "jacobian_reproduction" in config["figures"] else None
+
+
 def work(jobs: list[Job]) -> str:
     from saeflow.figures.job import draw
 
@@ -60,6 +65,7 @@ STAGES = (
         expand,
         says_all=True,
         version=4,
+        version_of=version_of,
         target=True,
     ),
 )

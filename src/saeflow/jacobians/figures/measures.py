@@ -169,8 +169,8 @@ _COMPARED = {
     "on_line": "|J + Δ| < 0.1 (%)",
 }
 _HOW_COMPARED = (
-    "ours: means over seeds, |J| for a unit step of what the MLP reads, flat functions among the linear; "
-    "intervals are in jacobian_thresholds and jacobian_linearity\n"
+    "in brackets: 95 % intervals over documents, or of several studies the range; |J| for a unit step of what the MLP "
+    "reads, flat functions among the linear\n"
     "paper: arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of training, without position 0, at the true "
     "input; the weights of its trained models were folded, those of its random ones were not"
 )
@@ -188,7 +188,8 @@ _PAPER = {  # model or control, study: the same measures in percent; of its figu
 
 @figure("jacobian_reproduction", stage="jacobian", reads=read_pairs)
 def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
-    """The paper's numbers beside ours: every study with the L1 penalty, means over seeds.
+    """The paper's numbers beside ours: every study with the L1 penalty, with intervals over documents; of several that
+    differ in a seed the mean and the range.
 
     Ours are for a unit step of what the MLP reads (the paper's units) where f begins after the norm's division.
     Functions that are flat count as linear, as there. arXiv 2502.18147, figures 2, 6 and 7: 300 million tokens of
@@ -205,21 +206,57 @@ def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     for (kind, layer, panel, coefficient), mine in ours.groupby(by, sort=False):
         rest = [part for part in str(panel).split(", ") if part not in ("", f"layer {layer}", kind)]
         study = ", ".join(["ours", f"layer {layer}", *rest, f"λ = {coefficient:g}"])
-        values = {name: 100 * mine[_in_units(mine, name)].mean() for name in held}
-        rows.append({"source": "ours", "control": kind, "study": study} | values)
+        values = {end: 100 * value for name in held for end, value in _mean_and_ends(mine, name).items()}
+        sizes = {name: "/".join(map(str, mine[name].unique())) for name in _SIZES if name in mine}
+        rows.append({"source": "ours", "control": kind, "study": study} | sizes | values)
     order = list(dict.fromkeys(row["control"] for row in rows))
     table = pd.DataFrame(rows).sort_values("control", key=lambda column: column.map(order.index), kind="stable")
     cells = [
-        [row["control"], row["study"], *("" if pd.isna(row.get(name)) else f"{row[name]:.1f}" for name in _COMPARED)]
+        [row["control"], row["study"], *(_with_ends(row, name) for name in _COMPARED)]
         for row in table.to_dict("records")
     ]
-    figure, axis = subplots(figsize=(9.0, 0.2 * len(cells) + 0.6))
+    figure, axis = subplots(figsize=(9.0, 0.28 * len(cells) + 0.6))
     axis.set_axis_off()
     names = [re.sub(r"( functions|-like)? \(%\)", "\n(%)", text) for text in _COMPARED.values()]
     widths = [0.17, 0.29, *[0.08] * len(_COMPARED)]
-    grid = plain_table(axis, cells, ["language model", "study", *names], widths, 6.5, head=1.9, loc="center")
+    grid = plain_table(axis, cells, ["language model", "study", *names], widths, 6.5, head=1.5, loc="center")
     for (_, column), cell in grid.get_celld().items():
         if column < 2:
             cell.set_text_props(ha="left")
-    figure.text(0.5, 0.02, _HOW_COMPARED, ha="center", va="top", fontsize=6.5)
+    for _, cell in ((at, cell) for at, cell in grid.get_celld().items() if at[0]):
+        cell.set_height(1.4 * cell.get_height())
+    how = "\n".join([_what_is_ours(ours), _HOW_COMPARED])
+    figure.text(0.5, 0.02, how, ha="center", va="top", fontsize=6.5)
     return figure, table
+
+
+_SIZES = ("k", "d_sae", "n_tokens", "n_documents")
+
+
+def _mean_and_ends(mine: pd.DataFrame, name: str) -> dict[str, float]:
+    """A measure of studies that differ in a seed: its mean, and the ends of one study's interval or of their range."""
+    own = _in_units(mine, name)
+    if len(mine) > 1:
+        low, high = mine[own].min(), mine[own].max()
+    else:
+        low, high = (mine[end].iloc[0] if (end := f"{own}_{side}") in mine else np.nan for side in ("low", "high"))
+    return {name: mine[own].mean(), f"{name}_low": low, f"{name}_high": high}
+
+
+def _with_ends(row: dict[Any, Any], name: str) -> str:
+    if pd.isna(row.get(name)):
+        return ""
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    return f"{row[name]:.1f}" + ("" if pd.isna(low) else f"\n[{low:.1f}, {high:.1f}]")
+
+
+def _what_is_ours(ours: pd.DataFrame) -> str:
+    """Sizes, tokens and conventions of the studies, in words."""
+    several = {
+        name: " or ".join(f"{value:,}" for value in sorted(ours[name].unique())) for name in _SIZES if name in ours
+    }
+    sizes = [f"k {several['k']}"] if "k" in several else []
+    sizes += [f"{several['d_sae']} latents"] if "d_sae" in several else []
+    if "n_tokens" in several:
+        sizes += [f"{several['n_tokens']} held-out tokens of {several.get('n_documents', '?')} documents"]
+    return "ours: " + "; ".join([", ".join(sizes), *map(str, ours.get("convention", pd.Series(dtype=str)).unique())])
