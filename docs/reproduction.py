@@ -25,7 +25,14 @@ PUBLISHED = ROOT / "docs/published.yaml"
 TABLE = ROOT / "docs/figures/reproduction.csv"
 PAGE = ROOT / "docs/reproduction.md"
 MODELS = {"embedded": "embedded model", "smollm2": "SmolLM2-135M"}
-UNITS = {"%": (100, ".1f", " %"), "percent": (1, ".1f", " %"), "nats": (1, "+.4f", "")}
+UNITS = {
+    "%": (100, ".1f", " %"),
+    "percent": (1, ".1f", " %"),
+    "nats": (1, "+.4f", ""),
+    "count": (1, ".0f", ""),
+    "variance": (1, ".4f", ""),
+    "cosine": (1, ".2f", ""),
+}
 """By what they are multiplied, how they are written, and what stands behind."""
 COLUMNS = ["id", "model", "value", "low", "high", "at", "experiment", "key"]
 

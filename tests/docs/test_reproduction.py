@@ -105,4 +105,5 @@ def test_a_number_is_shown_with_its_unit_and_interval() -> None:
     assert shown({"value": -0.0046, "low": -0.01, "high": 0.001, "at": 109.9}, "nats") == (
         "−0.0046 [−0.0100, +0.0010] at 110"
     )
+    assert shown({"value": 28.2, "low": 26, "high": 32, "at": nothing}, "count") == "28 [26, 32]"
     assert shown({"value": 21, "low": nothing, "high": nothing, "at": nothing}, "latents") == "21 latents"
