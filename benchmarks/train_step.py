@@ -5,7 +5,8 @@ at d_in 128 and 1,024 tokens, the demo's): {"topk.8192.step_over_product", "topk
 "max_relative_loss_difference", "bfloat16_over_float32_product", ...}.
 
 Every contender starts from the same weights, takes the same batches in turn, and does all that it does in a training
-step: ours is `Trainer.train_step`, with SAELens's clipping, and all have memory as our jobs do (`keep_freed_memory`).
+step: ours is `Trainer.train_step`, with SAELens's clipping. All have memory as our jobs do (`keep_freed_memory`), and
+threads that sleep while they wait, as there (`OMP_WAIT_POLICY`).
 The product is `torch.addmm(b_enc, x, W_enc)`, measured in every round, with TF32 off. `max_relative_loss_difference`
 compares our losses with SAELens's, over all steps. `bfloat16_over_float32_product`: what the product of the first size
 takes in bfloat16, over what it takes in float32: a fraction where the processor has instructions for it (AVX512-BF16,
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
 
 args = parse()
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as training jobs do
 
 import torch  # noqa: E402 (after the number of threads is set)
 from _steps import Ours, batches, problem_of  # noqa: E402

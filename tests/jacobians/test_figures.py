@@ -174,12 +174,21 @@ def test_what_differs_besides_the_coefficient_makes_panels(folders: list[Path], 
             summary |= {"layer": layer, "randomise": randomise, "randomise_seed": 0} | hooks
             (copy / "summary.json").write_text(json.dumps(summary))
             copies.append(copy)
-    studies = read_studies(copies, pd.DataFrame({"train_key": []}))
-    assert list(dict.fromkeys(studies.summaries["panel"])) == [
-        "layer 1, trained model",
-        "layer 1, re-initialised model",
-        "layer 2, trained model",
+    nothing, panels = pd.DataFrame({"train_key": []}), []
+    for trained in ("of all", "of layer 2"):  # weights: a control has others than the model that it is made of
+        held = {
+            copy: {"model.weights": "drawn" if "reinit" in copy.name else trained if "-2-" in copy.name else "of all"}
+            for copy in copies
+        }
+        panels.append(list(dict.fromkeys(read_studies(copies, nothing, held).summaries["panel"])))
+    assert panels[0] == ["layer 1, trained model", "layer 1, re-initialised model", "layer 2, trained model"]
+    assert [panel.rpartition(", ")[2] for panel in panels[1]] == [
+        "weights = of all",
+        "re-initialised model",
+        "weights = of layer 2",
     ]
+    studies = read_studies(copies, nothing)
+    assert list(dict.fromkeys(studies.summaries["panel"])) == panels[0]
     figure, _ = jacobian_thresholds(studies)
     assert [axis.get_title() for axis in figure.axes[:3]] == list(dict.fromkeys(studies.summaries["panel"]))
     for name in FIGURES:

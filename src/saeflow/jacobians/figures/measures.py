@@ -246,8 +246,13 @@ def _mean_and_ends(mine: pd.DataFrame, name: str) -> dict[str, float]:
 def _with_ends(row: dict[Any, Any], name: str) -> str:
     if pd.isna(row.get(name)):
         return ""
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return f"{row[name]:.1f}" + ("" if pd.isna(low) else f"\n[{low:.1f}, {high:.1f}]")
+    low, high = (row.get(f"{name}_{side}", np.nan) for side in ("low", "high"))
+    return f"{row[name]:.1f}" + ("" if pd.isna(low) else f"\n[{_end(low)}, {_end(high)}]")
+
+
+def _end(value: float) -> str:
+    """Of an interval in percent: 100 has no room for a decimal."""
+    return format(round(value, 1), ".3g")
 
 
 def _what_is_ours(ours: pd.DataFrame) -> str:

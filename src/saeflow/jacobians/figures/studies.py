@@ -140,6 +140,8 @@ def _with_panels(summaries: pd.DataFrame, held: list[Settings], evaluations: pd.
     models = dict(evaluations[["train_key", "model_name"]].to_numpy()) if "model_name" in evaluations else {}
     rows = summaries.to_dict("records")
     about = [about_study(row, s, models.get(row["train_key_in"]) or "") for row, s in zip(rows, held, strict=True)]
+    if len({one["model.weights"] for one in about if "model.weights" in one}) < 2:  # controls of one model say none
+        about = [{path: value for path, value in one.items() if path != "model.weights"} for one in about]
     panels = tell_apart(by_one_width(about))
     beside = tell_apart(by_one_width([{p: v for p, v in one.items() if p != "layer"} for one in about]))
     named = summaries.assign(panel=[", ".join(said) for said in panels], beside_layer=[", ".join(b) for b in beside])
