@@ -227,3 +227,14 @@ def test_no_progress_bar_where_stderr_is_no_terminal(plan: Plan, tmp_path: Path)
     code = "from saeflow.jobs.progress import progress\nfor _ in progress(range(3), 'steps'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_fonts_in_a_pdf_are_not_told_of_in_the_log(tmp_path: Path) -> None:
+    code = (
+        "import sys; from saeflow.jobs.log import start_log; start_log(sys.argv[1]);"
+        "import matplotlib; matplotlib.rcParams['pdf.fonttype'] = 42;"
+        "from matplotlib.figure import Figure; figure = Figure(); figure.text(0, 0, 'λ'); figure.savefig(sys.argv[2])"
+    )
+    log, pdf = tmp_path / "log", tmp_path / "drawn.pdf"
+    subprocess.run([sys.executable, "-c", code, str(log), str(pdf)], check=True)
+    assert pdf.stat().st_size > 1000 and log.read_text() == ""

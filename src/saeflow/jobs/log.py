@@ -23,6 +23,7 @@ def start_log(path: str | None) -> None:
             problem = error
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of every font in a PDF
     if problem:
         logging.getLogger("saeflow").warning("the log stands here, since its file can't be written: %s", problem)
 
