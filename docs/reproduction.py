@@ -155,7 +155,8 @@ def page(table: pd.DataFrame) -> str:
                 where = row.ours.get(model, {"none": "–"})
                 number = numbers.get((row.id, model))
                 cells.append(where["none"] if "none" in where else shown(number, row.unit) if number else "not run yet")
-            lines.append(f"| {' | '.join([*cells, row.why])} |")
+            escaped = (cell.replace("|", "\\|") for cell in [*cells, row.why])
+            lines.append(f"| {' | '.join(escaped)} |")
         lines += [""]
     lines += [
         "## Where ours are from",

@@ -1,5 +1,6 @@
 """docs/reproduction.md is what its table says, and its table is of what the plan would make today."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,11 @@ def test_a_number_is_shown_with_its_unit_and_interval() -> None:
     )
     assert shown({"value": 28.2, "low": 26, "high": 32, "at": nothing}, "count") == "28 [26, 32]"
     assert shown({"value": 21, "low": nothing, "high": nothing, "at": nothing}, "latents") == "21 latents"
+
+
+def test_bars_within_cells_are_escaped() -> None:
+    tables = re.split(r"\n\n", PAGE.read_text())
+    rows = [[line for line in table.splitlines() if line.startswith("|")] for table in tables]
+    assert sum(map(len, rows)) > 20 and r"\|J\|" in PAGE.read_text()
+    for table in rows:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) <= 1
