@@ -577,15 +577,20 @@ def test_layers_that_lie_on_two_devices_compute_the_same(opened: Opened) -> None
     wanted = run_clean(opened.model, IDS, hooks, hooks)
     spliced = {hook: run_spliced(opened.model, wanted, hook, 0.5 * wanted.values[hook]) for hook in hooks}
     model: Any = load_model(opened.folder, ModelConfig("tiny", path=str(opened.folder)), "cpu", IDS.shape[1])
-    first = torch.device("meta:0")
+    layers = [block._block if isinstance(model, BridgedModel) else block for block in model.blocks]
+
+    def shared() -> int:
+        """Tables that two layers have in common, as those of rotations."""
+        return len({id(b) for b in layers[0].buffers()} & {id(b) for b in layers[1].buffers()})
+
+    first, tables = torch.device("meta:0"), shared()
     with pretended():
         if isinstance(model, BridgedModel):
             model.spread([first, torch.device("meta:1")])
         else:
             model = loading._placed(model, "meta:0-1")
-        layers = [block._block if isinstance(model, BridgedModel) else block for block in model.blocks]
         lie = [{str(weights.device) for weights in layer.parameters()} for layer in layers]
-        assert lie == [{"meta:0"}, {"meta:0"}, {"meta:1"}]
+        assert lie == [{"meta:0"}, {"meta:0"}, {"meta:1"}] and shared() == tables
         clean = run_clean(model, IDS.to(first), hooks, hooks)
         assert {value.device for value in (clean.final, *clean.values.values())} == {first}
         for hook in hooks:

@@ -28,27 +28,33 @@ def spread(
     follow."""
     inside = [list(block.modules()) for block in blocks]
     known = {id(module) for modules in inside for module in modules}
-    _move([module for module in root.modules() if id(module) not in known], devices[0])
+    moved: Moved = {}
+    _move([module for module in root.modules() if id(module) not in known], devices[0], moved)
     for layer, (block, modules) in enumerate(zip(blocks, inside, strict=True)):
         place = place_of(layer, len(blocks), devices)
-        _move(modules, place)
+        _move(modules, place, moved)
         block.register_forward_pre_hook(partial(_bring, place), with_kwargs=True)
     if last is not None:
         last.register_forward_pre_hook(partial(_bring, devices[0]), with_kwargs=True)
 
 
-def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Their own parameters and buffers; one that several of them share stays one."""
-    moved: dict[int, nn.Parameter] = {}
+Moved = dict[tuple[int, torch.device], tuple[Tensor, Tensor]]
+"""What was moved, by its identity and where to: a tensor, which lives as long as its identity is asked for, and itself
+there."""
+
+
+def _move(modules: Iterable[nn.Module], device: torch.device, moved: Moved) -> None:
+    """Their own parameters and buffers; what several of them share stays one on each device."""
     for module in modules:
-        for name, held in list(module.named_parameters(recurse=False)):
-            if id(held) not in moved:
-                moved[id(held)] = nn.Parameter(held.to(device), held.requires_grad)
-            setattr(module, name, moved[id(held)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
+        for name, held in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if (id(held), device) not in moved:
+                there = held.to(device)
+                if isinstance(held, nn.Parameter):
+                    there = nn.Parameter(there, held.requires_grad)
+                moved[id(held), device] = held, there
+            setattr(module, name, moved[id(held), device][1])
 
 
 def _bring(device: torch.device, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    moved: tuple[Any, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-    return moved
+    there: tuple[Any, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+    return there
