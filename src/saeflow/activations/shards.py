@@ -36,7 +36,7 @@ ROWS = ".rows"
 NO_CHUNK = 2**64 - 1
 PAGE = mmap.PAGESIZE
 ADVISED = 1 << 17  # bytes: the kernel reads no more ahead at once, whatever it is told, where nobody has raised it
-WRITTEN = 1 << 20  # bytes handed to the kernel at once: ten times as many take ten times as long a byte (Linux 6, ext4)
+WRITTEN = 1 << 20  # bytes handed to the kernel at once: nine times as many took up to eight times as long a byte
 WHOLE = 4  # a chunk of which a quarter of the rows is asked for is compared as a whole
 
 

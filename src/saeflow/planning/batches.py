@@ -151,9 +151,7 @@ def _gpu(plan: Plan, device: str) -> dict[str, Any]:
     if not device.startswith("cuda"):
         return {"gpu": 0}
     if gres := plan.device.get("gres"):
-        return {
-            "gpu": 0,
-            "gres": gres if n_gpus(device) == 1 else re.sub(r"(:\d+)?$", f":{n_gpus(device)}", gres, count=1),
-        }
+        several = n_gpus(device) > 1
+        return {"gpu": 0, "gres": re.sub(r"(:\d+)?$", f":{n_gpus(device)}", gres, count=1) if several else gres}
     model = plan.device.get("gpu_model")
     return {"gpu": n_gpus(device)} | ({"gpu_model": model} if model else {})

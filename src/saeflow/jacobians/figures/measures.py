@@ -220,11 +220,11 @@ def jacobian_reproduction(data: Studies) -> tuple[Figure, pd.DataFrame]:
     names = [re.sub(r"( functions|-like)? \(%\)", "\n(%)", text) for text in _COMPARED.values()]
     widths = [0.17, 0.29, *[0.08] * len(_COMPARED)]
     grid = plain_table(axis, cells, ["language model", "study", *names], widths, 6.5, head=1.5, loc="center")
-    for (_, column), cell in grid.get_celld().items():
+    for (line, column), cell in grid.get_celld().items():
         if column < 2:
             cell.set_text_props(ha="left")
-    for _, cell in ((at, cell) for at, cell in grid.get_celld().items() if at[0]):
-        cell.set_height(1.4 * cell.get_height())
+        if line:  # room for a mean above its interval
+            cell.set_height(1.4 * cell.get_height())
     how = "\n".join([_what_is_ours(ours), _HOW_COMPARED])
     figure.text(0.5, 0.02, how, ha="center", va="top", fontsize=6.5)
     return figure, table
