@@ -33,6 +33,7 @@ from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWri
 from saeflow.config import ActivationsConfig, ModelConfig
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
+from saeflow.kernels.memory import keep_freed_memory
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
 from saeflow.models.loading import load_model
@@ -83,7 +84,9 @@ def opened(jobs: list[Job]) -> tuple[ActivationStore, list[ColumnRequest], Calla
 
     def load() -> LanguageModel:
         with reading_model(jobs[0]) as source:
-            return load_model(source, model, jobs[0].model_device, context_size, n_layers)
+            loaded = load_model(source, model, jobs[0].model_device, context_size, n_layers)
+        keep_freed_memory()  # a pass takes and frees the same megabytes in every layer
+        return loaded
 
     return ActivationStore(folders[0], ActivationsConfig(**config["activations"])), columns, load
 

@@ -7,6 +7,7 @@ from saeflow.config import ConfigError, ModelConfig
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import load_dictionary
 from saeflow.jobs.job import Job
+from saeflow.kernels.memory import keep_freed_memory
 from saeflow.models.conversion import SHORT
 from saeflow.models.folder import Geometry, read_geometry
 from saeflow.models.loading import load_model
@@ -30,7 +31,9 @@ def open_model(job: Job, context_size: int = SHORT) -> LanguageModel:
     that needs neither says how long rows are.
     """
     with reading_model(job) as folder:
-        return load_model(folder, model_config(folder, job.config["model"]), job.model_device, context_size)
+        model = load_model(folder, model_config(folder, job.config["model"]), job.model_device, context_size)
+    keep_freed_memory()  # a pass takes and frees the same megabytes in every layer
+    return model
 
 
 def open_dictionary(folder: Path, job: Job) -> Dictionary:
