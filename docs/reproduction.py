@@ -32,6 +32,7 @@ UNITS = {
     "count": (1, ".0f", ""),
     "variance": (1, ".4f", ""),
     "cosine": (1, ".2f", ""),
+    "score": (1, ".3f", ""),
 }
 """By what they are multiplied, how they are written, and what stands behind."""
 COLUMNS = ["id", "model", "value", "low", "high", "at", "experiment", "key"]
@@ -90,7 +91,8 @@ def look_up(figures: Path, where: dict[str, Any]) -> dict[str, Any]:
         values = rows[name].astype(float)
         if len(values) < 2:
             raise LookupError(f"{figures.name}/{where['table']}.csv: {len(values)} rows for {where}, to be averaged")
-        return {"value": values.mean(), "low": values.min(), "high": values.max(), "at": at}
+        low, high = (values.min(), values.max()) if values.nunique() > 1 else (None, None)
+        return {"value": values.mean(), "low": low, "high": high, "at": at}
     if len(rows) != 1:
         raise LookupError(f"{figures.name}/{where['table']}.csv: {len(rows)} rows for {where}")
     (row,) = rows.to_dict("records")

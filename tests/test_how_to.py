@@ -44,7 +44,8 @@ class Copy:
     def __init__(self, tree: Path, model: Path, corpus: Path) -> None:
         self.tree = tree
         for name in COPIED:
-            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            # Compiled loops are copied with their files; not what another process is writing.
+            ignored = shutil.ignore_patterns("*.egg-info", "*.tmp.*", "*.pyc.*")
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, tree / name, **({"ignore": ignored} if (ROOT / name).is_dir() else {}))
         shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_*"))

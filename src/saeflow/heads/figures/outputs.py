@@ -122,7 +122,6 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         left.plot(position, one["cosine_in_row"][0], "-", color="0.25", linewidth=0.5, label="one text")
         left.set(xlabel="position", ylabel=f"{study.name}\ncosine of two heads' outputs")
         left.set_title(f"heads {pair_names(dataset)[0]}")
-        left.legend(loc="lower right")
         null = dataset["cosine_rotated"]
         for offset, name, values, colour in (
             (-0.17, "heads", dataset["cosine"], COLOURS[0]),
@@ -151,10 +150,8 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
         for axis in (left, right):
             axis.axhline(0, color="0.35", linewidth=0.8)
         right.set(xlabel="pair of heads", title="all texts: median, quartiles, 5 to 95 %")
-        right.legend(loc="lower right")
-        low, high = left.get_ylim()
-        left.set_ylim(low - 0.35 * (high - low), high)  # room for the legends
     figure.tight_layout()
+    legend_below(figure, labelled(grid.flat), columns=3)
 
     def shown(study: HeadStudy) -> xr.Dataset:
         dataset = study.dataset("cosines")
@@ -169,7 +166,7 @@ def cosines(studies: list[HeadStudy]) -> tuple[Figure, pd.DataFrame]:
 def _beside_pairs(studies: list[HeadStudy], **more: Any) -> tuple[Figure, np.ndarray]:
     """A panel, and beside it one as wide as the pairs of heads need."""
     most = max((study.dataset("cosines").sizes["pair"] for study in studies), default=1)
-    wide = min(9.0, max(3.2, 0.55 * most))
+    wide = min(6.0, max(3.2, 0.55 * most))
     size = (3.4 + wide, 2.7 * len(studies))
     return subplots(len(studies), 2, figsize=size, squeeze=False, width_ratios=[3.4, wide], **more)
 
