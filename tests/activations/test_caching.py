@@ -168,10 +168,13 @@ def test_moments_are_accurate_however_far_the_mean_is(d, lengths, offset):
     torch.testing.assert_close(found.covariance, torch.cov(exact.T, correction=0).reshape(d, d), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("n", [1, 1000, 4096])
-@pytest.mark.parametrize("d", [64, STRIP, STRIP + 1, 576])
+@pytest.mark.parametrize("n", [1, 100, 1000, 4096])
+@pytest.mark.parametrize("d", [1, 64, STRIP, STRIP + 1, STRIP + 2, 2 * STRIP + 1, 300, 576])
 def test_means_by_strips_have_the_bits_of_means_of_whole_rows(d: int, n: int) -> None:
-    rows, moments = 5 + torch.randn(n, d, generator=torch.Generator().manual_seed(0)), Moments(d)
+    """Of numbers over fourteen decades, whose sums in float64 depend on the order."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n, d, generator=generator) * 10 ** (14 * torch.rand(n, d, generator=generator) - 8)
+    moments = Moments(d)
     moments.add(rows)
     assert torch.equal(moments.mean, rows.mean(0, dtype=torch.float64))
 

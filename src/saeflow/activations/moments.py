@@ -37,8 +37,7 @@ class Moments:
     def add(self, rows: Tensor) -> None:
         """Merges a chunk of rows, (N, d) float32."""
         n = len(rows)
-        # By strips, whose copies in float64 stay in the cache; the sums are the same, bit for bit.
-        mean = torch.cat([strip.mean(0, dtype=torch.float64) for strip in rows.split(STRIP, dim=1)])
+        mean = _means(rows)
         centred = rows - mean.to(rows.dtype)
         difference = mean - self.mean
         total = self.count + n
@@ -65,6 +64,14 @@ class Moments:
         self.count = int(state["count"])
         self.mean, self.products, self.norm_sum = (state[k].to(device) for k in ("mean", "products", "norm_sum"))
         return self
+
+
+def _means(rows: Tensor) -> Tensor:
+    """Means (d,) in float64 of rows (N, d), with the bits of `rows.mean(0)`. Strip by strip, as copies of a strip in
+    float64 stay in the cache; but torch adds up a single column in another order."""
+    d = rows.shape[1]
+    strips = rows.split(d if d % STRIP == 1 else STRIP, dim=1)
+    return torch.cat([strip.mean(0, dtype=torch.float64) for strip in strips])
 
 
 def _products(rows: Tensor) -> Tensor:
