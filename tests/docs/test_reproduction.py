@@ -44,6 +44,8 @@ def test_every_quantity_says_where_ours_is_or_why_there_is_none() -> None:
 def test_a_number_is_of_what_the_plan_would_make_today(table: pd.DataFrame, experiment: str) -> None:
     if experiment.startswith("smollm2") and not (reproduction.ROOT / "models/smollm2/config.json").exists():
         pytest.skip("its key needs the model: make model NAME=smollm2")
+    if experiment == "greater_than":
+        pytest.skip("its key holds the weights of a model that every processor trains a little differently")
     keys = set(table.loc[table["experiment"] == experiment, "key"])
     if not keys:
         pytest.skip(f"nothing is there of {experiment} yet")
@@ -67,11 +69,12 @@ def figures(tmp_path: Path) -> Path:
     ("where", "found"),
     [
         ({"where": {"place": "a", "l0": 30.0}}, (3.0, 2.5, 3.5, None)),
+        ({"where": {"place": "a"}, "value": "seed", "over": "points"}, (0.0, None, None, None)),
         ({"where": {"place": "a"}, "near": {"l0": 12}}, (2.0, 1.5, 2.5, 10.0)),
         ({"where": {"place": None}, "over": "seeds"}, (4.5, 4.0, 5.0, None)),
         ({"where": {"place": "a", "l0": 30.0}, "interval": ["l0", "seed"]}, (3.0, 30.0, 0, None)),
     ],
-    ids=["row", "nearest", "seeds", "named-interval"],
+    ids=["row", "one-value", "nearest", "seeds", "named-interval"],
 )
 def test_a_lookup_finds_its_number(figures: Path, where: dict[str, Any], found: tuple[Any, ...]) -> None:
     assert tuple(look_up(figures, {"table": "t", "value": "ce", **where}).values()) == found
