@@ -61,7 +61,8 @@ def test_the_figures_of_the_demo_are_of_the_run_that_its_numbers_are_of() -> Non
 
 @pytest.mark.parametrize("name", DEMO)
 def test_tables_are_what_a_demo_that_is_here_found(name: str) -> None:
-    """Elsewhere sums may be rounded otherwise, and after a thousand steps a little shows."""
+    """Elsewhere sums may be rounded otherwise, and after 600 steps that shows: in the loss of one dictionary by 3 % of
+    the largest number, between two processors that have been seen."""
     one = FIGURES[name]
     here = ROOT / "results/figures" / one["key"] / f"{one['figure']}.csv"
     if not here.exists():
@@ -74,7 +75,7 @@ def test_tables_are_what_a_demo_that_is_here_found(name: str) -> None:
         )
     for column in stated.select_dtypes("number"):
         largest = float(np.nanmax(np.abs(stated[column]), initial=0.0))
-        np.testing.assert_allclose(found[column], stated[column], rtol=0.02, atol=0.02 * largest, err_msg=column)
+        np.testing.assert_allclose(found[column], stated[column], rtol=0.05, atol=0.05 * largest, err_msg=column)
 
 
 def test_code_counts_by_what_it_does() -> None:
