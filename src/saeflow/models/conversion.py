@@ -35,26 +35,26 @@ class Expected(NamedTuple):
     """(1, P)"""
     values: dict[str, Tensor]
     """(1, P, d) by TransformerLens's name of the hook, in the order in which blocks compute them."""
-    logits: Tensor | None
-    """(1, <= SHORT, vocabulary): of the last tokens. None of the first layers alone: what they write is not for the
-    unembedding, which in bfloat16 makes 0.7 nats of its rounding."""
+    logits: Tensor
+    """(1, <= SHORT, vocabulary): of the last tokens."""
 
 
 @torch.no_grad()
-def expect(original: Any, geometry: Geometry, n_tokens: int, whole: bool) -> Expected:
-    """Runs transformers' model on one row of `n_tokens`. `whole`: it has all its layers."""
+def expect(original: Any, geometry: Geometry, n_tokens: int) -> Expected:
+    """Runs transformers' model on one row of `n_tokens`."""
     generator = torch.Generator().manual_seed(0)  # any row will do
     embeddings = original.get_input_embeddings().weight
     ids = torch.randint(len(embeddings), (1, min(n_tokens, geometry.n_ctx)), generator=generator)
-    expected = _run_original(original, ids.to(embeddings.device), geometry.n_layers, geometry.norms)
-    return expected if whole else expected._replace(logits=None)
+    return _run_original(original, ids.to(embeddings.device), geometry.n_layers, geometry.norms)
 
 
 @torch.no_grad()
-def check_conversion(folder: Path, expected: Expected, hooked: LanguageModel, centred: bool) -> None:
+def check_conversion(folder: Path, expected: Expected, hooked: LanguageModel, centred: bool, whole: bool) -> None:
     """Compares `hooked` with what is expected of it.
 
-    `centred`: `center_writing_weights` took the mean out of what `hooked` writes. Costs a forward pass.
+    `centred`: `center_writing_weights` took the mean out of what `hooked` writes. `whole`: it has all its layers; what
+    the first write alone is not for the unembedding, which in bfloat16 makes 0.7 nats of its rounding, and logits are
+    not compared. Costs a forward pass.
     Raises `ModelError` where a token's vector at a hook differs by more than the tolerance (in float32 a hundredth of
     its norm), or its log-probabilities by more nats than that on average.
     """
@@ -72,7 +72,7 @@ def check_conversion(folder: Path, expected: Expected, hooked: LanguageModel, ce
         if not bool((by_token < of_norm).all()):
             what = f"{name} by {by_token.nan_to_num(torch.inf).max():.2g} of its norm"
             raise _disagreement(folder, ids.shape[1], what, by_token, of_norm)
-    if logits is None:
+    if not whole:
         give_back_freed_memory()
         return
     softcap = float(hooked.cfg.output_logits_soft_cap or 0.0)

@@ -69,17 +69,17 @@ def load_model(
         check_finite(folder, state)
         return _placed(processed(config, state, model), device)
     check_processing(folder, geometry, model)
-    whole = n_layers is None or n_layers >= geometry.n_layers
-    if n_layers is not None and not whole:
-        geometry = dataclasses.replace(geometry, n_layers=n_layers)
+    n_layers = geometry.n_layers if n_layers is None else min(n_layers, geometry.n_layers)
+    whole = n_layers == geometry.n_layers
+    geometry = dataclasses.replace(geometry, n_layers=n_layers)
     if geometry.bridged:
         return _bridge(folder, geometry, model, device, context_size, whole)
     try:
-        hooked, expected = _convert(folder, geometry, dataclasses.replace(model, randomise="none"), context_size, whole)
-        check_conversion(folder, expected, hooked, model.center_writing_weights)
+        hooked, expected = _convert(folder, geometry, dataclasses.replace(model, randomise="none"), context_size)
+        check_conversion(folder, expected, hooked, model.center_writing_weights, whole)
         if model.randomise != "none":
             del hooked
-            hooked, _ = _convert(folder, geometry, model, 1, whole)
+            hooked, _ = _convert(folder, geometry, model, 1)
     except (AttributeError, RuntimeError) as error:
         raise ModelError(f"TransformerLens cannot convert the weights of {folder}: {error}") from error
     give_back_freed_memory()  # what the check took
@@ -104,9 +104,9 @@ def _bridge(
     first, *others = devices_of(device)
     original = _load_original(folder, dtype_of(model), geometry.n_layers, **_PLAIN)
     original = original if others else original.to(first)  # all of it may be too much for one device
-    expected = expect(original, geometry, context_size, whole)  # before there are hooks
+    expected = expect(original, geometry, context_size)  # before there are hooks
     bridged = BridgedModel(original, geometry)
-    check_conversion(folder, expected, bridged, False)
+    check_conversion(folder, expected, bridged, False, whole)
     return bridged.spread([torch.device(name) for name in (first, *others)]) if others else bridged
 
 
@@ -125,7 +125,7 @@ def check_finite(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def _convert(
-    folder: Path, geometry: Geometry, model: ModelConfig, n_tokens: int, whole: bool
+    folder: Path, geometry: Geometry, model: ModelConfig, n_tokens: int
 ) -> "tuple[HookedTransformer, Expected]":
     """TransformerLens's model of the weights, randomised and processed, and what transformers computes on a row.
 
@@ -134,7 +134,7 @@ def _convert(
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
     original = _load_original(folder, dtype_of(model), geometry.n_layers)
-    expected = expect(original, geometry, n_tokens, whole)
+    expected = expect(original, geometry, n_tokens)
     config = _hooked_config(folder, geometry, model, original.config)
     state = get_pretrained_state_dict(str(folder), config, hf_model=original, dtype=dtype_of(model))
     del original  # `state` alone has its tensors, and loses one after the other
