@@ -206,6 +206,7 @@ def caching(tokens: Path, work: Path) -> dict[str, float]:
     for _ in range(ROUNDS):
         for name, side in sides.items():
             for _ in range(SHORT_CALLS if name.startswith("product") else 1):
+                shutil.rmtree(work / "store", ignore_errors=True)
                 started = time.perf_counter()
                 side()
                 seconds.setdefault(name, []).append(time.perf_counter() - started)
@@ -241,7 +242,6 @@ def cache(model: Any, rows: Any, n_rows: int, folder: Path) -> None:
     from saeflow.activations.writer import ColumnRequest
     from saeflow.config import ActivationsConfig
 
-    shutil.rmtree(folder, ignore_errors=True)
     n_tokens = n_rows * CONTEXT
     hooks = [ColumnRequest(f"blocks.{layer}.hook_mlp_out", (model.cfg.d_model,), n_tokens) for layer in range(LAYERS)]
     store = ActivationStore(folder, ActivationsConfig(batch_rows=BATCH_ROWS))

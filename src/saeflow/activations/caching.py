@@ -178,35 +178,28 @@ def _fill(writers: list[ColumnWriter], rows: TokenRows, load: Callable[[], Langu
         writer.wait()
 
 
+@torch.inference_mode()
 def run_block(model: LanguageModel, writers: Sequence[HookWriter], rows: TokenRows, block: int, device: str) -> None:
-    """Gives the writers what they need of a block of rows."""
+    """Gives the writers what they need of a block of rows: each as soon as its hook fires, while the values are still
+    in the processor's cache and before memory for those of the next hook is taken. No block of the model above the last
+    hook runs, and no logits are made.
+
+    Raises `ActivationError` for a hook that does not fire in this model.
+    """
     batch_rows = writers[0].store.config.batch_rows
     first, stop = block * batch_rows * rows.context_size, (block + 1) * batch_rows * rows.context_size
-    needing = [writer for writer in writers if not writer.done and writer.position < stop]
+    needing = {writer.hook_name: writer for writer in writers if not writer.done and writer.position < stop}
     if needing:
-        tokens = _block(rows, block * batch_rows, batch_rows).to(device)
-        values = forward(model, tokens, [writer.hook_name for writer in needing])
-        for writer in needing:
-            writer.append(first, values[writer.hook_name])
+        silent = set(needing)
 
+        def give(value: Tensor, hook: Any) -> None:
+            silent.discard(hook.name)
+            needing[hook.name].append(first, value.flatten(0, 1))
 
-@torch.inference_mode()
-def forward(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
-    """Activations at some hooks, each (N, *size) with N = rows x positions; no later block runs, and no logits.
-
-    tokens: (rows, positions) int64. Raises `ActivationError` for a hook that does not fire in this model.
-    """
-    values: dict[str, Tensor] = {}
-
-    def keep(value: Tensor, hook: Any) -> None:
-        values[hook.name] = value.flatten(0, 1)
-
-    with hooked(model, [(hook, keep) for hook in hooks]):
-        run_until(model, tokens, hooks)
-    for hook in hooks:
-        if hook not in values:
-            raise ActivationError(f"{hook} did not fire in the model's forward pass; use another site")
-    return values
+        with hooked(model, [(name, give) for name in needing]):
+            run_until(model, _block(rows, block * batch_rows, batch_rows).to(device), [*needing])
+        for name in sorted(silent):
+            raise ActivationError(f"{name} did not fire in the model's forward pass; use another site")
 
 
 def _block(rows: TokenRows, first: int, batch_rows: int) -> Tensor:
