@@ -98,6 +98,7 @@ def test_parts_are_jobs_that_run_ahead_and_no_artifacts(home: Path) -> None:
     assert dry_run(home, in_parts) == dry_run(home, SWEEP) == made(plan)
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_all_parts_and_makes_again_those_that_are_lost(home: Path) -> None:
     shutil.rmtree(home / "results")
     run = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", home, "--cores", "1"]

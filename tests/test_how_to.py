@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tests.test_workflow import TINY, fill
+from tests.test_workflow import TINY, fill, finished  # noqa: F401 (finished is a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("src", "scripts", "workflow", "profiles", "Snakefile", "pyproject.toml", "environment.yml")
@@ -39,9 +39,9 @@ def follow(page: str, tree: Path) -> dict[str, str]:
 
 
 class Copy:
-    """A copy of the tree, with a tiny model and corpus as its embedded ones."""
+    """A copy of the tree, with a tiny model and corpus as its embedded ones, and what a run made of these before."""
 
-    def __init__(self, tree: Path, model: Path, corpus: Path) -> None:
+    def __init__(self, tree: Path, model: Path, corpus: Path, run: Path) -> None:
         self.tree = tree
         for name in COPIED:
             # Compiled loops are copied with their files; not what another process is writing.
@@ -50,6 +50,8 @@ class Copy:
             copy(ROOT / name, tree / name, **({"ignore": ignored} if (ROOT / name).is_dir() else {}))
         shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_*"))
         fill(tree, model, corpus)
+        for stage in ("tokens", "activations", "baseline"):
+            shutil.copytree(run / "results" / stage, tree / "results" / stage)
 
     def call(self, *command: str) -> str:
         environment = os.environ | {"PYTHONPATH": f"{self.tree}/src", "HF_HUB_OFFLINE": "1"}
@@ -68,8 +70,8 @@ class Copy:
 
 
 @pytest.fixture
-def copy(tmp_path: Path, neox_folder: Path, corpus_file: Path) -> Copy:
-    return Copy(tmp_path, neox_folder, corpus_file)
+def copy(tmp_path: Path, neox_folder: Path, corpus_file: Path, finished: Path) -> Copy:  # noqa: F811
+    return Copy(tmp_path, neox_folder, corpus_file, finished)
 
 
 @pytest.mark.slow

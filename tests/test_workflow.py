@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -75,17 +76,36 @@ def contents(home: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, corpus_file: Path) -> Path:
-    """A working directory in which the tiny experiment has run once; never written to by a test."""
+    """A working directory in which the tiny experiment has run; never written to by a test. It runs once, and all
+    workers have copies."""
+    base = tmp_path_factory.getbasetemp()
+    run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    begun = run.with_name("begun")
+    with FileLock(f"{run}.lock"):
+        if not run.exists():
+            fill(begun, neox_folder, corpus_file)
+            (begun / "terminal.txt").write_text(Workflow(begun).run())
+            begun.rename(run)
     home = tmp_path_factory.mktemp("workflow")
-    fill(home, neox_folder, corpus_file)
-    (home / "terminal.txt").write_text(Workflow(home).run())
+    shutil.copytree(run, home, dirs_exist_ok=True)
+    moved(home, begun, "terminal.txt", CORPUS)
     return home
+
+
+CORPUS = "conf/corpus/embedded.yaml"
+
+
+def moved(home: Path, before: Path, *names: str) -> None:
+    """Of files that name the folder that they were in before, makes them name `home`."""
+    for name in names:
+        file = home / name
+        file.write_text(file.read_text().replace(str(before), str(home)))
 
 
 def fill(home: Path, model: Path, corpus: Path) -> None:
     shutil.copytree(ROOT / "conf", home / "conf")
     shutil.copytree(model, home / "resources" / "model")
-    (home / "conf/corpus/embedded.yaml").write_text(f"name: tiny\npath: {home}/resources/{corpus.name}\n")
+    (home / CORPUS).write_text(f"name: tiny\npath: {home}/resources/{corpus.name}\n")
     shutil.copy(corpus, home / "resources")
 
 
@@ -94,12 +114,12 @@ def home(finished: Path, tmp_path: Path) -> Path:
     """The finished working directory in which a test may edit conf/ and resources/; results are shared, for reading."""
     for name in ("conf", "resources", ".snakemake"):
         shutil.copytree(finished / name, tmp_path / name)
-    corpus = tmp_path / "conf/corpus/embedded.yaml"
-    corpus.write_text(corpus.read_text().replace(str(finished), str(tmp_path)))
+    moved(tmp_path, finished, CORPUS)
     (tmp_path / "results").symlink_to(finished / "results")
     return tmp_path
 
 
+@pytest.mark.slow
 def test_second_run_has_nothing_to_do(home: Path) -> None:
     assert Workflow(home).would_run() == {}
 
@@ -291,6 +311,7 @@ def test_plan_that_the_disk_cannot_hold_is_refused(
     assert "the disk cannot hold this plan" in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_what_both_want(tmp_path: Path, neox_folder: Path, corpus_file: Path) -> None:
     """One folder, two experiments: the second starts while the first works, and neither does what the other has."""
     fill(tmp_path, neox_folder, corpus_file)
@@ -315,6 +336,7 @@ def test_two_runs_at_once_share_what_both_want(tmp_path: Path, neox_folder: Path
     assert not list((tmp_path / "results").rglob("*.lock"))
 
 
+@pytest.mark.slow
 def test_a_stage_is_forced_to_the_same_bytes_though_a_clock_was_ahead(finished: Path, home: Path) -> None:
     """What it is made from seems to be two hours younger than what it makes. Every artifact of it is made, and of what
     follows, though a job has several."""

@@ -11,11 +11,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 APART = {"provenance.json", "provenance.damaged.json"}
 """Files that say when, where and how fast: two runs differ in them."""
+START = 2.0  # seconds that Snakemake takes until its first job
 TRACE = re.compile(r"\.partial|\.old|\.lock")
 """Of jobs that were killed: neither read nor in the way."""
 
@@ -50,10 +52,11 @@ def _environment(PYTHONPATH: str = "", **others: str) -> dict[str, str]:
 
 
 class Copy:
-    """A working directory with its own conf/, resources/ and results/, and Snakemake called on this repository."""
+    """A working directory with its own conf/, resources/ and results/, and Snakemake called on this repository; a run
+    in it takes `seconds`, about."""
 
-    def __init__(self, home: Path, experiment: str, said: str = "said") -> None:
-        self.home, self.experiment, self.said = home, experiment, home / said
+    def __init__(self, home: Path, experiment: str, seconds: float = 0.0, said: str = "said") -> None:
+        self.home, self.experiment, self.seconds, self.said = home, experiment, seconds, home / said
 
     @property
     def results(self) -> Path:
@@ -61,7 +64,7 @@ class Copy:
 
     def beside(self) -> "Copy":
         """The same folder, for a second run in it."""
-        return Copy(self.home, self.experiment, "said-beside")
+        return Copy(self.home, self.experiment, self.seconds, "said-beside")
 
     def start(
         self, *options: str, hydra: str = "", environment: dict[str, str] | None = None
@@ -162,7 +165,7 @@ def strike(process: subprocess.Popen[bytes], number: signal.Signals, only: str =
 
 @dataclass
 class Bench:
-    """Keeps the undisturbed run, and gives copies of it and of nothing."""
+    """Keeps the undisturbed run, and gives copies of it, of its beginnings and of nothing."""
 
     folder: Path
     base: Copy
@@ -185,7 +188,33 @@ class Bench:
 
     def fresh(self, name: str) -> Copy:
         """A working directory in which nothing has run."""
-        return _fresh(self.folder / name, self.base.experiment)
+        return _fresh(self.folder / name, self.base.experiment, self.seconds)
+
+    def begun(self, name: str, rng: Random) -> Copy:
+        """A working directory in which a run has come as far as a stage, drawn at random: the first is as likely as any
+        other, and nothing has then run."""
+        took: dict[str, float] = {}
+        for line in (self.base.results / "made.jsonl").read_text().splitlines():
+            made = json.loads(line)
+            took[made["stage"]] = took.get(made["stage"], 0.0) + made["seconds"]
+        order = list(took)
+        first = rng.randrange(len(order))
+        if not first:
+            return self.fresh(name)
+        copy = self.copy(name)
+        for stage in order[first:]:
+            shutil.rmtree(copy.results / stage)
+        for artifact in self.readers({a for a in self.artifacts if a.split("/")[0] in order[first:]}):
+            shutil.rmtree(copy.results / artifact, ignore_errors=True)
+        copy.seconds = START + sum(took[stage] for stage in order[first:])
+        return copy
+
+    def readers(self, artifacts: set[str]) -> set[str]:
+        """Artifacts, and all that were made from them."""
+        needs, found = self.base.needs(), set(artifacts)
+        while more := {a for a in needs if set(needs[a]) & found} - found:
+            found |= more
+        return found
 
     def copy(self, name: str) -> Copy:
         """A copy of the undisturbed run, times of files included."""
@@ -194,10 +223,10 @@ class Bench:
         return Copy(home, self.base.experiment)
 
 
-def _fresh(home: Path, experiment: str) -> Copy:
+def _fresh(home: Path, experiment: str, seconds: float = 0.0) -> Copy:
     home.mkdir(parents=True)
     for folder in ("conf", "resources"):
         shutil.copytree(ROOT / folder, home / folder)
     for file in HERE.glob("*.yaml"):
         shutil.copy(file, home / "conf/experiment")
-    return Copy(home, experiment)
+    return Copy(home, experiment, seconds)

@@ -25,9 +25,7 @@ def damaged(bench: Bench, rng: Random, name: str, most: int, how: str) -> list[O
     hurt |= {a for a in bench.artifacts for store in stores if a.startswith(f"{store}/")}  # the columns of a store
     needs = bench.base.needs()
     removed = {rng.choice(readers) for a in sorted(hurt) if (readers := sorted(r for r in needs if a in needs[r]))}
-    while more := {a for a in needs if set(needs[a]) & removed} - removed:  # so that something needs the reader
-        removed |= more
-    for artifact in removed:
+    for artifact in bench.readers(removed):  # so that something needs the reader
         shutil.rmtree(copy.results / artifact, ignore_errors=True)
     kept = {a: receipt for a, receipt in copy.receipts().items() if a not in hurt}
     runs = copy.finish(most + 4)

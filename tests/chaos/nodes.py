@@ -9,7 +9,7 @@ import time
 from random import Random
 
 import psutil
-from tests.chaos.bench import HERE, Bench, ended_within, strike
+from tests.chaos.bench import HERE, START, Bench, ended_within, strike
 from tests.chaos.outcome import STUCK, SURVIVED, UNNAMED, Outcome, judge
 
 from saeflow.jobs.signals import jobs_below
@@ -18,8 +18,8 @@ from saeflow.jobs.signals import jobs_below
 def node_died(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     """The node of a job and its Snakemake is gone in mid-job: `.partial` folders stay half-written, and locks stay that
     name a process of another host, whose last sign of life is some time ago."""
-    copy = bench.fresh(name)
-    process, moment = copy.start(), rng.uniform(3, 1 + 0.8 * bench.seconds)
+    copy = bench.begun(name, rng)
+    process, moment = copy.start(), rng.uniform(0.8 * min(3, copy.seconds), 1 + 0.8 * copy.seconds)
     ended_within(process, moment)
     strike(process, signal.SIGKILL)
     halves = [p for p in copy.results.rglob("*.partial*") if p.is_file()]
@@ -37,7 +37,7 @@ def node_died(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 def late_disk(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     """Every process sees what others wrote some seconds late, and the disk has no `flock`: one run, and two at once,
     get through at the first try."""
-    copy, seconds = bench.fresh(name), rng.uniform(0.5, 3)
+    copy, seconds = bench.begun(name, rng), rng.uniform(0.5, 3)
     environment = {"PYTHONPATH": str(HERE / "cluster_disk"), "CHAOS_LATE": f"{seconds:.2f}"}
     copies = [copy, copy.beside()][: rng.randint(1, 2)]
     processes = [one.start(environment=environment) for one in copies]
@@ -49,7 +49,7 @@ def late_disk(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 def log_folder(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     """Logs can't be written: their folder is a file, or on a disk that is read-only. A run says so before it does
     anything; one at work gets through, as nothing depends on a log."""
-    copy, how = bench.fresh(name), rng.choice(["a file", "a file in mid-run"])
+    copy, how = bench.begun(name, rng), rng.choice(["a file", "a file in mid-run"])
     logs = copy.home / "logs"
     if how == "a file":
         logs.write_text("")
@@ -57,7 +57,7 @@ def log_folder(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]
         logs.unlink()
     else:
         process = copy.start()
-        ended_within(process, rng.uniform(3, bench.seconds / 2))
+        ended_within(process, rng.uniform(START, 1 + copy.seconds / 2))
         logs.rename(copy.home / "logs-before")
         logs.write_text("")
         first = copy.ended(process)
@@ -68,10 +68,10 @@ def log_folder(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]
 def preempted(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     """Jobs, and not their Snakemake, are asked to stop at random moments: the run gets through by itself, without
     `retries`."""
-    copy = bench.fresh(name)
+    copy = bench.begun(name, rng)
     process, hits = copy.start(), 0
     while process.poll() is None:
-        time.sleep(rng.uniform(1, 2 + bench.seconds / 10))
+        time.sleep(rng.uniform(1, 2 + copy.seconds / 10))
         if hits < most:
             for job in jobs_below(process.pid):
                 with contextlib.suppress(psutil.Error):
@@ -84,7 +84,7 @@ def preempted(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 
 def memory(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     """The kernel kills a job that holds more than it asked for: the run says so, and tries again."""
-    copy = bench.fresh(name)
+    copy = bench.begun(name, rng)
     process, limit = copy.start("--retries", "1"), rng.uniform(100, 300) * 2**20
     killed = threading.Event()
 

@@ -14,8 +14,8 @@ from tests.chaos.outcome import STUCK, SURVIVED, Outcome, judge
 
 
 def killed(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
-    """A run from nothing: Snakemake and its jobs, or a job alone, are killed at random moments; then it is run again,
-    until it gets through or was hit `most` times."""
+    """Snakemake and its jobs, or a job alone, are killed at random moments; then it is run again, until it gets through
+    or was hit `most` times."""
     return _struck(bench, rng, name, most, "kill", (signal.SIGKILL,))
 
 
@@ -32,14 +32,14 @@ def power_cut(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
 def _struck(
     bench: Bench, rng: Random, name: str, most: int, kind: str, numbers: tuple[signal.Signals, ...]
 ) -> list[Outcome]:
-    copy = bench.fresh(name)
-    kept: dict[str, str] = {}
+    copy = bench.begun(name, rng)
+    kept = copy.receipts()
     hits: list[str] = []
     flushed, durable = copy.home / "flushed", _states(copy) if kind == "power" else set()
     environment = {"PYTHONPATH": str(HERE / "power"), "CHAOS_FLUSHED": str(flushed)} if kind == "power" else {}
     for _ in range(3 * most):
         process = copy.start(environment=environment)
-        moment = rng.uniform(1, 1 + bench.seconds / 3)
+        moment = rng.uniform(1, 1 + copy.seconds / 3)
         if ended_within(process, moment):
             if process.returncode == 0 or len(hits) >= most:
                 break
@@ -146,15 +146,15 @@ def source_swapped(bench: Bench, rng: Random, name: str, most: int) -> list[Outc
 def two_runs(bench: Bench, rng: Random, name: str, most: int) -> list[Outcome]:
     """Two runs at once: of two clones with one results/, of two experiments in one folder, or of one experiment by an
     orphan (whose Snakemake was killed) and its successor."""
-    copy, how = bench.fresh(name), rng.choice(["two clones", "two experiments", "orphan and successor"])
+    copy, how = bench.begun(name, rng), rng.choice(["two clones", "two experiments", "orphan and successor"])
     other, hydra = copy.beside(), ""
     if how == "two clones":
         other = bench.fresh(f"{name}-clone")
-        copy.results.mkdir()
+        copy.results.mkdir(exist_ok=True)
         other.results.symlink_to(copy.results)
     elif how == "two experiments":
         hydra = "experiment_name=other seed=1"
-    first, delay = copy.start(), rng.uniform(0, bench.seconds / 2)
+    first, delay = copy.start(), rng.uniform(0, copy.seconds / 2)
     ended_within(first, delay)
     if how == "orphan and successor":
         first.kill()

@@ -218,6 +218,7 @@ def run(plan: Plan) -> None:
                 stages()[stage].work([Job(plan.instance(stage, key), plan, "cpu") for key in batch])
 
 
+@pytest.mark.slow
 def test_every_kind_has_one(neox_folder: Path, corpus_file: Path, tmp_path: Path) -> None:
     """An SAE, a transcoder and one made elsewhere at one place, both sides of a pair, and all heads as one."""
     from saeflow.dictionaries import Spec, save_dictionary

@@ -305,6 +305,7 @@ def test_all_stand_in_one_table_and_in_every_figure(
     assert {"standard", "by_runner"} <= {series.split(" ")[0] for series in table["series"]}
 
 
+@pytest.mark.slow
 def test_figures_of_heads_and_stacks_of_foreign_dictionaries(
     neox_folder: Path, corpus_file: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", OF_RESULTS)
+@pytest.mark.slow
 def test_its_code_runs_at_reduced_size(
     name: str, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

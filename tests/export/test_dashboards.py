@@ -63,6 +63,7 @@ def examples(features: Features) -> pd.DataFrame:
 
 
 # -------------------------------------------------------------------- Neuronpedia
+@pytest.mark.slow
 def test_fields_are_those_that_neuronpedia_has(made: Made) -> None:
     schema = SCHEMAS["neuronpedia"]
     for subject in made.subjects:

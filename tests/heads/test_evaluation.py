@@ -102,6 +102,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, corpus_fi
     return home, plan
 
 
+@pytest.mark.slow
 def test_heads_go_through_the_pipeline_like_any_other(done: tuple[Path, Any]) -> None:
     home, plan = done
     rows = [json.loads((p / "summary.json").read_text()) for p in (home / "evaluate").iterdir()]

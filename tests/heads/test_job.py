@@ -85,6 +85,7 @@ def rows(plan: Plan) -> torch.Tensor:
     return torch.from_numpy(open_tokens(plan.folder("tokens", instance.needs["tokens"][0]))[:].astype(np.int64))
 
 
+@pytest.mark.slow
 def test_one_study_has_all_dictionaries_of_the_layer(plan: Plan, study: Path) -> None:
     (instance,) = plan.stages["heads"].values()
     assert sorted(instance.needs["train"]) == sorted(plan.stages["train"]) and instance.config["hook_name"]

@@ -29,6 +29,7 @@ def pruned_folder(neox_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.mark.slow
 def test_a_pruned_head_goes_through_every_stage(
     pruned_folder: Path, corpus_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from safetensors.torch import load_file
 from tests.results.pages import Page
-from tests.test_workflow import Workflow, finished  # noqa: F401 (a fixture)
+from tests.test_workflow import CORPUS, Workflow, finished, moved  # noqa: F401 (finished is a fixture)
 
 import saeflow
 from saeflow.results import Results, ResultsError
@@ -31,8 +31,7 @@ def results(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  
     """The results of the tiny experiment, and tables of the latents of its dictionaries; never written to by a test."""
     home = tmp_path_factory.mktemp("opened")
     shutil.copytree(finished, home, dirs_exist_ok=True)
-    corpus = home / "conf/corpus/embedded.yaml"
-    corpus.write_text(corpus.read_text().replace(str(finished), str(home)))
+    moved(home, finished, CORPUS)
     Workflow(home).run(hydra="features=all features.n_tokens=512")
     return home / "results"
 
@@ -55,6 +54,7 @@ def test_importing_saeflow_imports_nothing_else() -> None:
     assert [name for name in said if name.partition(".")[0] not in sys.stdlib_module_names] == ["saeflow"]
 
 
+@pytest.mark.slow
 def test_opening_a_folder_reads_no_array_and_needs_no_torch(results: Path) -> None:
     code = (
         "import sys, saeflow\n"
