@@ -51,9 +51,9 @@ def main() -> None:
         instance = next(i for i in plan.stages["tokens"].values() if i.config["split"] == "held_out")
         cached = next(iter(plan.stages["activations"].values()))
         from saeflow.activations.norms import PLACES, draw_norms, norms_by_layer
-        from saeflow.dictionaries.fitting import model_config
         from saeflow.models.folder import read_geometry
         from saeflow.models.loading import load_model
+        from saeflow.models.opening import model_config
 
         folder = Path(instance.sources["model"])
         with TemporaryDirectory() as work:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saeflow.config import ModelConfig
-from saeflow.dictionaries.fitting import model_config
 from saeflow.models.controls import randomise
 from saeflow.models.loading import load_model
+from saeflow.models.opening import model_config
 
 
 def state_of(folder: Path, **model: object) -> dict[str, torch.Tensor]:

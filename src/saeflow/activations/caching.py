@@ -30,15 +30,14 @@ from saeflow.activations.ahead import Ahead
 from saeflow.activations.moments import Statistics
 from saeflow.activations.store import ActivationStore, Column, StoreError, TokenRows, write_column
 from saeflow.activations.writer import ActivationError, ColumnRequest, ColumnWriter, HookWriter
-from saeflow.config import ActivationsConfig, ModelConfig
+from saeflow.config import ActivationsConfig
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
-from saeflow.kernels.memory import keep_freed_memory
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
-from saeflow.models.loading import load_model
+from saeflow.models.opening import open_model
 from saeflow.models.protocol import LanguageModel, hooked
-from saeflow.models.source import reading_model, settings_of
+from saeflow.models.source import settings_of
 from saeflow.models.splicing import run_until
 from saeflow.storage.receipts import RECEIPT
 
@@ -76,18 +75,11 @@ def opened(jobs: list[Job]) -> tuple[ActivationStore, list[ColumnRequest], Calla
     if len(folders) > 1:
         raise StoreError(f"columns of several stores in one job: {', '.join(map(str, folders))}")
     config, context_size = jobs[0].config, jobs[0].config["tokens"]["context_size"]
-    model = ModelConfig(name=folders[0].name, path=str(jobs[0].source("model")), **processing_of(config))
     asked = (job.config for job in jobs)
     columns = [ColumnRequest(c["hook_name"], tuple(c["size"]), c["n_rows"] * context_size) for c in asked]
 
     n_layers = max(1, *(hook_layer(column.hook_name, sys.maxsize) for column in columns))
-
-    def load() -> LanguageModel:
-        with reading_model(jobs[0]) as source:
-            loaded = load_model(source, model, jobs[0].model_device, context_size, n_layers)
-        keep_freed_memory()  # a pass takes and frees the same megabytes in every layer
-        return loaded
-
+    load = partial(open_model, jobs[0], context_size, n_layers)
     return ActivationStore(folders[0], ActivationsConfig(**config["activations"])), columns, load
 
 

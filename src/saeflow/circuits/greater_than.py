@@ -20,10 +20,11 @@ from torch import Tensor
 
 from saeflow.config import ConfigError
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.dictionaries.fitting import open_dictionary
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
 from saeflow.models.greater_than import TEMPLATE, YEARS
+from saeflow.models.opening import open_model
 from saeflow.models.source import reading_model
 from saeflow.text.packing import encode_all
 from saeflow.text.tokenizer import open_tokenizer

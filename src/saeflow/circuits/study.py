@@ -23,11 +23,12 @@ from saeflow.circuits.weights import as_read, connections, de_embedding, logit_w
 from saeflow.config import CircuitsConfig, build
 from saeflow.config.circuits import conditions
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.dictionaries.fitting import open_dictionary
 from saeflow.features.lookup import spread_text
 from saeflow.features.text import Text
 from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
+from saeflow.models.opening import open_model
 from saeflow.models.source import reading_model
 from saeflow.text.packing import encode_all
 from saeflow.text.tokenizer import open_tokenizer

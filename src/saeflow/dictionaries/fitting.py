@@ -1,39 +1,18 @@
-"""The model of a job, and dictionaries that belong to it: checked before any forward pass."""
+"""Dictionaries that belong to a job's model: checked before any forward pass."""
 
 from pathlib import Path
 from typing import Any
 
-from saeflow.config import ConfigError, ModelConfig
+from saeflow.config import ConfigError
 from saeflow.dictionaries.sae import Dictionary
 from saeflow.dictionaries.saelens_format import load_dictionary
 from saeflow.jobs.job import Job
-from saeflow.kernels.memory import keep_freed_memory
-from saeflow.models.conversion import SHORT
 from saeflow.models.folder import Geometry, read_geometry
-from saeflow.models.loading import load_model
-from saeflow.models.protocol import LanguageModel
-from saeflow.models.source import PROCESSING, reading_model, settings_of
+from saeflow.models.source import PROCESSING
 
 
 class FitError(ConfigError):
     """A dictionary that does not fit the model or the site; the message names both sides and what to do."""
-
-
-def model_config(folder: Path, model: dict[str, Any]) -> ModelConfig:
-    """`load_model`'s config from a job's `model` group, in which the weights' digest stands for the path."""
-    return ModelConfig(name=folder.name, path=str(folder), **settings_of(model))
-
-
-def open_model(job: Job, context_size: int = SHORT) -> LanguageModel:
-    """The model of a job, on its device or devices.
-
-    The layers whose activations were cached were checked on whole rows then, and all others by the baselines. A job
-    that needs neither says how long rows are.
-    """
-    with reading_model(job) as folder:
-        model = load_model(folder, model_config(folder, job.config["model"]), job.model_device, context_size)
-    keep_freed_memory()  # a pass takes and frees the same megabytes in every layer
-    return model
 
 
 def open_dictionary(folder: Path, job: Job) -> Dictionary:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.dictionaries.fitting import check_fit, open_model
+from saeflow.dictionaries.fitting import check_fit
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.dictionaries.layouts import foreign_digest, foreign_format, kissane_config
 from saeflow.dictionaries.sae import Dictionary, build
@@ -42,6 +42,7 @@ from saeflow.dictionaries.spec import DictionaryError, Origin, Spec
 from saeflow.jobs.job import Job
 from saeflow.models.attention import read_values
 from saeflow.models.folder import read_geometry
+from saeflow.models.opening import open_model
 
 
 class Site(NamedTuple):

@@ -22,13 +22,13 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from saeflow.activations.store import open_column
-from saeflow.dictionaries.fitting import open_model
 from saeflow.evaluation.metrics import squared_norm
 from saeflow.evaluation.scope import Scope
 from saeflow.evaluation.sums import Rows, SumAccumulator, Sums, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.kernels.next_token import Losses, next_token_losses
 from saeflow.models.attention import fused_attention
+from saeflow.models.opening import open_model
 from saeflow.models.protocol import unembedding
 from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.text.tokens import open_tokens

@@ -23,12 +23,13 @@ from scipy.stats import fisher_exact
 from saeflow.config import BlindConfig, ConfigError
 from saeflow.config.checks import html_text
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.dictionaries.fitting import open_dictionary
 from saeflow.features.examples import values_at
 from saeflow.features.firings import Firings
 from saeflow.features.lookup import active, run_activations, spread_text
 from saeflow.features.text import Seen, Text
 from saeflow.jobs.job import Job
+from saeflow.models.opening import open_model
 from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.fitting import FitError, open_dictionary
 from saeflow.dictionaries.naming import dictionary_key
 from saeflow.evaluation.baseline import Baseline, at_positions, drop_last_position, model_losses, read_baseline
 from saeflow.evaluation.intervals import entry, interval, resample
@@ -34,6 +34,7 @@ from saeflow.evaluation.scope import Scope, bos_of, warn_of_untrained_first
 from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, joined, token_batches, write_tables
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
+from saeflow.models.opening import open_model
 from saeflow.models.splicing import flattened, run_clean, run_spliced
 from saeflow.text.tokens import open_tokens
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from saeflow.activations.store import open_column
 from saeflow.config import EvaluationConfig
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.fitting import FitError, open_dictionary
 from saeflow.evaluation.baseline import at_positions, drop_last_position, model_losses
 from saeflow.evaluation.intervals import entry, interval, resample
 from saeflow.evaluation.metrics import Ratio, limits, loss_ratios, why_undefined
@@ -26,6 +26,7 @@ from saeflow.evaluation.sums import Row, Rows, SumAccumulator, columns, token_ba
 from saeflow.jobs.job import Job
 from saeflow.models.attention import fused_attention
 from saeflow.models.folder import hook_layer
+from saeflow.models.opening import open_model
 from saeflow.models.splicing import flattened, run_clean, run_hooked
 from saeflow.text.tokens import open_tokens
 

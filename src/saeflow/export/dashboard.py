@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from saeflow.config import ConfigError
-from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.dictionaries.fitting import open_dictionary
 from saeflow.export.subjects import Subject
 from saeflow.features import open_features
 from saeflow.features.logits import direct_path, logit_effects
 from saeflow.features.order import largest
 from saeflow.features.reader import Features
 from saeflow.jobs.job import Job
+from saeflow.models.opening import open_model
 from saeflow.models.resources import block_of
 from saeflow.planning.digests import canonical
 from saeflow.storage.receipts import verify

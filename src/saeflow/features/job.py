@@ -21,7 +21,7 @@ import xarray as xr
 from saeflow.activations.store import open_column
 from saeflow.config import FeaturesConfig, build
 from saeflow.dictionaries import Dictionary, DictionaryError
-from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.fitting import FitError, open_dictionary
 from saeflow.dictionaries.naming import dictionary_key
 from saeflow.features.artifact import GROUP, ExamplesWriter, latents_table, write_index, write_latents
 from saeflow.features.effects import Samples, Task, loss_increases
@@ -34,6 +34,7 @@ from saeflow.features.statistics import activity, counted, limits, parts, positi
 from saeflow.features.text import Seen, Text
 from saeflow.jobs.job import Job
 from saeflow.models.alone import can_stand_alone
+from saeflow.models.opening import open_model
 from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens

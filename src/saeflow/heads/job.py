@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from saeflow.config import ConfigError, HeadsConfig
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import open_dictionary, open_model
+from saeflow.dictionaries.fitting import open_dictionary
 from saeflow.dictionaries.heads import BlockDiagonal
 from saeflow.heads.dashboards import HeadDictionary, dashboards
 from saeflow.heads.decomposition import agreement, coefficients, decompose_latents, none_if_nan
@@ -31,6 +31,7 @@ from saeflow.heads.study import by_head, measure, rotations_of
 from saeflow.heads.weights import Attention, decoder_by_head, lifted, read_attention
 from saeflow.jobs.job import Job
 from saeflow.models.folder import read_geometry
+from saeflow.models.opening import open_model
 from saeflow.models.source import reading_model
 from saeflow.storage.xarrays import write_dataset
 from saeflow.text.tokenizer import open_tokenizer

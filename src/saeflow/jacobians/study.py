@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saeflow.config import ConfigError, JacobianConfig, build
 from saeflow.dictionaries import Dictionary
-from saeflow.dictionaries.fitting import FitError, open_dictionary, open_model
+from saeflow.dictionaries.fitting import FitError, open_dictionary
 from saeflow.dictionaries.series import control
 from saeflow.evaluation.sums import write_tables
 from saeflow.features.text import Grid
@@ -34,6 +34,7 @@ from saeflow.jacobians.sums import Pairs, PairSums, TokenBlocks, exceedance_tabl
 from saeflow.jobs.job import Job
 from saeflow.models.blocks import input_gain, read_block, read_span, without_norm
 from saeflow.models.folder import Geometry, Span, block_of_hooks, read_geometry
+from saeflow.models.opening import open_model
 from saeflow.models.source import reading_model
 from saeflow.text.tokenizer import open_tokenizer
 from saeflow.text.tokens import open_tokens

@@ -20,7 +20,6 @@ from saeflow.activations.exclusion import LeftOut
 from saeflow.activations.store import Column, open_column
 from saeflow.config import ConfigError, DictionaryConfig, TrainingConfig, build
 from saeflow.config.dictionary import Columns
-from saeflow.dictionaries.fitting import model_config
 from saeflow.dictionaries.kinds.saelens import SAELensConfig
 from saeflow.dictionaries.kinds.trained import TrainedConfig
 from saeflow.dictionaries.naming import amount_name, hook_title
@@ -32,6 +31,7 @@ from saeflow.jobs.job import Job
 from saeflow.jobs.progress import progress
 from saeflow.jobs.signals import STOPPED_BY, Preempted, StopSignals
 from saeflow.models.blocks import Block, ModuleBlock, read_block
+from saeflow.models.opening import model_config
 from saeflow.models.source import PROCESSING, reading_model
 from saeflow.planning.graph import Instance
 from saeflow.training.checkpoints import Checkpoints, Timer
