@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from measured import write_evaluations
 from stores import write_receipt
 from tests.dictionaries.test_series import plan_of
@@ -28,8 +30,10 @@ LEVELS = ["ce_clean", "ce_mean", "ce_zero"]
 MATCHED = ["place", "hook", "one", "other", "positions"]
 ENDS = ["low", "high", "seeds_low", "seeds_high", "at_point_of"]
 RANGES = [f"{name}{end}" for name in ("l0", "ce_replaced") for end in ("", "_least", "_most")]
+FRONTS = [*IDENTITY, "seeds", "dictionary_keys", *RANGES, *INCREASE, *LEVELS]
 COLUMNS = {
-    "sparsity_faithfulness": [*IDENTITY, "seeds", "dictionary_keys", *RANGES, *INCREASE, *LEVELS],
+    "sparsity_faithfulness": FRONTS,
+    "fronts_with_coefficients": FRONTS,
     "matched_l0": [*MATCHED, "l0", "difference", *ENDS],
     "matched_ce": [*MATCHED, "ce_increase", "ratio", *ENDS],
     "paired_differences": ["place", "one", "other", "metric", "difference", "low", "high"],
@@ -128,7 +132,8 @@ def test_figure_has_its_table_and_is_deterministic(
         first, second = ((tmp_path / f / f"{name}.{kind}").read_bytes() for f in "ab")
         assert len(first) > 200 and first == second
     table = pd.read_csv(tmp_path / "a" / f"{name}.csv")
-    lines = {"sparsity_faithfulness": 8, "matched_l0": len(table), "matched_ce": len(table)}
+    lines = {"sparsity_faithfulness": 8, "fronts_with_coefficients": 8}
+    lines |= {"matched_l0": len(table), "matched_ce": len(table)}
     lines |= dict.fromkeys(("paired_differences", "paired_differences_all"), 28 * len(PAIRED)) | {
         "notebook_004": 3 + 9,
         "stacks": 2,
@@ -136,6 +141,21 @@ def test_figure_has_its_table_and_is_deterministic(
     }
     assert len(table) == lines[name] > 0
     assert list(table) == COLUMNS[name] and len(table.columns) <= 20
+
+
+def test_each_point_has_its_amount_beside_it(evaluations: Evaluations) -> None:
+    def beside(figure: Figure) -> list[tuple[float, float, str]]:
+        notes = [text for axis in figure.axes for text in axis.texts if isinstance(text, Annotation)]
+        return sorted((*note.xy, note.get_text()) for note in notes)
+
+    plain, table = sparsity_faithfulness(evaluations)
+    unknown = evaluations.table["amount"] == 16  # as of what was made elsewhere
+    table_of_it = evaluations.table.assign(amount=evaluations.table["amount"].mask(unknown))
+    figure, same = find("fronts_with_coefficients").draw(evaluations._replace(table=table_of_it))
+    known = table[table["amount"] != 16]
+    assert len(known) == 7 and len(same) == len(table) == 8 and beside(plain) == []
+    expected = zip(known["l0"], known["ce_replaced"], known["amount"].map("{:g}".format), strict=True)
+    assert beside(figure) == sorted(expected)
 
 
 def test_stacks_are_drawn_as_what_they_recover_and_diverge_by(stacked: Stacks) -> None:

@@ -35,6 +35,18 @@ def sparsity_faithfulness(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     A dictionary that is never active has no place on a logarithmic axis: it is marked at the left edge. A place at
     which a single dictionary was evaluated has no front to show: it is in the table only, unless all are so.
     """
+    return _fronts(data)
+
+
+@figure("fronts_with_coefficients", stage="evaluate", reads=read_evaluations)
+def fronts_with_coefficients(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
+    """`sparsity_faithfulness` with the amount of each point beside it: its L1 coefficient or k, in the colour of its
+    series; every second series has them below its points.
+    """
+    return _fronts(data, amounts=True)
+
+
+def _fronts(data: Evaluations, amounts: bool = False) -> tuple[Figure, pd.DataFrame]:
     table = points(data)
     counts = table.groupby("place", sort=False).size()
     places = list(counts.index[counts > 1]) or list(counts.index)
@@ -44,6 +56,8 @@ def sparsity_faithfulness(data: Evaluations) -> tuple[Figure, pd.DataFrame]:
     for axis, place in zip(grid.flat, places, strict=False):
         rows = table_shown[table_shown["place"] == place]
         _draw_place(axis, rows, looks)
+        if amounts:
+            _name_amounts(axis, rows, looks)
         axis.set(xlabel="L0: active latents per token", title=_title(rows))
         axis.set_ylabel("CE loss (nats per token)" if axis in grid[:, 0] else "")
     figure.tight_layout()
@@ -94,6 +108,17 @@ def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
             axis.errorbar(seeds["l0"], seeds["ce_replaced"], **errors)
     _levels(axis, rows)
     _mark_never_active(axis, rows[rows["l0"] == 0], looks)
+
+
+def _name_amounts(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
+    shown = rows[(rows["l0"] > 0) & rows["amount"].notna()]  # what was made elsewhere may not say it
+    for name, mine in shown.groupby("series", sort=False):
+        below = list(looks).index(str(name)) % 2
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top" if below else "bottom"}
+        where |= {"fontsize": 5.5, "color": looks[str(name)].color}
+        for _, point in mine.iterrows():
+            at = point["l0"], point["ce_replaced"]
+            axis.annotate(f"{point['amount']:g}", at, (-4 if below else 4, -4 if below else 4), **where)
 
 
 def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
