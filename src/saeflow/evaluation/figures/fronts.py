@@ -111,14 +111,15 @@ def _draw_place(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
 
 
 def _name_amounts(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
+    axis.margins(x=0.1)  # room for them at both ends
     shown = rows[(rows["l0"] > 0) & rows["amount"].notna()]  # what was made elsewhere may not say it
     for name, mine in shown.groupby("series", sort=False):
         below = list(looks).index(str(name)) % 2
-        where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top" if below else "bottom"}
-        where |= {"fontsize": 5.5, "color": looks[str(name)].color}
+        where: dict[str, Any] = {"textcoords": "offset points", "fontsize": 5.5, "color": looks[str(name)].color}
+        where |= {"ha": "right", "va": "top"} if below else {"ha": "left", "va": "bottom"}  # beside the interval
         for _, point in mine.iterrows():
             at = point["l0"], point["ce_replaced"]
-            axis.annotate(f"{point['amount']:g}", at, (-4 if below else 4, -4 if below else 4), **where)
+            axis.annotate(f"{point['amount']:g}", at, (-2.5, -1.5) if below else (2.5, 1.5), **where)
 
 
 def _mark_never_active(axis: Axes, rows: pd.DataFrame, looks: dict[str, Look]) -> None:
