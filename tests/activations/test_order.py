@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from saeflow.activations.order import PIECE_TOKENS, BufferedOrder, UniformOrder
@@ -29,6 +29,7 @@ def test_every_epoch_of_the_buffered_order_has_every_kept_token_once(n, batch_si
 
 
 @given(st.integers(1, 3000), st.integers(1, 400), st.integers(300, 2000), st.integers(0, 100))
+@example(n=257, batch_size=33, buffer_tokens=300, seed=34)  # ends in the next epoch
 @settings(deadline=None, max_examples=30)
 def test_a_batch_is_of_the_pieces_that_are_named_for_it_or_before(n, batch_size, buffer_tokens, seed):
     order = BufferedOrder(n, NONE, batch_size, seed, buffer_tokens)
@@ -36,7 +37,9 @@ def test_a_batch_is_of_the_pieces_that_are_named_for_it_or_before(n, batch_size,
     for s in (0, 1, 7):
         pieces = order.pieces(s)
         assert np.isin(order.rows(s) // PIECE_TOKENS, pieces).all()
-        assert pieces.max() <= (n - 1) // PIECE_TOKENS and len(pieces) <= most * (1 + batch_size // n)
+        assert pieces.max() <= (n - 1) // PIECE_TOKENS and len(pieces) <= most * (
+            1 + -(-batch_size // n)
+        )  # of all epochs that it may reach into
 
 
 def test_pieces_are_named_once_an_epoch_and_a_buffer_ahead():

@@ -99,7 +99,7 @@ def test_all_figures_are_listed_without_drawing_libraries() -> None:
     listed, heavy = done.stdout.splitlines()
     assert not heavy
     found = {name: registry.Declared(*fields) for name, fields in json.loads(listed).items()}
-    assert found == declared() and len(found) == 48 and {one.stage for one in found.values()} == STAGES
+    assert found == declared() and len(found) == 49 and {one.stage for one in found.values()} == STAGES
     for name, one in found.items():
         known = find(name)
         assert known.declared == one and known.draw.__module__ == one.module and one.sentence.endswith(".")
@@ -186,7 +186,7 @@ def test_a_figure_of_a_stage_that_the_experiment_has_not_is_refused_with_those_t
     job = figures_job(tmp_path, ["recovery", "matched_l0", "stacks"])
     wanted = (
         r"this experiment has no artifacts of recover, stack for recovery, stacks; from what it has can be drawn: "
-        r"sparsity_faithfulness, matched_l0, .*"
+        r"sparsity_faithfulness, fronts_with_coefficients, matched_l0, .*"
     )
     with pytest.raises(ValueError, match=wanted) as refused:
         draw([job])
