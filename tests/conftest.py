@@ -23,12 +23,6 @@ SENTENCE = (
 WORDS = SENTENCE.split()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: at the end, one worker would be at them while the others have nothing to do."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def make_texts(n: int, seed: int = 0, words: tuple[int, int] = (5, 80)) -> list[str]:
     """Texts of random words, some of more than one byte a character, in sentences and a few paragraphs."""
     rng = random.Random(seed)
