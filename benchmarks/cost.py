@@ -29,8 +29,8 @@ EXPERIMENTS = ("demo", "sparsity_faithfulness")
 SMALLER = (0.5, 0.75)  # of the demo's tokens
 SIZED = {"tokens.train_tokens": 307_200, "tokens.held_out_tokens": 65_536, "training.n_tokens": 614_400}
 SIZED |= {"features.n_tokens": 16_384, "jacobian.n_tokens": 16_384}
-SCHEDULE = {"training.lr_warm_up_steps": 50, "training.lr_decay_steps": 150, "training.l1_warm_up_steps": 100}
-"""Shorter where tokens are fewer: while an L1 coefficient rises, more latents are active and a step takes longer."""
+SIZED |= {"training.lr_warm_up_steps": 50, "training.lr_decay_steps": 150, "training.l1_warm_up_steps": 100}
+"""Schedules too: while an L1 coefficient rises, more latents are active and a step takes longer."""
 TOLERANCE = 0.3
 MEASURES = ("seconds", "cpu_s", "memory")
 
@@ -114,9 +114,8 @@ def of_experiments(folder: Path, fraction: float) -> dict[str, float]:
 
 
 def sizes(experiment: str, fraction: float) -> list[str]:
-    sized = SIZED | SCHEDULE
-    of_it = (path for path in sized if experiment == "demo" or path.startswith(("tokens", "training")))
-    return [f"{path}={round(fraction * sized[path])}" for path in of_it]
+    of_it = (path for path in SIZED if experiment == "demo" or path.startswith(("tokens", "training")))
+    return [f"{path}={round(fraction * SIZED[path])}" for path in of_it]
 
 
 # -------------------------------------------------------------------- both

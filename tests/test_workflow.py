@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+CORPUS = "conf/corpus/embedded.yaml"
 TINY = (
     "tokens.context_size=32 tokens.train_tokens=4096 tokens.held_out_tokens=1024 tokens.held_out_fraction=0.3 "
     "activations.chunk_tokens=256 activations.shard_tokens=1024 activations.batch_rows=8 "
@@ -83,6 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, corpus
     begun = run.with_name("begun")
     with FileLock(f"{run}.lock"):
         if not run.exists():
+            shutil.rmtree(begun, ignore_errors=True)  # of a worker whose run failed
             fill(begun, neox_folder, corpus_file)
             (begun / "terminal.txt").write_text(Workflow(begun).run())
             begun.rename(run)
@@ -90,9 +92,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, neox_folder: Path, corpus
     shutil.copytree(run, home, dirs_exist_ok=True)
     moved(home, begun, "terminal.txt", CORPUS)
     return home
-
-
-CORPUS = "conf/corpus/embedded.yaml"
 
 
 def moved(home: Path, before: Path, *names: str) -> None:

@@ -105,11 +105,18 @@ def test_any_architecture_is_cached(fill, rows, model_folder):
     other = load_model(model_folder, ModelConfig(name="tiny", path=str(model_folder)), "cpu")
     with torch.inference_mode():
         _, held = other.run_with_cache(torch.from_numpy(rows.tokens(0, 4)).long())
-    hooks = ["hook_embed", "blocks.1.attn.hook_k", "blocks.1.hook_resid_post", "ln_final.hook_normalized"]
+    thrice = "blocks.1.ln1.hook_normalized"  # fires for queries, keys and values
+    hooks = ["hook_embed", thrice, "blocks.1.attn.hook_k", "blocks.1.hook_resid_post", "ln_final.hook_normalized"]
     columns = [ColumnRequest(hook, tuple(held[hook].shape[2:]), 4 * CONTEXT) for hook in hooks]
     store, _ = fill(columns, load=lambda: other)
     for hook in hooks:
         torch.testing.assert_close(stored(store, hook), held[hook].flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_does_not_fire_is_named(fill):
+    silent = ColumnRequest("blocks.0.hook_mlp_in", (32,), 4 * CONTEXT)  # only where a model is told to split it off
+    with pytest.raises(ActivationError, match=r"blocks\.0\.hook_mlp_in did not fire in the model's forward pass"):
+        fill([*wanted(MLP_OUT, rows=4), silent])
 
 
 def test_no_block_above_the_hooks_runs_and_no_logits(fill, model, monkeypatch):

@@ -37,9 +37,8 @@ def test_a_batch_is_of_the_pieces_that_are_named_for_it_or_before(n, batch_size,
     for s in (0, 1, 7):
         pieces = order.pieces(s)
         assert np.isin(order.rows(s) // PIECE_TOKENS, pieces).all()
-        assert pieces.max() <= (n - 1) // PIECE_TOKENS and len(pieces) <= most * (
-            1 + -(-batch_size // n)
-        )  # of all epochs that it may reach into
+        epochs = ((s + 1) * batch_size - 1) // n - s * batch_size // n + 1  # that it reaches into
+        assert pieces.max() <= (n - 1) // PIECE_TOKENS and len(pieces) <= most * epochs
 
 
 def test_pieces_are_named_once_an_epoch_and_a_buffer_ahead():

@@ -180,18 +180,21 @@ def run_block(model: LanguageModel, writers: Sequence[HookWriter], rows: TokenRo
     """
     batch_rows = writers[0].store.config.batch_rows
     first, stop = block * batch_rows * rows.context_size, (block + 1) * batch_rows * rows.context_size
-    needing = {writer.hook_name: writer for writer in writers if not writer.done and writer.position < stop}
-    if needing:
-        silent = set(needing)
+    waiting = {writer.hook_name: writer for writer in writers if not writer.done and writer.position < stop}
+    if not waiting:
+        return
+    hooks = list(waiting)
 
-        def give(value: Tensor, hook: Any) -> None:
-            silent.discard(hook.name)
-            needing[hook.name].append(first, value.flatten(0, 1))
+    def give(value: Tensor, hook: Any) -> None:
+        writer = waiting.pop(hook.name, None)
+        if writer:  # ln1's fires for queries, keys and values, with the same value
+            writer.append(first, value.flatten(0, 1))
 
-        with hooked(model, [(name, give) for name in needing]):
-            run_until(model, _block(rows, block * batch_rows, batch_rows).to(device), [*needing])
-        for name in sorted(silent):
-            raise ActivationError(f"{name} did not fire in the model's forward pass; use another site")
+    tokens = _block(rows, block * batch_rows, batch_rows).to(device)
+    with hooked(model, [(name, give) for name in hooks]):
+        run_until(model, tokens, hooks)
+    if waiting:
+        raise ActivationError(f"{min(waiting)} did not fire in the model's forward pass; use another site")
 
 
 def _block(rows: TokenRows, first: int, batch_rows: int) -> Tensor:
