@@ -14,7 +14,7 @@ guessed_over_measured: that of the first job, of which the plan knows its operat
 forward_over_caching, bfloat16.forward_over_caching: seconds of the model up to the last hook, with its attention fused
 as caching has it and keeping nothing, over those of caching in the same precision: at 1 caching costs nothing beside.
 statistics_over_forward, bfloat16.statistics_over_forward: seconds of the statistics of as many rows of as many hooks,
-by themselves and always in float32, over those of the bare pass: no caching can be nearer to it.
+by themselves and always in float32, over those of the bare pass: with s of them, caching can reach 1 / (1 + s).
 bfloat16_over_float32: tokens a second of caching in bfloat16 over those in float32. On a processor without instructions
 for bfloat16 (AVX512-BF16, AMX) it is far below 1, as its products are: bfloat16_over_float32_product is the time of the
 product of an MLP in bfloat16 over that in float32.
@@ -42,12 +42,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models/smollm2"
 SINGLE = "model.safetensors"
 BYTES = {"float32": 4, "bfloat16": 2}
-LAYERS, D_MODEL, CONTEXT, THREADS = 15, 576, 256, 2
+LAYERS, CONTEXT, THREADS = 15, 256, 2
 TOKENS = (4_096, 8_192, 24_576)
 """Of the jobs: of the last the plan predicts the time, and the others are what it knows. Whole batches of 16 rows. The
-last one's are what is cached beside the bare pass: enough that what is done once, as metadata, weighs under 1 %."""
+last one's are what is cached beside the bare pass, so that what is done once, as metadata, weighs little."""
 ROUNDS = 3
-CHUNK = 4_096  # tokens, as the store has it by default
 SHORT_CALLS = 5
 """Of what takes milliseconds, in each round; the fastest counts."""
 
@@ -202,17 +201,17 @@ def caching(tokens: Path, work: Path) -> dict[str, float]:
         model = load_model(MODEL, config, "cpu", n_layers=LAYERS)
         sides[f"forward {dtype}"] = partial(forward, model, rows, n_rows)
         sides[f"caching {dtype}"] = partial(cache, model, rows, n_rows, work / "store")
-        sides[f"statistics {dtype}"] = partial(statistics_alone, n_rows * CONTEXT)
-    left, matrix = torch.randn(2048, D_MODEL), torch.randn(1536, D_MODEL)
+        sides[f"statistics {dtype}"] = partial(statistics_alone, model.cfg.d_model, n_rows * CONTEXT)
+    left, matrix = torch.randn(2048, 576), torch.randn(1536, 576)
     sides["product float32"] = partial(torch.mm, left, matrix.T)
     sides["product bfloat16"] = partial(torch.mm, left.bfloat16(), matrix.bfloat16().T)
     seconds: dict[str, list[float]] = {}
     keep_freed_memory()  # as caching jobs do
     for _ in range(ROUNDS):
         for name, side in sides.items():
+            shutil.rmtree(work / "store", ignore_errors=True)
+            os.sync()  # else the disk still frees that store, and a flush of the next one waits for it
             for _ in range(SHORT_CALLS if name.startswith("product") else 1):
-                shutil.rmtree(work / "store", ignore_errors=True)
-                os.sync()  # else the disk still frees that store, and a flush of the next one waits for it
                 started = time.perf_counter()
                 side()
                 seconds.setdefault(name, []).append(time.perf_counter() - started)
@@ -252,22 +251,23 @@ def cache(model: Any, rows: Any, n_rows: int, folder: Path) -> None:
     from saeflow.config import ActivationsConfig
 
     n_tokens = n_rows * CONTEXT
-    hooks = [ColumnRequest(f"blocks.{layer}.hook_mlp_out", (D_MODEL,), n_tokens) for layer in range(LAYERS)]
+    hooks = [ColumnRequest(f"blocks.{layer}.hook_mlp_out", (model.cfg.d_model,), n_tokens) for layer in range(LAYERS)]
     store = ActivationStore(folder, ActivationsConfig(batch_rows=BATCH_ROWS))
     with store.locked():
         fill(store, hooks, rows, lambda: model)
 
 
-def statistics_alone(n_tokens: int) -> None:
+def statistics_alone(d: int, n_tokens: int) -> None:
     """Of random values, chunk by chunk, in memory that is at hand."""
     import torch
 
     from saeflow.activations.moments import Moments
+    from saeflow.config import ActivationsConfig
 
-    chunk = torch.randn(min(CHUNK, n_tokens), D_MODEL, generator=torch.Generator().manual_seed(0))
+    chunk = torch.randn(min(ActivationsConfig().chunk_tokens, n_tokens), d, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for _ in range(LAYERS):
-            moments = Moments(D_MODEL)
+            moments = Moments(d)
             for _ in range(n_tokens // len(chunk)):
                 moments.add(chunk)
 
